@@ -1,0 +1,3 @@
+"""A keep-alive and health daemon for LM Studio models."""
+
+__version__ = "1.0.0"

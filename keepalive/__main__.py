@@ -1,0 +1,5 @@
+"""`python -m keepalive` is the `keepalive` command."""
+
+from keepalive.cli import main
+
+main()
