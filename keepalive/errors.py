@@ -1,0 +1,66 @@
+"""What can go wrong.
+
+    KeepaliveError
+    ├── ConfigError            a config that cannot be used (in config.py, with all its mistakes)
+    └── UpstreamError          LM Studio did not do what it was asked
+        ├── Unreachable        nobody answered the connection; `refused` when the port is closed
+        ├── TimedOut           connected, then no answer in time: a question, not a verdict
+        ├── Cut                the connection broke after the request had been sent
+        ├── Unauthorized       it wants another token
+        ├── Unexpected         it answered what LM Studio does not answer
+        └── Refused            it understood and said no; `reason` classifies why
+"""
+
+from enum import StrEnum
+
+
+class KeepaliveError(Exception):
+    """Any failure that we expect and explain. `str()` of it is a sentence for a person."""
+
+
+class UpstreamError(KeepaliveError):
+    """LM Studio did not do what it was asked."""
+
+
+class Unreachable(UpstreamError):
+    """No connection. `refused`: the host says that nothing listens, so whatever ran there is gone."""
+
+    def __init__(self, message: str, *, refused: bool = False) -> None:
+        super().__init__(message)
+        self.refused = refused
+
+
+class TimedOut(UpstreamError):
+    """No answer within the bound of this call. The work may well go on over there."""
+
+
+class Cut(UpstreamError):
+    """The connection ended before the answer did. The work may well go on over there."""
+
+
+class Unauthorized(UpstreamError):
+    """401 or 403: no token, a wrong one, or one without the permission."""
+
+
+class Unexpected(UpstreamError):
+    """An answer of another shape: not JSON, cut short, too large, an unknown route, another program."""
+
+
+class Reason(StrEnum):
+    """Why LM Studio said no, read from the text of its answer, because its status codes do not say."""
+
+    RESOURCES = "resources"
+    CRASHED = "crashed"
+    UNLOADED = "unloaded"
+    UNKNOWN_MODEL = "unknown_model"
+    LOAD_FAILED = "load_failed"
+    OTHER = "other"
+
+
+class Refused(UpstreamError):
+    """LM Studio answered with an error of its own; `status` is what it sent, which may be 200."""
+
+    def __init__(self, message: str, *, reason: Reason, status: int) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.status = status
