@@ -191,6 +191,7 @@ class Model:
     retry_at: float | None = None
     ping_at: float | None = None  # when the next ping is due
     last_ping: Ping | None = None
+    pinged_at: float = -inf  # when it last answered a ping
     crashed: bool = False  # the instance that is listed has crashed
     busy: bool = False  # it did not answer a ping in time, and is listed all the same
     loads: int = 0
@@ -443,7 +444,12 @@ def _load_started(model: Model, fact: LoadStarted) -> Model:
 def _load_remembered(model: Model, fact: LoadRemembered) -> Model:
     span = fact.expected * 2 if fact.expected is not None else model.policy.load_timeout
     pending = Pending(since=fact.started, until=fact.started + span)
-    return replace(model, pending=pending, reason="an earlier life of the daemon had begun to load it")
+    return replace(
+        model,
+        pending=pending,
+        tells_loading=fact.tells_loading,
+        reason="an earlier life of the daemon had begun to load it",
+    )
 
 
 def _load_ended(model: Model, fact: LoadEnded) -> Model:
@@ -500,7 +506,7 @@ def _ping_ended(model: Model, fact: PingEnded) -> Model:
         model, pinging=False, touched_at=at, last_ping=Ping(at, fact.outcome, fact.seconds), busy=False
     )
     if fact.outcome is PingOutcome.OK:
-        return _proved(model, at)
+        return _proved(replace(model, pinged_at=at), at)
     if fact.outcome is PingOutcome.TIMEOUT:
         # A question for the listing, not a verdict: it may be generating for somebody else.
         again = at + min(policy.ping_interval, max(policy.ping_timeout, policy.refresh_interval))
