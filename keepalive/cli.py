@@ -1,0 +1,336 @@
+"""The `keepalive` command. Exit codes are part of the contract; colours and bars only on a terminal."""
+
+import asyncio
+import http.client
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Coroutine, Mapping
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+from urllib.parse import quote
+
+import typer
+from rich.console import Console
+from rich.live import Live
+
+from keepalive import __version__, config, view
+from keepalive.errors import KeepaliveError
+from keepalive.facts import Tier
+
+BAD_CONFIG = 3
+POLL = 0.5
+# The daemon answers from memory. Longer than this, it is not the daemon.
+ANSWER_TIMEOUT = 10.0
+
+app = typer.Typer(
+    help="Keeps LM Studio models loaded, and says at any moment what is warm, what is loading and why.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "-c", "--config", help="Config file. Default: config.toml, then /etc/keepalive/config.toml."
+    ),
+]
+UrlOption = Annotated[
+    str | None,
+    typer.Option(
+        "--url", help="The daemon's admin address. Default: $KEEPALIVE_ADMIN_URL, else what the config says."
+    ),
+]
+KeysArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[MODEL]...", help="Default: all that are wanted.")
+]
+
+
+def main() -> None:
+    app()
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"keepalive {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(path: ConfigOption = None) -> None:
+    """Run the daemon until SIGTERM or Ctrl-C; SIGHUP reads the config again."""
+    settings, found = _config(path)
+    from keepalive import logs
+    from keepalive.daemon import Daemon
+
+    form = settings.server.log_format
+    end_log = logs.start(level=settings.server.log_level, as_json=None if form == "auto" else form == "json")
+
+    async def live() -> None:
+        daemon = Daemon(settings, found, os.environ)
+        daemon.watch_signals()
+        await daemon.run()
+
+    try:
+        _run(live())
+    except KeepaliveError as error:
+        _fail(str(error), 1)
+    finally:
+        end_log()
+
+
+@app.command()
+def demo() -> None:
+    """Watch it work: a simulated LM Studio and the daemon in front of it, nothing to configure."""
+    from keepalive import demo as demonstration
+
+    try:
+        _run(demonstration.run(_console()))
+    except KeepaliveError as error:
+        _fail(str(error), 1)
+
+
+@app.command()
+def simulate(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 1234,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY[:SECONDS[:SIZE]]", help="A model, how long it loads, its size. Repeatable."
+        ),
+    ] = None,
+    tier: Annotated[
+        Tier, typer.Option(help="v1 is LM Studio 0.4, v0 is 0.3, openai is any other server.")
+    ] = Tier.V1,
+    fault: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A fault to begin with. Repeatable.")
+    ] = None,
+) -> None:
+    """Run only the simulator: a stand-in LM Studio for development and tests."""
+    from keepalive.simulator.__main__ import run as simulation
+    from keepalive.simulator.faults import parse_fault
+    from keepalive.simulator.models import parse_model
+
+    try:
+        models = [parse_model(text) for text in model or []]
+        faults = dict(parse_fault(text) for text in fault or [])
+        asyncio.run(simulation(host, port, models, tier.value, faults))
+    except (ValueError, OSError) as error:
+        _fail(str(error), 1)
+
+
+@app.command()
+def check(path: ConfigOption = None) -> None:
+    """Read a config and report every mistake at once. Exit code 0 good, 3 bad."""
+    settings, found = _config(path)
+    models, upstreams = len(settings.kept), len(settings.upstreams)
+    typer.echo(f"{found or 'environment'} is good: {models} to keep warm on {upstreams} upstream(s)")
+
+
+@app.command()
+def status(
+    as_json: Annotated[bool, typer.Option("--json", help="The daemon's answer as it is.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on showing it until Ctrl-C.")] = False,
+    url: UrlOption = None,
+    path: ConfigOption = None,
+) -> None:
+    """Is it warm yet? Exit code 0 all wanted models warm, 1 warming up, 2 failing, 3 cannot tell."""
+    address = _admin_url(url, path)
+    document = _ask(address)
+    if watch:
+        document = _watch(address, document, as_json=as_json)
+    elif as_json:
+        typer.echo(json.dumps(document, indent=1))
+    else:
+        _console().print(view.table(document))
+    raise typer.Exit(view.exit_code(document))
+
+
+@app.command()
+def wait(
+    models: KeysArgument = None,
+    timeout: Annotated[str, typer.Option(help="Give up after this long.")] = "10m",
+    url: UrlOption = None,
+    path: ConfigOption = None,
+) -> None:
+    """Block until models are warm. Exit code as `status`."""
+    address, keys = _admin_url(url, path), models or []
+    try:
+        deadline = time.monotonic() + config.seconds(timeout)
+    except ValueError:
+        _fail(f'--timeout: "{timeout}" is no duration; write "30s", "10m" or "1h30m"', view.CANNOT_TELL)
+    console, said, shown = _console(), dict[str, str](), dict[str, Any]()
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        while True:
+            try:
+                document = _fetch(address)
+            except _NoAnswer as error:
+                # It may be starting just now.
+                if error.final or time.monotonic() >= deadline:
+                    _fail(str(error), view.CANNOT_TELL)
+                time.sleep(POLL)
+                continue
+            _require(document, keys)
+            code = view.exit_code(document, keys)
+            shown = {**document, "models": view.chosen(document, keys)}
+            if console.is_terminal:
+                live.update(view.table(shown), refresh=True)
+            else:
+                _say_changes(console, shown["models"], said)
+            if code == view.READY or time.monotonic() >= deadline:
+                break
+            time.sleep(POLL)
+    console.print(view.table(shown))
+    raise typer.Exit(code)
+
+
+@app.command()
+def warm(
+    model: Annotated[str, typer.Argument(metavar="MODEL")], url: UrlOption = None, path: ConfigOption = None
+) -> None:
+    """Ask for a model now, also outside its window or after a failure. Exit code as `status`."""
+    _change(_admin_url(url, path), model, "warm")
+
+
+@app.command()
+def release(
+    model: Annotated[str, typer.Argument(metavar="MODEL")], url: UrlOption = None, path: ConfigOption = None
+) -> None:
+    """Stop keeping a model, until its next window or a restart. Exit code as `status`."""
+    _change(_admin_url(url, path), model, "release")
+
+
+def _change(address: str, model: str, verb: str) -> None:
+    _require(_ask(address), [model])
+    _ask(address, f"/api/models/{quote(model, safe='')}/{verb}", method="POST")
+    document = _ask(address)
+    _console().print(view.table({**document, "models": [m for m in document["models"] if m["key"] == model]}))
+    raise typer.Exit(view.exit_code(document))
+
+
+def _watch(address: str, document: Any, *, as_json: bool) -> Any:
+    console, said = _console(), dict[str, str]()
+    plain = as_json or not console.is_terminal
+    with Live(console=console, auto_refresh=False, screen=not plain) as live:
+        try:
+            while True:
+                if as_json:
+                    typer.echo(json.dumps(document))
+                elif plain:
+                    _say_changes(console, document["models"], said)
+                else:
+                    live.update(view.table(document), refresh=True)
+                time.sleep(2 * POLL)
+                document = _ask(address)
+        except KeyboardInterrupt:
+            return document
+
+
+def _say_changes(console: Console, models: list[Mapping[str, Any]], said: dict[str, str]) -> None:
+    """Without a terminal: a line when a model's state changes."""
+    for model in models:
+        place = f"{model['upstream']} {model['key']}"
+        if said.get(place) != model["state"]:
+            said[place] = model["state"]
+            console.print(view.line(model), markup=False, highlight=False)
+
+
+def _require(document: Any, keys: list[str]) -> None:
+    unknown = view.unknown_keys(document, keys)
+    if unknown:
+        known = ", ".join(dict.fromkeys(m["key"] for m in document["models"]))
+        _fail(f"the daemon keeps no {', '.join(unknown)}; it keeps {known}", view.CANNOT_TELL)
+
+
+def _config(path: Path | None) -> tuple[config.Config, Path | None]:
+    try:
+        found = config.find(path, os.environ)
+        return config.load(found, os.environ), found
+    except config.ConfigError as error:
+        _fail(str(error), BAD_CONFIG)
+
+
+def _admin_url(url: str | None, path: Path | None) -> str:
+    given = url or os.environ.get("KEEPALIVE_ADMIN_URL")
+    if given:
+        return (given if "://" in given else f"http://{given}").rstrip("/")
+    try:
+        address = config.load(config.find(path, os.environ), os.environ).server.admin_listen
+    except config.ConfigError as error:
+        if path is not None:
+            _fail(str(error), BAD_CONFIG)
+        address = config.Server().admin_listen
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host)  # noqa: S104
+    return f"http://[{host}]:{address.port}" if ":" in host else f"http://{host}:{address.port}"
+
+
+class _NoAnswer(KeepaliveError):
+    """The daemon cannot be asked; `final` when asking again will not help."""
+
+    def __init__(self, message: str, *, final: bool = False) -> None:
+        super().__init__(message)
+        self.final = final
+
+
+def _fetch(address: str, route: str = "/api/status", *, method: str = "GET") -> Any:
+    # No proxy: the daemon is near, and a proxy would not be.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    key = os.environ.get("KEEPALIVE_ADMIN_KEY")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        request = urllib.request.Request(address + route, method=method, headers=headers)  # noqa: S310
+        with opener.open(request, timeout=ANSWER_TIMEOUT) as answer:
+            document = json.load(answer)
+    except urllib.error.HTTPError as error:
+        hint = "; set KEEPALIVE_ADMIN_KEY" if error.code == 401 else ""
+        raise _NoAnswer(f"{address} answered {error.code} {error.reason}{hint}", final=True) from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        where = "Another address: --url or KEEPALIVE_ADMIN_URL."
+        raise _NoAnswer(f"no daemon at {address} ({reason}). Is it running? {where}") from error
+    if not isinstance(document, dict) or "models" not in document:
+        raise _NoAnswer(f"what answers at {address} is not keepalive", final=True)
+    return document
+
+
+def _ask(address: str, route: str = "/api/status", *, method: str = "GET") -> Any:
+    """The daemon's answer, or the end with exit code 3 and a sentence."""
+    try:
+        return _fetch(address, route, method=method)
+    except _NoAnswer as error:
+        _fail(str(error), view.CANNOT_TELL)
+
+
+def _console() -> Console:
+    return Console(highlight=False)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.echo(message, err=True)
+    raise typer.Exit(code)
+
+
+def _run(main: Coroutine[Any, Any, None]) -> None:
+    loop: Callable[[], asyncio.AbstractEventLoop] | None = None
+    try:
+        import uvloop
+
+        loop = uvloop.new_event_loop
+    except ImportError:
+        pass
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(main)
