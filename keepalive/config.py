@@ -2,7 +2,7 @@
 
 Rules of this file:
 
-- `read` is the only function that opens the file. Everything else is text in, value out.
+- `find` looks for the file and `read` opens it; from there on it is text in, value out.
 - A mistake never stops the search for more. What is wrong is reported and left out, and the rest is read on.
 - A message says what stands there and what to write instead. It never holds a secret: values of unknown keys
   and whatever looks like a secret are not repeated.
@@ -107,7 +107,8 @@ _SIZE = re.compile(r"(\d+)(B|kB|MB|GB|KiB|MiB|GiB)", re.ASCII)
 # Shapes that only secrets have. LM Studio's own tokens start with "sk-lm-"; long runs of letters and digits
 # are keys of other programs, and no model, host or window is written like that.
 _SECRET_LOOKS = re.compile(
-    r"\b(?:sk|pk|hf|ghp|pat)[-_]\w|(?i:bearer\s)|(?=[a-zA-Z]{0,99}\d)(?=\d{0,99}[a-zA-Z])[a-zA-Z0-9]{32}",
+    r"sk-lm-|(?<![a-zA-Z])(?:sk|pk|hf|ghp|pat)[-_]\w|(?i:bearer\s)"
+    r"|(?=[a-zA-Z]{0,99}\d)(?=\d{0,99}[a-zA-Z])[a-zA-Z0-9]{32}",
     re.ASCII,
 )
 _SECRET_NAMES = re.compile(r"token|secret|passw|api_?key|authorization|credential|bearer", re.IGNORECASE)

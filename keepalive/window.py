@@ -29,6 +29,9 @@ _STEP = timedelta(hours=6)
 # chance is a week later, and we may be asked right after it closed the week before.
 _HORIZON = timedelta(days=15)
 
+# Room for a dozen spans for every day, and none for a file that was pasted.
+_LONGEST = 1000
+
 _TIMES = re.compile(r"(?P<start>\d{1,2}:\d{2})\s*-\s*(?P<end>\d{1,2}:\d{2})", re.ASCII)
 _LOOKS_LIKE_TIMES = re.compile(r"\d", re.ASCII)
 
@@ -84,6 +87,8 @@ class Window:
 
 def parse(text: str) -> Window:
     """Reads a window as a person writes it. ValueError says what is wrong with it and what to write."""
+    if len(text) > _LONGEST:
+        raise ValueError(f"has {len(text)} characters; write at most {_LONGEST}")
     spans: list[tuple[int, int]] = []
     for group in text.replace("–", "-").split(";"):
         days: list[int] = []

@@ -38,14 +38,14 @@ def meant(text: str, local: datetime) -> bool:
 
 @cache
 def transitions(name: str) -> tuple[datetime, ...]:
-    """The instants from 2026 to 2036 at which the zone changes its offset, found by looking at each hour."""
+    """The instants from 2026 to 2036 at which the zone changes its offset, by looking at each day."""
     zone = ZoneInfo(name)
     found = []
-    for hour in range(24 * (date(2037, 1, 1) - date(2026, 1, 1)).days):
-        moment = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(hours=hour)
+    for day in range((date(2037, 1, 1) - date(2026, 1, 1)).days):
+        moment = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(days=day)
         before = moment.astimezone(zone).utcoffset()
-        if before != (moment + timedelta(hours=1)).astimezone(zone).utcoffset():
-            minutes = (moment + offset * MINUTE for offset in range(61))
+        if before != (moment + timedelta(days=1)).astimezone(zone).utcoffset():
+            minutes = (moment + offset * MINUTE for offset in range(1441))
             found.append(next(minute for minute in minutes if minute.astimezone(zone).utcoffset() != before))
     return tuple(found)
 
@@ -122,6 +122,7 @@ def test_a_window_keeps_the_text_it_was_written_as() -> None:
             "08:00-12:00 13:00-19:00",
             '"13:00-19:00" follows a time; write days before the time and "," between spans',
         ),
+        ("Mon 08:00-09:00, " * 100, "has 1700 characters; write at most 1000"),
         ("08:00-19:00 Mon", '"Mon" follows a time; write days before the time and "," between spans'),
     ],
 )
@@ -241,9 +242,9 @@ def test_every_minute_around_every_clock_change_until_2036_is_as_the_reference_s
     zone, window = ZoneInfo(name), parse(text)
     wrong = []
     for transition in transitions(name):
-        # Four hours around the change minute by minute; the days around it at every quarter of an hour.
+        # Four hours around the change minute by minute; the day around it at every quarter of an hour.
         near = [transition + offset * MINUTE for offset in range(-120, 120)]
-        days = [transition + offset * 15 * MINUTE for offset in range(-96, 96)]
+        days = [transition + offset * 15 * MINUTE for offset in range(-48, 48)]
         wrong += [
             moment
             for moment in near + days
@@ -254,11 +255,11 @@ def test_every_minute_around_every_clock_change_until_2036_is_as_the_reference_s
 
 
 @pytest.mark.parametrize("text", MEANT)
-def test_every_minute_of_two_transition_weeks_is_as_the_reference_says(text: str) -> None:
+def test_every_minute_of_a_week_with_a_clock_change_is_as_the_reference_says(text: str) -> None:
     wrong = []
     for name in ZONES:
         zone, window = ZoneInfo(name), parse(text)
-        for transition in transitions(name)[:2]:
+        for transition in transitions(name)[:1]:
             moments = [transition + offset * MINUTE for offset in range(-4 * 1440, 3 * 1440)]
             wrong += [m for m in moments if window.contains(m, zone) != meant(text, m.astimezone(zone))]
 
