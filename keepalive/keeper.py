@@ -28,6 +28,7 @@ from keepalive.facts import (
     ListingStarted,
     LoadEnded,
     LoadOutcome,
+    LoadRemembered,
     LoadStarted,
     ModelFact,
     ModelId,
@@ -186,7 +187,7 @@ class Keeper:
                 shelf = self._shelves[server.name] = _Shelf(server, now)
             elif shelf.server.client is not server.client:
                 unused.append(shelf.server.client)
-                shelf.models.clear()
+                shelf.models = {key: _forgotten(model, now) for key, model in shelf.models.items()}
                 shelf.upstream = Upstream(name=server.name, since=now)
             shelf.server = server
             shelf.upstream = replace(
@@ -294,7 +295,7 @@ class Keeper:
             case SendPing(model=model, instance_id=target):
                 tier, before = shelf.upstream.tier or Tier.V1, shelf.models[model.key]
                 self.record(PingStarted(now, model))
-                tasks.create_task(self._ping(client, before, target, tier, now))
+                tasks.create_task(self._ping(client, self._keeps[model], before, target, tier, now))
             case SkipPing(model=model):
                 self.record(PingEnded(now, model, PingOutcome.SKIPPED))
             case Unload(model=model, instance_id=target):
@@ -329,8 +330,10 @@ class Keeper:
         except Unauthorized as error:
             outcome, message = LoadOutcome.REFUSED, str(error)
         except Refused as error:
-            refused = error.reason is Reason.RESOURCES
-            outcome, message = LoadOutcome.REFUSED if refused else LoadOutcome.FAILED, str(error)
+            outcome, message = _load_outcome(error), str(error)
+        except Unexpected as error:
+            # Whatever garbled the answer need not have stopped the load.
+            outcome, message = LoadOutcome.UNKNOWN, str(error)
         except UpstreamError as error:
             outcome, message = LoadOutcome.FAILED, str(error)
         now = self._clock()
@@ -350,8 +353,9 @@ class Keeper:
             ),
         )
 
-    async def _ping(self, client: Client, model: Model, target: str, tier: Tier, began: float) -> None:
-        keep = self._keeps[model.id]
+    async def _ping(
+        self, client: Client, keep: Keep, model: Model, target: str, tier: Tier, began: float
+    ) -> None:
         accepted = [model.id.key, *(instance.id for instance in model.instances)]
         outcome, message, why = PingOutcome.OK, None, None
         try:
@@ -388,6 +392,38 @@ class Keeper:
         shelf = self._shelves.get(keep.model.upstream)
         model = shelf.models.get(keep.model.key) if shelf else None
         return model.kind if model else "llm"
+
+
+def _forgotten(model: Model, now: float) -> Model:
+    """What still holds for a model when its upstream is asked through another client.
+
+    That may be the same server, asked with another token: then our load is still under way over there.
+    """
+    fresh = Model(
+        id=model.id,
+        since=now,
+        kind=model.kind,
+        asked_for=model.asked_for,
+        retired=model.retired,
+        recent_loads=model.recent_loads,
+        loads=model.loads,
+        evictions=model.evictions,
+        waiting=model.waiting,
+        in_flight=model.in_flight,
+    )
+    since = model.loading_since
+    if since is None or (model.pending is not None and not model.pending.ours):
+        return fresh
+    expected, tells_loading = model.expected_load, model.tells_loading
+    return apply(fresh, LoadRemembered(now, model.id, since, expected, tells_loading))
+
+
+def _load_outcome(error: Refused) -> LoadOutcome:
+    if error.reason is Reason.RESOURCES:
+        return LoadOutcome.REFUSED
+    if error.reason is Reason.OTHER and not 400 <= error.status < 500:
+        return LoadOutcome.UNKNOWN  # an error that does not say that the load is over
+    return LoadOutcome.FAILED
 
 
 def _trouble(error: UpstreamError) -> Trouble:
