@@ -43,7 +43,11 @@ class Unauthorized(UpstreamError):
 
 
 class Unexpected(UpstreamError):
-    """An answer of another shape: not JSON, cut short, too large, an unknown route, another program."""
+    """An answer of another shape: not JSON, cut short, too large, of another program."""
+
+    def __init__(self, message: str, *, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status  # None when the answer did not come whole
 
 
 class Reason(StrEnum):
@@ -53,6 +57,8 @@ class Reason(StrEnum):
     CRASHED = "crashed"
     UNLOADED = "unloaded"
     UNKNOWN_MODEL = "unknown_model"
+    UNKNOWN_ROUTE = "unknown_route"
+    UNAUTHORIZED = "unauthorized"
     LOAD_FAILED = "load_failed"
     OTHER = "other"
 

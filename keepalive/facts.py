@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
+from keepalive.errors import Reason
+
 
 class ModelId(NamedTuple):
     """One model on one upstream, by the names that the config gives them."""
@@ -68,33 +70,35 @@ class Fact:
 
 
 @dataclass(frozen=True, slots=True)
-class ListingStarted(Fact):
+class UpstreamFact(Fact):
     upstream: str
 
 
 @dataclass(frozen=True, slots=True)
-class Listed(Fact):
+class ListingStarted(UpstreamFact):
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Listed(UpstreamFact):
     """The upstream said what it has. `at` is when it was answered, `asked` when it was asked."""
 
-    upstream: str
     asked: float
     tier: Tier
     entries: Mapping[str, Entry] = field(repr=False)  # by `fold_key` of the key and of each alias
 
 
 @dataclass(frozen=True, slots=True)
-class ListingFailed(Fact):
-    upstream: str
+class ListingFailed(UpstreamFact):
     asked: float
     trouble: Trouble
     message: str
 
 
 @dataclass(frozen=True, slots=True)
-class ClockJumped(Fact):
+class ClockJumped(UpstreamFact):
     """The machine slept, or somebody set the clock: what we know of this upstream may be old."""
 
-    upstream: str
     seconds: float
 
 
@@ -126,6 +130,7 @@ class LoadEnded(ModelFact):
     elapsed: float
     seconds: float | None = None
     instance_id: str | None = None
+    proved: bool = False  # the load was a ping, so the model has answered already
     message: str | None = None
 
 
@@ -157,6 +162,7 @@ class PingEnded(ModelFact):
     outcome: PingOutcome
     seconds: float = 0.0
     message: str | None = None
+    why: Reason | None = None  # what kind of ERROR
 
 
 @dataclass(frozen=True, slots=True)
