@@ -2,6 +2,7 @@
 
     KeepaliveError
     ├── ConfigError            a config that cannot be used (in config.py, with all its mistakes)
+    ├── NotWarm                a model was asked for and does not get warm
     └── UpstreamError          LM Studio did not do what it was asked
         ├── Unreachable        nobody answered the connection; `refused` when the port is closed
         ├── TimedOut           connected, then no answer in time: a question, not a verdict
@@ -16,6 +17,14 @@ from enum import StrEnum
 
 class KeepaliveError(Exception):
     """Any failure that we expect and explain. `str()` of it is a sentence for a person."""
+
+
+class NotWarm(KeepaliveError):
+    """Waiting for a model has no prospect: its load failed or is refused. `str()` says why."""
+
+    def __init__(self, reason: str, retry_after: float | None = None) -> None:
+        super().__init__(reason)
+        self.retry_after = retry_after  # seconds until it is tried again
 
 
 class UpstreamError(KeepaliveError):
