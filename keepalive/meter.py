@@ -152,10 +152,15 @@ class Meter:
                 self.gap_seconds += gap
                 self.gaps[bisect_left(GAP_BOUNDS, gap)] += 1
                 self.gaps[0] += events - 1
-        elif self._first is not None and (first := self._first.search(chunk)):
+            return
+        if self._first is None:
+            return
+        # The event that ends the answer may carry text, too; what stands behind it is of no interest.
+        stop = chunk.find(b"\n", end) if end >= 0 else len(chunk)
+        if first := self._first.search(chunk, 0, stop):
             self.first_token_seconds = now - self._sent_at
             self._event_at = now
-            behind = chunk.count(b"\ndata:", first.end(), end if end >= 0 else len(chunk)) - (end >= 0)
+            behind = chunk.count(b"\ndata:", first.end(), stop) - (end >= 0)
             self.gaps[0] += max(behind, 0)
 
     def _whole_lines(self, chunk: bytes) -> bytes:
@@ -178,11 +183,11 @@ class Meter:
         pattern = self._end
         if pattern is None or (self._end_hint and self._end_hint not in chunk):
             return -1
-        if end := pattern.search(chunk):
-            return end.end()
-        if pattern is _FINISH and b"[DONE]" in chunk and (end := _DONE.search(chunk)):
-            return end.end()
-        return -1
+        found = pattern.search(chunk)
+        end = found.end() if found else -1
+        if pattern is _FINISH and b"[DONE]" in chunk and (found := _DONE.search(chunk)):
+            end = found.end() if end < 0 else min(end, found.end())
+        return end
 
     def _read_error(self, chunk: bytes) -> None:
         for line in chunk.split(b"\n"):
