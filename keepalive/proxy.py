@@ -207,6 +207,11 @@ class Proxy:
             return await self._tunnel(call, default)
         if not (call.route.inference and head.method == b"POST"):
             return await self._pass(call, default)
+        if values(head.headers, b"content-encoding"):
+            # LM Studio would unpack it and find the model that we did not see.
+            return call.fail(
+                415, "send the body uncompressed", "unsupported_encoding", outcome=Outcome.REJECTED
+            )
         if not await self._gather(call):
             return call.fail(503, "too many requests are waiting", "overloaded", retry_after=1)
         models = self.keeping.find(call.asked.model) if call.asked.model is not None else ()
@@ -517,9 +522,13 @@ class _Call:
         if model is not None:
             self._forwarded = model
             self.proxy.keeping.record(RequestStarted(self._sent_at, model))
-        return await pool.send(
-            head.method, head.target, headers, body, more=more, framing=framing, upgrade=upgrade
-        )
+        try:
+            return await pool.send(
+                head.method, head.target, headers, body, more=more, framing=framing, upgrade=upgrade
+            )
+        except UpstreamError:
+            self._told(answered=False)
+            raise
 
     async def read_refusal(self, reply: Reply) -> routes.Lost | None:
         """Whether this answer says that the model went away; then the keeper knows it too."""
@@ -704,7 +713,6 @@ class _Call:
 
     def broken(self, error: UpstreamError) -> None:
         """The upstream gave no answer that could be passed on."""
-        self._told(answered=False)
         if isinstance(error, TimedOut):
             self.fail(504, str(error), "upstream_timeout", outcome=Outcome.TIMEOUT)
         elif isinstance(error, Unreachable):

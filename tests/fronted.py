@@ -99,7 +99,7 @@ class Upstream:
                 await self.script(asking)
                 if writer.is_closing():
                     break
-        except (asyncio.IncompleteReadError, ConnectionError):
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
             pass
         finally:
             self.open -= 1
@@ -395,3 +395,12 @@ async def ask(port: int, data: bytes, *, drip: int = 0) -> tuple[int, dict[bytes
 
 def without_comments(body: bytes) -> bytes:
     return b"".join(event + b"\n\n" for event in body.split(b"\n\n") if event and not event.startswith(b":"))
+
+
+def leave(writer: asyncio.StreamWriter, how: str) -> None:
+    if how == "half-close":
+        writer.write_eof()
+        return
+    if how == "reset":
+        writer.get_extra_info("socket").setsockopt(1, 13, b"\x01\0\0\0\0\0\0\0")
+    writer.transport.abort()

@@ -5,6 +5,7 @@ nonsense, that task is cancelled at that instant, whatever it waits for: `gone` 
 """
 
 import asyncio
+import contextlib
 import logging
 import socket
 import struct
@@ -494,7 +495,7 @@ class _Connection(asyncio.Protocol):
             self.transport.close()
             return
         self.read_on()
-        if self.transport.can_write_eof():
+        with contextlib.suppress(OSError):  # the caller may be gone already
             self.transport.write_eof()
 
     def _leave(self) -> None:
