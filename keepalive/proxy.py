@@ -150,6 +150,7 @@ class Proxy:
         self.kept_bytes = 0
         self.ticker = Ticker(min(max(settings.heartbeat / 10, 0.01), 0.5))
         self.pools: dict[str, Pool] = {}
+        self._retired: list[Pool] = []
         self.calls: set[_Call] = set()
         self.stopping: str | None = None
         self._homes: OrderedDict[bytes, ModelId] = OrderedDict()
@@ -158,7 +159,7 @@ class Proxy:
     def configure(self, settings: Settings) -> None:
         """New settings for the requests that come from now on; those under way keep what they began with."""
         before, self.settings = self.settings, settings
-        pools = {}
+        pools: dict[str, Pool] = {}
         for name, address in settings.upstreams.items():
             known = self.pools.get(name)
             if known is not None and before.upstreams[name].url == address.url:
@@ -170,6 +171,9 @@ class Proxy:
                     connect_timeout=settings.connect_timeout,
                     limits=settings.limits,
                 )
+        # What still runs on a pool that is not wanted any more runs on; its idle connections end by themselves.
+        self._retired = [*self._retired, *(pool for pool in self.pools.values() if pool not in pools.values())]
+        self._retired = [pool for pool in self._retired if pool.links]
         self.pools = pools
         self.ticker.interval = min(max(settings.heartbeat / 10, 0.01), 0.5)
 
@@ -362,7 +366,7 @@ class Proxy:
             call.task.cancel()
 
     async def close(self) -> None:
-        for pool in self.pools.values():
+        for pool in [*self.pools.values(), *self._retired]:
             await pool.close()
 
 

@@ -313,12 +313,14 @@ class _Link(asyncio.Protocol):
             assert self._reader is not None
             rest = self._reader.feed(data)
             if rest is None:
-                if not self._head_began:
+                if self._reader.begun and not self._head_began:
                     # An upstream may think for as long as it likes, but not in the middle of a head.
                     self._head_began = self._pool.loop.time()
                     self._pool.ticker.add(self)
                 return None
             head = reply_head(self._reader, self._method)
+            if not 100 <= head.status <= 599:
+                raise BadHead(502, "there is no such status")
             if head.status == 101:
                 if not self._asked_upgrade or b"upgrade" not in listed(head.headers, b"connection"):
                     raise BadHead(502, "it switches protocols unasked")
@@ -326,8 +328,6 @@ class _Link(asyncio.Protocol):
                 self._reader = reply_reader(self._pool.limits.head_bytes)
                 data = rest
                 continue
-            elif head.status > 599:
-                raise BadHead(502, "there is no such status")
             break
         self._head_began = 0.0
         self._pool.ticker.discard(self)
