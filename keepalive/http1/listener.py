@@ -82,7 +82,7 @@ class Exchange:
         self.started = False
         self.finished = False
         #: The caller reads more slowly than it is written to.
-        self.paused = False
+        self.paused = connection.write_paused
         self.on_pause: Callable[[], None] | None = None
         self.on_resume: Callable[[], None] | None = None
         self._head = b""
@@ -228,6 +228,7 @@ class _Connection(asyncio.Protocol):
         "_lingering",
         "_reader",
         "_rest",
+        "_running",
         "_task",
         "_tunnel",
         "_unread",
@@ -237,17 +238,20 @@ class _Connection(asyncio.Protocol):
         "ending",
         "listener",
         "transport",
+        "write_paused",
     )
 
     transport: asyncio.Transport
 
     def __init__(self, listener: "Listener") -> None:
         self.listener = listener
+        self.write_paused = False
         self.ending = False  # this exchange is the last one on this connection
         self._reader: HeadReader | None = None
         self._deadline = 0.0
         self._exchange: Exchange | None = None
         self._task: asyncio.Task[None] | None = None
+        self._running = False
         self._left = 0
         self._chunks: Chunks | None = None
         self._wire_bytes = 0
@@ -298,6 +302,7 @@ class _Connection(asyncio.Protocol):
         self._leave()
 
     def pause_writing(self) -> None:
+        self.write_paused = True
         if self._tunnel is not None:
             pause(self._tunnel.upstream)
         elif self._exchange is not None:
@@ -306,6 +311,7 @@ class _Connection(asyncio.Protocol):
                 self._exchange.on_pause()
 
     def resume_writing(self) -> None:
+        self.write_paused = False
         if self._tunnel is not None:
             resume(self._tunnel.upstream)
         elif self._exchange is not None:
@@ -436,10 +442,10 @@ class _Connection(asyncio.Protocol):
     # --- the exchange -----------------------------------------------------------------------------
 
     async def _run(self, exchange: Exchange) -> None:
+        self._running = True
         try:
-            await self.listener.handler(exchange)
-            if not exchange.finished:
-                log.error("http1.unfinished")
+            if not exchange.gone and exchange.refused is None:
+                await self.listener.handler(exchange)
         except asyncio.CancelledError:
             if exchange.refused is None and not exchange.gone:
                 self._settle(exchange)
@@ -457,6 +463,7 @@ class _Connection(asyncio.Protocol):
         """After the handler: the connection waits for its next request, or ends."""
         self._exchange = None
         self._task = None
+        self._running = False
         exchange.on_pause = exchange.on_resume = None
         if exchange.gone or self.transport.is_closing():
             self.transport.abort()
@@ -503,8 +510,12 @@ class _Connection(asyncio.Protocol):
         exchange = self._exchange
         if exchange is not None and not exchange.gone:
             exchange.gone = True
-            if self._task is not None and not exchange.finished:
-                self._task.cancel()
+            self._interrupt(exchange)
+
+    def _interrupt(self, exchange: Exchange) -> None:
+        # A task that is cancelled before its first step never takes one, so that one looks for itself.
+        if self._task is not None and self._running and not exchange.finished:
+            self._task.cancel()
 
     def _vanish(self) -> None:
         """The caller left while its bytes were not being read."""
@@ -520,8 +531,7 @@ class _Connection(asyncio.Protocol):
             exchange._body_ended = True
             exchange._pieces.clear()
             self.ending = True
-            if self._task is not None and not exchange.finished:
-                self._task.cancel()
+            self._interrupt(exchange)
 
     def reset(self) -> None:
         sock = self.transport.get_extra_info("socket")

@@ -257,6 +257,7 @@ class _Link(asyncio.Protocol):
         ):
             self._reply = None
             self.reused = True
+            resume(self.transport)  # a slow caller may have had it paused when the last byte came
             self._pool.keep(self)
         else:
             self.transport.abort()
