@@ -296,7 +296,10 @@ class _Connection(asyncio.Protocol):
         self._read_watched()
         self.listener.forget(self)
         if self._tunnel is not None:
+            # Who goes first is no matter here: it is how tunnels end.
             self._tunnel.close()
+            if self._exchange is not None:
+                self._exchange.gone = True
             if not self._tunnel.ended.done():
                 self._tunnel.ended.set_result(None)
         self._leave()
