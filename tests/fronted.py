@@ -150,9 +150,7 @@ class Keep:
 
     def view(self, model: ModelId, /) -> View:
         it = self.models[model]
-        return View(
-            state=it.state, reason=it.reason, elapsed=it.elapsed, eta=it.eta, max_wait=it.max_wait
-        )
+        return View(state=it.state, reason=it.reason, elapsed=it.elapsed, eta=it.eta, max_wait=it.max_wait)
 
     async def ensure_warm(self, models: Sequence[ModelId], /) -> ModelId:
         self.warm_asked += 1
@@ -225,7 +223,7 @@ async def fronted(
 ) -> AsyncIterator[tuple[Front, Upstream]]:
     """A proxy in front of `script`. Afterwards: a normal request works, and nothing is left over."""
     gc.collect()
-    before = {task for task in asyncio.all_tasks()}
+    before = asyncio.all_tasks()
     fds = count_fds()
     upstream = Upstream(script or answer_ok)
     await upstream.start()

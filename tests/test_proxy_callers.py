@@ -13,8 +13,6 @@ from fronted import (
     CHAT_STREAM,
     SSE_HEAD,
     Keep,
-    Upstream,
-    answer_ok,
     ask,
     chat,
     chunk,
@@ -106,7 +104,8 @@ async def test_requests_sent_ahead_are_answered_one_after_the_other():
         await asking.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(path), path))
 
     ahead = b"".join(
-        b"POST /%d HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\nGET /" % number for number in range(10)
+        b"POST /%d HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\nGET /" % number
+        for number in range(10)
     )
     async with fronted(script) as (front, upstream):
         answer = await raw(front.port, ahead + get("/last"))
@@ -143,9 +142,10 @@ async def test_c2_leaving_is_noticed_in_every_phase_and_the_upstream_told(how, p
     # The kernel answers for it, and nobody reads: an upload gets stuck in the buffers.
     stuck = socket.create_server(("127.0.0.1", 0))
     upstreams = {"local": Address(f"http://127.0.0.1:{stuck.getsockname()[1]}")}
-    async with fronted(
-        script, keep=warm(), upstreams=upstreams if phase == "stuck upload" else None
-    ) as (front, upstream):
+    async with fronted(script, keep=warm(), upstreams=upstreams if phase == "stuck upload" else None) as (
+        front,
+        _upstream,
+    ):
         _, writer = await asyncio.open_connection("127.0.0.1", front.port)
         if phase == "upload":
             writer.write(b"POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\nabc")
@@ -189,7 +189,7 @@ async def test_c2_forty_instants():
             await asking.send(chunk(delta("a")))
         await asking.send(b"0\r\n\r\n")
 
-    async with fronted(script, keep=warm()) as (front, upstream):
+    async with fronted(script, keep=warm()) as (front, _upstream):
         for instant in range(40):
             _, writer = await asyncio.open_connection("127.0.0.1", front.port)
             data = chat()
@@ -198,7 +198,9 @@ async def test_c2_forty_instants():
             leave(writer, ("close", "half-close", "reset")[instant % 3])
             assert await left_within(front, 0.25)
             writer.close()
-        ended = [fact for fact in front.keep.models[ModelId("local", "m")].facts if isinstance(fact, RequestEnded)]
+        ended = [
+            fact for fact in front.keep.models[ModelId("local", "m")].facts if isinstance(fact, RequestEnded)
+        ]
         started = len(front.keep.models[ModelId("local", "m")].facts) - len(ended)
 
         assert len(ended) == started
@@ -218,7 +220,7 @@ async def test_c4_who_does_not_read_slows_the_upstream_and_costs_little():
             await asking.send(piece)
             sent += len(piece)
 
-    async with fronted(script, keep=warm()) as (front, upstream):
+    async with fronted(script, keep=warm()) as (front, _upstream):
         sock = socket.create_connection(("127.0.0.1", front.port))
         sock.sendall(chat())
         await asyncio.sleep(0.5)
@@ -256,7 +258,7 @@ async def test_c5_a_head_that_never_ends_is_408_and_a_silent_connection_is_close
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/other"])
 async def test_c5_a_body_that_drips_is_cut_off(path):
     limits = Limits(tick=0.02, body_window=0.3, body_rate=1000)
-    async with fronted(limits=limits, keep=warm()) as (front, upstream):
+    async with fronted(limits=limits, keep=warm()) as (front, _upstream):
         reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
         writer.write(b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n" % path.encode())
 
@@ -278,7 +280,9 @@ async def test_c5_a_body_that_is_fast_enough_may_take_long():
     limits = Limits(tick=0.02, body_window=0.1, body_rate=100)
     async with fronted(limits=limits) as (front, upstream):
         reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
-        writer.write(b"POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 600\r\nConnection: close\r\n\r\n")
+        writer.write(
+            b"POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 600\r\nConnection: close\r\n\r\n"
+        )
         for _ in range(20):
             writer.write(b"x" * 30)
             await asyncio.sleep(0.03)
@@ -289,11 +293,12 @@ async def test_c5_a_body_that_is_fast_enough_may_take_long():
 
 async def test_c8_more_than_the_cap_is_413_before_it_is_read():
     limits = Limits(tick=0.02, body_bytes=10_000)
-    async with fronted(limits=limits) as (front, upstream):
+    async with fronted(limits=limits) as (front, _upstream):
         declared = await ask(front.port, post("/x", b"").replace(b"Length: 0", b"Length: 1000000000000"))
         chunked = await ask(
             front.port,
-            b"POST /x HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk(b"x" * 5000) * 1000,
+            b"POST /x HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+            + chunk(b"x" * 5000) * 1000,
         )
 
         assert (declared[0], chunked[0]) == (413, 413)
@@ -321,7 +326,9 @@ async def test_c8_100_mb_passes_both_ways_with_the_same_hash():
 
     async with fronted(script, limits=Limits(tick=0.02, body_bytes=1 << 28)) as (front, upstream):
         reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
-        writer.write(b"POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % size)
+        writer.write(
+            b"POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % size
+        )
         for _ in range(100):
             writer.write(block)
             await writer.drain()
@@ -352,7 +359,9 @@ async def test_c11_a_body_in_chunks_with_extensions_and_trailers_arrives_equal()
 async def test_c11_bodies_in_chunks_are_streamed_on_where_no_model_is_read():
     async with fronted() as (front, upstream):
         reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
-        writer.write(b"POST /x HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n")
+        writer.write(
+            b"POST /x HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+        )
         for _ in range(5):
             writer.write(chunk(b"abc"))
             await asyncio.sleep(0.01)
@@ -394,7 +403,7 @@ async def test_c12_continue_is_said_once_even_while_the_model_is_cold_and_not_fo
 
 
 async def test_c12_who_is_refused_is_not_told_to_continue():
-    async with fronted(keys=(Key("a", "k"),)) as (front, upstream):
+    async with fronted(keys=(Key("a", "k"),)) as (front, _upstream):
         head = post("/v1/chat/completions", b"").replace(b"Length: 0", b"Length: 9").partition(b"\r\n\r\n")[0]
         answer = await raw(front.port, head + b"\r\nExpect: 100-continue\r\n\r\n")
 
@@ -411,7 +420,9 @@ async def test_c14_bytes_that_are_not_ascii_pass_unaltered():
         assert upstream.requests[0].headers[b"x-name"] == b"caf\xe9"
 
 
-@pytest.mark.parametrize("method", [b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE", b"PROPFIND", b"PATCH", b"XYZ"])
+@pytest.mark.parametrize(
+    "method", [b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE", b"PROPFIND", b"PATCH", b"XYZ"]
+)
 async def test_c17_every_method_passes_and_loads_nothing(method):
     keep = warm(state="cold", load_seconds=60)
     async with fronted(keep=keep) as (front, upstream):
@@ -520,7 +531,7 @@ async def test_c20_own_pages_may(headers):
     ],
 )
 async def test_c21_names_that_are_not_ours_are_refused(host, status):
-    async with fronted(allowed_hosts=frozenset(["mine.example"])) as (front, upstream):
+    async with fronted(allowed_hosts=frozenset(["mine.example"])) as (front, _upstream):
         got, _, body = await ask(front.port, get("/").replace(b"Host: localhost", b"Host: " + host))
 
         assert got == status
@@ -561,7 +572,10 @@ async def test_c22_without_a_key_401_in_the_layout_of_the_route_before_the_body(
         assert upstream.requests == []
 
 
-@pytest.mark.parametrize("header", ["Authorization: Bearer key-of-alice", "authorization: bearer key-of-alice", "X-Api-Key: key-of-alice"])
+@pytest.mark.parametrize(
+    "header",
+    ["Authorization: Bearer key-of-alice", "authorization: bearer key-of-alice", "X-Api-Key: key-of-alice"],
+)
 async def test_c22_the_callers_key_is_replaced_by_the_upstreams_token(header):
     from dataclasses import replace
 
@@ -632,7 +646,9 @@ async def test_no_secret_is_logged_or_kept(caplog):
     secret = "canary-prompt-5512"
     async with fronted(says(CHAT_STREAM), keep=warm(), keys=(Key("a", "canary-key"),)) as (front, _):
         body = b'{"model":"m","stream":true,"messages":[{"role":"user","content":"%b"}]}' % secret.encode()
-        await ask(front.port, post("/v1/chat/completions?q=canary-query", body, "Authorization: Bearer canary-key"))
+        await ask(
+            front.port, post("/v1/chat/completions?q=canary-query", body, "Authorization: Bearer canary-key")
+        )
 
         assert "canary" not in repr(await front.last())
     assert "canary" not in caplog.text
@@ -664,7 +680,7 @@ async def test_d3_stopping_ends_streams_with_an_error_event_and_refuses_new_ones
 
     keep = warm()
     keep.add("cold", state="cold", load_seconds=60)
-    async with fronted(script, keep=keep, epilogue=False) as (front, upstream):
+    async with fronted(script, keep=keep, epilogue=False) as (front, _upstream):
         kept, writer = await asyncio.open_connection("127.0.0.1", front.port)
         streaming = asyncio.create_task(ask(front.port, chat()))
         held = asyncio.create_task(ask(front.port, chat("cold")))
@@ -677,7 +693,10 @@ async def test_d3_stopping_ends_streams_with_an_error_event_and_refuses_new_ones
         for task in (streaming, held):
             status, _, body = await task
             assert status == 200
-            assert json.loads(body.split(b"\n\n")[-2].removeprefix(b"data: "))["error"]["code"] == "shutting_down"
+            assert (
+                json.loads(body.split(b"\n\n")[-2].removeprefix(b"data: "))["error"]["code"]
+                == "shutting_down"
+            )
             assert b"half" not in body
         assert (await plain)[0] == 503
         async with asyncio.timeout(3):

@@ -4,7 +4,7 @@ import asyncio
 import json
 
 import pytest
-from fronted import SSE_HEAD, CHAT_STREAM, Keep, chunk, delta, fronted, says, stream
+from fronted import CHAT_STREAM, SSE_HEAD, Keep, chunk, delta, fronted, says, stream
 
 from keepalive.errors import NotWarm
 
@@ -33,7 +33,9 @@ MESSAGES = [
     event("content_block_start", index=0, content_block={"type": "text", "text": ""}),
     event("content_block_delta", index=0, delta={"type": "text_delta", "text": "Hello"}),
     event("content_block_stop", index=0),
-    event("message_delta", delta={"stop_reason": "end_turn", "stop_sequence": None}, usage={"output_tokens": 1}),
+    event(
+        "message_delta", delta={"stop_reason": "end_turn", "stop_sequence": None}, usage={"output_tokens": 1}
+    ),
     event("message_stop"),
 ]
 RESPONSE = {
@@ -67,7 +69,9 @@ COMPLETIONS = [
 
 
 async def read_chat(port):
-    async with openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=0) as client:
+    async with openai.AsyncOpenAI(
+        base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=0
+    ) as client:
         parts = await client.chat.completions.create(
             model="m", messages=[{"role": "user", "content": "hi"}], stream=True
         )
@@ -75,13 +79,17 @@ async def read_chat(port):
 
 
 async def read_completions(port):
-    async with openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=0) as client:
+    async with openai.AsyncOpenAI(
+        base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=0
+    ) as client:
         parts = await client.completions.create(model="m", prompt="hi", stream=True)
         return "".join([part.choices[0].text async for part in parts])
 
 
 async def read_responses(port):
-    async with openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=0) as client:
+    async with openai.AsyncOpenAI(
+        base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=0
+    ) as client:
         parts = await client.responses.create(model="m", input="hi", stream=True)
         return "".join([part.delta async for part in parts if part.type == "response.output_text.delta"])
 
@@ -156,12 +164,16 @@ async def test_a_refusal_after_the_wait_raises_with_its_words(read, events, erro
 
 
 async def ask_chat(port):
-    async with openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=0) as client:
+    async with openai.AsyncOpenAI(
+        base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=0
+    ) as client:
         return await client.chat.completions.create(model="m", messages=[{"role": "user", "content": "hi"}])
 
 
 async def ask_responses(port):
-    async with openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=0) as client:
+    async with openai.AsyncOpenAI(
+        base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=0
+    ) as client:
         return await client.responses.create(model="m", input="hi")
 
 
@@ -226,7 +238,8 @@ async def test_reasoning_heartbeats_are_read_as_reasoning():
     from keepalive.proxy import Heartbeat
 
     keep = model(state="cold", load_seconds=0.2)
-    async with fronted(
-        says(CHAT_STREAM), keep=keep, heartbeat=0.1, heartbeat_mode=Heartbeat.REASONING
-    ) as (front, _):
+    async with fronted(says(CHAT_STREAM), keep=keep, heartbeat=0.1, heartbeat_mode=Heartbeat.REASONING) as (
+        front,
+        _,
+    ):
         assert await read_chat(front.port) == "Hello"

@@ -88,7 +88,9 @@ async def test_u1_the_upstream_died_and_the_keeper_knows_it_after_the_first_try(
     knows.models = keep.models
     async with fronted(says(CHAT_STREAM), keep=knows, heartbeat=0.1) as (front, upstream):
         await upstream.stop()
-        asyncio.get_running_loop().call_later(0.15, lambda: asyncio.ensure_future(upstream.start(upstream.port)))
+        asyncio.get_running_loop().call_later(
+            0.15, lambda: asyncio.ensure_future(upstream.start(upstream.port))
+        )
         status, _, body = await ask(front.port, chat())
 
         assert (status, without_comments(body)) == (200, CHAT_BODY)
@@ -174,7 +176,7 @@ async def test_u4_idle_connections_that_are_closed_as_we_send_cost_no_caller_any
         loop = asyncio.get_running_loop()
         loop.call_later(0.01 + 0.0001 * (len(asking.upstream.requests) % 20), asking.cut)
 
-    async with fronted(script) as (front, upstream):
+    async with fronted(script) as (front, _upstream):
         for _ in range(200):
             assert (await ask(front.port, post("/x", b"body")))[0] == 200
             await asyncio.sleep(0.008)
@@ -217,7 +219,7 @@ async def test_u6_a_head_cut_at_every_byte_is_never_an_answer():
         await asking.send(head[:at])
         asking.cut()
 
-    async with fronted(script, keep=warm()) as (front, upstream):
+    async with fronted(script, keep=warm()) as (front, _upstream):
         for at in range(end):
             status, _, _ = await ask(front.port, chat(stream=False))
             assert status == 502, at
@@ -255,7 +257,7 @@ async def test_u7_bad_chunks_end_as_a_cut_stream_does(bad):
 
 async def test_u7_garbage_behind_the_end_is_nobodys_answer():
     script = says(CHAT_STREAM + b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil")
-    async with fronted(script, keep=warm()) as (front, upstream):
+    async with fronted(script, keep=warm()) as (front, _upstream):
         assert (await ask(front.port, chat()))[2] == CHAT_BODY
         assert (await ask(front.port, chat()))[2] == CHAT_BODY
 
@@ -384,7 +386,9 @@ def refusal(text, status=b"400 Bad Request"):
     )
 
 
-@pytest.mark.parametrize("text", ["Model was unloaded while the request was still in queue..", "Model reloaded."])
+@pytest.mark.parametrize(
+    "text", ["Model was unloaded while the request was still in queue..", "Model reloaded."]
+)
 @pytest.mark.parametrize("streaming", [True, False])
 async def test_u15_unloaded_before_anything_was_generated_is_asked_again_once(text, streaming):
     async def script(asking):
@@ -408,7 +412,9 @@ async def test_u15_the_second_time_it_is_passed_on():
         assert len(upstream.requests) == 2
 
 
-@pytest.mark.parametrize("text", ["Model unloaded.", "The model has crashed without additional information. (Exit code: null)"])
+@pytest.mark.parametrize(
+    "text", ["Model unloaded.", "The model has crashed without additional information. (Exit code: null)"]
+)
 async def test_what_may_have_been_generated_is_not_asked_for_again(text):
     reply = refusal(text)
     async with fronted(says(reply), keep=warm()) as (front, upstream):
@@ -555,7 +561,10 @@ async def test_u23_without_a_length_a_reset_is_a_cut():
     [
         (refusal("prompt is longer than the context length"), "prompt is longer than the context length"),
         (ok(b'{"error":{"message":"no such thing"}}'), "no such thing"),
-        (ok(b'{"choices":[]}', b"Content-Type: application/json"), "the upstream answered 200 without events"),
+        (
+            ok(b'{"choices":[]}', b"Content-Type: application/json"),
+            "the upstream answered 200 without events",
+        ),
         (
             b"HTTP/1.1 500 Oops\r\nContent-Type: text/html\r\nContent-Length: 6\r\n\r\n<html>",
             "the upstream answered 500 without events",
@@ -602,7 +611,9 @@ async def test_u27_multi_byte_text_split_at_every_offset_passes_byte_for_byte():
 def transcripts():
     if not TRANSCRIPTS.is_dir():
         return []
-    return sorted(path.name for path in TRANSCRIPTS.glob("*stream*.txt") if b"\n--- recv " in path.read_bytes())
+    return sorted(
+        path.name for path in TRANSCRIPTS.glob("*stream*.txt") if b"\n--- recv " in path.read_bytes()
+    )
 
 
 @pytest.mark.parametrize("name", transcripts())

@@ -181,7 +181,7 @@ async def test_a_tunnel_keeps_pace_with_who_reads_slowly():
             sent += 65536
 
     async with fronted(script) as (front, _):
-        reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+        _reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
         writer.transport.pause_reading()
         writer.write(UPGRADE)
         await asyncio.sleep(0.5)

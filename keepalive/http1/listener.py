@@ -1,7 +1,7 @@
 """The callers' side: connections in, one exchange at a time on each.
 
-An exchange runs as one task. When the caller leaves (FIN, a half-close counts; RST), or turns out to have sent
-nonsense, that task is cancelled at that instant, whatever it waits for: `gone` and `refused` tell which it was.
+An exchange runs as one task. When the caller leaves (FIN, a half-close counts; RST), or turns out to have
+sent nonsense, that task is cancelled at that instant, whatever it waits for: `gone` and `refused` tell which.
 """
 
 import asyncio
@@ -53,6 +53,7 @@ class Exchange:
     """One request of one caller, and the answer to it."""
 
     __slots__ = (
+        "_bodiless",
         "_body_ended",
         "_chunked",
         "_connection",
@@ -86,6 +87,7 @@ class Exchange:
         self.on_pause: Callable[[], None] | None = None
         self.on_resume: Callable[[], None] | None = None
         self._head = b""
+        self._bodiless = False
         self._chunked = False
         self._counted = True  # the answer's end can be told without closing the connection
         self._drained: asyncio.Future[None] | None = None
@@ -132,6 +134,7 @@ class Exchange:
         connection, head = self._connection, self.head
         headers = list(headers)
         if head.method == b"HEAD" or status in (204, 304):
+            self._bodiless = True
             if length is not None:
                 headers.append((b"Content-Length", b"%d" % length))
         elif length is not None:
@@ -151,15 +154,11 @@ class Exchange:
         """Writes bytes of the body now; `paused` and `drained` are the back-pressure."""
         if not data or self.gone:
             return
-        if self.head.method == b"HEAD":
-            return
         if self._chunked:
-            if self._head:
-                data = b"%b%x\r\n%b\r\n" % (self._head, len(data), data)
-                self._head = b""
-            else:
-                data = b"%x\r\n%b\r\n" % (len(data), data)
-        elif self._head:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        elif self._bodiless:
+            return
+        if self._head:
             data = self._head + data
             self._head = b""
         self._connection.transport.write(data)
@@ -453,7 +452,7 @@ class _Connection(asyncio.Protocol):
             if exchange.refused is None and not exchange.gone:
                 self._settle(exchange)
                 raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  a bug costs this request and no other
             # The text of an error may quote a caller's bytes, so where it happened has to do.
             place = error.__traceback__
             while place is not None and place.tb_next is not None:
@@ -495,7 +494,7 @@ class _Connection(asyncio.Protocol):
         self._part(unfinished=True)
 
     def _part(self, *, unfinished: bool = False) -> None:
-        """Ends the connection; what the caller still sends is read for a while, or a reset would overtake the answer."""
+        """Ends the connection. What the caller still sends is read, or a reset would overtake the answer."""
         self._exchange = None
         self._reader = None
         self._lingering = True
@@ -539,8 +538,8 @@ class _Connection(asyncio.Protocol):
     def reset(self) -> None:
         sock = self.transport.get_extra_info("socket")
         if sock is not None and not self.transport.is_closing():
-            # Without it an HTTP/1.0 caller, for whom the end of the connection is the end of the body, would take
-            # a truncated answer for a whole one.
+            # Without it an HTTP/1.0 caller, for whom the end of the connection is the end of the body, would
+            # take a truncated answer for a whole one.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         self.transport.abort()
 
@@ -597,8 +596,8 @@ class Listener:
         self._room.set()
 
     async def _accept(self, listening: socket.socket) -> None:
-        # Its own loop, because a server that is full must leave callers in the kernel's queue: asyncio's own would
-        # accept them, or fail at accepting them and say so thousands of times.
+        # Its own loop, because a server that is full must leave callers in the kernel's queue: asyncio's own
+        # would accept them, or fail at accepting them and say so thousands of times.
         while True:
             if len(self.connections) + self._opening >= self.limits.connections:
                 self._room.clear()
