@@ -131,17 +131,29 @@ class Meter:
         """The next bytes of the body, decoded from their transfer coding, at monotonic time `now`."""
         self.last_at = now
         prefix = self._prefix
-        if prefix and chunk.startswith(prefix) and chunk.endswith(self._suffix) and not self._carry:
-            begin = len(prefix)
-            end = len(chunk) - len(self._suffix)
-            if begin <= end and chunk.find(b'"', begin, end) < 0:
-                self.events += 1
-                gap = now - self._event_at
-                self._event_at = now
-                self.gap_seconds += gap
-                self.gaps[bisect_left(GAP_BOUNDS, gap)] += 1
-                return
+        if prefix and not self._carry:
+            # Event by event: the form that was learnt, and whatever stands between two quotes in it.
+            suffix, end = self._suffix, len(chunk)
+            at = events = 0
+            while chunk.startswith(prefix, at):
+                quote = chunk.find(b'"', at + len(prefix))
+                if not chunk.startswith(suffix, quote):
+                    break
+                events += 1
+                at = quote + len(suffix)
+                if at == end:
+                    self.events += events
+                    self._observe(now, events)
+                    return
         self._look(now, chunk)
+
+    def _observe(self, now: float, events: int) -> None:
+        gap = now - self._event_at
+        self._event_at = now
+        self.gap_seconds += gap
+        self.gaps[bisect_left(GAP_BOUNDS, gap)] += 1
+        if events > 1:
+            self.gaps[0] += events - 1
 
     def _look(self, now: float, chunk: bytes) -> None:
         if self._carry:
@@ -171,11 +183,7 @@ class Meter:
             events = chunk.count(b"\ndata:", 0, end) - (not chunk.startswith(b"data:"))
         if self.first_token_seconds is not None:
             if events > 0:
-                gap = now - self._event_at
-                self._event_at = now
-                self.gap_seconds += gap
-                self.gaps[bisect_left(GAP_BOUNDS, gap)] += 1
-                self.gaps[0] += events - 1
+                self._observe(now, events)
                 if events == 1 and self._looks and end < 0:
                     self._learn(chunk)
             return

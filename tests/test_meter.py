@@ -263,6 +263,19 @@ def test_events_alike_are_seen_for_what_they_are():
     assert meter.ended
 
 
+def test_events_alike_that_come_together_are_counted_one_by_one():
+    a, b = chat(content="a"), chat(content="b")
+    meter = metered(Protocol.CHAT, a, b, a + b, b + a + b, a + chat(content='"') + b, a + b[:-1])
+
+    assert meter.events == 12
+    assert meter.gaps[0] == 1 + 2 + 2 + 1
+    assert sum(meter.gaps) == 11
+    assert meter.gap_seconds == 5
+    assert not meter.ended
+    meter.feed(7, b"\n" + FINISH + a)
+    assert meter.ended
+
+
 @pytest.mark.parametrize(
     ("name", "protocol"), [("messages", Protocol.MESSAGES), ("responses", Protocol.RESPONSES)]
 )

@@ -381,7 +381,7 @@ def main() -> None:
 
     for peer in list(peers.values())[1:]:
         for through, directly in zip(
-            peer.results.get("first", []), peers["direct"].results["first"], strict=False
+            peer.results.get("first", []), peers["direct"].results.get("first", []), strict=False
         ):
             peer.add("added", through - directly)
     print(table(peers))

@@ -5,6 +5,7 @@ alone.py PORT UPSTREAM_URL [--profile FILE]
 
 import asyncio
 import cProfile
+import functools
 import signal
 import sys
 from collections.abc import Sequence
@@ -44,13 +45,19 @@ GAPS = Counter("gaps", "gaps between events", ["bucket"])
 BUCKETS = [GAPS.labels(str(i)) for i in range(32)]
 
 
+@functools.cache
+def children(model: str, route: str, outcome: str, start: str) -> tuple[Counter, Histogram, Histogram]:
+    return REQUESTS.labels(model, route, outcome), DURATION.labels(model, route), FIRST.labels(model, start)
+
+
 def observe(seen: Seen) -> None:
     """About what the daemon's metrics do with each request."""
     model = seen.model.key if seen.model else "other"
-    REQUESTS.labels(model, seen.route, seen.outcome).inc()
-    DURATION.labels(model, seen.route).observe(seen.seconds)
+    requests, duration, first = children(model, seen.route, seen.outcome, seen.start or "warm")
+    requests.inc()
+    duration.observe(seen.seconds)
     if seen.first_token_seconds is not None:
-        FIRST.labels(model, seen.start or "warm").observe(seen.first_token_seconds)
+        first.observe(seen.first_token_seconds)
     for bucket, count in zip(BUCKETS, seen.gaps, strict=False):
         if count:
             bucket.inc(count)
