@@ -349,7 +349,7 @@ class Proxy:
             if _is_foreign(head, origin) and origin not in settings.allowed_origins:
                 return (
                     403,
-                    "a page of another origin may not use this; if it is yours, add it to server.allowed_origins",
+                    "a page of another origin may not do this; if it is yours: server.allowed_origins",
                     "origin",
                 )
         if settings.keys:

@@ -1,4 +1,4 @@
-"""A proxy on a real socket, with a scripted upstream behind it, callers made of bytes, and a keeper of few words."""
+"""A proxy on a real socket: a scripted upstream behind it, callers made of bytes, a keeper of few words."""
 
 import asyncio
 import contextlib
@@ -304,17 +304,14 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
+CHUNK = b'data: {"id":"c1","object":"chat.completion.chunk","created":1,"model":"m","choices":[{"index":0,'
+
+
 def delta(text: str) -> bytes:
-    return (
-        b'data: {"id":"c1","object":"chat.completion.chunk","created":1,"model":"m","choices":[{"index":0,"delta":'
-        b'{"content":"' + text.encode() + b'"},"finish_reason":null}]}\n\n'
-    )
+    return CHUNK + b'"delta":{"content":"%b"},"finish_reason":null}]}\n\n' % text.encode()
 
 
-STOP = (
-    b'data: {"id":"c1","object":"chat.completion.chunk","created":1,"model":"m","choices":[{"index":0,"delta":'
-    b'{},"finish_reason":"stop"}]}\n\n'
-)
+STOP = CHUNK + b'"delta":{},"finish_reason":"stop"}]}\n\n'
 DONE = b"data: [DONE]\n\n"
 
 

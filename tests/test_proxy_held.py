@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 import time
 
@@ -27,7 +28,6 @@ from keepalive.errors import NotWarm
 from keepalive.facts import InstanceLost, ModelId, RequestEnded, RequestStarted
 from keepalive.http1 import Limits
 from keepalive.proxy import Address, Heartbeat
-import itertools
 
 BEAT = 0.1
 

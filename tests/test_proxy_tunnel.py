@@ -57,17 +57,20 @@ async def test_u28_frames_of_any_size_come_back_and_close_codes_arrive():
 
 
 async def test_u28_many_small_frames_in_order():
-    async with Echo() as echo, fronted(upstreams=echo.upstreams, limits=QUICK) as (front, _):
-        async with connect(f"ws://127.0.0.1:{front.port}/llm", proxy=None) as socket:
+    async def send(socket):
+        for number in range(20_000):
+            await socket.send(str(number))
 
-            async def send():
-                for number in range(20_000):
-                    await socket.send(str(number))
-
-            sending = asyncio.create_task(send())
-            for number in range(20_000):
-                assert await socket.recv() == str(number)
-            await sending
+    async with (
+        Echo() as echo,
+        fronted(upstreams=echo.upstreams, limits=QUICK) as (front, _),
+        connect(f"ws://127.0.0.1:{front.port}/llm", proxy=None) as socket,
+    ):
+        sending = asyncio.create_task(send(socket))
+        for number in range(20_000):
+            assert await socket.recv() == str(number)
+        await sending
+        await socket.close()
 
 
 @pytest.mark.parametrize(
