@@ -1,15 +1,15 @@
 """What can go wrong.
 
-    KeepaliveError
-    ├── ConfigError            a config that cannot be used (in config.py, with all its mistakes)
-    ├── NotWarm                a model was asked for and does not get warm
-    └── UpstreamError          LM Studio did not do what it was asked
-        ├── Unreachable        nobody answered the connection; `refused` when the port is closed
-        ├── TimedOut           connected, then no answer in time: a question, not a verdict
-        ├── Cut                the connection broke after the request had been sent
-        ├── Unauthorized       it wants another token
-        ├── Unexpected         it answered what LM Studio does not answer
-        └── Refused            it understood and said no; `reason` classifies why
+KeepaliveError
+├── ConfigError            a config that cannot be used (in config.py, with all its mistakes)
+├── NotWarm                a model was asked for and does not get warm
+└── UpstreamError          LM Studio did not do what it was asked
+    ├── Unreachable        nobody answered the connection; `refused` when the port is closed
+    ├── TimedOut           connected, then no answer in time: a question, not a verdict
+    ├── Cut                the connection broke after the request had been sent
+    ├── Unauthorized       it wants another token
+    ├── Unexpected         it answered what LM Studio does not answer
+    └── Refused            it understood and said no; `reason` classifies why
 """
 
 from enum import StrEnum

@@ -140,6 +140,7 @@ class LoadRemembered(ModelFact):
 
     started: float
     expected: float | None  # seconds this model is known to take
+    tells_loading: bool = False  # its listing is known to show a load in progress
 
 
 class PingOutcome(StrEnum):

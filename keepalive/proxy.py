@@ -19,7 +19,7 @@ from typing import Protocol
 
 from keepalive import routes
 from keepalive.errors import Cut, NotWarm, TimedOut, Unreachable, UpstreamError
-from keepalive.facts import Fact, InstanceLost, ModelId, RequestEnded, RequestStarted
+from keepalive.facts import InstanceLost, ModelFact, ModelId, RequestEnded, RequestStarted
 from keepalive.http1 import (
     Exchange,
     Headers,
@@ -86,7 +86,7 @@ class Keeping(Protocol):
     async def ensure_warm(self, models: Sequence[ModelId], /) -> ModelId:
         """Waits until one of them is warm. Raises NotWarm. Cancelling it is leaving: the load goes on."""
 
-    def record(self, fact: Fact, /) -> None: ...
+    def record(self, fact: ModelFact, /) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

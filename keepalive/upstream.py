@@ -48,23 +48,29 @@ class Client:
     ) -> None:
         self.name = name
         self.url = url
-        self._token = token
-        self._connect_timeout = connect_timeout
-        self._list_timeout = list_timeout
         self._tier: Tier | None = None
         self._shows_loading = True
-        headers = {"user-agent": f"keepalive/{__version__}"}
-        if token:
-            headers["authorization"] = f"Bearer {token}"
         self._http = httpx.AsyncClient(
             base_url=url,
-            headers=headers,
-            timeout=httpx.Timeout(None, connect=connect_timeout),
+            # Bodies are counted as they come, so that a small one cannot unfold into a huge one.
+            headers={"user-agent": f"keepalive/{__version__}", "accept-encoding": "identity"},
             limits=httpx.Limits(keepalive_expiry=IDLE_SOCKET),
             trust_env=False,
             follow_redirects=False,
             transport=transport,
         )
+        self.configure(token=token, connect_timeout=connect_timeout, list_timeout=list_timeout)
+
+    def configure(self, *, token: str | None, connect_timeout: float, list_timeout: float) -> None:
+        """Use these from the next call on."""
+        self._token = token
+        self._connect_timeout = connect_timeout
+        self._list_timeout = list_timeout
+        self._http.timeout = httpx.Timeout(None, connect=connect_timeout)
+        if token:
+            self._http.headers["authorization"] = f"Bearer {token}"
+        else:
+            self._http.headers.pop("authorization", None)
 
     async def __aenter__(self) -> Self:
         return self
@@ -119,24 +125,30 @@ class Client:
         async with _bound(timeout, f"no answer to the ping within {timeout:.0f} s"):
             answer = await self._call("POST", path, body)
         author = wire.answered_by(answer)
-        return None if wire.is_answer_of(author, accepted, tier) else author or "a model without a name"
+        if wire.is_answer_of(author, accepted, tier):
+            return None
+        return wire.clean(author or "") or "a model without a name"
 
     async def _entries(self, tier: Tier, *, loading: bool) -> list[Entry]:
         if tier is Tier.V0:
             return wire.v0_entries(await self._call("GET", "/api/v0/models"))
         if tier is Tier.OPENAI:
             return wire.openai_entries(await self._call("GET", "/v1/models"))
+        # The newer listing does not show a load in progress; the older one, still served, does. It is asked
+        # first: a load that ends between the two is then seen twice, and otherwise not at all.
+        older = await self._loading() if loading and self._shows_loading else None
         entries = wire.v1_entries(await self._call("GET", "/api/v1/models"))
-        if not loading or not self._shows_loading:
-            return entries
+        return entries if older is None else wire.with_loading(entries, older)
+
+    async def _loading(self) -> list[Entry] | None:
         try:
-            # The newer listing does not show a load in progress; the older one, still served, does.
-            return wire.with_loading(entries, wire.v0_entries(await self._call("GET", "/api/v0/models")))
-        except Refused:
-            self._shows_loading = False  # an unknown route: each try writes an error into its user's log
+            return wire.v0_entries(await self._call("GET", "/api/v0/models"))
+        except Refused as error:
+            if error.reason is Reason.UNKNOWN_ROUTE:
+                self._shows_loading = False  # each try writes an error into its user's log
         except Unexpected:
             pass  # an HTML 500, seen once, in the moment in which a load began
-        return entries
+        return None
 
     async def _detect(self) -> Tier:
         """The tier, by a field that only the right answer has.
@@ -166,8 +178,8 @@ class Client:
             if error.reason is not Reason.UNKNOWN_ROUTE:
                 raise
         except Unexpected as error:
-            if error.status is None or error.status >= 500:
-                raise
+            if error.status is None or not 400 <= error.status < 500:
+                raise  # a broken answer is an answer: the route is there, and in trouble
         return None
 
     async def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> wire.Json:
@@ -188,11 +200,10 @@ class Client:
         except httpx.ConnectError as error:
             raise self._unreachable(error) from error
         except (httpx.NetworkError, httpx.RemoteProtocolError) as error:
-            raise Cut(
-                f"{self.url} broke off {what}: {wire.clean(str(error)) or type(error).__name__}"
-            ) from error
+            raise Cut(f"{self.url} broke off {what}: {_words(error)}") from error
         except httpx.HTTPError as error:
-            raise Unexpected(f"{what} failed: {wire.clean(str(error)) or type(error).__name__}") from error
+            # Neither its words nor it as a cause: h11 quotes a header that cannot be sent, token included.
+            raise Unexpected(f"{what} could not be sent ({type(error).__name__})") from None
         return self._answer(status, bytes(content), what)
 
     def _answer(self, status: int, content: bytes, what: str) -> wire.Json:
@@ -202,6 +213,8 @@ class Client:
             raise Unexpected(f"{error}, with status {status}", status=status) from None
         refused = wire.refusal(status, answer)
         if refused:
+            if refused.reason is Reason.UNAUTHORIZED:
+                raise Unauthorized(self._unauthorized())
             if self._token and self._token in str(refused):
                 raise Refused(f"HTTP {status}", reason=refused.reason, status=status)
             raise refused

@@ -1,0 +1,345 @@
+"""The admin address: status, metrics, probes, and the few changes that people make.
+
+Reads nothing but what it is handed and decides nothing. Requests come from scrapers, scripts and browsers; a
+page that a browser has open must not reach us from elsewhere. So everything but metrics and probes asks who
+the `Host` is (a rebound name reads as well as it writes), and changes refuse what a browser marks as foreign.
+"""
+
+import asyncio
+import hmac
+import ipaddress
+import json
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any, Protocol
+from urllib.parse import unquote
+
+from aiohttp import HttpVersion10, HttpVersion11, web
+
+from keepalive.facts import Fact, ModelId, fold_key
+from keepalive.lifecycle import Model, Upstream
+
+# Idle connections are closed, and a head that dribbles in is given up, after this many seconds.
+IDLE_TIMEOUT = 75.0
+SUBSCRIBERS_MAX = 256
+# Changes come in bursts; nobody reads faster than this.
+PUSH_INTERVAL = 0.25
+PUSH_HEARTBEAT = 15.0
+SLOW_READER = 10.0
+# What was asked for is said back, but no longer than this.
+QUOTED_MAX = 100
+
+# On every answer of ours, errors included.
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+    "Server": "keepalive",
+}
+
+OPEN_TO_ANY_HOST = frozenset({"/metrics", "/livez", "/readyz"})
+OPEN_WITHOUT_KEY = frozenset({"/livez", "/readyz"})
+
+
+class Daemon(Protocol):
+    """What the admin address shows and asks for."""
+
+    def status(self) -> Mapping[str, Any]: ...
+    def metrics(self, accept: str) -> tuple[bytes, str]: ...
+    def alive(self) -> str | None:
+        """None, or why not."""
+        ...
+
+    def warm(self, model: ModelId) -> None: ...
+    def release(self, model: ModelId) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who may ask: names in `Host` beside IP literals and localhost, and keys (name to secret), if any."""
+
+    hosts: Collection[str] = ()
+    keys: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+class _Refusal(Exception):
+    def __init__(self, status: HTTPStatus, message: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = headers or {}
+
+
+class Feed:
+    """The status as it changes, rendered once for all who watch. An observer of the keeper."""
+
+    def __init__(self, status: Callable[[], Mapping[str, Any]]) -> None:
+        self._status = status
+        self._changed = asyncio.Event()
+        self._pushed = asyncio.Condition()
+        self._text = b""
+        self.number = 0
+        self.watching = 0
+
+    def observe(self, fact: Fact, before: Model | Upstream, after: Model | Upstream) -> None:
+        self.changed()
+
+    def changed(self) -> None:
+        if self.watching:
+            self._changed.set()
+
+    async def run(self) -> None:
+        while True:
+            await self._changed.wait()
+            await self.push()
+            await asyncio.sleep(PUSH_INTERVAL)
+
+    async def push(self) -> None:
+        self._changed.clear()
+        self._text = _event(self._status())
+        async with self._pushed:
+            self.number += 1
+            self._pushed.notify_all()
+
+    async def next(self, seen: int) -> tuple[int, bytes]:
+        """The newest event that is not number `seen`; a comment when nothing changes for a while."""
+        try:
+            async with asyncio.timeout(PUSH_HEARTBEAT), self._pushed:
+                await self._pushed.wait_for(lambda: self.number != seen)
+        except TimeoutError:
+            return seen, b": still here\n\n"
+        return self.number, self._text
+
+
+class Admin:
+    """Answers requests; `handle` is for aiohttp's low-level server."""
+
+    def __init__(self, daemon: Daemon, feed: Feed, access: Access) -> None:
+        self._daemon = daemon
+        self._feed = feed
+        self.access = access
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        try:
+            return await self._answer(request)
+        except _Refusal as refusal:
+            return _json({"error": str(refusal)}, refusal.status, refusal.headers)
+
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        if request.version not in (HttpVersion10, HttpVersion11):
+            raise _Refusal(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "this address speaks HTTP/1.1")
+        path = request.raw_path.partition("?")[0]
+        if not path.startswith("/"):
+            raise _Refusal(HTTPStatus.BAD_REQUEST, "ask for a path, such as /api/status")
+        self._check_host(request, path)
+        self._check_key(request, path)
+        get = self._GET.get(path)
+        if get is not None:
+            if request.method not in ("GET", "HEAD"):
+                raise _Refusal(
+                    HTTPStatus.METHOD_NOT_ALLOWED, f"{path} is read with GET", {"Allow": "GET, HEAD"}
+                )
+            return await get(self, request)
+        if path.startswith("/api/models/"):
+            return self._change(request, path.removeprefix("/api/models/"))
+        raise _Refusal(HTTPStatus.NOT_FOUND, f"there is no {path[:QUOTED_MAX]} here")
+
+    async def _status(self, request: web.BaseRequest) -> web.StreamResponse:
+        return _json(self._daemon.status())
+
+    async def _metrics(self, request: web.BaseRequest) -> web.StreamResponse:
+        page, content_type = self._daemon.metrics(request.headers.get("Accept", ""))
+        return web.Response(body=page, headers={**HEADERS, "Content-Type": content_type})
+
+    async def _livez(self, request: web.BaseRequest) -> web.StreamResponse:
+        trouble = self._daemon.alive()
+        status = HTTPStatus.SERVICE_UNAVAILABLE if trouble else HTTPStatus.OK
+        return _json({"alive": not trouble, "reason": trouble}, status)
+
+    async def _readyz(self, request: web.BaseRequest) -> web.StreamResponse:
+        """200 when every wanted model is warm; with `?model=KEY` (repeatable), when these are."""
+        status = self._daemon.status()
+        models = status["models"]
+        asked = request.query.getall("model", [])
+        if asked:
+            unknown = [key for key in asked if not _named(models, key)]
+            if unknown:
+                raise _unknown_model(", ".join(unknown))
+            groups = [_named(models, key) for key in asked]
+        else:
+            groups = [[model] for model in models if model["wanted"]]
+        # A key that is kept on several upstreams is ready when one of them has it warm.
+        cold = [m for group in groups if not any(m["state"] == "warm" for m in group) for m in group]
+        draining = status.get("draining", False)
+        body = {
+            "ready": not cold and not draining,
+            "not_ready": [
+                {name: m[name] for name in ("key", "upstream", "state", "reason", "load")} for m in cold
+            ],
+            "reason": "the daemon is stopping" if draining else None,
+        }
+        return _json(body, HTTPStatus.OK if body["ready"] else HTTPStatus.SERVICE_UNAVAILABLE)
+
+    async def _events(self, request: web.BaseRequest) -> web.StreamResponse:
+        feed = self._feed
+        if feed.watching >= SUBSCRIBERS_MAX:
+            message = f"{SUBSCRIBERS_MAX} others watch already"
+            raise _Refusal(HTTPStatus.SERVICE_UNAVAILABLE, message, {"Retry-After": "10"})
+        response = web.StreamResponse(headers={**HEADERS, "Content-Type": "text/event-stream"})
+        if request.method == "HEAD":
+            return response
+        feed.watching += 1
+        try:
+            await response.prepare(request)
+            seen, event = feed.number, _event(self._daemon.status())
+            while True:
+                # Whoever does not take what is sent is let go: the next page load starts afresh.
+                async with asyncio.timeout(SLOW_READER):
+                    await response.write(event)
+                seen, event = await feed.next(seen)
+        except (TimeoutError, ConnectionError):
+            if request.transport is not None:
+                request.transport.abort()
+        finally:
+            feed.watching -= 1
+        return response
+
+    def _change(self, request: web.BaseRequest, rest: str) -> web.StreamResponse:
+        key, _, verb = rest.rpartition("/")
+        change = {"warm": self._daemon.warm, "release": self._daemon.release}.get(verb)
+        if change is None or not key:
+            raise _Refusal(HTTPStatus.NOT_FOUND, "POST to /api/models/KEY/warm or /api/models/KEY/release")
+        if request.method != "POST":
+            raise _Refusal(HTTPStatus.METHOD_NOT_ALLOWED, "a change is made with POST", {"Allow": "POST"})
+        self._check_origin(request)
+        key = unquote(key)
+        models = _named(self._daemon.status()["models"], key)
+        upstream = request.query.get("upstream")
+        models = [m for m in models if upstream in (None, m["upstream"])]
+        if not models:
+            raise _unknown_model(key)
+        for model in models:
+            change(ModelId(model["upstream"], model["key"]))
+        changed = [
+            m for m in _named(self._daemon.status()["models"], key) if upstream in (None, m["upstream"])
+        ]
+        # The model's status; kept on several upstreams, it has several.
+        return _json({**changed[0], "models": changed}, HTTPStatus.ACCEPTED)
+
+    def _check_host(self, request: web.BaseRequest, path: str) -> None:
+        host = request.headers.get("Host", "")
+        if path in OPEN_TO_ANY_HOST or is_known_host(host, self.access.hosts):
+            return
+        name = f"{_host_name(host)[:QUOTED_MAX]!r} is not a name of this daemon"
+        raise _Refusal(
+            HTTPStatus.FORBIDDEN, f"{name}; if it should be, add it to allowed_hosts under [server]"
+        )
+
+    def _check_key(self, request: web.BaseRequest, path: str) -> None:
+        keys = self.access.keys
+        if not keys or path in OPEN_WITHOUT_KEY:
+            return
+        scheme, _, sent = request.headers.get("Authorization", "").partition(" ")
+        given = sent.strip().encode(errors="surrogateescape") if scheme.lower() == "bearer" else b""
+        # Every key is compared, so that the time tells nothing of how many there are.
+        if not sum(hmac.compare_digest(given, secret.encode()) for secret in keys.values()):
+            raise _Refusal(
+                HTTPStatus.UNAUTHORIZED, "this address wants a key of [auth]", {"WWW-Authenticate": "Bearer"}
+            )
+
+    def _check_origin(self, request: web.BaseRequest) -> None:
+        origin = request.headers.get("Origin")
+        site = request.headers.get("Sec-Fetch-Site", "same-origin")
+        own = origin is None or origin.split("://", 1)[-1] == request.headers.get("Host")
+        if not own or site not in ("same-origin", "none"):
+            raise _Refusal(HTTPStatus.FORBIDDEN, "a page from elsewhere may not change anything here")
+
+    _GET: Mapping[str, Callable[["Admin", web.BaseRequest], Awaitable[web.StreamResponse]]] = {
+        "/api/status": _status,
+        "/api/events": _events,
+        "/metrics": _metrics,
+        "/livez": _livez,
+        "/readyz": _readyz,
+    }
+
+
+class _Connection(web.RequestHandler):
+    """aiohttp's, but for the page about a malformed request, which would quote it."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        super().handle_error(request, status, exc, "")  # logs it
+        response = _json({"error": HTTPStatus(status).phrase.lower()}, HTTPStatus(status))
+        response.force_close()
+        return response
+
+
+class _Server(web.Server):
+    def __call__(self) -> web.RequestHandler:
+        return _Connection(self, loop=self._loop, **self._kwargs)
+
+
+def server(admin: Admin) -> web.ServerRunner:
+    """aiohttp's low-level server: no router, whose own answers would bypass ours."""
+    return web.ServerRunner(
+        _Server(
+            admin.handle,
+            handler_cancellation=True,  # whoever leaves gives up the place among those who watch
+            keepalive_timeout=IDLE_TIMEOUT,
+            lingering_time=1.0,
+            max_line_size=65_536,
+            max_field_size=65_536,
+            access_log=None,
+        ),
+        shutdown_timeout=1.0,
+    )
+
+
+def _unknown_model(key: str) -> _Refusal:
+    return _Refusal(HTTPStatus.NOT_FOUND, f"no such model here: {key[:QUOTED_MAX]}")
+
+
+def _event(status: Mapping[str, Any]) -> bytes:
+    return b"data: " + json.dumps(status, separators=(",", ":")).encode() + b"\n\n"
+
+
+def is_known_host(host: str, names: Collection[str]) -> bool:
+    """Whether a `Host` header names this machine: an IP literal, localhost, or one of `names`."""
+    name = _host_name(host)
+    if name == "localhost" or name.endswith(".localhost") or name in {n.lower() for n in names}:
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _host_name(host: str) -> str:
+    name = host.strip().lower()
+    if name.startswith("["):
+        return name[1:].partition("]")[0]
+    return name.partition(":")[0].rstrip(".")
+
+
+def _named(models: Sequence[Mapping[str, Any]], key: str) -> list[Mapping[str, Any]]:
+    exact = [m for m in models if m["key"] == key]
+    return exact or [m for m in models if fold_key(m["key"]) == fold_key(key)]
+
+
+def _json(
+    body: Mapping[str, Any], status: HTTPStatus = HTTPStatus.OK, headers: Mapping[str, str] | None = None
+) -> web.Response:
+    text = json.dumps(body, indent=1) + "\n"
+    return web.Response(
+        text=text, status=status, content_type="application/json", headers={**HEADERS, **(headers or {})}
+    )

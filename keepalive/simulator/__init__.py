@@ -1,0 +1,2 @@
+"""A stand-in LM Studio: a program of its own that shares no code with the client of keepalive, so that a
+mistake made in one of them cannot hide in the other."""

@@ -1,0 +1,147 @@
+"""One request on its way through the simulator: where it waits, and what may wake or fail it there."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from keepalive.simulator.exchange import Request
+from keepalive.simulator.faults import Value
+from keepalive.simulator.models import Instance, Load
+
+if TYPE_CHECKING:
+    from keepalive.simulator.studio import Studio
+
+
+class Call:
+    """Every wait of a request goes through `until`, so an eviction, a crash or a restart reaches it
+    anywhere."""
+
+    def __init__(self, studio: "Studio", n: int, request: Request, route: str) -> None:
+        self.n = n
+        self.request = request
+        self.route = route
+        self.asked: str | None = None  # the model as the client wrote it
+        self.key: str | None = None  # the model it stands for, once that is known
+        self.phase = "waiting"
+        self.instance: Instance | None = None
+        self.granted = False
+        self.load: Load | None = None  # the one it asked for and waits for
+        self.prompt_ends: float | None = None
+        self.generating = False
+        self.tokens = 0
+        self.payload: dict[str, Any] = {}
+        self._studio = studio
+        self._hung = False
+        self._failure: Exception | None = None
+        self._wake: asyncio.Future[None] | None = None
+        self._faults: dict[str, Value] = {}
+
+    def fault(self, name: str) -> Value:
+        """A fault's value for this request: settled at the first look, so that a stream does not change its
+        mind."""
+        if name not in self._faults:
+            key = self.key or self.asked
+            self._faults[name] = self._studio.faults.take(name, key, self.route, self.request.path)
+        return self._faults[name]
+
+    def flag(self, name: str) -> bool:
+        return bool(self.fault(name))
+
+    def number(self, name: str) -> float:
+        return float(self.fault(name))
+
+    def word(self, name: str) -> str:
+        return str(self.fault(name))
+
+    def fail(self, failure: Exception) -> None:
+        if self._failure is None:
+            self._failure = failure
+        self.wake()
+
+    def wake(self) -> None:
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+    async def until(self, ready: Callable[[], bool], within: float | None = None) -> bool:
+        """Wait for a condition whose makers call `wake`; False when it did not come true `within` that many
+        seconds."""
+        rung = False
+
+        def ring() -> None:
+            nonlocal rung
+            rung = True
+            self.wake()
+
+        timer = None if within is None else self._studio.clock.call_later(within, ring)
+        try:
+            while True:
+                if self._failure is not None:
+                    raise self._failure
+                if not self._hung and ready():
+                    return True
+                if not self._hung and rung:
+                    return False
+                self._wake = asyncio.get_running_loop().create_future()
+                try:
+                    await self._wake
+                finally:
+                    self._wake = None
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    async def pause(self, seconds: float) -> None:
+        if seconds > 0:
+            await self.until(lambda: False, within=seconds)
+        else:
+            await asyncio.sleep(0)  # a long answer without pauses must not keep the loop to itself
+            await self.until(lambda: True)
+
+    async def hang(self) -> NoReturn:
+        """Never answer. Ends by cancellation or by a restart, as it would on a socket."""
+        self._hung = True
+        await self.until(lambda: False)
+        raise AssertionError("a request that hangs went on")
+
+    def leave_hanging(self) -> None:
+        self._hung = True
+
+
+class Body:
+    """A streamed body. It ends its call however it ends: read to the end, broken off, or closed before its
+    start (a plain async generator that was never started would not notice being closed)."""
+
+    def __init__(
+        self, studio: "Studio", call: Call, first: bytes | None, rest: AsyncGenerator[bytes]
+    ) -> None:
+        self._studio = studio
+        self._call = call
+        self._first = first
+        self._rest = rest
+        self._over = False
+
+    def __aiter__(self) -> "Body":
+        return self
+
+    async def __anext__(self) -> bytes:
+        if self._over:
+            raise StopAsyncIteration
+        if self._first is not None:
+            first, self._first = self._first, None
+            return first
+        try:
+            return await anext(self._rest)
+        except asyncio.CancelledError:
+            self._studio.client_gone(self._call)
+            self._over = True
+            raise
+        except BaseException as end:
+            self._over = True
+            self._studio.call_ended(self._call, end)
+            raise
+
+    async def aclose(self) -> None:
+        if not self._over:
+            self._over = True
+            self._studio.client_gone(self._call)
+            await self._rest.aclose()

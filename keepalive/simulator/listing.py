@@ -1,0 +1,153 @@
+"""What the listing routes show of the memory: `/api/v1/models`, `/api/v0/models` and `/v1/models`."""
+
+from typing import Any
+
+from keepalive.simulator.faults import Faults
+from keepalive.simulator.memory import Memory
+from keepalive.simulator.models import Instance, SimModel
+
+
+def load_config(model: SimModel, context_length: int, config: Any) -> dict[str, Any]:
+    if model.kind == "embedding":
+        return {"context_length": context_length}
+    base = {
+        "context_length": context_length,
+        "eval_batch_size": 512,
+        "flash_attention": True,
+        "offload_kv_cache_to_gpu": True,
+    }
+    return {**base, **config}
+
+
+def v1_models(memory: Memory, faults: Faults) -> dict[str, Any]:
+    return {"models": [_v1_row(model, memory, faults) for model in memory.models.values()]}
+
+
+def _v1_row(model: SimModel, memory: Memory, faults: Faults) -> dict[str, Any]:
+    parallel = int(faults.number("parallel", model.key))
+
+    def config(context_length: int, given: Any) -> dict[str, Any]:
+        shown = load_config(model, context_length, given)
+        return shown if model.kind == "embedding" else {**shown, "parallel": parallel}
+
+    instances = [
+        {"id": instance.id, "config": config(instance.context_length, instance.config)}
+        for instance in memory.copies(model)
+        if memory.listed(instance)
+    ]
+    if faults.flag("lists_while_loading", model.key):
+        instances += [
+            {"id": load.instance_id, "config": config(load.context_length, load.config)}
+            for load in memory.loads_of(model)
+        ]
+    row: dict[str, Any] = {
+        "type": model.kind,
+        "publisher": model.publisher,
+        "key": model.key,
+        "display_name": model.display_name,
+        "architecture": model.architecture,
+        "quantization": {"name": model.quantization, "bits_per_weight": 4},
+        "size_bytes": model.size_bytes,
+        "params_string": model.params,
+        "loaded_instances": instances,
+        "max_context_length": model.max_context_length,
+        "format": "gguf",
+    }
+    if model.kind == "embedding":
+        del row["architecture"]
+        return row
+    capabilities: dict[str, Any] = {"vision": model.vision, "trained_for_tool_use": True}
+    if model.reasoning:
+        capabilities["reasoning"] = {
+            "allowed_options": list(model.reasoning),
+            "default": model.reasoning[-1],
+        }
+    return {
+        **row,
+        "capabilities": capabilities,
+        "description": None,
+        "variants": [model.variant],
+        "selected_variant": model.variant,
+    }
+
+
+def v0_models(memory: Memory, faults: Faults) -> dict[str, Any]:
+    rows = [row for model in memory.models.values() for row in v0_rows(model, memory, faults)]
+    if not faults.flag("jit") and faults.flag("v0_lists_loaded_only"):
+        rows = [row for row in rows if row["state"] != "not-loaded"]
+    return {"object": "list", "data": rows}
+
+
+def v0_rows(model: SimModel, memory: Memory, faults: Faults) -> list[dict[str, Any]]:
+    """The bare key first, whatever its state; further copies and custom identifiers are entries of their
+    own."""
+    listed = {instance.id: instance for instance in memory.copies(model) if memory.listed(instance)}
+    loading = [load.instance_id for load in memory.loads_of(model)]
+    if not faults.flag("v0_shows_loading", model.key):
+        loading = []
+    ids = dict.fromkeys([model.key, *listed, *loading])
+    return [_v0_row(model, ident, listed.get(ident), ident in loading) for ident in ids]
+
+
+def _v0_row(model: SimModel, ident: str, instance: Instance | None, loading: bool) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "id": ident,
+        "object": "model",
+        "type": "embeddings" if model.kind == "embedding" else "vlm" if model.vision else "llm",
+        "publisher": model.publisher,
+        "arch": model.architecture,
+        "compatibility_type": "gguf",
+        "quantization": model.quantization,
+        "state": "loaded" if instance else "loading" if loading else "not-loaded",
+        "max_context_length": model.max_context_length,
+    }
+    if instance:
+        row["loaded_context_length"] = instance.context_length
+    if model.kind == "llm":
+        row["capabilities"] = ["tool_use"]
+    return row
+
+
+def openai_models(memory: Memory, jit: bool) -> dict[str, Any]:
+    """With JIT on, every model on disk: no proof of anything being loaded. With JIT off, what is loaded."""
+    loaded = [instance for instance in memory.instances.values() if memory.listed(instance)]
+    on_disk = memory.models if jit else {}
+    ids = {**on_disk, **{instance.id: instance.model for instance in loaded}}
+    rows = [{"id": ident, "object": "model", "owned_by": model.publisher} for ident, model in ids.items()]
+    return {"object": "list", "data": rows}
+
+
+def sdk_loaded(memory: Memory, kind: str, now_ms: int) -> list[dict[str, Any]]:
+    """What `lms ps --json` and the SDK see, timers and work included."""
+    return [
+        sdk_row(memory, instance, now_ms)
+        for instance in memory.instances.values()
+        if instance.model.kind == kind
+    ]
+
+
+def sdk_row(memory: Memory, instance: Instance, now_ms: int) -> dict[str, Any]:
+    model = instance.model
+    used = None if instance.last_used is None else now_ms - round(1000 * instance.idle_seconds(memory.now()))
+    return {
+        "type": model.kind,
+        "modelKey": model.key,
+        "format": "gguf",
+        "displayName": model.display_name,
+        "publisher": model.publisher,
+        "path": f"{model.publisher}/{model.key}.gguf",
+        "sizeBytes": model.size_bytes,
+        "indexedModelIdentifier": f"{model.publisher}/{model.key}.gguf",
+        "deviceIdentifier": None,
+        "paramsString": model.params,
+        "architecture": model.architecture,
+        "quantization": {"name": model.quantization, "bits": 4},
+        "identifier": instance.id,
+        "instanceReference": f"ref-{instance.id}",
+        "ttlMs": None if instance.ttl_seconds is None else round(1000 * instance.ttl_seconds),
+        "lastUsedTime": used,
+        "vision": model.vision,
+        "trainedForToolUse": model.kind == "llm",
+        "maxContextLength": model.max_context_length,
+        "contextLength": instance.context_length,
+    }

@@ -1,0 +1,172 @@
+"""Models on the simulated disk, their copies in memory, and loads under way."""
+
+import re
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from keepalive.simulator.clock import Timer
+
+if TYPE_CHECKING:
+    from keepalive.simulator.call import Call
+
+ModelKind = Literal["llm", "embedding"]
+Owner = Literal["rest", "jit", "by hand"]
+
+
+@dataclass(frozen=True, slots=True)
+class SimModel:
+    key: str
+    kind: ModelKind = "llm"
+    size_bytes: int = 2_500_000_000
+    load_seconds: float = 3.0
+    max_context_length: int = 32_768
+    default_context_length: int = 4_096
+    architecture: str = "llama"
+    params: str | None = None
+    quantization: str = "Q4_K_M"
+    vision: bool = False
+    reasoning: tuple[str, ...] = ()  # allowed settings; with any, answers begin with reasoning
+
+    @property
+    def usual_context_length(self) -> int:
+        return min(self.default_context_length, self.max_context_length)
+
+    @property
+    def publisher(self) -> str:
+        return self.key.split("/")[0] if "/" in self.key else "local"
+
+    @property
+    def display_name(self) -> str:
+        return self.key.rsplit("/", 1)[-1].replace("-", " ").title()
+
+    @property
+    def variant(self) -> str:
+        return f"{self.key}@{self.quantization.lower()}"
+
+
+DEFAULT_MODELS = (
+    SimModel(
+        "medicine-llm",
+        size_bytes=8_540_000_000,
+        load_seconds=12.0,
+        max_context_length=32_768,
+        default_context_length=8_192,
+        params="13B",
+    ),
+    SimModel(
+        "qwen/qwen3-1.7b",
+        size_bytes=1_280_000_000,
+        load_seconds=3.0,
+        max_context_length=40_960,
+        architecture="qwen3",
+        params="1.7B",
+    ),
+    SimModel(
+        "text-embedding-nomic-embed-text-v1.5",
+        kind="embedding",
+        size_bytes=84_106_624,
+        load_seconds=1.0,
+        max_context_length=2_048,
+        default_context_length=2_048,
+        architecture="nomic-bert",
+    ),
+)
+
+
+@dataclass(slots=True, eq=False)
+class Instance:
+    """One copy in memory. `ttl_seconds` None never expires: only loads on demand carry an idle timer."""
+
+    id: str
+    model: SimModel
+    owner: Owner
+    context_length: int
+    config: Mapping[str, object]
+    ttl_seconds: float | None
+    loaded_at: float
+    listed_at: float
+    load_seconds: float
+    last_used: float | None = None
+    crashed: bool = False
+    working: "dict[int, Call]" = field(default_factory=dict)
+    queue: "deque[Call]" = field(default_factory=deque)
+    expiry: Timer | None = None
+
+    def idle_seconds(self, now: float) -> float:
+        if self.working or self.queue:
+            return 0.0
+        return max(0.0, now - (self.loaded_at if self.last_used is None else self.last_used))
+
+
+@dataclass(slots=True, eq=False)
+class Load:
+    """A load under way. `instance` is set when it ended well, `failure` when it did not."""
+
+    instance_id: str
+    model: SimModel
+    owner: Owner
+    context_length: int
+    config: Mapping[str, object]
+    ttl_seconds: float | None
+    seconds: float
+    result: str
+    reason: str
+    lag_seconds: float
+    asked_at: float
+    started_at: float | None = None  # None while it waits for another model's load
+    instance: Instance | None = None
+    failure: str | None = None
+    refused: bool = False  # by the guardrails, at once
+    waiters: "list[Call]" = field(default_factory=list)
+    timer: Timer | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.instance is not None or self.failure is not None
+
+    def progress(self, now: float) -> float:
+        if self.instance is not None:
+            return 1.0
+        if self.started_at is None or self.result == "stuck":
+            return 0.0
+        return min(0.99, (now - self.started_at) / self.seconds) if self.seconds > 0 else 0.99
+
+
+_SECONDS = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m)?")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)(B|KB|MB|GB|TB)", re.IGNORECASE)
+_SIZE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def parse_model(text: str) -> SimModel:
+    """`KEY[:load time[:size]]`, as in `medicine-llm:12s:8GB`. A key with "embed" in it is an embedding
+    model."""
+    key, _, rest = text.strip().partition(":")
+    seconds, _, size = rest.partition(":")
+    if not key:
+        raise ValueError(f'model "{text}" has no key; write KEY[:seconds[:size]], as in medicine-llm:12s:8GB')
+    embedding = "embed" in key.lower()
+    return SimModel(
+        key,
+        kind="embedding" if embedding else "llm",
+        size_bytes=_parse_size(text, size) if size else 84_000_000 if embedding else 2_500_000_000,
+        load_seconds=_parse_seconds(text, seconds) if seconds else 1.0 if embedding else 3.0,
+        max_context_length=2_048 if embedding else 32_768,
+        default_context_length=2_048 if embedding else 4_096,
+        architecture="nomic-bert" if embedding else "llama",
+    )
+
+
+def _parse_seconds(text: str, seconds: str) -> float:
+    match = _SECONDS.fullmatch(seconds)
+    if match is None:
+        raise ValueError(f'model "{text}": "{seconds}" is no load time; write 12, 12s, 500ms or 2m')
+    return float(match[1]) * {"ms": 0.001, "s": 1.0, "m": 60.0}[match[2] or "s"]
+
+
+def _parse_size(text: str, size: str) -> int:
+    match = _SIZE.fullmatch(size)
+    if match is None:
+        raise ValueError(f'model "{text}": "{size}" is no size; write 4GB or 400MB')
+    return round(float(match[1]) * _SIZE_UNITS[match[2].upper()])

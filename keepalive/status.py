@@ -1,0 +1,104 @@
+"""What is known, as the JSON that `/api/status` promises.
+
+Pure: records in, plain values out. Times inside are of the keeper's clock; outside they are UTC.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from keepalive import __version__
+from keepalive.keeper import Snapshot
+from keepalive.lifecycle import Model, State, Upstream, eta, explain
+
+Json = dict[str, Any]
+
+
+def is_ready(models: Sequence[Model]) -> bool:
+    return all(model.state is State.WARM for model in models if model.wanted)
+
+
+def document(
+    snapshot: Snapshot, wall: float, started: float, urls: Mapping[str, str], mistakes: Sequence[str] = ()
+) -> Json:
+    """`wall` is now and `started` the daemon's birth, in Unix seconds; `mistakes` of a rejected config."""
+    offset = wall - snapshot.now
+    return {
+        "version": __version__,
+        "ready": is_ready(snapshot.models),
+        "started_at": utc(started),
+        "config": {"ok": not mistakes, "mistakes": list(mistakes)},
+        "upstreams": [
+            {
+                "name": upstream.name,
+                "url": urls.get(upstream.name),
+                "state": upstream.state.value,
+                "tier": upstream.tier.value if upstream.tier else None,
+                "since": utc(upstream.since + offset),
+                "error": upstream.error,
+            }
+            for upstream in snapshot.upstreams
+        ],
+        "models": [
+            model_document(upstream, siblings, model, snapshot.now, offset)
+            for upstream in snapshot.upstreams
+            for siblings in [snapshot.of(upstream.name)]
+            for model in siblings
+        ],
+    }
+
+
+def model_document(
+    upstream: Upstream, siblings: Sequence[Model], model: Model, now: float, offset: float
+) -> Json:
+    """One model. `offset` turns the keeper's clock into Unix seconds."""
+
+    def at(moment: float | None) -> str | None:
+        return None if moment is None or math.isinf(moment) else utc(moment + offset)
+
+    since, left = model.loading_since, eta(model, siblings, now)
+    last = model.last_ping
+    return {
+        "key": model.id.key,
+        "upstream": model.id.upstream,
+        "state": model.state.value,
+        "since": at(model.since),
+        "wanted": model.wanted,
+        "listed": model.listed,
+        "busy": model.busy,
+        "in_flight": model.in_flight,
+        "waiting": model.waiting,
+        "instance_id": model.instance_id,
+        "instances": len(model.instances),
+        "ours": model.instance_id in model.ours,
+        "context_length": model.instances[0].context_length if model.instances else None,
+        "load": None
+        if since is None
+        else {
+            "elapsed_seconds": round(max(0.0, now - since), 3),
+            "eta_seconds": None if left is None else round(left, 3),
+            "attempt": model.failures + 1,
+        },
+        "last_load_seconds": model.recent_loads[-1] if model.recent_loads else None,
+        "loads": model.loads,
+        "evictions": model.evictions,
+        "last_ping": None
+        if last is None
+        else {"at": at(last.at), "outcome": last.outcome.value, "seconds": round(last.seconds, 3)},
+        "next_ping_at": at(_next_ping(model, now)),
+        "retry_at": at(model.retry_at),
+        "reason": explain(upstream, siblings, model, now),
+    }
+
+
+def _next_ping(model: Model, now: float) -> float | None:
+    if model.ping_at is None or not model.needed or not (model.instances or model.blind):
+        return None
+    return max(model.ping_at, now)
+
+
+def utc(moment: float) -> str:
+    """A time in Unix seconds as people and programs both read it."""
+    text = datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds")
+    return text.replace("+00:00", "Z")
