@@ -928,7 +928,7 @@ values = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.tuples(settings_of_everything, values), min_size=1, max_size=3),
     st.sampled_from([MODEL, EVERYTHING]),
@@ -942,7 +942,7 @@ def test_any_setting_with_any_value_is_a_config_or_a_report(
     told(text)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.integers(0, len(EVERYTHING)),
     st.integers(0, 40),
@@ -964,7 +964,7 @@ variables = st.sampled_from(
 ) | st.from_regex(r"KEEPALIVE_(SERVER|MODELS|AUTH|X)?(__(0|2|KEY|LISTEN|CLIENT_KEYS|)){0,4}", fullmatch=True)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.dictionaries(variables, st.text(max_size=12) | st.sampled_from(["1", "true", "[]", "[[1]]", "{}"])))
 def test_any_environment_is_a_config_or_a_report(environ: dict[str, str]) -> None:
     told(EVERYTHING, environ)
