@@ -458,7 +458,7 @@ def test_an_upstream_that_cannot_be_reached_that_way(url: str, message: str) -> 
         ("[[server]]\n" + MODEL, ["1: server: a list is no table; write [server] and the keys below it"]),
         (
             'listen = ":80"\n' + MODEL,
-            ["1: listen: stands above every table; write it below [server]"],
+            ["1: listen: is unknown here; write it below [server]"],
         ),
         (
             f"{MODEL}[[models]]\nkey = 'GEMMA'",

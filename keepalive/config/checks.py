@@ -111,10 +111,11 @@ class Checks:
         keys = [model.key for number, model in models if ("models", number, "key") not in self.wrong]
         for number, prompt in enumerate(self.config.prompts):
             key = ("prompts", number, "model")
+            if prompt.model in keys or key in self.wrong:
+                continue
             near, value = nearest(prompt.model, keys), shown(prompt.model)
             # A model whose key is wrong may be the one that is meant.
-            known = near or (keys and len(keys) == len(self.config.models))
-            if known and prompt.model not in keys and key not in self.wrong:
+            if near or (keys and len(keys) == len(self.config.models)):
                 advice = f"write {shown(near)}" if near else f"add [[models]] with key = {value}"
                 yield key, f"{value} is no configured model; {advice}"
 

@@ -236,7 +236,7 @@ def _explained(detail: ErrorDetails) -> str:
     example = json.dumps(_example(kind.model_fields.get(name)), ensure_ascii=False)
     match detail["type"]:
         case "extra_forbidden":
-            return _unknown_section(name, detail["input"]) if kind is Config else _unknown_key(kind, name)
+            return _unknown(kind, name, detail["input"])
         case "missing":
             return f"is missing; write {name} = {example}"
         case "value_error":
@@ -281,23 +281,17 @@ def _example(info: FieldInfo | None) -> Any:
 _ALSO_CALLED = {"base_url": "url", "host": "url", "id": "key", "model": "key", "name": "key", "ttl": "lease"}
 
 
-def _unknown_key(kind: type[Table], name: str) -> str:
-    if _ALSO_CALLED.get(name) in kind.model_fields:
-        return f"is unknown; write {_ALSO_CALLED[name]}"
+def _unknown(kind: type[Table], name: str, value: object) -> str:
+    known = {field: field for field in kind.model_fields}
+    if kind is Config:
+        known = {header.strip("[]"): header for header in SECTIONS if "." not in header}
     elsewhere = [header for header, other in SECTIONS.items() if name in other.model_fields]
-    if elsewhere:
-        return f"is unknown here; write it below {' or '.join(elsewhere)}"
-    near = nearest(name, kind.model_fields)
-    return f"is unknown; write {near or 'one of ' + ', '.join(kind.model_fields)}"
-
-
-def _unknown_section(name: str, value: object) -> str:
-    headers = {header.strip("[]"): header for header in SECTIONS if "." not in header}
-    elsewhere = [header for header, kind in SECTIONS.items() if name in kind.model_fields]
+    if _ALSO_CALLED.get(name) in known:
+        return f"is unknown; write {_ALSO_CALLED[name]}"
     if elsewhere and not isinstance(value, dict | list):
-        return f"stands above every table; write it below {' or '.join(elsewhere)}"
-    near = nearest(name, headers)
-    return f"is unknown; write {headers[near] if near else 'one of ' + ', '.join(headers.values())}"
+        return f"is unknown here; write it below {' or '.join(elsewhere)}"
+    near = nearest(name, known)
+    return f"is unknown; write {known[near] if near else 'one of ' + ', '.join(known.values())}"
 
 
 def _nothing_to_keep(source: str) -> str:
