@@ -504,7 +504,7 @@ def test_an_upstream_that_cannot_be_reached_that_way(url: str, message: str) -> 
         ),
         (
             MODEL + "[auth]\nadmin_keys = {name='a', env='A'}",
-            ["4: auth.admin_keys: a table is no list; write [[auth.admin_keys]] above each table"],
+            ["4: auth.admin_keys: this is no list; write [[auth.admin_keys]] above each table"],
         ),
         (
             "[defaults]\nping_interval = '2d'\n" + MODEL,
@@ -884,6 +884,10 @@ def test_a_secret_that_looks_like_one_is_not_repeated(text: str) -> None:
             '[auth]\nadmin_keys = [{ name = "a", credential = "hunter2!" }]\n',
             "2: auth.admin_keys[0].credential: is not the name of a credential; write one such "
             'as "ward-3", never the secret itself',
+        ),
+        (
+            '[auth]\nadmin_keys = ["hunter2"]\n',
+            "2: auth.admin_keys[0]: this is no table; write [[auth.admin_keys]] and the keys below it",
         ),
         (
             '[auth]\nadmin_keys = [{ name = "a", value = "hunter2" }]\n',

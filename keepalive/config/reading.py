@@ -231,7 +231,9 @@ def _from_variable(text: str) -> object:
 
 def _explained(detail: ErrorDetails) -> str:
     """In our words what pydantic found."""
-    key, context, value = detail["loc"], detail.get("ctx", {}), shown(detail["input"])
+    key, context = detail["loc"], detail.get("ctx", {})
+    # Who writes a key of [auth] in the wrong way writes the secret itself.
+    value = "this" if key[0] == "auth" else shown(detail["input"])
     kind, name, header = _table_at(key[:-1]), str(key[-1]), _header(key)
     example = json.dumps(_example(kind.model_fields.get(name)), ensure_ascii=False)
     match detail["type"]:
