@@ -270,7 +270,7 @@ class Upstream:
     asked: float = -inf
     answered_at: float = -inf
     due_at: float = -inf
-    resident: frozenset[str] = frozenset()  # folded keys of what is loaded, managed or not
+    resident: frozenset[str] = frozenset()  # folded keys of what is loaded or being loaded, managed or not
     evicts: bool | None = None  # as seen, where it is not configured
     on_trial: frozenset[str] = frozenset()  # resident before our load on demand: do they survive it?
     trial_over_at: float | None = None  # when that load ended; a listing asked later is the verdict
@@ -681,7 +681,7 @@ def apply_upstream(upstream: Upstream, fact: Fact) -> Upstream:
 def _upstream_listed(upstream: Upstream, fact: Listed) -> Upstream:
     if fact.asked <= upstream.asked:
         return replace(upstream, listing=False)
-    resident = frozenset(fold_key(e.key) for e in fact.entries.values() if e.instances)
+    resident = frozenset(fold_key(e.key) for e in fact.entries.values() if e.instances or e.loading)
     evicts, trial = upstream.evicts, upstream.on_trial
     if trial and upstream.trial_over_at is not None and fact.asked > upstream.trial_over_at:
         # We loaded one on demand beside others: either they are still there, or it pushed them out.
@@ -817,9 +817,10 @@ def _loads(upstream: Upstream, models: Sequence[Model], now: float) -> list[tupl
     ready = [m for m in models if _is_loadable(m, now) and blocked_by(upstream, models, m) is None]
     # Somebody waits for the first of these; then the order of the config.
     ready.sort(key=lambda m: (m.waiting == 0, m.rank))
-    if upstream.tier is Tier.V0:
-        slots = min(slots, 1)  # each load on demand may push out the one before: see what it does
-    return [(m, Load(m.id)) for m in ready[:slots]]
+    if upstream.tier is Tier.V0 and upstream.displaces is not False:
+        # Each load on demand may push out the one before: see what it does.
+        slots = min(slots, 1 - sum(map(_is_loading, models)))
+    return [(m, Load(m.id)) for m in ready[: max(slots, 0)]]
 
 
 def _is_loadable(model: Model, now: float) -> bool:
@@ -842,7 +843,11 @@ def blocked_by(upstream: Upstream, models: Sequence[Model], model: Model) -> str
     """
     if upstream.tier is not Tier.V0 or upstream.displaces is False:
         return None
-    ours = {fold_key(m.id.key) for m in models if m.ours}
+    ours = {
+        fold_key(m.id.key)
+        for m in models
+        if (m.ours or _is_loading(m)) and all(i.id in m.ours for i in m.instances)
+    }
     foreign = sorted(upstream.resident - ours - {fold_key(model.id.key)})
     if foreign:
         return f"loading it on LM Studio 0.3.x could push out {foreign[0]}, which we did not load"

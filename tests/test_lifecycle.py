@@ -1060,7 +1060,20 @@ def test_an_instance_that_we_did_not_load_is_never_displaced():
     assert explain(state.upstream, list(state.models.values()), state[GEMMA], 1.1) == (
         "loading it on LM Studio 0.3.x could push out llama, which we did not load"
     )
-    assert old(listed(1, *rows, tier=OLD), auto_evict=False).plan(1.1) == [Load(GEMMA)]
+    assert old(listed(1, *rows, tier=OLD), auto_evict=False).plan(1.1) == [Load(GEMMA), Load(QWEN)]
+
+
+def test_what_somebody_else_is_loading_is_not_displaced_either():
+    rows = entry("gemma", loading=False), entry("qwen", loading=False), entry("llama", loading=True)
+
+    assert old(listed(1, *rows, tier=OLD)).plan(1.1) == []
+
+
+def test_an_old_server_is_given_no_second_load_while_one_is_under_way():
+    state = old(nothing(1)).see(LoadStarted(1.1, GEMMA))
+    state.see(listed(2, entry("gemma", loading=True), entry("qwen", loading=False), tier=OLD))
+
+    assert state.plan(2.1) == []
 
 
 def test_an_old_server_is_never_asked_to_unload():
