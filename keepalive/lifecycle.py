@@ -270,7 +270,8 @@ class Upstream:
     asked: float = -inf
     answered_at: float = -inf
     due_at: float = -inf
-    resident: frozenset[str] = frozenset()  # folded keys of what is loaded or being loaded, managed or not
+    resident: frozenset[str] = frozenset()  # folded keys of what is loaded, managed or not
+    arriving: frozenset[str] = frozenset()  # and of what is being loaded
     evicts: bool | None = None  # as seen, where it is not configured
     on_trial: frozenset[str] = frozenset()  # resident before our load on demand: do they survive it?
     trial_over_at: float | None = None  # when that load ended; a listing asked later is the verdict
@@ -681,7 +682,8 @@ def apply_upstream(upstream: Upstream, fact: Fact) -> Upstream:
 def _upstream_listed(upstream: Upstream, fact: Listed) -> Upstream:
     if fact.asked <= upstream.asked:
         return replace(upstream, listing=False)
-    resident = frozenset(fold_key(e.key) for e in fact.entries.values() if e.instances or e.loading)
+    resident = frozenset(fold_key(e.key) for e in fact.entries.values() if e.instances)
+    arriving = frozenset(fold_key(e.key) for e in fact.entries.values() if e.loading)
     evicts, trial = upstream.evicts, upstream.on_trial
     if trial and upstream.trial_over_at is not None and fact.asked > upstream.trial_over_at:
         # We loaded one on demand beside others: either they are still there, or it pushed them out.
@@ -698,6 +700,7 @@ def _upstream_listed(upstream: Upstream, fact: Listed) -> Upstream:
         answered_at=fact.at,
         due_at=fact.at + upstream.refresh_interval,
         resident=resident,
+        arriving=arriving,
         evicts=evicts if fact.tier is Tier.V0 else None,
         on_trial=trial,
     )
@@ -848,7 +851,7 @@ def blocked_by(upstream: Upstream, models: Sequence[Model], model: Model) -> str
         for m in models
         if (m.ours or _is_loading(m)) and all(i.id in m.ours for i in m.instances)
     }
-    foreign = sorted(upstream.resident - ours - {fold_key(model.id.key)})
+    foreign = sorted((upstream.resident | upstream.arriving) - ours - {fold_key(model.id.key)})
     if foreign:
         return f"loading it on LM Studio 0.3.x could push out {foreign[0]}, which we did not load"
     if upstream.displaces is None:

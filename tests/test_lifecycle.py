@@ -1035,6 +1035,15 @@ def test_a_listing_during_the_load_is_no_verdict_on_who_survives_it():
     assert state.upstream.displaces is None
 
 
+def test_what_was_only_being_loaded_is_no_witness_of_what_survives():
+    state = old(
+        listed(1, entry("gemma", loading=True), entry("qwen", loading=False), tier=OLD), auto_evict=None
+    )
+    loaded_on_demand(state, QWEN, 2, "gemma", "qwen")
+
+    assert state.upstream.displaces is None
+
+
 def test_a_server_that_starts_to_evict_is_recognised_although_it_did_not_before():
     state = loaded_on_demand(old(nothing(1)), GEMMA, 2, "gemma")
     loaded_on_demand(state, QWEN, 9, "gemma", "qwen")
