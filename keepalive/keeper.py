@@ -434,11 +434,8 @@ class Keeper:
             outcome, message = LoadOutcome.UNKNOWN, str(error)
         except Unauthorized as error:
             outcome, message = LoadOutcome.REFUSED, str(error)
-        except Refused as error:
-            outcome, message = _load_outcome(error), str(error)
-        except Unexpected as error:
-            # Whatever garbled the answer need not have stopped the load.
-            outcome, message = LoadOutcome.UNKNOWN, str(error)
+        except (Refused, Unexpected) as error:
+            outcome, message = _load_outcome(error, tier), str(error)
         except UpstreamError as error:
             outcome, message = LoadOutcome.FAILED, str(error)
         now = self._clock()
@@ -523,9 +520,15 @@ def _forgotten(model: Model, now: float) -> Model:
     return apply(fresh, LoadRemembered(now, model.id, since, expected, tells_loading))
 
 
-def _load_outcome(error: Refused) -> LoadOutcome:
-    if error.reason is Reason.RESOURCES:
+def _load_outcome(error: Refused | Unexpected, tier: Tier) -> LoadOutcome:
+    if isinstance(error, Refused) and error.reason is Reason.RESOURCES:
         return LoadOutcome.REFUSED
+    if tier is Tier.OPENAI and error.status is not None and 400 <= error.status <= 500:
+        # There the load is part of the request, and a whole answer of the server's own ends both. (502 to 504
+        # may be a gateway's, and say nothing about what goes on behind it.)
+        return LoadOutcome.FAILED
+    if isinstance(error, Unexpected):
+        return LoadOutcome.UNKNOWN  # whatever garbled the answer need not have stopped the load
     if error.reason is Reason.OTHER and not 400 <= error.status < 500:
         return LoadOutcome.UNKNOWN  # an error that does not say that the load is over
     return LoadOutcome.FAILED

@@ -20,8 +20,6 @@ from keepalive import __version__, wire
 from keepalive.errors import Cut, Reason, Refused, TimedOut, Unauthorized, Unexpected, Unreachable
 from keepalive.facts import Entry, Tier
 
-# LM Studio closes idle sockets after 5 s; one that is reused just then is reset.
-IDLE_SOCKET = 4.0
 # A listing of a thousand models is about 1 MB. More than this is not a listing.
 ANSWER_MAX = 8 * 1024 * 1024
 
@@ -54,8 +52,14 @@ class Client:
         self._http = httpx.AsyncClient(
             base_url=url,
             # Bodies are counted as they come, so that a small one cannot unfold into a huge one.
-            headers={"user-agent": f"keepalive/{__version__}", "accept-encoding": "identity"},
-            limits=httpx.Limits(keepalive_expiry=IDLE_SOCKET),
+            headers={
+                "user-agent": f"keepalive/{__version__}",
+                "accept-encoding": "identity",
+                "connection": "close",
+            },
+            # A connection for each call. Servers close theirs unannounced, after an error or a stream, and a
+            # call on such a one is cut: a listing that fails, or a load of which nobody knows the end.
+            limits=httpx.Limits(max_keepalive_connections=0),
             trust_env=False,
             follow_redirects=False,
             transport=transport,

@@ -58,6 +58,8 @@ def refusal(status: int, answer: Json) -> Refused | None:
     error = answer.get("error") if isinstance(answer, Mapping) else None
     if not error and status < 400:
         return None
+    if not error and isinstance(answer, Mapping):
+        error = answer.get("detail")  # how servers built on FastAPI say it
     kind = code = ""
     if isinstance(error, Mapping):
         message, kind, code = (str(error.get(k) or "") for k in ("message", "type", "code"))

@@ -26,6 +26,7 @@ from keepalive.facts import Tier
 MISSING = why_not()
 # Three minutes for all; no single one takes half of that, but its server may meet a busy machine.
 pytestmark = [
+    pytest.mark.real_server,
     pytest.mark.timeout(180),
     pytest.mark.skipif(MISSING is not None, reason=MISSING or ""),
 ]
@@ -236,3 +237,26 @@ def test_our_ping_is_taken_and_its_answer_is_signed_in_a_way_that_we_know(
         # A `ttl`, which LM Studio takes, is refused here.
         path, body = wire.ping("llm", str(model), Tier.V0, lease=60.0)
         assert server.ask("POST", path, body)[0] == 422
+
+
+def test_a_model_that_cannot_be_loaded_is_tried_again_later_and_disturbs_no_other(
+    model: Path, keep: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    with started(server := RealServer(tmp_path / "server", idle_seconds=IDLE)):
+        nowhere = model.with_name("nowhere")
+
+        daemon = keep(server, nowhere, model)
+
+        good, bad = (f'model="{path}"' for path in (model, nowhere))
+        eventually(lambda: daemon.metric("keepalive_model_state", good, 'state="warm"') == 1)
+        # The server answers 500 with bare text at once, and closes the connection without a word.
+        failures = eventually(lambda: daemon.logged("model.load_failed")[1:])
+        assert failures[0]["outcome"] == "failed"
+        assert failures[0]["reason"].endswith("with status 500")
+        assert failures[0]["retry_in"] == 10.0
+        (status, _) = daemon.status()["models"]
+        assert (status["state"], status["loads"]) == ("backoff", 0)
+        assert daemon.metric("keepalive_model_loads_total", good, 'outcome="ok"') == 1
+        assert daemon.metric("keepalive_model_loads_total", bad, 'outcome="unknown"') == 0
+        # that closed connection was no outage
+        assert [record["state"] for record in daemon.logged("upstream.state")] == ["up"]
