@@ -464,6 +464,7 @@ class Life:
         self.world = world
         self.number = number
         self.dead = False
+        self.replayable = True  # until the config changes, which is no fact
         self.facts: list[tuple[Fact, ModelId | str]] = []
         self.start: dict[ModelId, Model] = {}
         self.last = 0.0
@@ -534,6 +535,8 @@ class Life:
 
     def replay(self) -> None:
         """I8: the records are a function of the facts."""
+        if not self.replayable:
+            return
         models = dict(self.start)
         for fact, model in self.facts:
             models[model] = apply(models[model], fact)
