@@ -135,19 +135,19 @@ def alike(read, data, pieces):
 
 
 @given(damaged(REQUESTS), st.data())
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=350, deadline=None)
 def test_a_damaged_request_means_the_same_in_any_segments(data, drawn):
     alike(read_request, data, drawn.draw(cuts(data)))
 
 
 @given(damaged(REPLIES), st.data())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 def test_a_damaged_answer_means_the_same_in_any_segments(data, drawn):
     alike(read_reply, data, drawn.draw(cuts(data)))
 
 
 @given(damaged(CHUNKS), st.data())
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=350, deadline=None)
 def test_damaged_chunks_mean_the_same_in_any_segments(data, drawn):
     alike(read_chunks, data, drawn.draw(cuts(data)))
 
@@ -171,7 +171,7 @@ class Theirs:
 
 
 @given(damaged(REQUESTS))
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=350, deadline=None)
 def test_what_is_accepted_is_passed_on_in_a_form_that_others_read_alike(data):
     got = read_request([data])
     if isinstance(got, bool) or isinstance(got[0], int):

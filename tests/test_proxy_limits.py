@@ -274,16 +274,18 @@ def test_m16_a_daemon_with_few_files_serves_whom_it_can_and_recovers(tmp_path, m
             assert daemon.model(key)["state"] == "warm"
             assert len(daemon.events()) - told <= 2
 
-        def answered():
-            with contextlib.suppress(OSError):
-                words = {"model": key, "stream": True, "messages": [{"role": "user", "content": "hi"}]}
-                return live.ask(f"{url}/v1/chat/completions", "POST", words)
-            return None
+        # All of them have left: now as many come with requests, and each gets its turn.
+        sim.faults(prompt_seconds=0.0, token_seconds=0.0, parallel=64)
+        body = json.dumps({"model": key, "stream": True, "max_tokens": 2, "messages": []}).encode()
+        request = post("/v1/chat/completions", body)
 
-        status, _, text = live.wait_until(answered, "it serves again")
+        async def all_at_once():
+            return await asyncio.gather(*(live.raw(url, request) for _ in range(300)))
 
-        assert status == 200
-        assert text.endswith("data: [DONE]\n\n")
+        answers = asyncio.run(all_at_once())
+
+        assert [answer[:13] for answer in answers] == [b"HTTP/1.1 200 "] * 300
+        assert all(b"data: [DONE]" in answer for answer in answers)
         assert sim.happened("load.started", key) == 1
         assert "Traceback" not in daemon.err.read_text()
 
