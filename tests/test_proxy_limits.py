@@ -10,6 +10,7 @@ import shutil
 import socket
 import struct
 import sys
+import time
 
 import pytest
 from fronted import DONE, SSE_HEAD, STOP, Keep, answer_ok, ask, chat, chunk, delta, fronted, get, post
@@ -248,11 +249,10 @@ def test_c5_five_hundred_who_drip_keep_nobody_waiting_and_are_cut_off():
     on_a_leaping_loop(story)
 
 
-@pytest.mark.parametrize("files", [128, 48])
-def test_m16_a_daemon_with_few_files_serves_whom_it_can_and_recovers(tmp_path, monkeypatch, files):
+def test_m16_a_daemon_with_few_files_serves_whom_it_can_and_recovers(tmp_path, monkeypatch):
     if sys.platform != "linux" or shutil.which("sh") is None:
         pytest.skip("there is no ulimit to lower")
-    key = "acme/x"
+    key, files = "acme/x", 64
     sim = live.SimulatorProcess(tmp_path, f"{key}:0s")
     few = ["sh", "-c", f'ulimit -n {files} && exec "$0" "$@"', *live.KEEPALIVE]
     monkeypatch.setattr(live, "KEEPALIVE", few)
@@ -287,6 +287,33 @@ def test_m16_a_daemon_with_few_files_serves_whom_it_can_and_recovers(tmp_path, m
         assert [answer[:13] for answer in answers] == [b"HTTP/1.1 200 "] * 300
         assert all(b"data: [DONE]" in answer for answer in answers)
         assert sim.happened("load.started", key) == 1
+        assert "Traceback" not in daemon.err.read_text()
+
+
+def test_m16_a_daemon_that_has_run_out_of_files_says_so_once_and_recovers(tmp_path, monkeypatch):
+    if sys.platform != "linux" or shutil.which("sh") is None:
+        pytest.skip("there is no ulimit to lower")
+    key, files = "acme/x", 27  # fewer than what it has open by itself and its smallest cap of callers
+    sim = live.SimulatorProcess(tmp_path, f"{key}:0s")
+    few = ["sh", "-c", f'ulimit -n {files} && exec "$0" "$@"', *live.KEEPALIVE]
+    monkeypatch.setattr(live, "KEEPALIVE", few)
+    with live.ending(sim), live.ending(daemon := live.DaemonProcess(tmp_path, live.settings(sim.url, key))):
+        daemon.reaches(key, "warm")
+        url = daemon.events("daemon.started")[0]["listen"]
+        port = int(url.rpartition(":")[2])
+        told = len(daemon.err.read_text().splitlines())
+        with contextlib.ExitStack() as callers:
+            for _ in range(100):
+                callers.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
+            live.wait_until(lambda: "http1.accept_failed" in daemon.err.read_text(), "there is no file left")
+            time.sleep(2.5)  # it tries again every second
+
+            assert len(daemon.err.read_text().splitlines()) - told <= 2
+
+        status, _, text = live.ask(f"{url}/v1/models")
+
+        assert (status, json.loads(text)["object"]) == (200, "list")
+        assert daemon.model(key)["state"] == "warm"
         assert "Traceback" not in daemon.err.read_text()
 
 
