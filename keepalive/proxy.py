@@ -530,7 +530,14 @@ class _Call:
             self.proxy.keeping.record(RequestStarted(self._sent_at, model))
         try:
             return await pool.send(
-                head.method, head.target, headers, body, more=more, framing=framing, upgrade=upgrade
+                head.method,
+                head.target,
+                headers,
+                body,
+                more=more,
+                framing=framing,
+                upgrade=upgrade,
+                once=self.route.changes,  # a load that is sent twice is a second copy in memory
             )
         except UpstreamError:
             self._told(answered=False)

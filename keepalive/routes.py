@@ -209,7 +209,7 @@ def _asked_by(body: object) -> Asked:
 
 
 def _conversation(model: str, body: dict[str, object]) -> bytes | None:
-    opening = [(name, _opening(body[name])) for name in _OPENING if body.get(name)]
+    opening = [(name, part) for name in _OPENING if (part := _opening(body.get(name)))]
     if not opening:
         return None
     # ASCII by default, so that no text, not even half a surrogate pair, can fail to be encoded.

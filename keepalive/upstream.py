@@ -1,13 +1,14 @@
 """The client of one LM Studio server: what it has, loading, unloading, pinging.
 
 The only importer of httpx, and of nothing that decides. Each call has a bound in seconds and either returns
-or raises one of `errors`. Nothing is retried here, no redirect followed, no environment read: a listing that
-failed is asked again by whoever plans, and a load must not be sent twice.
+or raises one of `errors`. Nothing is retried here, no redirect followed, no proxy taken from the environment: a
+listing that failed is asked again by whoever plans, and a load must not be sent twice.
 """
 
 import asyncio
 import re
 import socket
+import ssl
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -61,6 +62,8 @@ class Client:
             # call on such a one is cut: a listing that fails, or a load of which nobody knows the end.
             limits=httpx.Limits(max_keepalive_connections=0),
             trust_env=False,
+            # Not httpx's own list of issuers: what the proxy trusts, the listings have to trust too.
+            verify=ssl.create_default_context(),
             follow_redirects=False,
             transport=transport,
         )

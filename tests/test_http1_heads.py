@@ -267,6 +267,8 @@ def unchunk_at_every_split(data):
         (b"003\r\nabc\r\n0\r\n\r\n", (b"abc", True, False)),
         (b"3\r\nabc\r\n0\r\n\r\nGET / HTTP/1.1\r\n\r\n", (b"abc", True, True)),
         (b"3\r\nabc\r\n0\r\n\r\nx", (b"abc", True, True)),
+        (b"3\r\nabc\r\n0\r\n\r\n\r\n", (b"abc", True, True)),
+        (b"3\r\nabc\r\n0\r\nX:\r\n\r\n\n", (b"abc", True, True)),
         (b"3\r\nab", (b"ab", False, False)),
         (b"0x3\r\nabc\r\n0\r\n\r\n", "bad"),
         (b"+3\r\nabc\r\n0\r\n\r\n", "bad"),

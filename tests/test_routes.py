@@ -371,6 +371,7 @@ def test_a_long_prompt_is_told_by_its_beginning():
 def test_nothing_to_tell_it_by_is_no_conversation():
     assert conversation() is None
     assert conversation(messages=[]) is None
+    assert conversation(messages=True, input=1, prompt={"a": "b"}, system="") is None
     assert read_body(b'{"messages":[{"role":"user","content":"a"}]}').conversation is None
 
 

@@ -19,6 +19,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,6 +148,8 @@ LITELLM = """
 model_list:
   - model_name: bench
     litellm_params: {{model: openai/bench, api_base: "http://127.0.0.1:{upstream}/v1", api_key: none}}
+general_settings:
+  dangerously_permit_weak_or_unset_master_key: true  # it listens on loopback, for as long as this runs
 """
 
 
@@ -232,14 +235,26 @@ def set_pace(upstream: int, rate: float, events: int) -> None:
 def measure_streams(peer: Peer, upstream: int, count: int, seconds: float) -> None:
     events = int(seconds * EVENTS_PER_SECOND)
     set_pace(upstream, EVENTS_PER_SECOND, events)
-    before = cpu_seconds(peer.pid) if peer.pid else 0.0
-    result = load("streams", peer.port, count)
-    used = cpu_seconds(peer.pid) - before if peer.pid else 0.0
+    pid = peer.pid or os.getpid()
+    before = cpu_seconds(pid)
+    with ThreadPoolExecutor(1) as beside:
+        running_load = beside.submit(load, "streams", peer.port, count)
+        # In between all streams flow and none begins or ends; half a second is for the load to start.
+        time.sleep(seconds * 0.3 + 0.5)
+        began, at_begin = time.monotonic(), cpu_seconds(pid)
+        time.sleep(seconds * 0.5)
+        flowed, used_flowing = time.monotonic() - began, cpu_seconds(pid) - at_begin
+        result = running_load.result()
+    used = cpu_seconds(pid) - before
     expected = count * (events + 2)  # the role and the finish reason
     if abs(result["events"] - expected) > expected / 100:
         raise RuntimeError(f"{peer.name}: {result['events']} events of {expected}")
     if peer.pid:
         peer.add(f"cpu_{count}", used / expected * 1e6)
+        if peer.name != "litellm":  # it falls behind, so how many events there were in a while is not known
+            per_event = used_flowing / (flowed * count * EVENTS_PER_SECOND)
+            peer.add(f"flowing_{count}", per_event * 1e6)
+            peer.add(f"begin_{count}", max(used - per_event * expected, 0) / count * 1e6)
 
 
 def measure_first(peer: Peer, upstream: int, count: int) -> None:
@@ -281,8 +296,11 @@ def measure_memory(peer: Peer, upstream: int, count: int) -> None:
 # --- the table -------------------------------------------------------------------------------------
 
 ROWS = [
-    ("cpu_20", "CPU per event, 20 streams", "us", 1),
-    ("cpu_200", "CPU per event, 200 streams", "us", 1),
+    ("cpu_20", "CPU per event, 20 streams of 5 s from begin to end", "us", 1),
+    ("cpu_200", "CPU per event, 200 streams of 5 s from begin to end", "us", 1),
+    ("flowing_20", "CPU per event while 20 streams flow", "us", 1),
+    ("flowing_200", "CPU per event while 200 streams flow", "us", 1),
+    ("begin_200", "CPU to begin and end one of 200 streams", "us", 0),
     ("first", "time to first event, median", "us", 0),
     ("first_p99", "time to first event, p99", "us", 0),
     ("added", "added to it, median", "us", 0),
@@ -330,7 +348,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write every single value there")
     options = parser.parse_args()
     rounds = options.rounds or (1 if options.quick else 3)
-    seconds = 1.5 if options.quick else 3.0
+    seconds = 2.0 if options.quick else 5.0
 
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65_536), hard))
@@ -371,7 +389,7 @@ def main() -> None:
                     if not slow:  # it cannot keep up with these
                         measure_streams(peer, upstream, 200, seconds)
                     measure_first(peer, upstream, 30 if slow else 200)
-                    measure_requests(peer, seconds / 2)
+                    measure_requests(peer, 1.5)
                     if number == 0 and not slow:
                         measure_memory(peer, upstream, OPEN_STREAMS)
                 except (RuntimeError, subprocess.TimeoutExpired) as problem:

@@ -40,7 +40,10 @@ def chunk(data: bytes) -> bytes:
 
 
 FIRST = HEAD + chunk(ROLE)
-TOKEN = chunk(EVENT)
+# Words that differ, as those of a model do: one with a quote, one with a line break.
+WORDS = ["kittens", "sleep", "a", "lot", ",", "and", r"\"", "they", "play", ";", "some", "purr", r".\n"]
+TOKENS = [chunk(EVENT.replace(b"token", word.encode())) for word in WORDS]
+TOKEN = TOKENS[0]
 END = chunk(LAST) + chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
 
 pace = {"rate": 50.0, "events": 150.0}
@@ -78,7 +81,8 @@ class Answering(asyncio.Protocol):
         if not pace["events"]:
             self.transport.write(FIRST + TOKEN)
         elif not pace["rate"]:
-            self.transport.write(FIRST + TOKEN * int(pace["events"]) + END)
+            count = int(pace["events"])
+            self.transport.write(FIRST + b"".join(TOKENS[i % len(TOKENS)] for i in range(count)) + END)
         else:
             self.transport.write(FIRST)
             self.left = int(pace["events"])
@@ -93,7 +97,7 @@ class Answering(asyncio.Protocol):
             self.timer = None
             self.transport.write(END)
             return
-        self.transport.write(TOKEN)
+        self.transport.write(TOKENS[self.left % len(TOKENS)])
         # By the clock and not after the last one, so that a late event does not slow the stream.
         self.due += self.gap
         self.timer = asyncio.get_running_loop().call_at(self.due, self.tick)

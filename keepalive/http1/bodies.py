@@ -8,14 +8,18 @@ from keepalive.http1.heads import BadHead
 # instead of reading that as one more message.
 _BEFORE = b"POST / HTTP/1.1\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
 
+# The empty line that ends a body, and one byte before it.
+_ENDING = 5
+
 
 class Chunks:
     """One body in chunks: extensions and trailers are read over."""
 
-    __slots__ = ("_parser", "_parts", "done", "followed", "on_body")
+    __slots__ = ("_last", "_parser", "_parts", "done", "followed", "on_body")
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
+        self._last = b""
         self.done = False
         #: Something stood behind the last chunk. What it was is lost, so this connection is at its end.
         self.followed = False
@@ -35,6 +39,9 @@ class Chunks:
             if not self.done:
                 raise BadHead(400, "the chunks of the body are malformed") from None
             self.followed = True
+        self._last = data[-_ENDING:] if len(data) >= _ENDING else (self._last + data)[-_ENDING:]
+        if self.done and (self._last[-4:] != b"\r\n\r\n" or self._last[:1] in (b"\r", b"\n")):
+            self.followed = True  # by line ends: llhttp reads over those
         parts = self._parts
         return parts.pop() if len(parts) == 1 else self.rescued()
 

@@ -496,6 +496,7 @@ class Pool:
         more: Callable[[], Awaitable[bytes]] | None = None,
         framing: int | None = None,
         upgrade: bool = False,
+        once: bool = False,
     ) -> Reply:
         """Asks, and waits for the head of the answer; for ever, if it takes that long.
 
@@ -504,7 +505,8 @@ class Pool:
         nothing at their end.
 
         Raises Unreachable, Cut, TimedOut or Unexpected. A connection that was kept open and turns out to be
-        closed is not an error while the request can be sent again: nobody has read it.
+        closed is not an error while the request can be sent again: nobody has read it. What cannot be sent
+        again, because of `more` or because it may be done `once` only, gets a connection of its own.
         """
         if framing is None:
             framing = len(body) if body else None
@@ -516,7 +518,8 @@ class Pool:
         elif framing is not None:
             lines.append((b"Content-Length", b"%d" % framing))
         head = write_head(b"%b %b%b HTTP/1.1" % (method, self.prefix, target), lines)
-        link = self._kept()
+        alone = once or more is not None
+        link = None if alone else self._kept()
         while True:
             if link is None:
                 link = await self._connect()
@@ -533,7 +536,7 @@ class Pool:
                 return await answered
             except Cut:
                 stale = link.reused and link.untouched and self.loop.time() - asked_at < STALE_SECONDS
-                if more is not None or not stale:
+                if alone or not stale:
                     raise
                 link = None
             except BaseException:
@@ -604,6 +607,11 @@ class Pool:
             raise Unreachable(
                 f"{self.name} did not accept a connection in {self.connect_timeout:g} s"
             ) from None
+        except ssl.SSLCertVerificationError as error:
+            raise Unreachable(
+                f"{self.name} shows a certificate that is not trusted ({error.verify_message.rstrip('.')}); "
+                "if it is yours, name its issuer's file in SSL_CERT_FILE"
+            ) from error
         except ssl.SSLError as error:
             raise Unreachable(f"{self.name} does not speak TLS as expected: {error.reason}") from error
         except socket.gaierror as error:
