@@ -74,6 +74,28 @@ def line(model: Json) -> str:
     return f"{model['key']} is {model['state']}{load}{reason}"
 
 
+def summary(status: Json) -> str:
+    """All of it in one line, such as "3/4 models warm; medicine-llm loading, 62 s, about 50 s to go"."""
+    wanted = [m for m in status["models"] if m["wanted"]]
+    cold = [m for m in wanted if m["state"] != "warm"]
+    parts = [f"{len(wanted) - len(cold)}/{len(wanted)} models warm"]
+    if status.get("draining"):
+        parts.insert(0, "stopping")
+    if status["config"]["mistakes"]:
+        parts.append("config rejected, the one before is in use")
+    parts += [
+        f"{u['name']} is {u['state']}: {u['error'] or 'no answer yet'}"
+        for u in status["upstreams"]
+        if u["state"] in TROUBLE
+    ]
+    for model in cold:
+        if model["load"]:
+            parts.append(f"{model['key']} loading, {_progress(model['load'])}")
+        elif model["state"] == "backoff":
+            parts.append(f"{model['key']} failed: {model['reason']}")
+    return "; ".join(parts)
+
+
 def span(seconds: float) -> str:
     """A duration as short as people say it."""
     if seconds < 10:
