@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from aiohttp import web
 
-from keepalive import __version__, config, logs, status, tokens
+from keepalive import __version__, config, logs, status, systemd, tokens, view
 from keepalive.admin import Access, Admin, Feed, server
 from keepalive.config import Address, Config, ConfigError, Kept
 from keepalive.errors import KeepaliveError
@@ -28,6 +28,8 @@ from keepalive.upstream import Client
 # The scheduler runs a job every second. Later than this, something is badly wrong.
 SCHEDULER_LATE = 10.0
 REPORTS_REMEMBERED = 100
+# At the end, connections that were accepted but have not been asked anything yet get this long.
+LAST_REQUESTS = 0.5
 
 
 class Closable(Protocol):
@@ -68,6 +70,8 @@ class Daemon:
         self._metrics = Metrics(lambda: self.keeper.snapshot(), wall)
         self._feed = Feed(self.status)
         self._admin = Admin(self, self._feed, Access())
+        self._service = systemd.Service(self, view.summary, environ)
+        self._sockets = systemd.listen_sockets(environ)
         self._ledger = _ledger(settings, lambda: self._urls, wall)
         observers = [o for o in (self._ledger, self._metrics, self._feed, logs.Log()) if o is not None]
         self.keeper = Keeper(self._clock, observers, self._report)
@@ -81,7 +85,7 @@ class Daemon:
         async with AsyncExitStack() as stack:
             runner = server(self._admin)
             await runner.setup()
-            stack.push_async_callback(runner.cleanup)
+            stack.push_async_callback(self._end_admin, runner)
             self.admin_url = await self._listen(runner, self._config.server.admin_listen)
             stack.push_async_callback(self._close_clients)
             for model in self._kept:
@@ -93,7 +97,7 @@ class Daemon:
             )
             self.started.set()
             async with asyncio.TaskGroup() as tasks:
-                parts = (self.keeper.run(), self._schedule.run(), self._feed.run())
+                parts = (self.keeper.run(), self._schedule.run(), self._feed.run(), self._service.run())
                 running = [tasks.create_task(part) for part in parts]
                 await self._stop.wait()
                 for task in running:
@@ -116,6 +120,10 @@ class Daemon:
 
     def reload(self) -> None:
         """Read the config again. A good one is applied as a difference; a bad one changes nothing."""
+        with self._service.reloading():
+            self._reload()
+
+    def _reload(self) -> None:
         if self._path is None:
             return
         try:
@@ -192,7 +200,9 @@ class Daemon:
         for name in ("listen", "admin_listen", "state_dir", "log_level", "log_format"):
             if getattr(old.server, name) != getattr(settings.server, name):
                 self._log.warning("config.needs_restart", key=f"server.{name}")
-        listen = settings.server.admin_listen
+        listen = next(
+            (Address(*systemd.address(o)) for o in self._sockets["admin"]), settings.server.admin_listen
+        )
         if not _is_loopback(listen.host) and not admin_keys:
             reason = "reachable from the network without keys"
             self._log.warning("admin.open", listen=str(listen), reason=reason)
@@ -235,14 +245,35 @@ class Daemon:
             self._log.warning("bookkeeping.failed", error=text)
 
     async def _listen(self, runner: web.ServerRunner, address: Address) -> str:
-        site = web.TCPSite(runner, address.host, address.port)
+        opened = self._sockets["admin"]
+        sites: list[web.BaseSite] = [web.SockSite(runner, o, backlog=systemd.BACKLOG) for o in opened]
         try:
-            await site.start()
+            for site in sites or [web.TCPSite(runner, address.host, address.port)]:
+                await site.start()
         except OSError as error:
             why = os.strerror(error.errno) if error.errno else str(error)
             raise StartError(f"server.admin_listen: cannot listen on {address}: {why.lower()}") from error
-        host = f"[{address.host}]" if ":" in address.host else address.host
-        return f"http://{host}:{runner.addresses[0][1]}"
+        if opened and (address.host, address.port) not in map(systemd.address, opened):
+            # The command line looks where the config says.
+            actual = Address(*systemd.address(opened[0]))
+            self._log.warning(
+                "socket.differs", key="server.admin_listen", config=str(address), socket=str(actual)
+            )
+            address = actual
+        return f"http://{Address(address.host, runner.addresses[0][1])}"
+
+    async def _end_admin(self, runner: web.ServerRunner) -> None:
+        """Accept no more: where systemd holds the socket, what comes now waits for the next daemon, whole.
+
+        Then answer what was accepted before.
+        """
+        for site in list(runner.sites):
+            await site.stop()
+        self._admin.closing = True
+        end = self._clock() + LAST_REQUESTS
+        while runner.server and runner.server.connections and self._clock() < end:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        await runner.cleanup()
 
     async def _close_clients(self) -> None:
         for client in [*self._closing, *self._clients.values()]:

@@ -53,10 +53,10 @@ def notify(environ: Mapping[str, str], **fields: object) -> bool:
 
 def listen_sockets(environ: Mapping[str, str]) -> dict[str, list[socket.socket]]:
     """The sockets that systemd opened for this process: those of `client` and those of `admin`."""
-    if environ.get("LISTEN_PID") != str(os.getpid()):
-        return {}
-    names = environ.get("LISTEN_FDNAMES", "").split(":")
     found: dict[str, list[socket.socket]] = {"client": [], "admin": []}
+    if environ.get("LISTEN_PID") != str(os.getpid()):
+        return found
+    names = environ.get("LISTEN_FDNAMES", "").split(":")
     for number in range(int(environ.get("LISTEN_FDS", "0"))):
         name = names[number] if number < len(names) else ""
         if name not in found:
@@ -69,6 +69,12 @@ def listen_sockets(environ: Mapping[str, str]) -> dict[str, list[socket.socket]]
         opened.set_inheritable(False)
         found[name].append(opened)
     return found
+
+
+def address(opened: socket.socket) -> tuple[str, int]:
+    """Host and port of a listener; a host of "" is every interface."""
+    host, port = opened.getsockname()[:2]
+    return "" if host in ("0.0.0.0", "::") else host, port  # noqa: S104
 
 
 class Service:
