@@ -7,6 +7,7 @@ that quote their input.
 """
 
 import logging
+import os
 import queue
 import sys
 from collections.abc import Callable, Mapping
@@ -33,6 +34,18 @@ from keepalive.lifecycle import Model, State, Upstream, UpstreamState
 LINES_WAITING = 10_000
 
 
+# syslog's numbers, which journald takes from the beginning of a line.
+PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
+
+
+class _Prioritized(structlog.stdlib.ProcessorFormatter):
+    """On every line, since journald makes an entry of each."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        priority = PRIORITIES.get(record.levelno, 5)
+        return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines())
+
+
 class _Queue(QueueHandler):
     """Drops lines that do not fit: the alternative is to wait."""
 
@@ -50,20 +63,26 @@ class _QuietServer(logging.Filter):
 
 
 def start(*, level: str, as_json: bool | None, stream: TextIO = sys.stderr) -> Callable[[], None]:
-    """Log to `stream` from now on; returns what ends it. `as_json` None: unless `stream` is a terminal."""
+    """Log to `stream` from now on; returns what ends it. `as_json` None: unless `stream` is a terminal or
+    the journal.
+
+    The journal knows the time, and is told the level in its own way.
+    """
+    journal = _is_journal(stream)
     if as_json is None:
-        as_json = not stream.isatty()
-    shared: list[structlog.typing.Processor] = [
-        structlog.stdlib.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
+        as_json = not stream.isatty() and not journal
+    shared: list[structlog.typing.Processor] = [structlog.stdlib.add_log_level]
+    if not journal:
+        shared.append(structlog.processors.TimeStamper(fmt="iso", utc=True))
     render: list[structlog.typing.Processor]
     if as_json:
         render = [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+    elif journal:
+        render = [structlog.processors.format_exc_info, _plain]
     else:
         colors = stream.isatty()
         render = [structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=18, sort_keys=False)]
-    formatter = structlog.stdlib.ProcessorFormatter(
+    formatter = (_Prioritized if journal else structlog.stdlib.ProcessorFormatter)(
         foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name],
         processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *render],
     )
@@ -97,6 +116,28 @@ def start(*, level: str, as_json: bool | None, stream: TextIO = sys.stderr) -> C
         root.handlers[:] = []
 
     return stop
+
+
+def _is_journal(stream: TextIO) -> bool:
+    """Whether systemd connected this very stream to the journal."""
+    try:
+        at = os.fstat(stream.fileno())
+    except (OSError, ValueError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{at.st_dev}:{at.st_ino}"
+
+
+_fields = structlog.processors.LogfmtRenderer(bool_as_flag=False)
+
+
+def _plain(logger: object, name: str, event: structlog.typing.EventDict) -> str:
+    """`model.loaded model=medicine-llm seconds=12.1`"""
+    text = str(event.pop("event"))
+    event.pop("level", None)
+    for key, value in event.items():
+        if isinstance(value, list):
+            event[key] = "; ".join(map(str, value))
+    return f"{text} {_fields(logger, name, event)}".rstrip()
 
 
 def logger() -> structlog.stdlib.BoundLogger:
