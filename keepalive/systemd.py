@@ -18,6 +18,8 @@ FIRST_SOCKET = 3
 # Where a listener is handed over, connections must be able to queue for as long as a restart takes.
 BACKLOG = 4096
 TICK = 1.0
+# Until we are ready: somebody waits for it, and so do the connections that queue during a restart.
+FIRST_TICK = 0.1
 # LM Studio may hang when it is asked for the first time. We are as ready as we can be then.
 FIRST_ANSWER = 30.0
 # Asked for again each second while streams end, so it is also how long a daemon that hangs then is spared.
@@ -109,7 +111,7 @@ class Service:
         try:
             while True:
                 self._tell(patience)
-                await asyncio.sleep(pace)
+                await asyncio.sleep(pace if self._ready else FIRST_TICK)
         finally:
             self._notify(STOPPING=1, STATUS="stopping")
 
