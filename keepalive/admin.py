@@ -13,9 +13,9 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, Protocol
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
-from aiohttp import web
+from aiohttp import HttpVersion10, HttpVersion11, web
 
 from keepalive.facts import Fact, ModelId, fold_key
 from keepalive.lifecycle import Model, Upstream
@@ -27,7 +27,8 @@ SUBSCRIBERS_MAX = 256
 PUSH_INTERVAL = 0.25
 PUSH_HEARTBEAT = 15.0
 SLOW_READER = 10.0
-BODY_MAX = 64 * 1024
+# What was asked for is said back, but no longer than this.
+QUOTED_MAX = 100
 
 # On every answer of ours, errors included.
 HEADERS = {
@@ -131,7 +132,11 @@ class Admin:
         return response
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
-        path = urlsplit(request.raw_path).path if request.raw_path.startswith("/") else ""
+        if request.version not in (HttpVersion10, HttpVersion11):
+            raise _Refusal(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "this address speaks HTTP/1.1")
+        path = request.raw_path.partition("?")[0]
+        if not path.startswith("/"):
+            raise _Refusal(HTTPStatus.BAD_REQUEST, "ask for a path, such as /api/status")
         self._check_host(request, path)
         self._check_key(request, path)
         get = self._GET.get(path)
@@ -143,7 +148,7 @@ class Admin:
             return await get(self, request)
         if path.startswith("/api/models/"):
             return self._change(request, path.removeprefix("/api/models/"))
-        raise _Refusal(HTTPStatus.NOT_FOUND, f"there is no {path or request.raw_path[:100]!r} here")
+        raise _Refusal(HTTPStatus.NOT_FOUND, f"there is no {path[:QUOTED_MAX]} here")
 
     async def _status(self, request: web.BaseRequest) -> web.StreamResponse:
         return _json(self._daemon.status())
@@ -165,7 +170,7 @@ class Admin:
         if asked:
             unknown = [key for key in asked if not _named(models, key)]
             if unknown:
-                raise _Refusal(HTTPStatus.NOT_FOUND, f"no such model here: {', '.join(unknown)}")
+                raise _unknown_model(", ".join(unknown))
             groups = [_named(models, key) for key in asked]
         else:
             groups = [[model] for model in models if model["wanted"]]
@@ -187,16 +192,17 @@ class Admin:
             message = f"{SUBSCRIBERS_MAX} others watch already"
             raise _Refusal(HTTPStatus.SERVICE_UNAVAILABLE, message, {"Retry-After": "10"})
         response = web.StreamResponse(headers={**HEADERS, "Content-Type": "text/event-stream"})
+        if request.method == "HEAD":
+            return response
         feed.watching += 1
         try:
             await response.prepare(request)
-            seen = feed.number
-            await response.write(_event(self._daemon.status()))
+            seen, event = feed.number, _event(self._daemon.status())
             while True:
-                seen, event = await feed.next(seen)
                 # Whoever does not take what is sent is let go: the next page load starts afresh.
                 async with asyncio.timeout(SLOW_READER):
                     await response.write(event)
+                seen, event = await feed.next(seen)
         except (TimeoutError, ConnectionError):
             if request.transport is not None:
                 request.transport.abort()
@@ -217,7 +223,7 @@ class Admin:
         upstream = request.query.get("upstream")
         models = [m for m in models if upstream in (None, m["upstream"])]
         if not models:
-            raise _Refusal(HTTPStatus.NOT_FOUND, f"no such model here: {key}")
+            raise _unknown_model(key)
         for model in models:
             change(ModelId(model["upstream"], model["key"]))
         changed = [
@@ -230,7 +236,7 @@ class Admin:
         host = request.headers.get("Host", "")
         if path in OPEN_TO_ANY_HOST or is_known_host(host, self.access.hosts):
             return
-        name = f"{_host_name(host)[:100]!r} is not a name of this daemon"
+        name = f"{_host_name(host)[:QUOTED_MAX]!r} is not a name of this daemon"
         raise _Refusal(
             HTTPStatus.FORBIDDEN, f"{name}; if it should be, add it to allowed_hosts under [server]"
         )
@@ -240,7 +246,7 @@ class Admin:
         if not keys or path in OPEN_WITHOUT_KEY:
             return
         scheme, _, sent = request.headers.get("Authorization", "").partition(" ")
-        given = sent.strip().encode() if scheme.lower() == "bearer" else b""
+        given = sent.strip().encode(errors="surrogateescape") if scheme.lower() == "bearer" else b""
         # Every key is compared, so that the time tells nothing of how many there are.
         if not sum(hmac.compare_digest(given, secret.encode()) for secret in keys.values()):
             raise _Refusal(
@@ -275,7 +281,7 @@ class _Connection(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        super().handle_error(request, status, exc, "")  # logs, without the bytes
+        super().handle_error(request, status, exc, "")  # logs it
         response = _json({"error": HTTPStatus(status).phrase.lower()}, HTTPStatus(status))
         response.force_close()
         return response
@@ -291,6 +297,7 @@ def server(admin: Admin) -> web.ServerRunner:
     return web.ServerRunner(
         _Server(
             admin.handle,
+            handler_cancellation=True,  # whoever leaves gives up the place among those who watch
             keepalive_timeout=IDLE_TIMEOUT,
             lingering_time=1.0,
             max_line_size=65_536,
@@ -299,6 +306,10 @@ def server(admin: Admin) -> web.ServerRunner:
         ),
         shutdown_timeout=1.0,
     )
+
+
+def _unknown_model(key: str) -> _Refusal:
+    return _Refusal(HTTPStatus.NOT_FOUND, f"no such model here: {key[:QUOTED_MAX]}")
 
 
 def _event(status: Mapping[str, Any]) -> bytes:

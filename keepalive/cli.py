@@ -4,6 +4,7 @@ import asyncio
 import http.client
 import json
 import os
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -15,6 +16,7 @@ from urllib.parse import quote
 import typer
 from rich.console import Console
 from rich.live import Live
+from rich.text import Text
 
 from keepalive import __version__, config, view
 from keepalive.errors import KeepaliveError
@@ -24,6 +26,10 @@ BAD_CONFIG = 3
 POLL = 0.5
 # The daemon answers from memory. Longer than this, it is not the daemon.
 ANSWER_TIMEOUT = 10.0
+# A refusal of the daemon is a sentence. More than this is somebody else's page.
+REFUSAL_MAX = 4096
+# Without a terminal nothing is wrapped: lines are read by programs, or by somebody who has a pager.
+ENDLESS = 100_000
 
 app = typer.Typer(
     help="Keeps LM Studio models loaded, and says at any moment what is warm, what is loading and why.",
@@ -71,16 +77,17 @@ def _options(
 
 @app.command()
 def run(path: ConfigOption = None) -> None:
-    """Run the daemon until SIGTERM or Ctrl-C; SIGHUP reads the config again."""
+    """Run the daemon until SIGTERM or Ctrl-C. SIGHUP reads the config again."""
     settings, found = _config(path)
     from keepalive import logs
     from keepalive.daemon import Daemon
 
     form = settings.server.log_format
-    end_log = logs.start(level=settings.server.log_level, as_json=None if form == "auto" else form == "json")
+    as_json = None if form == "auto" else form == "json"
+    end_log = logs.start(level=settings.server.log_level, as_json=as_json, stream=sys.stderr)
 
     async def live() -> None:
-        daemon = Daemon(settings, found, os.environ)
+        daemon = Daemon(settings, found, _environ())
         daemon.watch_signals()
         await daemon.run()
 
@@ -94,7 +101,7 @@ def run(path: ConfigOption = None) -> None:
 
 @app.command()
 def demo() -> None:
-    """Watch it work: a simulated LM Studio and the daemon in front of it, nothing to configure."""
+    """Watch it work, with nothing to configure. LM Studio is simulated."""
     from keepalive import demo as demonstration
 
     try:
@@ -120,7 +127,7 @@ def simulate(
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="A fault to begin with. Repeatable.")
     ] = None,
 ) -> None:
-    """Run only the simulator: a stand-in LM Studio for development and tests."""
+    """Run a stand-in LM Studio. For development and tests."""
     from keepalive.simulator.__main__ import run as simulation
     from keepalive.simulator.faults import parse_fault
     from keepalive.simulator.models import parse_model
@@ -135,10 +142,12 @@ def simulate(
 
 @app.command()
 def check(path: ConfigOption = None) -> None:
-    """Read a config and report every mistake at once. Exit code 0 good, 3 bad."""
+    """Report every mistake in a config at once. Exit code 0 good, 3 bad."""
     settings, found = _config(path)
     models, upstreams = len(settings.kept), len(settings.upstreams)
-    typer.echo(f"{found or 'environment'} is good: {models} to keep warm on {upstreams} upstream(s)")
+    what = f"{models} {'model' if models == 1 else 'models'} to keep warm"
+    where = f"{upstreams} {'upstream' if upstreams == 1 else 'upstreams'}"
+    typer.echo(f"{found or 'the environment'} is good: {what} on {where}")
 
 
 @app.command()
@@ -148,11 +157,16 @@ def status(
     url: UrlOption = None,
     path: ConfigOption = None,
 ) -> None:
-    """Is it warm yet? Exit code 0 all wanted models warm, 1 warming up, 2 failing, 3 cannot tell."""
+    """Show what is warm, what is not, and why.
+
+    Exit code 0 all wanted models are warm, 1 warming up, 2 failing, 3 cannot tell.
+    """
     address = _admin_url(url, path)
     document = _ask(address)
     if watch:
         document = _watch(address, document, as_json=as_json)
+        if document is None:
+            raise typer.Exit(view.CANNOT_TELL)
     elif as_json:
         typer.echo(json.dumps(document, indent=1))
     else:
@@ -174,26 +188,38 @@ def wait(
     except ValueError:
         _fail(f'--timeout: "{timeout}" is no duration; write "30s", "10m" or "1h30m"', view.CANNOT_TELL)
     console, said, shown = _console(), dict[str, str](), dict[str, Any]()
+    code = view.CANNOT_TELL
     with Live(console=console, auto_refresh=False, transient=True) as live:
         while True:
             try:
-                document = _fetch(address)
+                left = deadline - time.monotonic()
+                document = _fetch(address, timeout=min(ANSWER_TIMEOUT, max(POLL, left)))
             except _NoAnswer as error:
                 # It may be starting just now.
                 if error.final or time.monotonic() >= deadline:
-                    _fail(str(error), view.CANNOT_TELL)
+                    trouble = str(error)
+                    break
+                if console.is_terminal:
+                    live.update(Text(f"{error} Waiting for it."), refresh=True)
+                elif not said:
+                    said[""] = str(error)
+                    typer.echo(f"{error} Waiting for it.", err=True)
                 time.sleep(POLL)
                 continue
-            _require(document, keys)
+            trouble = _unknown(document, keys)
+            if trouble:
+                break
             code = view.exit_code(document, keys)
             shown = {**document, "models": view.chosen(document, keys)}
             if console.is_terminal:
                 live.update(view.table(shown), refresh=True)
             else:
-                _say_changes(console, shown["models"], said)
+                _say_changes(console, shown, said)
             if code == view.READY or time.monotonic() >= deadline:
                 break
-            time.sleep(POLL)
+            time.sleep(min(POLL, max(0.0, deadline - time.monotonic())))
+    if trouble:
+        _fail(trouble, view.CANNOT_TELL)
     console.print(view.table(shown))
     raise typer.Exit(code)
 
@@ -202,7 +228,7 @@ def wait(
 def warm(
     model: Annotated[str, typer.Argument(metavar="MODEL")], url: UrlOption = None, path: ConfigOption = None
 ) -> None:
-    """Ask for a model now, also outside its window or after a failure. Exit code as `status`."""
+    """Ask for a model now. Also outside its window or after a failure. Exit code as `status`."""
     _change(_admin_url(url, path), model, "warm")
 
 
@@ -210,12 +236,14 @@ def warm(
 def release(
     model: Annotated[str, typer.Argument(metavar="MODEL")], url: UrlOption = None, path: ConfigOption = None
 ) -> None:
-    """Stop keeping a model, until its next window or a restart. Exit code as `status`."""
+    """Stop keeping a model. Until its next window or a restart. Exit code as `status`."""
     _change(_admin_url(url, path), model, "release")
 
 
 def _change(address: str, model: str, verb: str) -> None:
-    _require(_ask(address), [model])
+    unknown = _unknown(_ask(address), [model])
+    if unknown:
+        _fail(unknown, view.CANNOT_TELL)
     _ask(address, f"/api/models/{quote(model, safe='')}/{verb}", method="POST")
     document = _ask(address)
     _console().print(view.table({**document, "models": [m for m in document["models"] if m["key"] == model]}))
@@ -223,43 +251,61 @@ def _change(address: str, model: str, verb: str) -> None:
 
 
 def _watch(address: str, document: Any, *, as_json: bool) -> Any:
+    """Show it until Ctrl-C, through restarts of the daemon; returns what was known last, or None."""
     console, said = _console(), dict[str, str]()
     plain = as_json or not console.is_terminal
+    trouble = ""
     with Live(console=console, auto_refresh=False, screen=not plain) as live:
         try:
             while True:
-                if as_json:
+                if document is None:
+                    if plain and said.get("") != trouble:
+                        said[""] = trouble
+                        typer.echo(trouble, err=True)
+                    live.update(Text(trouble), refresh=not plain)
+                elif as_json:
                     typer.echo(json.dumps(document))
                 elif plain:
-                    _say_changes(console, document["models"], said)
+                    _say_changes(console, document, said)
                 else:
                     live.update(view.table(document), refresh=True)
                 time.sleep(2 * POLL)
-                document = _ask(address)
+                try:
+                    document = _fetch(address)
+                    said.pop("", None)
+                except _NoAnswer as error:
+                    document, trouble = None, str(error)
         except KeyboardInterrupt:
             return document
 
 
-def _say_changes(console: Console, models: list[Mapping[str, Any]], said: dict[str, str]) -> None:
+def _say_changes(console: Console, document: Any, said: dict[str, str]) -> None:
     """Without a terminal: a line when a model's state changes."""
-    for model in models:
-        place = f"{model['upstream']} {model['key']}"
-        if said.get(place) != model["state"]:
-            said[place] = model["state"]
-            console.print(view.line(model), markup=False, highlight=False)
+    states = {f"{m['upstream']} {m['key']}": m["state"] for m in document["models"]}
+    for (place, state), line in zip(states.items(), view.lines(document).values(), strict=True):
+        if said.get(place) != state:
+            said[place] = state
+            console.print(line, markup=False)
 
 
-def _require(document: Any, keys: list[str]) -> None:
+def _unknown(document: Any, keys: list[str]) -> str:
+    """What to say about keys that the daemon does not keep; nothing when it keeps all."""
     unknown = view.unknown_keys(document, keys)
-    if unknown:
-        known = ", ".join(dict.fromkeys(m["key"] for m in document["models"]))
-        _fail(f"the daemon keeps no {', '.join(unknown)}; it keeps {known}", view.CANNOT_TELL)
+    if not unknown:
+        return ""
+    known = ", ".join(dict.fromkeys(m["key"] for m in document["models"]))
+    return f"the daemon keeps no {', '.join(unknown)}; it keeps {known}"
+
+
+def _environ() -> Mapping[str, str]:
+    """What settings may come from: the key with which these commands ask is not one."""
+    return {name: value for name, value in os.environ.items() if name != "KEEPALIVE_ADMIN_KEY"}
 
 
 def _config(path: Path | None) -> tuple[config.Config, Path | None]:
     try:
-        found = config.find(path, os.environ)
-        return config.load(found, os.environ), found
+        found = config.find(path, _environ())
+        return config.load(found, _environ()), found
     except config.ConfigError as error:
         _fail(str(error), BAD_CONFIG)
 
@@ -269,7 +315,7 @@ def _admin_url(url: str | None, path: Path | None) -> str:
     if given:
         return (given if "://" in given else f"http://{given}").rstrip("/")
     try:
-        address = config.load(config.find(path, os.environ), os.environ).server.admin_listen
+        address = config.load(config.find(path, _environ()), _environ()).server.admin_listen
     except config.ConfigError as error:
         if path is not None:
             _fail(str(error), BAD_CONFIG)
@@ -286,25 +332,37 @@ class _NoAnswer(KeepaliveError):
         self.final = final
 
 
-def _fetch(address: str, route: str = "/api/status", *, method: str = "GET") -> Any:
+def _fetch(
+    address: str, route: str = "/api/status", *, method: str = "GET", timeout: float = ANSWER_TIMEOUT
+) -> Any:
     # No proxy: the daemon is near, and a proxy would not be.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     key = os.environ.get("KEEPALIVE_ADMIN_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         request = urllib.request.Request(address + route, method=method, headers=headers)  # noqa: S310
-        with opener.open(request, timeout=ANSWER_TIMEOUT) as answer:
+        with opener.open(request, timeout=timeout) as answer:
             document = json.load(answer)
     except urllib.error.HTTPError as error:
         hint = "; set KEEPALIVE_ADMIN_KEY" if error.code == 401 else ""
-        raise _NoAnswer(f"{address} answered {error.code} {error.reason}{hint}", final=True) from error
+        raise _NoAnswer(f"{address} answered {error.code}: {_refusal(error)}{hint}", final=True) from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
+        reason = getattr(reason, "strerror", None) or reason
         where = "Another address: --url or KEEPALIVE_ADMIN_URL."
         raise _NoAnswer(f"no daemon at {address} ({reason}). Is it running? {where}") from error
     if not isinstance(document, dict) or "models" not in document:
         raise _NoAnswer(f"what answers at {address} is not keepalive", final=True)
     return document
+
+
+def _refusal(error: urllib.error.HTTPError) -> str:
+    """What the daemon says about it, else the phrase of its status."""
+    try:
+        reason = json.loads(error.read(REFUSAL_MAX))["error"]
+    except (OSError, ValueError, TypeError, KeyError, http.client.HTTPException):
+        reason = error.reason
+    return "".join(c if c.isprintable() else " " for c in str(reason))
 
 
 def _ask(address: str, route: str = "/api/status", *, method: str = "GET") -> Any:
@@ -316,7 +374,10 @@ def _ask(address: str, route: str = "/api/status", *, method: str = "GET") -> An
 
 
 def _console() -> Console:
-    return Console(highlight=False)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = ENDLESS
+    return console
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -1,11 +1,9 @@
 """Builds everything, wires it, runs it, stops it. The only place that sees the whole config."""
 
 import asyncio
-import ipaddress
-import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,9 +16,10 @@ from keepalive.admin import Access, Admin, Feed, server
 from keepalive.config import Address, Config, ConfigError, Kept
 from keepalive.errors import KeepaliveError
 from keepalive.facts import ClockJumped, ModelId, ReleaseAsked, WarmAsked, WindowClosed, WindowOpened
+from keepalive.front import Front, StartError, cannot_listen, is_loopback, url_of
 from keepalive.keeper import Keep, Keeper, Server
 from keepalive.ledger import Ledger
-from keepalive.lifecycle import Policy
+from keepalive.lifecycle import Policy, State, UpstreamState
 from keepalive.metrics import Metrics
 from keepalive.schedule import Schedule
 from keepalive.upstream import Client
@@ -34,10 +33,6 @@ LAST_REQUESTS = 0.5
 
 class Closable(Protocol):
     async def close(self) -> None: ...
-
-
-class StartError(KeepaliveError):
-    """The daemon cannot start, though its config is good."""
 
 
 class Daemon:
@@ -60,22 +55,29 @@ class Daemon:
         self._kept: dict[ModelId, Kept] = {}
         self._open: dict[ModelId, bool] = {}
         self._clients: dict[str, Client] = {}
+        self._tokens: dict[str, str | None] = {}
         self._closing: list[Closable] = []  # of upstreams that a reload removed; closed at the end
         self._mistakes: tuple[str, ...] = ()
         self._reported: set[str] = set()
         self._started = wall()
         self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
         self.started = asyncio.Event()
+        self.url = ""
         self.admin_url = ""
         self._metrics = Metrics(lambda: self.keeper.snapshot(), wall)
         self._feed = Feed(self.status)
         self._admin = Admin(self, self._feed, Access())
         self._service = systemd.Service(self, view.summary, environ)
         self._sockets = systemd.listen_sockets(environ)
+        self._passed = {
+            name: [Address(*systemd.address(one)) for one in opened] for name, opened in self._sockets.items()
+        }
         self._ledger = _ledger(settings, lambda: self._urls, wall)
         observers = [o for o in (self._ledger, self._metrics, self._feed, logs.Log()) if o is not None]
         self.keeper = Keeper(self._clock, observers, self._report)
         self._schedule = Schedule(self._tick, self._clock_jumped, self._metrics.jobs_missed.inc, wall=wall)
+        self._front = Front(settings, self.keeper, self._clock, self._metrics)
         self._apply(settings)
 
     # --- its life -----------------------------------------------------------------------------------
@@ -88,24 +90,35 @@ class Daemon:
             stack.push_async_callback(self._end_admin, runner)
             self.admin_url = await self._listen(runner, self._config.server.admin_listen)
             stack.push_async_callback(self._close_clients)
-            for model in self._kept:
-                remembered = self._ledger.recall(model, self._clock()) if self._ledger else None
-                if remembered:
-                    self.keeper.record(remembered)
+            self.url = await self._front.listen(self._config.server.listen, self._sockets["client"])
+            self._compare_sockets(self._config)
+            stack.push_async_callback(self._front.close)
+            self._recall(self._kept)
             self._log.info(
-                "daemon.started", version=__version__, admin=self.admin_url, models=len(self._kept)
+                "daemon.started",
+                version=__version__,
+                listen=self.url,
+                admin=self.admin_url,
+                models=len(self._kept),
             )
             self.started.set()
             async with asyncio.TaskGroup() as tasks:
                 parts = (self.keeper.run(), self._schedule.run(), self._feed.run(), self._service.run())
                 running = [tasks.create_task(part) for part in parts]
                 await self._stop.wait()
+                # Requests that are held still need their model: the keeper goes on until they are done.
+                await self._front.drain(self._config.server.drain_timeout, self._hurry)
                 for task in running:
                     task.cancel()
         self._log.info("daemon.stopped")
 
     def stop(self) -> None:
-        """End in order: not ready from now on, models stay loaded."""
+        """End in order: not ready from now on, open requests may finish, models stay loaded.
+
+        The second time: at once.
+        """
+        if self._stop.is_set():
+            self._hurry.set()
         self._stop.set()
 
     @property
@@ -125,9 +138,12 @@ class Daemon:
 
     def _reload(self) -> None:
         if self._path is None:
+            self._log.info("config.unchanged", reason="it comes from the environment alone")
             return
         try:
+            known = self._kept.keys()
             self._apply(config.load(self._path, self._environ))
+            self._recall(self._kept.keys() - known)
         except KeepaliveError as error:
             mistakes = error.mistakes if isinstance(error, ConfigError) else (error,)
             self._mistakes = tuple(str(mistake) for mistake in mistakes)
@@ -168,6 +184,7 @@ class Daemon:
         """Put a config into effect; raises TokenError before anything has changed."""
         lm_tokens = {u.name: tokens.of_upstream(u, self._environ) for u in settings.upstreams}
         admin_keys = tokens.of_callers(settings.auth.admin_keys, self._environ, "auth.admin_keys")
+        client_keys = tokens.of_callers(settings.auth.client_keys, self._environ, "auth.client_keys")
         old, self._config, self._mistakes = self._config, settings, ()
         self._kept = {ModelId(kept.upstream, kept.key): kept for kept in settings.kept}
         self._open = {model: self._is_open(kept) for model, kept in self._kept.items() if kept.window}
@@ -175,7 +192,7 @@ class Daemon:
         servers = []
         for upstream in settings.upstreams:
             client = self._clients.get(upstream.name)
-            if client is None or client.url != upstream.url:
+            if client is None or client.url != upstream.url or self._lets_us_in(upstream.name, lm_tokens):
                 client = self._clients[upstream.name] = Client(upstream.name, upstream.url)
             client.configure(
                 token=lm_tokens[upstream.name],
@@ -195,17 +212,36 @@ class Daemon:
         self._metrics.configure(self._kept)
         self._closing += self.keeper.configure(servers, map(self._keep, self._kept.values()))
         self._clients = {server.name: self._clients[server.name] for server in servers}
+        self._tokens = lm_tokens
+        self._front.configure(settings, lm_tokens, client_keys)
         self._metrics.reload_ok.set(1)
         self._metrics.reloaded_at.set(self._wall())
         for name in ("listen", "admin_listen", "state_dir", "log_level", "log_format"):
             if getattr(old.server, name) != getattr(settings.server, name):
                 self._log.warning("config.needs_restart", key=f"server.{name}")
-        listen = next(
-            (Address(*systemd.address(o)) for o in self._sockets["admin"]), settings.server.admin_listen
+        listeners = (("admin", "admin_listen", admin_keys), ("client", "listen", client_keys))
+        for socket, name, keys in listeners:
+            address = self._place(socket, getattr(settings.server, name))
+            if not is_loopback(address.host) and not keys:
+                reason = f"{address} can be reached from the network, and [auth] names no keys for it"
+                self._log.warning("listener.open", key=f"server.{name}", reason=reason)
+
+    def _lets_us_in(self, upstream: str, lm_tokens: Mapping[str, str | None]) -> bool:
+        """Whether a new token may mend what is wrong: then how long we meant to hold off no longer counts."""
+        if lm_tokens[upstream] == self._tokens[upstream]:
+            return False
+        snapshot = self.keeper.snapshot()
+        states = [u.state for u in snapshot.upstreams if u.name == upstream]
+        return UpstreamState.UNAUTHORIZED in states or any(
+            model.state is State.BACKOFF for model in snapshot.of(upstream)
         )
-        if not _is_loopback(listen.host) and not admin_keys:
-            reason = "reachable from the network without keys"
-            self._log.warning("admin.open", listen=str(listen), reason=reason)
+
+    def _recall(self, models: Iterable[ModelId]) -> None:
+        """Take note of loads that an earlier life began and did not see end."""
+        for model in models:
+            remembered = self._ledger.recall(model, self._clock()) if self._ledger else None
+            if remembered:
+                self.keeper.record(remembered)
 
     def _keep(self, kept: Kept) -> Keep:
         model = ModelId(kept.upstream, kept.key)
@@ -239,10 +275,25 @@ class Daemon:
 
     def _report(self, error: BaseException) -> None:
         """Bookkeeping failed: say so once."""
-        text = f"{type(error).__name__}: {error}"
+        text = str(error) if isinstance(error, KeepaliveError) else f"{type(error).__name__}: {error}"
         if text not in self._reported and len(self._reported) < REPORTS_REMEMBERED:
             self._reported.add(text)
             self._log.warning("bookkeeping.failed", error=text)
+
+    def _place(self, name: str, listen: Address) -> Address:
+        """Where that listener is: systemd may have opened it, and elsewhere."""
+        passed = self._passed[name]
+        return listen if not passed or listen in passed else passed[0]
+
+    def _compare_sockets(self, settings: Config) -> None:
+        """The command line, and people, look where the config says."""
+        for name, key in (("admin", "admin_listen"), ("client", "listen")):
+            listen = getattr(settings.server, key)
+            actual = self._place(name, listen)
+            if actual != listen:
+                self._log.warning(
+                    "socket.differs", key=f"server.{key}", config=str(listen), socket=str(actual)
+                )
 
     async def _listen(self, runner: web.ServerRunner, address: Address) -> str:
         opened = self._sockets["admin"]
@@ -251,16 +302,8 @@ class Daemon:
             for site in sites or [web.TCPSite(runner, address.host, address.port)]:
                 await site.start()
         except OSError as error:
-            why = os.strerror(error.errno) if error.errno else str(error)
-            raise StartError(f"server.admin_listen: cannot listen on {address}: {why.lower()}") from error
-        if opened and (address.host, address.port) not in map(systemd.address, opened):
-            # The command line looks where the config says.
-            actual = Address(*systemd.address(opened[0]))
-            self._log.warning(
-                "socket.differs", key="server.admin_listen", config=str(address), socket=str(actual)
-            )
-            address = actual
-        return f"http://{Address(address.host, runner.addresses[0][1])}"
+            raise StartError(cannot_listen("server.admin_listen", address, error)) from error
+        return url_of(runner.addresses[0])
 
     async def _end_admin(self, runner: web.ServerRunner) -> None:
         """Accept no more: where systemd holds the socket, what comes now waits for the next daemon, whole.
@@ -296,10 +339,3 @@ def _ledger(
     settings: Config, urls: Callable[[], Mapping[str, str]], wall: Callable[[], float]
 ) -> Ledger | None:
     return Ledger(settings.server.state_dir, urls, wall) if settings.server.state_dir else None
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

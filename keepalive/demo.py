@@ -12,8 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 
-from keepalive import config, view
+from keepalive import config, logs, view
 from keepalive.daemon import Daemon
+from keepalive.errors import KeepaliveError
 from keepalive.simulator.models import SimModel
 from keepalive.simulator.server import serve
 from keepalive.simulator.studio import Studio
@@ -26,6 +27,7 @@ EVICTED_AFTER = 12.0
 
 SETTINGS = """
 [server]
+listen = "{listen}"
 admin_listen = "{admin}"
 
 [[upstreams]]
@@ -45,37 +47,59 @@ key = "small-talk-1b"
 """
 
 WELCOME = """\
-A simulated LM Studio runs at {upstream} and the daemon in front of it, with this config:
+LM Studio is simulated at {upstream}. The daemon in front of it:
+
 {settings}
-Look at it from another terminal, or a browser:
-  keepalive status --watch{url}           what is warm, what is loading, for how long yet
-  keepalive release medicine-llm{url}    stop keeping it; `warm` takes it back
-  curl {admin}/metrics                 what Prometheus scrapes
-  curl -X POST {upstream}/simulator/evict -d '{{"model":"small-talk-1b"}}'    throw a model out
-Ctrl-C ends it.
+From another terminal, or a browser:
+
+    keepalive status --watch{url}
+        what is warm, what is loading, for how long yet
+    keepalive release medicine-llm{url}
+        stop keeping it; `warm` takes it back
+    curl -N {listen}/v1/chat/completions -d '{{"model":"medicine-llm","stream":true,
+            "messages":[{{"role":"user","content":"What is a cold start?"}}]}}'
+        ask, as an application does: a model that is not ready says so, then answers
+    curl {admin}/metrics
+        what Prometheus scrapes
+    curl -X POST {upstream}/simulator/evict -d '{{"model":"small-talk-1b"}}'
+        throw a model out, and watch it come back
+
+First both models load, one after the other. Ctrl-C ends it.
 """
+EVICTED = "Somebody loads another model by hand, and LM Studio throws medicine-llm out. Nobody asks for it:"
+MENDED = "It is back, without anybody's help. The demo goes on until Ctrl-C: try the commands above."
 
 
 async def run(console: Console) -> None:
-    """Show it until Ctrl-C."""
+    """Show it until Ctrl-C. Raises a KeepaliveError when it cannot be shown."""
+    # What the log would say is what is shown here.
+    end_log = logs.start(level="error", as_json=None, stream=None)
     studio = Studio(MODELS)
-    async with await serve(studio) as upstream, asyncio.TaskGroup() as tasks:
-        text = SETTINGS.format(admin=_free_address(), upstream=upstream.url)
-        # A demonstration leaves nothing on disk, and takes nothing from the environment.
-        daemon = Daemon(config.parse(text, "demo", {}), None, {})
-        daemon.watch_signals()
-        tasks.create_task(daemon.run())
-        await daemon.started.wait()
-        admin = daemon.admin_url
-        console.print(_welcome(text, upstream.url, admin), markup=False)
-        story = tasks.create_task(_throw_out(studio, daemon, console))
-        await _show(daemon, console)
-        story.cancel()
+    try:
+        async with await serve(studio) as upstream, asyncio.TaskGroup() as tasks:
+            server = config.Server()
+            text = SETTINGS.format(
+                listen=_free_address(server.listen),
+                admin=_free_address(server.admin_listen),
+                upstream=upstream.url,
+            )
+            # A demonstration leaves nothing on disk, and takes nothing from the environment.
+            daemon = Daemon(config.parse(text, "demo", {}), None, {})
+            daemon.watch_signals()
+            tasks.create_task(daemon.run())
+            await daemon.started.wait()
+            console.print(_welcome(text, upstream.url, daemon), markup=False, soft_wrap=True)
+            story = tasks.create_task(_throw_out(studio, daemon, console))
+            await _show(daemon, console)
+            story.cancel()
+    except* KeepaliveError as errors:
+        raise KeepaliveError(str(errors.exceptions[0])) from errors
+    finally:
+        end_log()
 
 
-def _free_address() -> str:
-    """The usual admin address, or any free port where it is taken."""
-    usual = config.Server().admin_listen
+def _free_address(usual: config.Address) -> str:
+    """The usual address, or any free port where it is taken."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -85,13 +109,14 @@ def _free_address() -> str:
     return str(usual)
 
 
-def _welcome(text: str, upstream: str, admin: str) -> str:
-    is_usual = admin.endswith(f":{config.Server().admin_listen.port}")
+def _welcome(text: str, upstream: str, daemon: Daemon) -> str:
+    is_usual = daemon.admin_url.endswith(f":{config.Server().admin_listen.port}")
     return WELCOME.format(
         upstream=upstream,
-        admin=admin,
-        url="" if is_usual else f" --url {admin}",
-        settings="".join(f"    {line}\n" for line in text.strip().splitlines()),
+        listen=daemon.url,
+        admin=daemon.admin_url,
+        url="" if is_usual else f" --url {daemon.admin_url}",
+        settings="".join(f"    {line}".rstrip() + "\n" for line in text.strip().splitlines()),
     )
 
 
@@ -109,20 +134,25 @@ async def _show(daemon: Daemon, console: Console) -> None:
 
 def _say(console: Console, document: dict[str, Any], said: dict[str, str]) -> None:
     """Without a terminal: a line when a state changes, and one every three seconds of a load."""
-    for model in document["models"]:
+    for model, (name, line) in zip(document["models"], view.lines(document).items(), strict=True):
         mark = model["state"]
         if model["load"]:
             mark += str(int(model["load"]["elapsed_seconds"] / 3))
-        if said.get(model["key"]) != mark:
-            said[model["key"]] = mark
-            console.print(view.line(model), markup=False)
+        if said.get(name) != mark:
+            said[name] = mark
+            console.print(line, markup=False)
 
 
 async def _throw_out(studio: Studio, daemon: Daemon, console: Console) -> None:
-    while not daemon.status()["ready"]:  # noqa: ASYNC110  # a story needs no more
-        await asyncio.sleep(0.5)
+    await _until(daemon, ready=True)
     await asyncio.sleep(EVICTED_AFTER)
-    console.print(
-        "Another program loads something large, and LM Studio throws medicine-llm out:", style="bold"
-    )
+    console.print(EVICTED, style="bold")
     studio.evict("medicine-llm")
+    await _until(daemon, ready=False)
+    await _until(daemon, ready=True)
+    console.print(MENDED, style="bold")
+
+
+async def _until(daemon: Daemon, *, ready: bool) -> None:
+    while daemon.status()["ready"] is not ready:  # noqa: ASYNC110  # a story needs no more
+        await asyncio.sleep(0.25)

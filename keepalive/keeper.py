@@ -6,12 +6,14 @@ by recording facts, and never raises for anything that the world does.
 """
 
 import asyncio
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from keepalive.errors import (
     Cut,
+    NotWarm,
     Reason,
     Refused,
     TimedOut,
@@ -28,6 +30,7 @@ from keepalive.facts import (
     ListingStarted,
     LoadEnded,
     LoadOutcome,
+    LoadRemembered,
     LoadStarted,
     ModelFact,
     ModelId,
@@ -39,8 +42,12 @@ from keepalive.facts import (
     UnloadEnded,
     UnloadStarted,
     UpstreamFact,
+    WaitEnded,
+    WaitStarted,
+    fold_key,
 )
 from keepalive.lifecycle import (
+    BACKOFF_FIRST,
     Action,
     Load,
     Model,
@@ -48,13 +55,18 @@ from keepalive.lifecycle import (
     Refresh,
     SendPing,
     SkipPing,
+    State,
     Unload,
     Upstream,
+    UpstreamState,
     apply,
     apply_upstream,
+    blocked_by,
     plan,
 )
 
+# LM Studio calls further copies of a model `key:2`, `key:3`, …
+COPY_NUMBER = re.compile(r":[0-9]+$")
 # An unload is answered at once, or the server is in trouble.
 UNLOAD_TIMEOUT = 60.0
 
@@ -168,6 +180,8 @@ class Keeper:
         self._keeps: dict[ModelId, Keep] = {}
         self._wake = asyncio.Event()
         self._due: set[str] = set()
+        self._by_key: dict[str, tuple[ModelId, ...]] = {}
+        self._news: dict[ModelId, asyncio.Future[None]] = {}
 
     # --- what is kept -------------------------------------------------------------------------------
 
@@ -186,7 +200,7 @@ class Keeper:
                 shelf = self._shelves[server.name] = _Shelf(server, now)
             elif shelf.server.client is not server.client:
                 unused.append(shelf.server.client)
-                shelf.models.clear()
+                shelf.models = {key: _forgotten(model, now) for key, model in shelf.models.items()}
                 shelf.upstream = Upstream(name=server.name, since=now)
             shelf.server = server
             shelf.upstream = replace(
@@ -197,6 +211,12 @@ class Keeper:
             )
         self._shelves = {server.name: self._shelves[server.name] for server in servers}
         self._keeps = {keep.model: keep for keep in keeps}
+        self._by_key = {}
+        for keep in keeps:
+            key = fold_key(keep.model.key)
+            self._by_key[key] = (*self._by_key.get(key, ()), keep.model)
+        for model in list(self._news):
+            self._announce(model)
         for shelf in self._shelves.values():
             self._place(shelf, [k for k in keeps if k.model.upstream == shelf.server.name], now)
         self.tick()
@@ -221,6 +241,90 @@ class Keeper:
             models[key] = replace(model, retired=True, rank=len(models))
         shelf.models = models
 
+    # --- what others need to know -------------------------------------------------------------------
+
+    def find(self, name: str) -> tuple[ModelId, ...]:
+        """The models that a request for `name` means, in the config's order; none when nobody keeps it."""
+        key = fold_key(name)
+        return self._by_key.get(key) or self._by_key.get(COPY_NUMBER.sub("", key), ())
+
+    def model(self, model: ModelId) -> Model | None:
+        """What is known of one model; None when it is no longer in the config."""
+        shelf = self._shelves.get(model.upstream)
+        known = shelf.models.get(model.key) if shelf else None
+        return None if known is None or known.retired else known
+
+    def siblings(self, model: ModelId) -> tuple[Model, ...]:
+        """All models of the same upstream."""
+        shelf = self._shelves.get(model.upstream)
+        return tuple(shelf.models.values()) if shelf else ()
+
+    async def ensure_warm(self, models: Sequence[ModelId]) -> ModelId:
+        """Wait until one of `models` is warm, and return it: the least busy, where several are.
+
+        All who wait share one load, and are woken in the order in which they came. Has no time limit. Raises
+        NotWarm when waiting is of no use. Cancelling it is leaving; the load goes on while it is wanted.
+        """
+        warm = self._least_busy(models)
+        if warm is not None:
+            return warm
+        began = self._clock()
+        for model in models:
+            self.record(WaitStarted(self._clock(), model))
+        try:
+            while warm is None:
+                self._check_hope(models)
+                loop = asyncio.get_running_loop()
+                # One future for all who wait: `wait` does not cancel it when one of them leaves.
+                await asyncio.wait(
+                    [self._news.setdefault(model, loop.create_future()) for model in models],
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                warm = self._least_busy(models)
+        finally:
+            now = self._clock()
+            for model in models:
+                self.record(WaitEnded(self._clock(), model, now - began, served=warm is not None))
+        return warm
+
+    def _least_busy(self, models: Sequence[ModelId]) -> ModelId | None:
+        warm = [m for m in map(self.model, models) if m is not None and m.state is State.WARM]
+        return min(warm, key=lambda m: m.in_flight).id if warm else None
+
+    def _check_hope(self, models: Sequence[ModelId]) -> None:
+        """Raise NotWarm when none of `models` will be warm soon, with the reason of the first."""
+        reasons: list[tuple[str, float | None]] = []
+        for model in models:
+            why = self._hopeless(model)
+            if why is None:
+                return
+            reasons.append(why)
+        message, retry_after = reasons[0] if reasons else ("no such model is kept here", None)
+        raise NotWarm(message, retry_after=retry_after)
+
+    def _hopeless(self, wanted: ModelId) -> tuple[str, float | None] | None:
+        """Why waiting is of no use, and in how many seconds it may be; None while there is hope."""
+        model, now = self.model(wanted), self._clock()
+        if model is None:
+            return f"{wanted.key} is no longer kept here", None
+        upstream, siblings = self._shelves[wanted.upstream].upstream, self.siblings(wanted)
+        left = model.retry_at - now if model.retry_at is not None else 0.0
+        # A first failure is tried again soon enough to wait for it.
+        if model.state is State.BACKOFF and left > BACKOFF_FIRST:
+            return f"{wanted.key} cannot be had now: {model.reason}", left
+        if upstream.state is UpstreamState.UNAUTHORIZED:
+            return f"{wanted.key} cannot be had: {upstream.error}", None
+        if model.state is State.COLD:
+            blocked = blocked_by(upstream, siblings, model) if model.listed else model.reason
+            if blocked is not None:
+                return f"{wanted.key} cannot be had: {blocked}", None
+        return None
+
+    def _announce(self, model: ModelId) -> None:
+        news = self._news.pop(model, None)
+        if news is not None and not news.done():
+            news.set_result(None)
+
     # --- what happened ------------------------------------------------------------------------------
 
     def record(self, fact: ModelFact | UpstreamFact) -> None:
@@ -235,6 +339,8 @@ class Keeper:
         for model in [shelf.models[key] for key in keys if key in shelf.models]:
             after = shelf.models[model.id.key] = apply(model, fact)
             self._tell(fact, model, after)
+            if after.state is not model.state or after.reason != model.reason:
+                self._announce(after.id)
             if after.retired and not after.calling and not after.ours:
                 del shelf.models[model.id.key]
         self._due.add(shelf.server.name)
@@ -294,7 +400,7 @@ class Keeper:
             case SendPing(model=model, instance_id=target):
                 tier, before = shelf.upstream.tier or Tier.V1, shelf.models[model.key]
                 self.record(PingStarted(now, model))
-                tasks.create_task(self._ping(client, before, target, tier, now))
+                tasks.create_task(self._ping(client, self._keeps[model], before, target, tier, now))
             case SkipPing(model=model):
                 self.record(PingEnded(now, model, PingOutcome.SKIPPED))
             case Unload(model=model, instance_id=target):
@@ -329,8 +435,10 @@ class Keeper:
         except Unauthorized as error:
             outcome, message = LoadOutcome.REFUSED, str(error)
         except Refused as error:
-            refused = error.reason is Reason.RESOURCES
-            outcome, message = LoadOutcome.REFUSED if refused else LoadOutcome.FAILED, str(error)
+            outcome, message = _load_outcome(error), str(error)
+        except Unexpected as error:
+            # Whatever garbled the answer need not have stopped the load.
+            outcome, message = LoadOutcome.UNKNOWN, str(error)
         except UpstreamError as error:
             outcome, message = LoadOutcome.FAILED, str(error)
         now = self._clock()
@@ -350,8 +458,9 @@ class Keeper:
             ),
         )
 
-    async def _ping(self, client: Client, model: Model, target: str, tier: Tier, began: float) -> None:
-        keep = self._keeps[model.id]
+    async def _ping(
+        self, client: Client, keep: Keep, model: Model, target: str, tier: Tier, began: float
+    ) -> None:
         accepted = [model.id.key, *(instance.id for instance in model.instances)]
         outcome, message, why = PingOutcome.OK, None, None
         try:
@@ -388,6 +497,38 @@ class Keeper:
         shelf = self._shelves.get(keep.model.upstream)
         model = shelf.models.get(keep.model.key) if shelf else None
         return model.kind if model else "llm"
+
+
+def _forgotten(model: Model, now: float) -> Model:
+    """What still holds for a model when its upstream is asked through another client.
+
+    That may be the same server, asked with another token: then our load is still under way over there.
+    """
+    fresh = Model(
+        id=model.id,
+        since=now,
+        kind=model.kind,
+        asked_for=model.asked_for,
+        retired=model.retired,
+        recent_loads=model.recent_loads,
+        loads=model.loads,
+        evictions=model.evictions,
+        waiting=model.waiting,
+        in_flight=model.in_flight,
+    )
+    since = model.loading_since
+    if since is None or (model.pending is not None and not model.pending.ours):
+        return fresh
+    expected, tells_loading = model.expected_load, model.tells_loading
+    return apply(fresh, LoadRemembered(now, model.id, since, expected, tells_loading))
+
+
+def _load_outcome(error: Refused) -> LoadOutcome:
+    if error.reason is Reason.RESOURCES:
+        return LoadOutcome.REFUSED
+    if error.reason is Reason.OTHER and not 400 <= error.status < 500:
+        return LoadOutcome.UNKNOWN  # an error that does not say that the load is over
+    return LoadOutcome.FAILED
 
 
 def _trouble(error: UpstreamError) -> Trouble:

@@ -8,15 +8,23 @@ leaves its writes to the kernel. What cannot be written costs this memory, never
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from keepalive.errors import KeepaliveError
 from keepalive.facts import Fact, LoadRemembered, ModelId
 from keepalive.lifecycle import Model, Upstream
 
 ENTRY_MAX = 64 * 1024
+# No load takes a day. A file that says so is damaged, and would keep the model from being loaded.
+EXPECTED_MAX = 86_400.0
+
+
+class LedgerError(KeepaliveError):
+    """The state directory cannot be used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +63,8 @@ class Ledger:
 
     def recall(self, model: ModelId, at: float) -> LoadRemembered | None:
         """The load of this model that an earlier life did not see end, on the keeper's clock."""
+        if model in self._written:
+            return None  # begun by this life
         path = self._path(model)
         entry = _read(path) if path else None
         if (
@@ -81,16 +91,34 @@ class Ledger:
             return
         url = self._urls()[model.id.upstream]
         entry = Entry(url, model.id.key, started, model.expected_load, model.tells_loading)
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         draft = path.with_suffix(f".{os.getpid()}")
-        draft.write_text(json.dumps({name: getattr(entry, name) for name in Entry.__slots__}))
-        draft.replace(path)
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            try:
+                draft.write_text(json.dumps({name: getattr(entry, name) for name in Entry.__slots__}))
+                draft.replace(path)
+            except OSError:
+                draft.unlink(missing_ok=True)
+                raise
+        except OSError as error:
+            raise self._error(error) from error
         self._written[model.id] = path
 
     def _strike(self, model: ModelId) -> None:
         path = self._written.pop(model, None)
-        if path is not None:
+        if path is None:
+            return
+        try:
             path.unlink(missing_ok=True)
+        except OSError as error:
+            raise self._error(error) from error
+
+    def _error(self, error: OSError) -> LedgerError:
+        why = os.strerror(error.errno or 0).lower()
+        return LedgerError(
+            f"server.state_dir: loads cannot be noted in {self._folder} ({why}); "
+            "if the daemon ends during one, the next may begin it again"
+        )
 
 
 def _is_open(model: Model) -> bool:
@@ -102,13 +130,16 @@ def _read(path: Path) -> Entry | None:
     try:
         with path.open("rb") as file:
             row = json.loads(file.read(ENTRY_MAX))
-        expected = row["expected"]
+        started, expected = float(row["started"]), row["expected"]
+        expected = None if expected is None else float(expected)
+        if not math.isfinite(started) or not (expected is None or 0 <= expected <= EXPECTED_MAX):
+            return None
         return Entry(
             url=str(row["url"]),
             key=str(row["key"]),
-            started=float(row["started"]),
-            expected=None if expected is None else float(expected),
+            started=started,
+            expected=expected,
             tells_loading=row["tells_loading"] is True,
         )
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None

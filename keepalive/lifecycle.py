@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from enum import StrEnum
+from itertools import islice
 from math import inf
 from statistics import median
 
@@ -61,8 +62,6 @@ FRESH = 1.0
 LISTING_LAG = 45.0
 # How often an unresolved load is looked at.
 PENDING_POLL = 2.0
-# A listing asked this soon after a load began may not show the loading yet.
-LOAD_VISIBLE_AFTER = 3.0
 BACKOFF_FIRST = 5.0
 BACKOFF_MAX = 300.0
 # A model that held this long is stable: losing it afterwards is a new story, not a repetition.
@@ -74,6 +73,8 @@ PINGS_AT_ONCE = 4
 DOWN_AFTER_TIMEOUTS = 3
 REFRESH_MAX = 60.0
 LOADS_REMEMBERED = 5
+# Comparing a key with each of a hundred thousand listed ones would hold up everything else for seconds.
+SUGGESTED_FROM = 1000
 
 
 class State(StrEnum):
@@ -135,6 +136,7 @@ class Pending:
 
     since: float
     until: float  # believed to go on until then, unless a listing resolves it
+    alive_at: float  # when it was last under way, for all we know
     loaded: bool = False  # it did end, well; only the listing lags
     proved: bool = False  # and the model has answered
     seen: bool = False  # a listing showed it in progress
@@ -188,6 +190,7 @@ class Model:
     warm_since: float | None = None
     proven_at: float = -inf
     failures: int = 0
+    failure: str | None = None  # what went wrong last
     retry_at: float | None = None
     ping_at: float | None = None  # when the next ping is due
     last_ping: Ping | None = None
@@ -270,6 +273,7 @@ class Upstream:
     resident: frozenset[str] = frozenset()  # folded keys of what is loaded, managed or not
     evicts: bool | None = None  # as seen, where it is not configured
     on_trial: frozenset[str] = frozenset()  # resident before our load on demand: do they survive it?
+    trial_over_at: float | None = None  # when that load ended; a listing asked later is the verdict
 
     @property
     def displaces(self) -> bool | None:
@@ -304,7 +308,8 @@ def _listed(model: Model, fact: Listed) -> Model:
     if model.blind:
         return _listed_blind(model, fact)
     if entry is None:
-        near = get_close_matches(model.id.key, {e.key for e in fact.entries.values()}, n=3, cutoff=0.4)
+        keys = {e.key: None for e in islice(fact.entries.values(), SUGGESTED_FROM)}
+        near = get_close_matches(model.id.key, keys, n=3, cutoff=0.4)
         model = replace(model, listed=False, nearest=tuple(near))
         return _absent(model, fact.at, told=True)
     model = replace(
@@ -325,15 +330,16 @@ def _listed(model: Model, fact: Listed) -> Model:
 def _listed_blind(model: Model, fact: Listed) -> Model:
     """Here a listing says no more than that somebody answers: only pings show what is loaded."""
     model = replace(model, listed=True, nearest=(), instances=(), ours=frozenset())
-    if model.calling or model.state not in (State.UNKNOWN, State.WARM):
+    if model.calling:
+        return model
+    if model.pending is not None:
+        return _absent(model, fact.at, told=False)
+    if model.state in (State.COLD, State.BACKOFF):
         return model
     if model.state is State.WARM and (model.in_flight or fact.at <= model.proof_expires):
         return model
-    pending = model.pending
-    if pending and fact.at < pending.until:
-        return _move(model, Sign.SEEN_LOADING, fact.at, "an earlier load may still be under way")
     reason = "this server does not show what is loaded; only a request can tell"
-    return _absent_now(replace(model, pending=None), fact.at, reason)
+    return _absent_now(model, fact.at, reason)
 
 
 def _present(model: Model, at: float, entry: Entry) -> Model:
@@ -359,18 +365,23 @@ def _present(model: Model, at: float, entry: Entry) -> Model:
 def _seen_loading(model: Model, at: float) -> Model:
     if model.load_started is not None:
         return model
-    pending = model.pending or Pending(since=at, until=at, ours=False)
-    pending = replace(pending, seen=True, until=max(pending.until, at + LISTING_LAG))
+    pending = model.pending or Pending(since=at, until=at, alive_at=at, ours=False)
+    pending = replace(pending, seen=True, alive_at=at, until=max(pending.until, at + LISTING_LAG))
     reason = "LM Studio is still loading it" if pending.ours else "somebody else is loading it"
     return _move(replace(_lost(model, at), pending=pending), Sign.SEEN_LOADING, at, reason)
 
 
 def _absent(model: Model, at: float, *, told: bool) -> Model:
     """The listing shows no instance. `told`: it would have shown a load in progress as such."""
+    if model.load_started is not None or model.pending is not None:
+        # What is gone now is another's copy, which was there beside our load.
+        model = replace(model, instances=())
     if model.load_started is not None:
         return model
     if model.pending is not None:
-        return _resolve(model, model.pending, at, told=told) or model
+        resolved = _resolve(model, model.pending, at, told=told)
+        reason = model.reason if model.state is State.LOADING else "an earlier load may still be under way"
+        return resolved or _move(model, Sign.SEEN_LOADING, at, reason)
     evicted = bool(model.instances)
     model = _lost(model, at)
     return _absent_now(model, at, "LM Studio no longer has it in memory" if evicted else None)
@@ -386,7 +397,8 @@ def _resolve(model: Model, pending: Pending, at: float, *, told: bool) -> Model 
             at,
             f"LM Studio said that it had loaded it, but did not list it for {LISTING_LAG:.0f} s",
         )
-    over = told and (pending.seen or model.tells_loading) and at >= pending.since + LOAD_VISIBLE_AFTER
+    # It is no longer seen loading, and not yet listed: failed, or loaded a moment ago.
+    over = told and (pending.seen or model.tells_loading) and at >= pending.alive_at + LISTING_LAG
     if not over and at < pending.until:
         return None
     model = replace(model, pending=None)
@@ -401,7 +413,7 @@ def _absent_now(model: Model, at: float, reason: str | None) -> Model:
         near = f"; listed are {', '.join(model.nearest)}" if model.nearest else ""
         return _move(model, Sign.ABSENT, at, f"LM Studio does not list this key{near}")
     if model.retry_at is not None and model.retry_at > at:
-        return _move(model, Sign.HELD_OFF, at, model.reason or reason)
+        return _move(model, Sign.HELD_OFF, at, model.failure or reason)
     return _move(model, Sign.ABSENT, at, reason)
 
 
@@ -414,18 +426,19 @@ def _lost(model: Model, at: float) -> Model:
     failures = 0 if stable else model.failures + 1
     # The first loss is mended at once; when it does not hold, somebody is fighting us for the memory.
     retry_at = at + _backoff(failures - 1) if failures > 1 else None
-    reason = f"it went missing {failures} times in a row without holding {STABLE:.0f} s" if retry_at else None
-    return replace(
-        model, failures=failures, retry_at=retry_at, warm_since=None, reason=reason or model.reason
-    )
+    failure = f"it went missing {failures} times in a row without holding {STABLE:.0f} s"
+    return replace(model, failures=failures, failure=failure, retry_at=retry_at, warm_since=None)
 
 
 def _listing_failed(model: Model, fact: ListingFailed) -> Model:
     if fact.asked <= model.asked:
         return model
-    doubtful = model.state is State.WARM and not model.in_flight and fact.at > model.proof_expires
-    if fact.trouble in (Trouble.TIMEOUT, Trouble.BAD_ANSWER) and not doubtful:
-        return model  # it may be busy, or lie: no verdict, until a claim would be older than we allow
+    if fact.trouble in (Trouble.TIMEOUT, Trouble.BAD_ANSWER):
+        # It may be busy, or lie: no verdict, until a claim would be older than we allow.
+        if model.state is State.UNKNOWN:
+            return replace(model, reason=fact.message)
+        if model.state is not State.WARM or model.in_flight or fact.at <= model.proof_expires:
+            return model
     if fact.trouble is Trouble.REFUSED:
         # The program is gone, and with it its loads; what is found later is not ours, though named alike.
         # (`lms server stop` closes the port too, and goes on loading: then the next listing shows it.)
@@ -442,8 +455,8 @@ def _load_started(model: Model, fact: LoadStarted) -> Model:
 
 
 def _load_remembered(model: Model, fact: LoadRemembered) -> Model:
-    span = fact.expected * 2 if fact.expected is not None else model.policy.load_timeout
-    pending = Pending(since=fact.started, until=fact.started + span)
+    until = fact.started + _longest_load(model, fact.expected)
+    pending = Pending(since=fact.started, until=until, alive_at=fact.at)
     return replace(
         model,
         pending=pending,
@@ -466,17 +479,23 @@ def _load_ended(model: Model, fact: LoadEnded) -> Model:
         if model.blind:
             return _proved(model, fact.at)
         until = fact.at + LISTING_LAG
-        model = replace(model, pending=Pending(started, until, loaded=True, proved=fact.proved))
+        pending = Pending(started, until, alive_at=fact.at, loaded=True, proved=fact.proved)
+        model = replace(model, pending=pending)
         reason = f"loaded in {took:.1f} s; waiting for LM Studio to list it"
         return _move(model, Sign.SEEN_LOADING, fact.at, reason)
     if fact.outcome is LoadOutcome.UNKNOWN:
-        longest = max(model.recent_loads, default=None)
-        span = longest * 2 if longest is not None else model.policy.load_timeout
+        span = _longest_load(model, max(model.recent_loads, default=None))
         if fact.at - started >= span:
             span = 2 * (fact.at - started)
-        pending = Pending(since=started, until=started + span)
+        pending = Pending(since=started, until=started + span, alive_at=fact.at)
         failures = model.failures + 1
-        model = replace(model, pending=pending, failures=failures, retry_at=fact.at + _backoff(failures))
+        model = replace(
+            model,
+            pending=pending,
+            failures=failures,
+            failure=fact.message,
+            retry_at=fact.at + _backoff(failures),
+        )
         return _move(model, Sign.SEEN_LOADING, fact.at, f"{fact.message}; it may still be loading")
     model = _failed(model, fact.at, fact.message or "the load failed")
     if fact.outcome is LoadOutcome.REFUSED:
@@ -485,9 +504,15 @@ def _load_ended(model: Model, fact: LoadEnded) -> Model:
     return model
 
 
+def _longest_load(model: Model, expected: float | None) -> float:
+    """Seconds from its start after which an unseen load is given up, the lag of the listing included."""
+    return (expected * 2 if expected is not None else model.policy.load_timeout) + LISTING_LAG
+
+
 def _failed(model: Model, at: float, message: str) -> Model:
     failures = model.failures + 1
-    model = replace(model, failures=failures, retry_at=at + _backoff(failures), warm_since=None)
+    retry_at = at + _backoff(failures)
+    model = replace(model, failures=failures, failure=message, retry_at=retry_at, warm_since=None)
     return _move(model, Sign.LOAD_FAILED, at, message)
 
 
@@ -507,25 +532,27 @@ def _ping_ended(model: Model, fact: PingEnded) -> Model:
     )
     if fact.outcome is PingOutcome.OK:
         return _proved(replace(model, pinged_at=at), at)
+    message = fact.message or "it did not answer the ping as it should"
     if fact.outcome is PingOutcome.TIMEOUT:
         # A question for the listing, not a verdict: it may be generating for somebody else.
         again = at + min(policy.ping_interval, max(policy.ping_timeout, policy.refresh_interval))
-        return replace(model, ping_at=again, busy=True, reason=fact.message)
+        return replace(model, ping_at=again, busy=True, reason=message)
     if fact.outcome is PingOutcome.ERROR and fact.why is None:
         # The connection failed, not the model: the listing tells more.
-        return replace(model, ping_at=at + policy.refresh_interval, reason=fact.message)
+        return replace(model, ping_at=at + policy.refresh_interval, reason=message)
     failures = model.failures + 1
     # A token does not become right by asking again.
     retry_at = at + (BACKOFF_MAX if fact.why is Reason.UNAUTHORIZED else _backoff(failures))
     model = replace(
         model,
         failures=failures,
+        failure=message,
         retry_at=retry_at,
         ping_at=retry_at,
         warm_since=None,
         crashed=fact.why is Reason.CRASHED,
     )
-    return _move(model, Sign.DISPROVED, at, fact.message)
+    return _move(model, Sign.DISPROVED, at, message)
 
 
 def _proved(model: Model, at: float) -> Model:
@@ -559,9 +586,8 @@ def _unload_ended(model: Model, fact: UnloadEnded) -> Model:
     if fact.message is not None:
         failures = model.failures + 1
         retry_at = fact.at + _backoff(failures)
-        return replace(
-            model, failures=failures, retry_at=retry_at, reason=f"could not unload it: {fact.message}"
-        )
+        failure = f"could not unload it: {fact.message}"
+        return replace(model, failures=failures, failure=failure, retry_at=retry_at, reason=failure)
     left = tuple(i for i in model.instances if i.id != fact.instance_id)
     model = replace(model, instances=left, ours=model.ours - {fact.instance_id}, warm_since=None)
     return model if left else _absent_now(model, fact.at, None)
@@ -602,6 +628,8 @@ def _instance_lost(model: Model, fact: InstanceLost) -> Model:
 _CHANGES: Mapping[type[Fact], Callable[..., Model]] = {
     Listed: _listed,
     ListingFailed: _listing_failed,
+    # An answer to a question from before the jump may be as old as the machine slept.
+    ClockJumped: lambda model, fact: replace(model, touched_at=fact.at),
     LoadStarted: _load_started,
     LoadEnded: _load_ended,
     LoadRemembered: _load_remembered,
@@ -635,10 +663,11 @@ def apply_upstream(upstream: Upstream, fact: Fact) -> Upstream:
             return replace(upstream, answered_at=-inf, due_at=-inf)
         case LoadEnded():
             trial = upstream.on_trial if fact.outcome is LoadOutcome.OK else frozenset[str]()
-            return replace(upstream, due_at=-inf, on_trial=trial)
+            return replace(upstream, due_at=-inf, on_trial=trial, trial_over_at=fact.at)
         case LoadStarted():
-            on_demand = upstream.tier is Tier.V0 and upstream.displaces is None
-            return replace(upstream, on_trial=upstream.resident if on_demand else frozenset())
+            on_demand = upstream.tier is Tier.V0 and upstream.auto_evict is None
+            trial = upstream.resident if on_demand else frozenset[str]()
+            return replace(upstream, on_trial=trial, trial_over_at=None)
         case PingEnded(outcome=outcome) if outcome not in (PingOutcome.OK, PingOutcome.SKIPPED):
             return replace(upstream, due_at=min(upstream.due_at, fact.at))
         case UnloadEnded() | InstanceLost():
@@ -650,11 +679,13 @@ def apply_upstream(upstream: Upstream, fact: Fact) -> Upstream:
 
 
 def _upstream_listed(upstream: Upstream, fact: Listed) -> Upstream:
+    if fact.asked <= upstream.asked:
+        return replace(upstream, listing=False)
     resident = frozenset(fold_key(e.key) for e in fact.entries.values() if e.instances)
-    evicts = upstream.evicts
-    if upstream.on_trial:
+    evicts, trial = upstream.evicts, upstream.on_trial
+    if trial and upstream.trial_over_at is not None and fact.asked > upstream.trial_over_at:
         # We loaded one on demand beside others: either they are still there, or it pushed them out.
-        evicts = not upstream.on_trial <= resident
+        evicts, trial = not trial <= resident, frozenset()
     return replace(
         upstream,
         listing=False,
@@ -668,7 +699,7 @@ def _upstream_listed(upstream: Upstream, fact: Listed) -> Upstream:
         due_at=fact.at + upstream.refresh_interval,
         resident=resident,
         evicts=evicts if fact.tier is Tier.V0 else None,
-        on_trial=frozenset(),
+        on_trial=trial,
     )
 
 

@@ -1,17 +1,21 @@
 """The log: one line per transition, one per load, none per ping that went well.
 
-Event names are constant and dotted, what varies stands in fields. JSON, unless a terminal is watching. Lines
-go through a bounded queue to a thread of their own: a full disk or a stopped pager must not stop the loop
-that carries users' streams. Other libraries' records pass too, from WARNING upwards and without tracebacks
-that quote their input.
+Event names are constant and dotted, what varies stands in fields. JSON, unless a terminal is watching, or the
+journal, which people read, and which knows the time and is told the level in its own way. Lines go through a
+bounded queue to a thread of their own: a full disk or a stopped pager must not stop the loop that carries
+users' streams, nor its end. Other libraries' records pass too, from WARNING upwards, but only what was known
+when the line was written: their tracebacks and second lines quote the input, and a secret may be among it.
 """
 
 import logging
 import os
 import queue
-import sys
+import select
+import threading
+import time
 from collections.abc import Callable, Mapping
-from logging.handlers import QueueHandler, QueueListener
+from contextlib import suppress
+from pathlib import Path
 from typing import TextIO
 
 import structlog
@@ -32,73 +36,120 @@ from keepalive.lifecycle import Model, State, Upstream, UpstreamState
 
 # At 300 bytes a line about 3 MB, when nobody reads.
 LINES_WAITING = 10_000
-
-
+# Longer than this the end does not wait for somebody to take the last lines.
+LAST_WORDS = 1.0
+# One library can repeat itself 2,000 times in a second, as when no file can be opened any more.
+FOREIGN_INTERVAL = 60.0
+FOREIGN_MAX = 200
 # syslog's numbers, which journald takes from the beginning of a line.
 PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 
 
+class _Output(logging.Handler):
+    """Renders where the line was written, and writes in a thread that nobody has to wait for.
+
+    The thread takes no lock that others need: not this handler's, which the interpreter takes when it ends,
+    and not that of `sys.stderr`. Lines that do not fit are dropped: the alternative is to wait.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._file = stream.fileno()
+        self._lines: queue.Queue[bytes | None] = queue.Queue(LINES_WAITING)
+        self._thread = threading.Thread(target=self._write, name="log", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # Whatever cannot be rendered or does not fit: a lost line is better than a lost request.
+        with suppress(Exception):
+            self._lines.put_nowait(self.format(record).encode(errors="backslashreplace") + b"\n")
+
+    def end(self) -> None:
+        with suppress(queue.Full):
+            self._lines.put(None, timeout=LAST_WORDS)
+        self._thread.join(LAST_WORDS)
+
+    def _write(self) -> None:
+        while (line := self._lines.get()) is not None:
+            # Nobody is there to be told: a terminal that was closed, a full disk.
+            with suppress(OSError):
+                _write_all(self._file, line)
+
+
+def _write_all(file: int, line: bytes) -> None:
+    while line:
+        try:
+            line = line[os.write(file, line) :]
+        except BlockingIOError:
+            # Somebody who shares the terminal has made it non-blocking.
+            select.select([], [file], [])
+
+
 class _Prioritized(structlog.stdlib.ProcessorFormatter):
-    """On every line, since journald makes an entry of each."""
+    """For the journal, which makes an entry of each line."""
 
     def format(self, record: logging.LogRecord) -> str:
         priority = PRIORITIES.get(record.levelno, 5)
         return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines())
 
 
-class _Queue(QueueHandler):
-    """Drops lines that do not fit: the alternative is to wait."""
+class _Foreign(logging.Filter):
+    """Other libraries' records: the first line, what failed by its type and place, and not too often."""
 
-    def handleError(self, record: logging.LogRecord) -> None:  # the library's name
-        return None
-
-
-class _QuietServer(logging.Filter):
-    """aiohttp logs a malformed request with its bytes, and a secret may be among them."""
+    def __init__(self) -> None:
+        super().__init__()
+        self._said_at: dict[tuple[str, str], float] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.exc_info = record.exc_text = None
-        record.msg, record.args = "a request could not be handled", ()
+        if record.name == "keepalive":
+            return True
+        template, now = (record.name, str(record.msg).split("\n")[0]), time.monotonic()
+        if now - self._said_at.get(template, -FOREIGN_INTERVAL) < FOREIGN_INTERVAL:
+            return False
+        if len(self._said_at) >= LINES_WAITING:
+            self._said_at.clear()
+        self._said_at[template] = now
+        message = record.getMessage().split("\n")[0][:FOREIGN_MAX]
+        record.msg, record.args = f"{message}{_where(record)}", ()
+        record.exc_info = record.exc_text = record.stack_info = None
         return True
 
 
-def start(*, level: str, as_json: bool | None, stream: TextIO = sys.stderr) -> Callable[[], None]:
-    """Log to `stream` from now on; returns what ends it. `as_json` None: unless `stream` is a terminal or
-    the journal.
+def _where(record: logging.LogRecord) -> str:
+    error = record.exc_info[1] if record.exc_info else None
+    if error is None:
+        return ""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    place = f" at {Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace else ""
+    return f" ({type(error).__name__}{place})"
 
-    The journal knows the time, and is told the level in its own way.
+
+def start(*, level: str, as_json: bool | None, stream: TextIO | None) -> Callable[[], None]:
+    """Log to `stream` from now on; returns what ends it.
+
+    `as_json` None: unless `stream` is a terminal or the journal. `stream` None: nothing is written, by anybody.
     """
-    journal = _is_journal(stream)
-    if as_json is None:
-        as_json = not stream.isatty() and not journal
+    journal = stream is not None and _is_journal(stream)
+    root, own = logging.getLogger(), logging.getLogger("keepalive")
+    root.handlers[:] = [handler := logging.NullHandler() if stream is None else _Output(stream)]
+    root.setLevel(max(logging.WARNING, logging.getLevelName(level.upper())))
+    own.setLevel(level.upper())
     shared: list[structlog.typing.Processor] = [structlog.stdlib.add_log_level]
     if not journal:
         shared.append(structlog.processors.TimeStamper(fmt="iso", utc=True))
-    render: list[structlog.typing.Processor]
-    if as_json:
-        render = [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
-    elif journal:
-        render = [structlog.processors.format_exc_info, _plain]
-    else:
-        colors = stream.isatty()
-        render = [structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=18, sort_keys=False)]
-    formatter = (_Prioritized if journal else structlog.stdlib.ProcessorFormatter)(
-        foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name],
-        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *render],
-    )
-    output = logging.StreamHandler(stream)
-    output.setFormatter(formatter)
-    waiting: queue.Queue[logging.LogRecord] = queue.Queue(LINES_WAITING)
-    handler = _Queue(waiting)
-    # The record is handed over as it is: both ends are this process, and the formatter wants its fields.
-    handler.prepare = lambda record: record  # type: ignore[method-assign]  # the documented hook
-    listener = QueueListener(waiting, output)
-    logging.raiseExceptions = False  # a broken stderr is no reason to write to stderr
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(logging.WARNING)
-    logging.getLogger("keepalive").setLevel(level.upper())
-    logging.getLogger("aiohttp.server").addFilter(_QuietServer())
+    if stream is not None:
+        handler.addFilter(_Foreign())
+        handler.setFormatter(
+            (_Prioritized if journal else structlog.stdlib.ProcessorFormatter)(
+                foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name],
+                processors=[
+                    structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                    _plain if journal and not as_json else _renderer(stream, as_json=as_json),
+                ],
+            )
+        )
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,
@@ -109,13 +160,20 @@ def start(*, level: str, as_json: bool | None, stream: TextIO = sys.stderr) -> C
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=False,
     )
-    listener.start()
 
     def stop() -> None:
-        listener.stop()
-        root.handlers[:] = []
+        root.handlers.remove(handler)
+        if isinstance(handler, _Output):
+            handler.end()
 
     return stop
+
+
+def _renderer(stream: TextIO, *, as_json: bool | None) -> structlog.typing.Processor:
+    if as_json or (as_json is None and not stream.isatty()):
+        return structlog.processors.JSONRenderer()
+    colors = stream.isatty() and not os.environ.get("NO_COLOR")
+    return structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=18, sort_keys=False)
 
 
 def _is_journal(stream: TextIO) -> bool:

@@ -12,9 +12,20 @@ streams. Here a model's lines are written again only when one of its numbers has
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
+from typing import Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from keepalive import __version__
 from keepalive.facts import Fact, LoadEnded, LoadOutcome, ModelId, PingEnded, PingOutcome
@@ -61,6 +72,8 @@ class Metrics:
         self._look = look
         self._wall = wall
         self._series: dict[ModelId, _Series] = {}
+        # Or each counter gets a second series, with the time of its birth.
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # the library left it without types
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         Gauge("keepalive_build_info", "Always 1.", ["version"], registry=registry).labels(__version__).set(1)
@@ -101,7 +114,11 @@ class Metrics:
         self._up.clear()
         for upstream in snapshot.upstreams:
             self._up.labels(upstream.name).set(upstream.state is UpstreamState.UP)
-        encode, content_type = choose_encoder(accept)
+        try:
+            encode, content_type = choose_encoder(accept)
+        except (TypeError, ValueError):
+            # It asks for a version that the library cannot read as one.
+            encode, content_type = choose_encoder("")
         own = self._render_models(snapshot.models, offset, openmetrics="openmetrics" in content_type)
         return own.encode() + encode(self.registry), content_type
 
@@ -211,3 +228,113 @@ def _by_outcome(
 
 def _escaped(value: str) -> str:
     return value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
+
+
+class Passed(Protocol):
+    """What `proxy` says of a request that is over."""
+
+    @property
+    def model(self) -> ModelId | None: ...
+    @property
+    def route(self) -> str: ...
+    @property
+    def outcome(self) -> str: ...
+    @property
+    def start(self) -> str | None: ...
+    @property
+    def wait_seconds(self) -> float: ...
+    @property
+    def first_token_seconds(self) -> float | None: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def gaps(self) -> Sequence[int]: ...
+    @property
+    def gap_seconds(self) -> float: ...
+
+
+class ProxyMetrics:
+    """What users' requests felt. `waiting` and `in_progress` are read when somebody scrapes.
+
+    `gap_bounds` are the upper bounds of the buckets in which the proxy counts gaps.
+    """
+
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        in_progress: Callable[[], float],
+        waiting: Callable[[], float],
+        gap_bounds: Sequence[float],
+    ) -> None:
+        self._requests = Counter(
+            "keepalive_proxy_requests",
+            "Requests by how they ended.",
+            ["model", "route", "outcome"],
+            registry=registry,
+        )
+        Gauge("keepalive_proxy_requests_in_progress", "Requests under way.", registry=registry).set_function(
+            in_progress
+        )
+        Gauge(
+            "keepalive_proxy_requests_waiting", "Requests that wait for a model.", registry=registry
+        ).set_function(waiting)
+        self._wait = Histogram(
+            "keepalive_proxy_wait_seconds",
+            "How long requests were held for a model that was not warm.",
+            ["model"],
+            buckets=(0.1, 0.5, *LOAD_BUCKETS),
+            registry=registry,
+        )
+        self._first = Histogram(
+            "keepalive_proxy_time_to_first_token_seconds",
+            "From the request to the first delta that is not empty, waiting included.",
+            ["model", "start"],
+            buckets=(0.1, 0.25, 0.5, *LOAD_BUCKETS),
+            registry=registry,
+        )
+        self._duration = Histogram(
+            "keepalive_proxy_request_duration_seconds",
+            "From the request to the end of its answer.",
+            ["model"],
+            buckets=(0.1, 0.25, 0.5, *LOAD_BUCKETS, 3600.0),
+            registry=registry,
+        )
+        self._gaps = _Gaps(gap_bounds)
+        registry.register(self._gaps)
+
+    def count(self, passed: Passed) -> None:
+        # A name that a caller made up must not become a series.
+        model = passed.model.key if passed.model is not None else "other"
+        self._requests.labels(model, passed.route, passed.outcome).inc()
+        self._duration.labels(model).observe(passed.seconds)
+        if passed.start == "cold":
+            self._wait.labels(model).observe(passed.wait_seconds)
+        if passed.first_token_seconds is not None:
+            self._first.labels(model, passed.start or "warm").observe(passed.first_token_seconds)
+        if passed.gaps:
+            self._gaps.add(model, passed.gaps, passed.gap_seconds)
+
+
+class _Gaps(Collector):
+    """Gaps between the events of streams, which come counted: a thousand at a time."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = [*map(repr, bounds), "+Inf"]
+        self._counts: dict[str, list[int]] = {}
+        self._seconds: dict[str, float] = {}
+
+    def add(self, model: str, counts: Sequence[int], seconds: float) -> None:
+        old = self._counts.get(model) or [0] * len(self._bounds)
+        self._counts[model] = [a + b for a, b in zip(old, counts, strict=True)]
+        self._seconds[model] = self._seconds.get(model, 0.0) + seconds
+
+    def collect(self) -> Iterator[Metric]:
+        family = HistogramMetricFamily(
+            "keepalive_proxy_inter_token_latency_seconds",
+            "Gaps between the events of a stream; an event may carry more than one token.",
+            labels=["model"],
+        )
+        for model, counts in self._counts.items():
+            buckets = zip(self._bounds, map(float, accumulate(counts)), strict=True)
+            family.add_metric([model], list(buckets), self._seconds[model])
+        yield family

@@ -52,7 +52,8 @@ class Client:
         self._shows_loading = True
         self._http = httpx.AsyncClient(
             base_url=url,
-            headers={"user-agent": f"keepalive/{__version__}"},
+            # Bodies are counted as they come, so that a small one cannot unfold into a huge one.
+            headers={"user-agent": f"keepalive/{__version__}", "accept-encoding": "identity"},
             limits=httpx.Limits(keepalive_expiry=IDLE_SOCKET),
             trust_env=False,
             follow_redirects=False,

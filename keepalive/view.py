@@ -7,15 +7,21 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.padding import Padding
 from rich.text import Text
 
 Json = Mapping[str, Any]
 
 COLOURS = {"warm": "green", "loading": "yellow", "cold": "blue", "backoff": "red", "unknown": "magenta"}
 TROUBLE = ("down", "unauthorized")
+BAR = 10
+GAP = 2
+# A key is shortened to make room, but never further.
+KEY_MIN = 16
+# The reason stands in its model's row when this much of it fits, else below.
+WHY_MIN = 30
 
 READY, WARMING, FAILING, CANNOT_TELL = 0, 1, 2, 3
 
@@ -41,37 +47,96 @@ def unknown_keys(status: Json, keys: Sequence[str]) -> list[str]:
 
 
 def table(status: Json) -> RenderableType:
-    """Upstreams that have something to say, then a row per model."""
-    now = datetime.now(UTC)
+    """Upstreams that have something to say, then the models with why they are not warm."""
     several = len(status["upstreams"]) > 1
-    rows = Table(box=None, pad_edge=False, header_style="bold", expand=False)
-    for name in ("MODEL", *(["UPSTREAM"] if several else []), "STATE", "SINCE", "LAST LOAD", "NEXT PING"):
-        rows.add_column(name, no_wrap=name != "MODEL")
-    rows.add_column("WHY", ratio=1)
-    for model in status["models"]:
-        rows.add_row(
-            Text(model["key"]),
-            *([Text(model["upstream"])] if several else []),
-            _state(model),
-            Text(_ago(model["since"], now)),
-            Text("–" if model["last_load_seconds"] is None else span(model["last_load_seconds"])),
-            Text(_until(model["next_ping_at"], now)),
-            _why(model, now),
-        )
     parts: list[RenderableType] = [
         Text(f"{u['name']} ({u['url']}) is {u['state']}: {u['error'] or 'no answer yet'}", style="red")
         for u in status["upstreams"]
         if u["state"] in TROUBLE or u["error"]
     ]
     parts += [Text(f"config rejected: {mistake}", style="red") for mistake in status["config"]["mistakes"]]
-    return Group(*parts, rows)
+    return Group(*parts, _Rows(status["models"], several, datetime.now(UTC)))
 
 
-def line(model: Json) -> str:
-    """One model in one line of plain text."""
+class _Rows:
+    """A row per model. What does not fit beside it, its reason, stands below it."""
+
+    def __init__(self, models: Sequence[Json], several: bool, now: datetime) -> None:
+        self._models = models
+        self._several = several
+        self._now = now
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        names = (
+            "MODEL",
+            *(["UPSTREAM"] if self._several else []),
+            "STATE",
+            "SINCE",
+            "LAST LOAD",
+            "NEXT PING",
+        )
+        head = [Text(name, style="bold") for name in names]
+        cells = [self._cells(model, bars=console.is_terminal) for model in self._models]
+        whys = [_why(model, self._now) for model in self._models]
+        widths = [max(cell_len(row[i].plain) for row in (head, *cells)) for i in range(len(names))]
+        rest = sum(widths[1:]) + GAP * len(widths)
+        longest = max((cell_len(why) for why in whys), default=0)
+        beside = options.max_width - widths[0] - rest >= min(longest, WHY_MIN)
+        widths[0] = min(widths[0], max(KEY_MIN, options.max_width - rest + GAP))
+        yield _row([*head, Text("WHY", style="bold")] if beside else head, widths)
+        for row, why in zip(cells, whys, strict=True):
+            text = _row(row, widths)
+            if not beside or not why:
+                yield text
+                if why:
+                    yield Padding(Text(why), (0, 0, 0, 2 * GAP))
+                continue
+            indent = sum(widths) + GAP * len(widths)
+            first, *more = Text(why).wrap(console, max(1, options.max_width - indent))
+            text.pad_right(indent - cell_len(text.plain))
+            yield text.append_text(first)
+            yield from (Padding(rest_of_it, (0, 0, 0, indent)) for rest_of_it in more)
+
+    def _cells(self, model: Json, *, bars: bool) -> list[Text]:
+        return [
+            Text(model["key"]),
+            *([Text(model["upstream"])] if self._several else []),
+            _state(model, bars=bars),
+            Text(_ago(model["since"], self._now)),
+            Text("–" if model["last_load_seconds"] is None else span(model["last_load_seconds"])),
+            Text(_until(model["next_ping_at"], self._now)),
+        ]
+
+
+def _row(cells: Sequence[Text], widths: Sequence[int]) -> Text:
+    row = Text(no_wrap=True, overflow="ellipsis", end="\n")
+    for cell, width in zip(cells, [*widths, 0], strict=False):
+        shown = _shortened(cell, width) if width else cell
+        row.append_text(shown)
+        row.pad_right(max(0, width - cell_len(shown.plain)) + GAP)
+    row.rstrip()
+    return row
+
+
+def _shortened(cell: Text, width: int) -> Text:
+    """Both ends of a key tell models apart, so the middle goes."""
+    if cell_len(cell.plain) <= width:
+        return cell
+    head = width // 2
+    return Text(f"{cell.plain[:head]}…{cell.plain[-(width - head - 1) :]}", style=cell.style)
+
+
+def lines(status: Json) -> dict[str, str]:
+    """Each model in one line of plain text, by a name that no other has."""
+    several = len(status["upstreams"]) > 1
+    named = {f"{m['key']} on {m['upstream']}" if several else m["key"]: m for m in status["models"]}
+    return {name: _line(name, model) for name, model in named.items()}
+
+
+def _line(name: str, model: Json) -> str:
     reason = f": {model['reason']}" if model["reason"] else ""
     load = f", {_progress(model['load'])}" if model["load"] else ""
-    return f"{model['key']} is {model['state']}{load}{reason}"
+    return f"{name} is {model['state']}{load}{reason}"
 
 
 def summary(status: Json) -> str:
@@ -98,7 +163,7 @@ def summary(status: Json) -> str:
 
 def span(seconds: float) -> str:
     """A duration as short as people say it."""
-    if seconds < 10:
+    if seconds < 9.95:  # what rounds to 10 has no digit behind the point
         return f"{seconds:.1f} s"
     if seconds < 120:
         return f"{seconds:.0f} s"
@@ -107,21 +172,19 @@ def span(seconds: float) -> str:
     return f"{seconds / 3600:.0f} h" if seconds < 172_800 else f"{seconds / 86_400:.0f} d"
 
 
-def _state(model: Json) -> RenderableType:
-    text = Text(model["state"], style=COLOURS[model["state"]])
+def _state(model: Json, *, bars: bool) -> Text:
+    text = Text(model["state"], style=COLOURS.get(model["state"], ""))
     if model["busy"]:
         text.append(" (busy)")
     load = model["load"]
-    if not load or load["eta_seconds"] is None:
-        return text
-    total = load["elapsed_seconds"] + load["eta_seconds"]
-    bar = ProgressBar(total=total or 1, completed=load["elapsed_seconds"], width=10, complete_style="yellow")
-    row = Table.grid(padding=(0, 1))
-    row.add_row(text, bar)
-    return row
+    if bars and load and load["eta_seconds"] is not None:
+        total = load["elapsed_seconds"] + load["eta_seconds"]
+        done = min(BAR, int(BAR * load["elapsed_seconds"] / total)) if total else BAR
+        text.append(f" {'━' * done}").append("─" * (BAR - done), style="dim")
+    return text
 
 
-def _why(model: Json, now: datetime) -> Text:
+def _why(model: Json, now: datetime) -> str:
     parts = []
     if model["load"]:
         parts.append(_progress(model["load"]))
@@ -131,13 +194,13 @@ def _why(model: Json, now: datetime) -> Text:
         parts.append("not wanted now")
     if model["retry_at"]:
         parts.append(f"tries again {_until(model['retry_at'], now)}")
-    return Text("; ".join(parts))
+    return "; ".join(parts)
 
 
 def _progress(load: Json) -> str:
     left = load["eta_seconds"]
-    until = "" if left is None else f", about {span(left)} to go" if left > 0 else ", any moment now"
-    return f"{span(load['elapsed_seconds'])}{until}"
+    until = "" if left is None else f", about {span(left)} to go" if left > 0 else ", longer than usual"
+    return f"{span(load['elapsed_seconds'])} so far{until}"
 
 
 def _ago(moment: str | None, now: datetime) -> str:

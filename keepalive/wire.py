@@ -22,6 +22,7 @@ MESSAGE_MAX = 300
 # a failed load may name its inner reason, and the reason is what decides when to try again.
 _REASONS: tuple[tuple[str, Reason], ...] = (
     ("unexpected endpoint or method", Reason.UNKNOWN_ROUTE),
+    ("invalid_api_key", Reason.UNAUTHORIZED),
     ("insufficient system resources", Reason.RESOURCES),
     ("model loading guardrails", Reason.RESOURCES),
     ("unable to allocate", Reason.RESOURCES),

@@ -314,7 +314,7 @@ class Memory:
         instance.expiry = self._clock.call_at(since + instance.ttl_seconds, lambda: self._expire(instance))
 
     def _expire(self, instance: Instance) -> None:
-        if not self.holds(instance) or instance.working or instance.queue or instance.ttl_seconds is None:
+        if not self.holds(instance) or instance.ttl_seconds is None:
             return
         if instance.idle_seconds(self._clock.now()) < instance.ttl_seconds - 0.01:
             self._arm_expiry(instance)  # a listing touched it, under gets_reset_ttl

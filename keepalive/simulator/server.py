@@ -20,7 +20,7 @@ from keepalive.simulator.sdk import SDK_PATHS, SdkSession
 from keepalive.simulator.studio import Studio
 
 KEEP_ALIVE_SECONDS = 5.0
-# A reset throws away what the other side has not read yet; this gives it time to.
+# A reset drops what the kernel has not delivered yet; this gives it time to.
 BEFORE_RESET_SECONDS = 0.03
 # The port may be taken for a moment after a restart; a simulator that gives up would spoil its whole test.
 REBIND_SECONDS = 0.1

@@ -1,0 +1,247 @@
+"""Heads: the bytes before a body, read by a grammar that has no second reading.
+
+A head is checked line by line against RFC 9112, and everything the RFC merely tolerates is refused: bare CR or LF,
+folded lines, whitespace around a name, bytes that are not text. Two programs that read the same bytes differently
+are how one request becomes two, so what is passed on is always written anew from what was read, never copied.
+How the bytes were cut into segments never changes the result, errors included.
+"""
+
+import re
+from collections.abc import Iterable
+
+Headers = list[tuple[bytes, bytes]]
+
+_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
+_REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e]++) HTTP/([0-9]\.[0-9])\r\n")
+_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([0-9]{3})(?: ([\t\x20-\x7e\x80-\xff]*+))?\r\n")
+_FIELD_LINE = re.compile(rb"(" + _TOKEN + rb"):[\t ]*+([\t\x20-\x7e\x80-\xff]*+)\r\n")
+_DIGITS = re.compile(rb"[0-9]{1,18}")
+_HOST = re.compile(rb"(\[[0-9A-Fa-f:.]{2,45}\]|[0-9A-Za-z._~!$&'()*+,;=%-]*)(?::([0-9]{0,5}))?")
+
+#: A body whose end only the end of the connection shows; one in chunks.
+UNTIL_CLOSE = -2
+CHUNKED = -1
+
+_HOP_BY_HOP = frozenset(
+    [b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade"]
+)
+
+
+class BadHead(Exception):
+    """A head, or the body behind it, that cannot be accepted; `status` is what a client is told."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+        self.text = text
+
+
+class HeadReader:
+    """Reads one head. After `feed` returned the bytes behind it, `start` and `headers` hold what it said."""
+
+    __slots__ = ("_kept", "_length", "_limit", "_start_line", "headers", "start")
+
+    def __init__(self, start_line: re.Pattern[bytes], limit: int) -> None:
+        self._start_line = start_line
+        self._limit = limit
+        self._kept = bytearray()
+        self._length = 0  # of the lines that are done
+        self.start: tuple[bytes, ...] = ()
+        self.headers: Headers = []
+
+    @property
+    def begun(self) -> bool:
+        return bool(self._length or self._kept)
+
+    def feed(self, data: bytes) -> bytes | None:
+        """The bytes behind the head once it is complete, until then None. Raises BadHead, and is done for then."""
+        search_from = 0
+        if self._kept:
+            search_from = len(self._kept)
+            self._kept += data
+            data = bytes(self._kept) if b"\n" in data else b""
+            if not data:
+                self._refuse_oversize(len(self._kept))
+                return None
+            self._kept.clear()
+        position = 0
+        while True:
+            end = data.find(b"\n", max(position, search_from)) + 1
+            if not end:
+                self._refuse_oversize(len(data) - position)
+                self._refuse_no_text(data, position)
+                self._kept += memoryview(data)[position:]
+                return None
+            self._refuse_oversize(end - position)
+            if not self.start:
+                self._refuse_no_text(data, position)
+                match = self._start_line.fullmatch(data, position, end)
+                if match is None:
+                    raise BadHead(400, "the first line is not HTTP/1.1")
+                self.start = tuple(part or b"" for part in match.groups())
+            elif end - position == 2 and data[position] == 13:
+                return data[end:]
+            else:
+                match = _FIELD_LINE.fullmatch(data, position, end)
+                if match is None:
+                    raise BadHead(400, "a header line is malformed")
+                self.headers.append((match[1], match[2].rstrip(b" \t")))
+            self._length += end - position
+            position = end
+
+    def _refuse_oversize(self, more: int) -> None:
+        if self._length + more > self._limit:
+            raise BadHead(431 if self.start else 414, f"the head is larger than {self._limit} bytes")
+
+    def _refuse_no_text(self, data: bytes, position: int) -> None:
+        # A TLS hello holds no line end: without this its sender would wait for the head's timeout.
+        if not self.start and len(data) > position and not 0x21 <= data[position] <= 0x7E:
+            raise BadHead(400, "this port speaks plain HTTP/1.1")
+
+
+class RequestHead:
+    """What a caller asked. `body` is the length of its body, or CHUNKED."""
+
+    __slots__ = ("body", "expects", "headers", "keeps_alive", "method", "minor", "target", "upgrade")
+
+    def __init__(self, method: bytes, target: bytes, headers: Headers, minor: int = 1) -> None:
+        self.method = method
+        self.target = target
+        self.headers = headers
+        self.minor = minor
+        self.body = 0
+        self.expects = False
+        self.upgrade: bytes | None = None  # what the caller asks to speak instead of HTTP
+        # HTTP/1.0 clients that want to be kept are older than the models: one request each is enough.
+        self.keeps_alive = minor == 1 and b"close" not in listed(headers, b"connection")
+
+    def get(self, name: bytes) -> bytes | None:
+        """The value of the one header `name` (in lower case); None when there are none or several."""
+        found = values(self.headers, name)
+        return found[0] if len(found) == 1 else None
+
+
+class ReplyHead:
+    """What an upstream answered. `body` is the length of its body, CHUNKED or UNTIL_CLOSE."""
+
+    __slots__ = ("body", "headers", "keeps_alive", "minor", "reason", "status", "stream")
+
+    def __init__(self, status: int, reason: bytes, headers: Headers, minor: int) -> None:
+        self.status = status
+        self.reason = reason
+        self.headers = headers
+        self.minor = minor
+        self.body = 0
+        self.keeps_alive = minor == 1 and b"close" not in listed(headers, b"connection")
+        kind = values(headers, b"content-type")
+        #: Server-sent events that can be read: not compressed ones.
+        self.stream = (
+            len(kind) == 1
+            and kind[0].lower().startswith(b"text/event-stream")
+            and not values(headers, b"content-encoding")
+        )
+
+    def get(self, name: bytes) -> bytes | None:
+        found = values(self.headers, name)
+        return found[0] if len(found) == 1 else None
+
+
+def request_reader(limit: int) -> HeadReader:
+    return HeadReader(_REQUEST_LINE, limit)
+
+
+def reply_reader(limit: int) -> HeadReader:
+    return HeadReader(_STATUS_LINE, limit)
+
+
+def request_head(reader: HeadReader) -> RequestHead:
+    """The request in a complete head. Raises BadHead for everything that could be read in two ways."""
+    method, target, version = reader.start
+    if version not in (b"1.1", b"1.0"):
+        raise BadHead(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
+    head = RequestHead(method, target, reader.headers, int(version[2:]))
+    # No absolute form: that is how one speaks to a forward proxy, and joining it to anything is how requests
+    # are sent to hosts nobody configured.
+    if not (target.startswith(b"/") or (target == b"*" and method == b"OPTIONS")):
+        raise BadHead(400, "the request target is not a path")
+    if b"#" in target:
+        raise BadHead(400, "the request target holds a fragment")
+    hosts = values(head.headers, b"host")
+    if len(hosts) != 1 and not (head.minor == 0 and not hosts):
+        raise BadHead(400, "there must be one Host header")
+    if hosts and not _HOST.fullmatch(hosts[0]):
+        raise BadHead(400, "the Host header is malformed")
+    codings = values(head.headers, b"transfer-encoding")
+    lengths = values(head.headers, b"content-length")
+    if codings:
+        if lengths or head.minor == 0:
+            raise BadHead(400, "Transfer-Encoding cannot stand beside Content-Length or in HTTP/1.0")
+        if len(codings) > 1 or codings[0].lower() != b"chunked":
+            raise BadHead(501, "the only transfer coding here is chunked")
+        head.body = CHUNKED
+    elif lengths:
+        head.body = _length(lengths)
+    expectations = values(head.headers, b"expect")
+    if expectations and head.minor == 1:
+        if len(expectations) > 1 or expectations[0].lower() != b"100-continue":
+            raise BadHead(417, "the only expectation met here is 100-continue")
+        head.expects = True
+    protocols = values(head.headers, b"upgrade")
+    if len(protocols) == 1 and head.minor == 1 and b"upgrade" in listed(head.headers, b"connection"):
+        head.upgrade = protocols[0]
+    return head
+
+
+def reply_head(reader: HeadReader, method: bytes) -> ReplyHead:
+    """The answer in a complete head, to a request of `method`."""
+    minor, status, reason = reader.start
+    head = ReplyHead(int(status), reason, reader.headers, int(minor))
+    codings = values(head.headers, b"transfer-encoding")
+    lengths = values(head.headers, b"content-length")
+    if codings and (lengths or len(codings) > 1 or codings[0].lower() != b"chunked"):
+        raise BadHead(502, "its transfer coding is not exactly chunked")
+    if lengths:
+        head.body = _length(lengths)
+    if method == b"HEAD" or head.status in (204, 304) or head.status < 200:
+        head.body = 0
+    elif codings:
+        head.body = CHUNKED
+    elif not lengths:
+        head.body = UNTIL_CLOSE
+    return head
+
+
+def _length(found: list[bytes]) -> int:
+    if len(found) > 1 or not _DIGITS.fullmatch(found[0]):
+        raise BadHead(400, "there must be one Content-Length, and it must be a number")
+    return int(found[0])
+
+
+def values(headers: Headers, name: bytes) -> list[bytes]:
+    """Every value of the header `name`, which is in lower case."""
+    size = len(name)
+    return [value for key, value in headers if len(key) == size and key.lower() == name]
+
+
+def listed(headers: Headers, name: bytes) -> set[bytes]:
+    """The members of a comma-separated header, in lower case."""
+    return {part.strip(b" \t").lower() for value in values(headers, name) for part in value.split(b",")}
+
+
+def end_to_end(headers: Headers, *, without: Iterable[bytes] = ()) -> Headers:
+    """The headers that are meant for the other end: not those between two neighbours, nor any in `without`."""
+    dropped = _HOP_BY_HOP | listed(headers, b"connection") | set(without)
+    return [pair for pair in headers if pair[0].lower() not in dropped]
+
+
+def host_of(value: bytes) -> str:
+    """The host in a Host header, without its port and brackets, in lower case."""
+    match = _HOST.fullmatch(value)
+    return match[1].strip(b"[]").rstrip(b".").lower().decode("ascii") if match else ""
+
+
+def write_head(first_line: bytes, headers: Headers) -> bytes:
+    lines = [first_line]
+    lines += [b"%b: %b" % pair for pair in headers]
+    lines.append(b"\r\n")
+    return b"\r\n".join(lines)

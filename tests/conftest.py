@@ -1,0 +1,18 @@
+"""A test file that says `BOTH_LOOPS = True` has each of its tests run on asyncio's own loop and on uvloop."""
+
+import asyncio
+
+import pytest
+
+try:
+    import uvloop
+except ImportError:  # not to be had everywhere
+    uvloop = None
+
+
+def pytest_asyncio_loop_factories(config, item):
+    factories = {"asyncio": asyncio.SelectorEventLoop}
+    module = item.getparent(pytest.Module)
+    if uvloop is not None and module is not None and getattr(module.obj, "BOTH_LOOPS", False):
+        factories["uvloop"] = uvloop.new_event_loop
+    return factories
