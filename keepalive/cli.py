@@ -26,6 +26,8 @@ BAD_CONFIG = 3
 POLL = 0.5
 # The daemon answers from memory. Longer than this, it is not the daemon.
 ANSWER_TIMEOUT = 10.0
+# Whoever waits for no longer than this still gets an answer from a machine that is busy loading a model.
+ANSWER_MIN = 2.0
 # A refusal of the daemon is a sentence. More than this is somebody else's page.
 REFUSAL_MAX = 4096
 # Without a terminal nothing is wrapped: lines are read by programs, or by somebody who has a pager.
@@ -57,7 +59,18 @@ KeysArgument = Annotated[
 
 
 def main() -> None:
+    _occupy_standard_streams()
     app()
+
+
+def _occupy_standard_streams() -> None:
+    """Put /dev/null where a standard stream is closed.
+
+    Else a socket takes its number: what is meant for stderr goes out over it, and libuv aborts on closing it.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
 
 
 def _show_version(value: bool) -> None:
@@ -193,7 +206,7 @@ def wait(
         while True:
             try:
                 left = deadline - time.monotonic()
-                document = _fetch(address, timeout=min(ANSWER_TIMEOUT, max(POLL, left)))
+                document = _fetch(address, timeout=min(ANSWER_TIMEOUT, max(ANSWER_MIN, left)))
             except _NoAnswer as error:
                 # It may be starting just now.
                 if error.final or time.monotonic() >= deadline:
@@ -345,7 +358,9 @@ def _fetch(
             document = json.load(answer)
     except urllib.error.HTTPError as error:
         hint = "; set KEEPALIVE_ADMIN_KEY" if error.code == 401 else ""
-        raise _NoAnswer(f"{address} answered {error.code}: {_refusal(error)}{hint}", final=True) from error
+        with error:
+            message = f"{address} answered {error.code}: {_refusal(error)}{hint}"
+        raise _NoAnswer(message, final=True) from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         reason = getattr(reason, "strerror", None) or reason

@@ -56,6 +56,7 @@ class _Output(logging.Handler):
         super().__init__()
         self._file = stream.fileno()
         self._lines: queue.Queue[bytes | None] = queue.Queue(LINES_WAITING)
+        self._over = False
         self._thread = threading.Thread(target=self._write, name="log", daemon=True)
         self._thread.start()
 
@@ -68,9 +69,11 @@ class _Output(logging.Handler):
         with suppress(queue.Full):
             self._lines.put(None, timeout=LAST_WORDS)
         self._thread.join(LAST_WORDS)
+        # What is left is lost: the file may soon be somebody else's.
+        self._over = True
 
     def _write(self) -> None:
-        while (line := self._lines.get()) is not None:
+        while (line := self._lines.get()) is not None and not self._over:
             # Nobody is there to be told: a terminal that was closed, a full disk.
             with suppress(OSError):
                 _write_all(self._file, line)
