@@ -444,8 +444,8 @@ def installed(ground: Shed, wheels: Path) -> tuple[Path, ...]:
     with Machine(ground, shared={"/mnt/keepalive": PROJECT, "/mnt/wheels": wheels}) as machine:
         machine.write(CONFIG_PATH, CONFIG)
         machine.run("/mnt/keepalive/systemd/install", "--wheels", "/mnt/wheels", patience=300)
+        machine.run("cp", "-rL", "/opt/keepalive/venv", "/opt/lmstudio")
         machine.run("systemctl", "stop", "keepalive.socket", "keepalive-admin.socket", "keepalive")
-        machine.run("sync")
     return machine.layers
 
 
@@ -456,15 +456,20 @@ def machine(ground: Shed, installed: tuple[Path, ...], wheels: Path) -> Iterator
         yield booted
 
 
-def start_lm_studio(machine: Machine, *options: str) -> None:
-    """A simulated one, outside of the installation that an upgrade replaces."""
-    machine.shell("[ -e /opt/lmstudio ] || cp -rL /opt/keepalive/venv /opt/lmstudio")
-    options = options or MODELS
+def start_lm_studio(machine: Machine, *options: str, known_at_once: bool = True) -> None:
+    """A simulated one, outside of the installation that an upgrade replaces.
+
+    A daemon that has found none asks again some seconds later, unless it starts anew.
+    """
+    if known_at_once:
+        machine.run("systemctl", "stop", "keepalive")
     machine.run(
         *("systemd-run", "--quiet", "--unit=lmstudio", "--property=Type=exec"),
-        *("/opt/lmstudio/bin/python", "-m", "keepalive", "simulate", *options),
+        *("/opt/lmstudio/bin/python", "-m", "keepalive", "simulate", *(options or MODELS)),
     )
     until(lambda: ask(machine, "http://127.0.0.1:1234/simulator/state"), "LM Studio did not start")
+    if known_at_once:
+        machine.run("systemctl", "start", "keepalive")
 
 
 def ask(machine: Machine, url: str, *options: str) -> Any:
@@ -508,7 +513,7 @@ def is_running_again(machine: Machine, before: int) -> Callable[[], bool]:
 @in_systemd
 def test_it_is_ready_before_lm_studio_exists_and_warms_the_models_when_it_appears(machine: Machine) -> None:
     before = machine.run("systemctl", "status", "--no-pager", "keepalive").stdout
-    start_lm_studio(machine)
+    start_lm_studio(machine, known_at_once=False)
     wait_warm(machine)
     until(lambda: status_line(machine) == "2/2 models warm", "the status line did not follow")
     after = machine.run("systemctl", "status", "--no-pager", "keepalive").stdout
@@ -523,7 +528,7 @@ def test_it_is_ready_before_lm_studio_exists_and_warms_the_models_when_it_appear
 def test_the_status_line_follows_a_load(machine: Machine) -> None:
     start_lm_studio(machine, "--model", "medicine-llm:600", "--model", "small-talk-1b:1")
 
-    line = until(lambda: re.search(r"medicine-llm loading, \d\d.*", status_line(machine)), "no load shown")
+    line = until(lambda: re.search(r"medicine-llm loading, \d+", status_line(machine)), "no load shown")
 
     assert status_line(machine).startswith("0/2 models warm; ")
     assert line
@@ -617,7 +622,7 @@ def test_a_blocked_event_loop_tells_the_journal_where_it_stood(machine: Machine)
 
     assert "Fatal Python error: Aborted" in errors
     assert "in wait_for_nothing" in errors
-    assert machine.shell("find / -xdev -name 'core*' -path '*coredump*'") == ""
+    assert machine.shell("find /var/lib/systemd/coredump /opt /tmp -name 'core*' -size +0 -type f") == ""
 
 
 @in_systemd
@@ -638,10 +643,14 @@ def test_killed_in_the_middle_of_a_load_it_does_not_load_a_second_copy(machine: 
 # be closed while a request is on its way, as HTTP says; then that worker, too, takes a new one.
 TRAFFIC = """
 import http.client, json, sys, threading
-ports, over, lost, count = json.loads(sys.argv[1]), threading.Event(), [], [0]
+over, lost, count = threading.Event(), [], [0]
 def one(connection):
-    connection.request("GET", "/livez")
-    status = connection.getresponse().read() and 200
+    path = "/livez" if connection.port == 9235 else "/v1/models"
+    connection.request("GET", path)
+    answer = connection.getresponse()
+    answer.read()
+    if answer.status != 200:
+        lost.append(f"{connection.port} {answer.status}")
     count[0] += 1
 def fresh(port):
     while not over.is_set():
@@ -649,7 +658,7 @@ def fresh(port):
         try:
             one(connection)
         except Exception as error:
-            lost.append(repr(error))
+            lost.append(f"{port} {error!r}")
         connection.close()
 def kept(port):
     connection, used = None, 0
@@ -664,8 +673,8 @@ def kept(port):
         except Exception as error:
             connection = None
             if not used:
-                lost.append(repr(error))
-tasks = [(work, port) for port in ports for work in (fresh, fresh, fresh, kept)]
+                lost.append(f"{port} {error!r}")
+tasks = [(work, port) for port in (1235, 9235) for work in (fresh, fresh, kept)]
 workers = [threading.Thread(target=work, args=[port]) for work, port in tasks]
 for worker in workers:
     worker.start()
@@ -678,16 +687,16 @@ print(json.dumps({"asked": count[0], "lost": lost}))
 
 
 class Traffic:
-    """Requests without end, from the beginning of a `with` to its end; `lost` are those without an answer."""
+    """Requests without end, to both addresses, from the beginning of a `with` to its end; `lost` are those
+    without a good answer."""
 
-    def __init__(self, machine: Machine, *ports: int) -> None:
-        self._machine, self._ports = machine, ports
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
         self.asked, self.lost = 0, [""]
 
     def __enter__(self) -> "Traffic":
         pipe = subprocess.PIPE
-        command = (PYTHON, "-c", TRAFFIC, json.dumps(self._ports))
-        self._process = self._machine.start(*command, stdin=pipe, stdout=pipe)
+        self._process = self._machine.start(PYTHON, "-c", TRAFFIC, stdin=pipe, stdout=pipe)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -700,7 +709,7 @@ def test_fifty_restarts_under_traffic_refuse_nobody_and_load_nothing_again(machi
     start_lm_studio(machine)
     wait_warm(machine)
 
-    with Traffic(machine, 9235) as traffic:
+    with Traffic(machine) as traffic:
         for _ in range(50):
             machine.run("systemctl", "restart", "keepalive")
     wait_warm(machine)
@@ -736,22 +745,56 @@ def test_a_connection_starts_a_daemon_that_was_stopped_unless_its_sockets_were_t
     assert refused is None
 
 
-@in_systemd
-def test_a_stop_during_a_stream_is_clean_and_leaves_the_models_loaded(machine: Machine) -> None:
-    start_lm_studio(machine)
+STOP = ("systemctl", "stop", "keepalive.socket", "keepalive-admin.socket", "keepalive")
+ASK = {"model": "medicine-llm", "stream": True, "messages": [{"role": "user", "content": "hello"}]}
+
+
+def start_stream(machine: Machine, *options: str) -> subprocess.Popen[str]:
+    """A chat that goes on until LM Studio is told otherwise; its first event is here."""
+    start_lm_studio(machine, *MODELS, "--fault", "answer_tokens=1000000", "--fault", "token_seconds=0.1")
     wait_warm(machine)
-    stream = machine.start("curl", "-sN", f"{ADMIN}/api/events", stdout=subprocess.PIPE)
+    url = "http://127.0.0.1:1235/v1/chat/completions"
+    headers = ("-H", "Content-Type: application/json")
+    command = ("curl", "-sN", "-w", "%{http_code}", *headers, "-d", json.dumps(ASK), url)
+    stream = machine.start(*command, stdout=subprocess.PIPE)
     assert stream.stdout is not None
-    first = stream.stdout.readline()
+    until(lambda: stream.stdout and stream.stdout.readline().startswith("data: "), "no stream")
+    return stream
 
-    machine.run("systemctl", "stop", "keepalive.socket", "keepalive-admin.socket", "keepalive")
-    stream.communicate(timeout=60)
 
-    assert first.startswith("data: ")
+@in_systemd
+def test_a_stop_lets_a_stream_end_with_an_error_event_and_leaves_the_models_loaded(machine: Machine) -> None:
+    # A drain that is longer than systemd's patience: more time has to be asked for.
+    machine.write(CONFIG_PATH, CONFIG + '[server]\ndrain_timeout = "9s"\n')
+    drop_in(machine, "[Service]\nTimeoutStopSec=3s\n")
+    watching = machine.start("curl", "-sN", f"{ADMIN}/api/events", stdout=subprocess.DEVNULL)
+    stream = start_stream(machine)
+
+    machine.run(*STOP)
+    rest = stream.communicate(timeout=60)[0]
+    watching.wait(60)
+
+    assert stream.returncode == 0
+    assert rest.endswith("200")
+    assert '"error"' in rest[-1000:]
     assert machine.property("keepalive", "Result") == "success"
     assert machine.property("keepalive", "ExecMainStatus") == "0"
     assert copies(machine) == {"medicine-llm": 1, "small-talk-1b": 1}
-    assert "daemon.stopped" in machine.journal("--unit=keepalive", "--priority=info")
+    assert "daemon.stopped" in machine.journal("--unit=keepalive")
+
+
+@in_systemd
+def test_a_restart_lets_a_stream_that_ends_in_time_end_well(machine: Machine) -> None:
+    stream = start_stream(machine)
+
+    machine.run("systemctl", "restart", "--no-block", "keepalive")
+    until(lambda: machine.property("keepalive", "ActiveState") == "deactivating", "it does not stop")
+    faults = ("-X", "PATCH", "-d", '{"token_seconds": 0.0, "answer_tokens": 10}')
+    ask(machine, "http://127.0.0.1:1234/simulator/faults", *faults)
+    rest = stream.communicate(timeout=60)[0]
+
+    assert rest.endswith("data: [DONE]\n\n200")
+    until(lambda: ask(machine, f"{ADMIN}/livez"), "it did not start again")
 
 
 @in_systemd
@@ -819,7 +862,7 @@ esac
 
 
 def put_lm_studio_unit(machine: Machine, lms: str) -> None:
-    machine.shell("cp -rL /opt/keepalive/venv /opt/lmstudio; useradd --create-home lmstudio")
+    machine.run("useradd", "--create-home", "lmstudio")
     machine.write("/home/lmstudio/.lmstudio/bin/lms", lms.replace("MODELS", " ".join(MODELS)), mode="755")
     machine.run("chown", "-R", "lmstudio:", "/home/lmstudio")
     machine.run("cp", "/mnt/keepalive/systemd/examples/lmstudio.service", "/etc/systemd/system/")
@@ -884,6 +927,7 @@ def upgrade(
             wheel_of(wheels, tmp_path / "new", "9.0.0", files)
             shared = {"/mnt/keepalive": PROJECT, "/mnt/wheels": tmp_path / "new"}
             machine = stack.enter_context(Machine(ground, installed, shared))
+            machine.write("/etc/pip.conf", "[install]\nno-compile = yes\n")  # it saves ten seconds
             command = ("/mnt/keepalive/systemd/install", "--upgrade", "--wheels", "/mnt/wheels")
             return machine, lambda: machine.run(*command, check=False, patience=300)
 
@@ -896,7 +940,7 @@ def test_an_upgrade_under_traffic_keeps_the_config_and_refuses_nobody(upgrade: A
     start_lm_studio(machine)
     wait_warm(machine)
 
-    with Traffic(machine, 9235) as traffic:
+    with Traffic(machine) as traffic:
         done = run()
     wait_warm(machine)
 
@@ -924,8 +968,9 @@ def test_an_upgrade_that_does_not_become_ready_is_taken_back(upgrade: Any, broke
     machine, run = upgrade(**broken)
     drop_in(machine, "[Service]\nTimeoutStartSec=15s\n")
     before = machine.shell("readlink /opt/keepalive/venv; cat /etc/systemd/system/keepalive.service")
+    start_lm_studio(machine)
 
-    with Traffic(machine, 9235) as traffic:
+    with Traffic(machine) as traffic:
         done = run()
 
     assert done.returncode == 1
@@ -970,7 +1015,7 @@ def test_the_sandbox_is_tight_and_the_daemon_works_in_it(machine: Machine) -> No
     assert re.search(r"Max open files +(\d+)", limits)[1] == str(min(65536, most))  # type: ignore[index]
     assert re.search(r"Max core file size +0 ", limits)
     assert machine.shell(f"grep -E 'Uid|Seccomp:|CapEff|NoNewPrivs' /proc/{pid}/status").split()[1] != "0"
-    assert machine.journal("--unit=keepalive", "--grep=denied|not permitted", "--output=cat") == ""
+    assert not re.search("denied|not permitted", machine.journal("--unit=keepalive", "--output=cat"))
 
 
 @in_systemd
@@ -981,7 +1026,8 @@ def test_the_measured_need_fits_the_limits_with_room(machine: Machine) -> None:
     streams = machine.start("/bin/sh", "-c", f"for n in $(seq 200); do {watch} done; wait")
     until(lambda: process_metric(machine, "open_fds") > 200, "no streams")
     memory = process_metric(machine, "resident_memory_bytes")
-    tasks = int(machine.property("keepalive", "TasksCurrent"))
+    pid = machine.property("keepalive", "MainPID")
+    tasks = int(machine.shell(f"ls /proc/{pid}/task | wc -l"))
     streams.kill()
     streams.wait()
 
@@ -1022,10 +1068,12 @@ def test_a_burst_of_lines_is_bounded(machine: Machine) -> None:
     machine.write(CONFIG_PATH, "oops")
     pid = machine.property("keepalive", "MainPID")
 
-    machine.shell(f"for n in $(seq 60); do kill -HUP {pid}; sleep 0.05; done")
+    machine.shell(f"for n in $(seq 400); do kill -HUP {pid}; sleep 0.02; done")
     shown = machine.journal(f"_PID={pid}", "--output=cat").splitlines()
 
-    assert 10 < len(shown) <= 40  # journald's bursts grow with the room on the disk
+    # journald allows more than it was told where the disk has room: up to six times as much.
+    assert 10 < len(shown) <= 130
+    assert "Suppressed" in machine.journal()
     assert machine.property("keepalive", "ActiveState") == "active"
 
 
