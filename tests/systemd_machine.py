@@ -89,7 +89,7 @@ def why_not() -> str | None:
     """What keeps this computer from booting machines, or None."""
     if os.geteuid() != 0:
         return "needs root, to boot a systemd in namespaces"
-    missing = [name for name in ("unshare", "nsenter", "ip", "findmnt") if not shutil.which(name)]
+    missing = [name for name in ("unshare", "nsenter", "setpriv", "ip", "findmnt") if not shutil.which(name)]
     if missing:
         return f"needs {', '.join(missing)}"
     if not (ROOT / INIT).exists():
@@ -172,14 +172,20 @@ class Machine:
         self._process = subprocess.Popen(
             [
                 *("/bin/sh", "-euc", f'echo $$ >{self._cgroup}/cgroup.procs; exec "$@"', "sh"),
+                *("setpriv", "--pdeathsig", "KILL"),
                 *shed.enter,
                 *unshare.split(),
                 *("/bin/bash", "-euc", BOOT),
             ],
             env=environ,
         )
-        self._init = until(self._find_init, "process 1 did not start")
-        until(self._is_up, "systemd did not come up")
+        self._init = 0
+        try:
+            self._init = until(self._find_init, "process 1 did not start") or 0
+            until(self._is_up, "systemd did not come up")
+        except BaseException:
+            self.close()
+            raise
 
     def run(
         self, *command: str, check: bool = True, patience: float = PATIENCE, **more: Any
@@ -213,7 +219,8 @@ class Machine:
     def close(self) -> None:
         """End it as a power cut would."""
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self._init, signal.SIGKILL)
+            if self._init:
+                os.kill(self._init, signal.SIGKILL)
         self._process.kill()
         self._process.wait(PATIENCE)
         until(self._remove_cgroup, "processes of the machine live on")

@@ -1073,7 +1073,6 @@ def test_a_burst_of_lines_is_bounded(machine: Machine) -> None:
 
     # journald allows more than it was told where the disk has room: up to six times as much.
     assert 10 < len(shown) <= 130
-    assert "Suppressed" in machine.journal()
     assert machine.property("keepalive", "ActiveState") == "active"
 
 
@@ -1105,12 +1104,13 @@ def test_every_command_of_the_manual_works_word_for_word(ground: Shed, wheels: P
     blocks = COMMANDS.findall((PROJECT / "docs/operations.md").read_text())
     with Machine(ground, shared={"/mnt/keepalive": PROJECT, "/mnt/wheels": wheels}) as machine:
         # There is no network, so the index is a folder.
-        machine.write("/etc/pip.conf", "[global]\nno-index = yes\nfind-links = /mnt/wheels\n")
+        index = "PIP_CONFIG_FILE=/dev/null PIP_NO_INDEX=yes PIP_FIND_LINKS=/mnt/wheels"
         machine.run("mkdir", "/root/keepalive")
         machine.shell("cd /mnt/keepalive; cp -r keepalive systemd docs *.* LICENSE /root/keepalive")
         for block in blocks:
-            machine.shell(f"cd /root/keepalive\n{block}", patience=300)
-            if "systemd/install\n" in block and machine.property("lmstudio", "ActiveState") != "active":
+            machine.shell(f"export {index}; cd /root/keepalive\n{block}", patience=300)
+            if block == "systemd/install\n":
+                machine.run("cp", "-rL", "/opt/keepalive/venv", "/opt/lmstudio")
                 start_lm_studio(machine, "--model", "qwen/qwen3-4b-2507:1", "--host", "0.0.0.0")
 
     assert len(blocks) > 8
