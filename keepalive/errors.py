@@ -1,7 +1,7 @@
 """What can go wrong.
 
 KeepaliveError
-├── ConfigError            a config that cannot be used (in config.py, with all its mistakes)
+├── ConfigError            a config that cannot be used (in config, with all its mistakes)
 ├── NotWarm                a model was asked for and does not get warm
 └── UpstreamError          LM Studio did not do what it was asked
     ├── Unreachable        nobody answered the connection; `refused` when the port is closed

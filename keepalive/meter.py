@@ -28,6 +28,8 @@ GAP_BOUNDS: Final = (
     30.0,
 )
 
+_LOOKS: Final = 16  # for the form of a stream's events, before it is given up
+
 _LINE_BYTES: Final = 16 * 1024  # a longer line is looked at in pieces
 _OVERLAP: Final = 128  # longer than anything that is looked for
 
@@ -81,8 +83,11 @@ class Meter:
         "_end_hint",
         "_event_at",
         "_first",
+        "_looks",
         "_mid_line",
+        "_prefix",
         "_sent_at",
+        "_suffix",
         "ended",
         "error",
         "events",
@@ -117,10 +122,40 @@ class Meter:
         self._end_hint = _END_HINT.get(protocol, b"")
         self._carry = b""  # the line that has begun, without its end
         self._mid_line = False  # its beginning was looked at already
+        # What stands around the text in the events of this stream; see `_learn`.
+        self._prefix = b""
+        self._suffix = b""
+        self._looks = _LOOKS
 
     def feed(self, now: float, chunk: bytes) -> None:
         """The next bytes of the body, decoded from their transfer coding, at monotonic time `now`."""
         self.last_at = now
+        prefix = self._prefix
+        if prefix and not self._carry:
+            # Event by event: the form that was learnt, and whatever stands between two quotes in it.
+            suffix, end = self._suffix, len(chunk)
+            at = events = 0
+            while chunk.startswith(prefix, at):
+                quote = chunk.find(b'"', at + len(prefix))
+                if not chunk.startswith(suffix, quote):
+                    break
+                events += 1
+                at = quote + len(suffix)
+                if at == end:
+                    self.events += events
+                    self._observe(now, events)
+                    return
+        self._look(now, chunk)
+
+    def _observe(self, now: float, events: int) -> None:
+        gap = now - self._event_at
+        self._event_at = now
+        self.gap_seconds += gap
+        self.gaps[bisect_left(GAP_BOUNDS, gap)] += 1
+        if events > 1:
+            self.gaps[0] += events - 1
+
+    def _look(self, now: float, chunk: bytes) -> None:
         if self._carry:
             chunk = self._carry + chunk
             self._carry = b""
@@ -143,15 +178,14 @@ class Meter:
         end = self._find_end(chunk)
         if end >= 0:
             self.ended = True
+            self._prefix = b""
             # Neither the event that ends the answer nor what follows it is a delta.
             events = chunk.count(b"\ndata:", 0, end) - (not chunk.startswith(b"data:"))
         if self.first_token_seconds is not None:
             if events > 0:
-                gap = now - self._event_at
-                self._event_at = now
-                self.gap_seconds += gap
-                self.gaps[bisect_left(GAP_BOUNDS, gap)] += 1
-                self.gaps[0] += events - 1
+                self._observe(now, events)
+                if events == 1 and self._looks and end < 0:
+                    self._learn(chunk)
             return
         if self._first is None:
             return
@@ -162,6 +196,23 @@ class Meter:
             self._event_at = now
             behind = chunk.count(b"\ndata:", first.end(), stop) - (end >= 0)
             self.gaps[0] += max(behind, 0)
+
+    def _learn(self, chunk: bytes) -> None:
+        """Remembers what stands around the text of this event, which was found to be a plain one.
+
+        The next events mostly differ in their text alone. One that begins and ends in the same way, with no
+        quote between, is as plain as this one, and that is seen at a fraction of the cost.
+        """
+        self._looks -= 1
+        if self._first is None or self._carry or not chunk.startswith((b"data:", b"event:")):
+            return
+        text = self._first.search(chunk)
+        if text is None or b'"error"' in chunk:
+            return
+        begin = text.end() - 1
+        end = chunk.find(b'"', begin)
+        if b"\\" not in chunk[begin:end]:
+            self._prefix, self._suffix = chunk[:begin], chunk[end:]
 
     def _whole_lines(self, chunk: bytes) -> bytes:
         """`chunk` up to its last line end; the rest is kept for the next time, or looked at now if too long.

@@ -1,8 +1,8 @@
 """The forwarder: what callers point their base URL at.
 
-A request for a model that we keep is passed on only after `ensure_warm` said so; everything else passes untouched.
-Until the first byte of an upstream's answer has gone out everything may still be decided; after it nothing is
-tried again. What measures a stream stands behind it and cannot touch it.
+A request for a model that we keep is passed on only after `ensure_warm` said so; everything else passes
+untouched. Until the first byte of an upstream's answer has gone out everything may still be decided; after it
+nothing is tried again. What measures a stream stands behind it and cannot touch it.
 """
 
 import asyncio
@@ -171,8 +171,11 @@ class Proxy:
                     connect_timeout=settings.connect_timeout,
                     limits=settings.limits,
                 )
-        # What still runs on a pool that is not wanted any more runs on; its idle connections end by themselves.
-        self._retired = [*self._retired, *(pool for pool in self.pools.values() if pool not in pools.values())]
+        # What runs on a pool that is not wanted any more runs on; its idle connections end by themselves.
+        self._retired = [
+            *self._retired,
+            *(pool for pool in self.pools.values() if pool not in pools.values()),
+        ]
         self._retired = [pool for pool in self._retired if pool.links]
         self.pools = pools
         self.ticker.interval = min(max(settings.heartbeat / 10, 0.01), 0.5)
@@ -276,7 +279,7 @@ class Proxy:
         return model
 
     async def _gather(self, call: "_Call") -> bool:
-        """Reads the whole body, since the last of several `model` keys counts; False when there is no room for it."""
+        """Reads the whole body, since the last of several `model` keys counts; False: no room for it."""
         exchange = call.exchange
         pieces: list[bytes] = []
         finder: routes.ModelFinder | None = None
@@ -346,7 +349,7 @@ class Proxy:
             if _is_foreign(head, origin) and origin not in settings.allowed_origins:
                 return (
                     403,
-                    "a web page of another origin may not use this; if it is yours, add it to server.allowed_origins",
+                    "a page of another origin may not do this; if it is yours: server.allowed_origins",
                     "origin",
                 )
         if settings.keys:
@@ -383,7 +386,7 @@ class _Call:
         "_passed",
         "_quiet",
         "_sent_at",
-        "_splitter",
+        "_split",
         "_tail",
         "_torn",
         "asked",
@@ -395,6 +398,7 @@ class _Call:
         "key",
         "meter",
         "model",
+        "now",
         "outcome",
         "proxy",
         "route",
@@ -407,6 +411,7 @@ class _Call:
     def __init__(self, proxy: Proxy, exchange: Exchange) -> None:
         self.proxy = proxy
         self.exchange = exchange
+        self.now = asyncio.get_running_loop().time
         self.route = routes.route_of(exchange.head.method, exchange.head.target)
         task = asyncio.current_task()
         assert task is not None
@@ -429,15 +434,12 @@ class _Call:
         self._quiet = 0.0
         self._sent_at = 0.0
         self._forwarded: ModelId | None = None  # told the keeper; its end is still to be told
-        self._splitter: Splitter | None = None
+        self._split: Callable[[bytes], int] | None = None  # of a stream of events
         self._passed = False  # events of the upstream have gone out
         self._tail = bytearray()
         self._torn = False
         self._first = b""
         self._bytes = 0
-
-    def now(self) -> float:
-        return asyncio.get_running_loop().time()
 
     # --- waiting ----------------------------------------------------------------------------------
 
@@ -581,7 +583,7 @@ class _Call:
             await exchange.drained()
         exchange.on_pause, exchange.on_resume = reply.pause, reply.resume
         if stream:
-            self._splitter = Splitter()
+            self._split = Splitter().feed
             self.meter = Meter(self.route.protocol, self._began)
             reply.pour(self._take_events)
             exchange.flush()
@@ -613,21 +615,21 @@ class _Call:
             self._first += data[:4096]
 
     def _take_events(self, data: bytes) -> None:
-        # The hot path. What the caller has must end where an event does: an upstream may die in the middle of one.
+        # The hot path. What the caller has must end where an event does: an upstream may die within one.
         self._quiet = 0.0
         self._passed = True
-        splitter = self._splitter
-        assert splitter is not None
-        end = splitter.feed(data)
+        assert self._split is not None
+        end = self._split(data)
         if end == len(data) and not self._tail:
             self.exchange.push(data)
             self._torn = False
         else:
             self._take_part(data, end)
         self._bytes += len(data)
-        if self.meter is not None:
+        meter = self.meter
+        if meter is not None:
             try:
-                self.meter.feed(self.now(), data)
+                meter.feed(self.now(), data)
             except Exception:  # noqa: BLE001  a measurement may fail, a stream may not
                 self.meter = None
 
@@ -698,7 +700,7 @@ class _Call:
             if status == 401:
                 headers.append((b"WWW-Authenticate", b"Bearer"))
             exchange.answer(status, headers, routes.error_body(self.route, status, message, code))
-        elif (self._committed or self._splitter is not None) and not self._torn:
+        elif (self._committed or self._split is not None) and not self._torn:
             exchange.push(routes.error_event(self.route, message, code))
             exchange.finish()
         else:

@@ -155,7 +155,7 @@ class ModelFinder:
         if self._scan is None:
             body = b"".join(self._parts)
             try:
-                return _asked_by(json.loads(_text(body), parse_int=float, parse_constant=_refuse))
+                return _asked_by(_JSON.decode(_text(body)))
             except ValueError:
                 return NOTHING_ASKED
             except RecursionError:
@@ -193,6 +193,10 @@ def _text(body: bytes) -> str:
 
 def _refuse(constant: str) -> object:
     raise ValueError(f"{constant} is not JSON")
+
+
+# Python reads no integer of thousands of digits, JavaScript does; so every number is a float here.
+_JSON: Final = json.JSONDecoder(parse_int=float, parse_constant=_refuse)
 
 
 def _asked_by(body: object) -> Asked:
@@ -402,7 +406,7 @@ def _past(pattern: re.Pattern[bytes], chunk: bytes, at: int) -> int:
 
 def _parsed(raw: bytes) -> object:
     try:
-        return json.loads(raw.decode("utf-8", "replace"), parse_int=float)
+        return _JSON.decode(raw.decode("utf-8", "replace"))
     except (ValueError, RecursionError):
         return None
 
@@ -421,7 +425,6 @@ def _leading(raw: bytes) -> object:
 
 
 def _leading_items(text: str) -> Iterator[object]:
-    decoder = json.JSONDecoder(parse_int=float)
     at = 1
     while True:
         begin = _ITEM_BEGIN.match(text, at)
@@ -429,7 +432,7 @@ def _leading_items(text: str) -> Iterator[object]:
         if text[at : at + 1] in ("]", ""):
             return
         try:
-            item, at = decoder.raw_decode(text, at)
+            item, at = _JSON.raw_decode(text, at)
         except (ValueError, RecursionError):
             # It goes on beyond what was kept, and so it will in the next turn.
             yield text[at : at + 4096]

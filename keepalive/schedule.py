@@ -39,6 +39,7 @@ class Schedule:
         self._clock = clock
         self._offset = wall() - clock()
         self.ran_at = clock()
+        self._bug: Exception | None = None
         logging.getLogger("apscheduler").setLevel(logging.ERROR)
         self._scheduler = AsyncIOScheduler(
             timezone="UTC",
@@ -53,6 +54,8 @@ class Schedule:
         try:
             while True:
                 await asyncio.sleep(TICK)
+                if self._bug is not None:
+                    raise self._bug
                 self._watch()
         finally:
             self._scheduler.shutdown(wait=False)
@@ -67,8 +70,12 @@ class Schedule:
         self.ran_at = now
         if swallowed > 0:
             self._missed(swallowed)
-        self._watch()
-        self._tick()
+        try:
+            self._watch()
+            self._tick()
+        except Exception as bug:
+            self._bug = bug  # the library would log it and go on; a bug ends the daemon, and systemd starts a clean one
+            raise
 
     def _watch(self) -> None:
         offset = self._wall() - self._clock()

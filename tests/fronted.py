@@ -1,4 +1,4 @@
-"""A proxy on a real socket, with a scripted upstream behind it, callers made of bytes, and a keeper of few words."""
+"""A proxy on a real socket: a scripted upstream behind it, callers made of bytes, a keeper of few words."""
 
 import asyncio
 import contextlib
@@ -150,9 +150,7 @@ class Keep:
 
     def view(self, model: ModelId, /) -> View:
         it = self.models[model]
-        return View(
-            state=it.state, reason=it.reason, elapsed=it.elapsed, eta=it.eta, max_wait=it.max_wait
-        )
+        return View(state=it.state, reason=it.reason, elapsed=it.elapsed, eta=it.eta, max_wait=it.max_wait)
 
     async def ensure_warm(self, models: Sequence[ModelId], /) -> ModelId:
         self.warm_asked += 1
@@ -225,7 +223,7 @@ async def fronted(
 ) -> AsyncIterator[tuple[Front, Upstream]]:
     """A proxy in front of `script`. Afterwards: a normal request works, and nothing is left over."""
     gc.collect()
-    before = {task for task in asyncio.all_tasks()}
+    before = asyncio.all_tasks()
     fds = count_fds()
     upstream = Upstream(script or answer_ok)
     await upstream.start()
@@ -306,17 +304,14 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
+CHUNK = b'data: {"id":"c1","object":"chat.completion.chunk","created":1,"model":"m","choices":[{"index":0,'
+
+
 def delta(text: str) -> bytes:
-    return (
-        b'data: {"id":"c1","object":"chat.completion.chunk","created":1,"model":"m","choices":[{"index":0,"delta":'
-        b'{"content":"' + text.encode() + b'"},"finish_reason":null}]}\n\n'
-    )
+    return CHUNK + b'"delta":{"content":"%b"},"finish_reason":null}]}\n\n' % text.encode()
 
 
-STOP = (
-    b'data: {"id":"c1","object":"chat.completion.chunk","created":1,"model":"m","choices":[{"index":0,"delta":'
-    b'{},"finish_reason":"stop"}]}\n\n'
-)
+STOP = CHUNK + b'"delta":{},"finish_reason":"stop"}]}\n\n'
 DONE = b"data: [DONE]\n\n"
 
 

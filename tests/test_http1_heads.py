@@ -18,7 +18,10 @@ from keepalive.http1.heads import (
     write_head,
 )
 
-GOOD = b"POST /v1/chat?x=%20 HTTP/1.1\r\nHost: localhost:1235\r\nX-A:  b c \t\r\nEmpty:\r\nContent-Length: 3\r\n\r\n"
+GOOD = (
+    b"POST /v1/chat?x=%20 HTTP/1.1\r\nHost: localhost:1235\r\nX-A:  b c \t\r\n"
+    b"Empty:\r\nContent-Length: 3\r\n\r\n"
+)
 
 
 def read(pieces, *, limit=65_536):

@@ -248,11 +248,60 @@ def test_a_whole_answer_in_one_chunk_has_no_gaps_behind_its_end():
     assert sum(meter.gaps) == 0
 
 
+def test_events_alike_are_seen_for_what_they_are():
+    alike = [
+        chat(content=text)
+        for text in ("a", "b", "", "\\", '"', "c", "finish_reason", "\n\ndata: [DONE]", "d")
+    ]
+    ends = [alike[0] + alike[1], alike[0][:-2], b"\n\n", alike[0].replace(b"null", b'"stop"')]
+    meter = metered(Protocol.CHAT, *alike, *ends)
+
+    assert meter.events == 13
+    assert meter.first_token_seconds == 1
+    assert sum(meter.gaps) == 11  # none before the first, none for the last
+    assert meter.gap_seconds == 11
+    assert meter.ended
+
+
+def test_events_alike_that_come_together_are_counted_one_by_one():
+    a, b = chat(content="a"), chat(content="b")
+    meter = metered(Protocol.CHAT, a, b, a + b, b + a + b, a + chat(content='"') + b, a + b[:-1])
+
+    assert meter.events == 12
+    assert meter.gaps[0] == 1 + 2 + 2 + 1
+    assert sum(meter.gaps) == 11
+    assert meter.gap_seconds == 5
+    assert not meter.ended
+    meter.feed(7, b"\n" + FINISH + a)
+    assert meter.ended
+
+
+@pytest.mark.parametrize(
+    ("name", "protocol"), [("messages", Protocol.MESSAGES), ("responses", Protocol.RESPONSES)]
+)
+def test_a_quick_look_sees_what_a_long_one_sees(name, protocol):
+    events = [event + b"\n\n" for event in (DATA / f"{name}.sse").read_bytes().split(b"\n\n")[:-1]]
+    delta = next(event for event in events if b"delta" in event)
+    events[events.index(delta) : events.index(delta)] = [delta] * 50
+    quick, long = metered(protocol, *events), Meter(protocol, 0)
+    for now, event in enumerate(events, 1):
+        long._looks = 0
+        long.feed(now, event)
+
+    assert quick._prefix == b"" == long._prefix
+    for seen in ("events", "gaps", "gap_seconds", "first_token_seconds", "ended", "error"):
+        assert getattr(quick, seen) == getattr(long, seen), seen
+
+
 # --- any cut, any bytes ----------------------------------------------------------------------------
 
 CHAT_EVENTS = [
     chat(role="assistant", content=None),
+    chat(content="a"),
+    chat(content="b"),
     chat(content="ä 😀"),
+    chat(content='"'),
+    chat(content="\\"),
     chat(content=""),
     b": comment\n\n",
     b'event: error\ndata: {"error":{"message":"m"}}\n\n',
@@ -266,9 +315,10 @@ CHAT_EVENTS = [
 @given(st.data())
 def test_what_is_seen_does_not_depend_on_where_the_stream_is_cut(data):
     line_end = data.draw(st.sampled_from([b"\n", b"\r\n", b"\r"]))
-    events = data.draw(st.lists(st.sampled_from(CHAT_EVENTS), max_size=8))
+    events = data.draw(st.lists(st.sampled_from(CHAT_EVENTS), max_size=12))
     stream = b"".join(events).replace(b"\n", line_end)
-    cuts = sorted(data.draw(st.sets(st.integers(0, len(stream)), max_size=8)))
+    ends = [stream.find(event) + len(event) for event in events if event in stream]
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(stream)) | st.sampled_from(ends or [0]), max_size=12)))
     chunks = [stream[a:b] for a, b in pairwise([0, *cuts, len(stream)])]
     whole, cut = metered(Protocol.CHAT, stream), metered(Protocol.CHAT, *chunks)
     for meter in (whole, cut):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 import time
 
@@ -101,12 +102,15 @@ async def test_the_first_comment_comes_at_once_and_the_others_every_heartbeat():
         times = [at for at, data in caller.arrivals if b": keepalive" in data]
         assert times[0] < 0.1
         assert 5 <= len(times) <= 7
-        assert all(0.12 < b - a < 0.35 for a, b in zip(times, times[1:], strict=False))
+        assert all(0.12 < b - a < 0.35 for a, b in itertools.pairwise(times))
 
 
 async def test_reasoning_is_visible_text():
     keep = cold(load_seconds=0.3)
-    async with fronted(says(CHAT_STREAM), keep=keep, heartbeat=BEAT, heartbeat_mode=Heartbeat.REASONING) as (front, _):
+    async with fronted(says(CHAT_STREAM), keep=keep, heartbeat=BEAT, heartbeat_mode=Heartbeat.REASONING) as (
+        front,
+        _,
+    ):
         _, _, body = await ask(front.port, chat())
 
         first = json.loads(body.split(b"\n\n")[0].removeprefix(b"data: "))
@@ -138,7 +142,7 @@ async def test_a_request_chooses_its_own_heartbeat():
 async def test_not_streaming_is_held_without_a_byte_and_then_served():
     keep = cold(load_seconds=0.3)
     answer = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
-    async with fronted(says(answer), keep=keep, heartbeat=BEAT) as (front, upstream):
+    async with fronted(says(answer), keep=keep, heartbeat=BEAT) as (front, _upstream):
         caller = Watching(front.port)
         status, headers, body = await caller.call(chat(stream=False))
 

@@ -1,19 +1,13 @@
 """What passes through, unchanged."""
 
-import hashlib
-
-import pytest
-
 from fronted import (
     CHAT_BODY,
     CHAT_STREAM,
-    Asking,
     Keep,
     ask,
     chat,
     fronted,
     get,
-    post,
     says,
 )
 

@@ -17,7 +17,7 @@ class Chunks:
     def __init__(self) -> None:
         self._parts: list[bytes] = []
         self.done = False
-        #: Something stood behind the last chunk; what it was is lost, so nothing may follow on this connection.
+        #: Something stood behind the last chunk. What it was is lost, so this connection is at its end.
         self.followed = False
         self.on_body = self._parts.append
         self._parser = httptools.HttpRequestParser(self)
@@ -27,7 +27,7 @@ class Chunks:
         self.done = True
 
     def feed(self, data: bytes) -> bytes:
-        """What of the body was in `data`. Raises BadHead, after `rescued` gives what came before the mistake."""
+        """What of the body was in `data`. Raises BadHead; `rescued` has what came before it."""
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError:
@@ -35,12 +35,10 @@ class Chunks:
             if not self.done:
                 raise BadHead(400, "the chunks of the body are malformed") from None
             self.followed = True
-        return self.rescued()
+        parts = self._parts
+        return parts.pop() if len(parts) == 1 else self.rescued()
 
     def rescued(self) -> bytes:
-        parts = self._parts
-        if len(parts) == 1:
-            return parts.pop()
-        data = b"".join(parts)
-        parts.clear()
+        data = b"".join(self._parts)
+        self._parts.clear()
         return data

@@ -1,8 +1,9 @@
 """Heads: the bytes before a body, read by a grammar that has no second reading.
 
-A head is checked line by line against RFC 9112, and everything the RFC merely tolerates is refused: bare CR or LF,
-folded lines, whitespace around a name, bytes that are not text. Two programs that read the same bytes differently
-are how one request becomes two, so what is passed on is always written anew from what was read, never copied.
+A head is checked line by line against RFC 9112, and what the RFC merely tolerates is refused: bare CR or LF,
+folded lines, whitespace around a name, bytes that are not text. Two programs that read the same bytes
+differently are how one request becomes two, so what is passed on is always written anew from what was read,
+never copied. llhttp is not asked about heads: it tolerates some of this, and one grammar is enough.
 How the bytes were cut into segments never changes the result, errors included.
 """
 
@@ -54,7 +55,7 @@ class HeadReader:
         return bool(self._length or self._kept)
 
     def feed(self, data: bytes) -> bytes | None:
-        """The bytes behind the head once it is complete, until then None. Raises BadHead, and is done for then."""
+        """The bytes behind the head once it is complete, until then None. Raises BadHead, once."""
         search_from = 0
         if self._kept:
             search_from = len(self._kept)
@@ -229,7 +230,7 @@ def listed(headers: Headers, name: bytes) -> set[bytes]:
 
 
 def end_to_end(headers: Headers, *, without: Iterable[bytes] = ()) -> Headers:
-    """The headers that are meant for the other end: not those between two neighbours, nor any in `without`."""
+    """The headers meant for the other end: not those between two neighbours, nor any in `without`."""
     dropped = _HOP_BY_HOP | listed(headers, b"connection") | set(without)
     return [pair for pair in headers if pair[0].lower() not in dropped]
 

@@ -1,7 +1,7 @@
 """The callers' side: connections in, one exchange at a time on each.
 
-An exchange runs as one task. When the caller leaves (FIN, a half-close counts; RST), or turns out to have sent
-nonsense, that task is cancelled at that instant, whatever it waits for: `gone` and `refused` tell which it was.
+An exchange runs as one task. When the caller leaves (FIN, a half-close counts; RST), or turns out to have
+sent nonsense, that task is cancelled at that instant, whatever it waits for: `gone` and `refused` tell which.
 """
 
 import asyncio
@@ -55,6 +55,7 @@ class Exchange:
     """One request of one caller, and the answer to it."""
 
     __slots__ = (
+        "_bodiless",
         "_body_ended",
         "_chunked",
         "_connection",
@@ -84,10 +85,11 @@ class Exchange:
         self.started = False
         self.finished = False
         #: The caller reads more slowly than it is written to.
-        self.paused = False
+        self.paused = connection.write_paused
         self.on_pause: Callable[[], None] | None = None
         self.on_resume: Callable[[], None] | None = None
         self._head = b""
+        self._bodiless = False
         self._chunked = False
         self._counted = True  # the answer's end can be told without closing the connection
         self._drained: asyncio.Future[None] | None = None
@@ -134,6 +136,7 @@ class Exchange:
         connection, head = self._connection, self.head
         headers = list(headers)
         if head.method == b"HEAD" or status in (204, 304):
+            self._bodiless = True
             if length is not None:
                 headers.append((b"Content-Length", b"%d" % length))
         elif length is not None:
@@ -153,15 +156,11 @@ class Exchange:
         """Writes bytes of the body now; `paused` and `drained` are the back-pressure."""
         if not data or self.gone:
             return
-        if self.head.method == b"HEAD":
-            return
         if self._chunked:
-            if self._head:
-                data = b"%b%x\r\n%b\r\n" % (self._head, len(data), data)
-                self._head = b""
-            else:
-                data = b"%x\r\n%b\r\n" % (len(data), data)
-        elif self._head:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        elif self._bodiless:
+            return
+        if self._head:
             data = self._head + data
             self._head = b""
         self._connection.transport.write(data)
@@ -231,6 +230,7 @@ class _Connection(asyncio.Protocol):
         "_lingering",
         "_reader",
         "_rest",
+        "_running",
         "_task",
         "_tunnel",
         "_unread",
@@ -240,18 +240,21 @@ class _Connection(asyncio.Protocol):
         "ending",
         "listener",
         "transport",
+        "write_paused",
     )
 
     transport: asyncio.Transport
 
     def __init__(self, listener: "Listener") -> None:
         self.listener = listener
+        self.write_paused = False
         self.ending = False  # this exchange is the last one on this connection
         self._fresh = True  # nothing was asked on it yet
         self._reader: HeadReader | None = None
         self._deadline = 0.0
         self._exchange: Exchange | None = None
         self._task: asyncio.Task[None] | None = None
+        self._running = False
         self._left = 0
         self._chunks: Chunks | None = None
         self._wire_bytes = 0
@@ -296,12 +299,16 @@ class _Connection(asyncio.Protocol):
         self._read_watched()
         self.listener.forget(self)
         if self._tunnel is not None:
+            # Who goes first is no matter here: it is how tunnels end.
             self._tunnel.close()
+            if self._exchange is not None:
+                self._exchange.gone = True
             if not self._tunnel.ended.done():
                 self._tunnel.ended.set_result(None)
         self._leave()
 
     def pause_writing(self) -> None:
+        self.write_paused = True
         if self._tunnel is not None:
             pause(self._tunnel.upstream)
         elif self._exchange is not None:
@@ -310,6 +317,7 @@ class _Connection(asyncio.Protocol):
                 self._exchange.on_pause()
 
     def resume_writing(self) -> None:
+        self.write_paused = False
         if self._tunnel is not None:
             resume(self._tunnel.upstream)
         elif self._exchange is not None:
@@ -441,15 +449,15 @@ class _Connection(asyncio.Protocol):
     # --- the exchange -----------------------------------------------------------------------------
 
     async def _run(self, exchange: Exchange) -> None:
+        self._running = True
         try:
-            await self.listener.handler(exchange)
-            if not exchange.finished:
-                log.error("http1.unfinished")
+            if not exchange.gone and exchange.refused is None:
+                await self.listener.handler(exchange)
         except asyncio.CancelledError:
             if exchange.refused is None and not exchange.gone:
                 self._settle(exchange)
                 raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  a bug costs this request and no other
             # The text of an error may quote a caller's bytes, so where it happened has to do.
             place = error.__traceback__
             while place is not None and place.tb_next is not None:
@@ -462,6 +470,7 @@ class _Connection(asyncio.Protocol):
         """After the handler: the connection waits for its next request, or ends."""
         self._exchange = None
         self._task = None
+        self._running = False
         exchange.on_pause = exchange.on_resume = None
         if exchange.gone or self.transport.is_closing():
             self.transport.abort()
@@ -490,7 +499,7 @@ class _Connection(asyncio.Protocol):
         self._part(unfinished=True)
 
     def _part(self, *, unfinished: bool = False) -> None:
-        """Ends the connection; what the caller still sends is read for a while, or a reset would overtake the answer."""
+        """Ends the connection. What the caller still sends is read, or a reset would overtake the answer."""
         self._exchange = None
         self._reader = None
         self._lingering = True
@@ -508,8 +517,12 @@ class _Connection(asyncio.Protocol):
         exchange = self._exchange
         if exchange is not None and not exchange.gone:
             exchange.gone = True
-            if self._task is not None and not exchange.finished:
-                self._task.cancel()
+            self._interrupt(exchange)
+
+    def _interrupt(self, exchange: Exchange) -> None:
+        # A task that is cancelled before its first step never takes one, so that one looks for itself.
+        if self._task is not None and self._running and not exchange.finished:
+            self._task.cancel()
 
     def _vanish(self) -> None:
         """The caller left while its bytes were not being read."""
@@ -525,14 +538,13 @@ class _Connection(asyncio.Protocol):
             exchange._body_ended = True
             exchange._pieces.clear()
             self.ending = True
-            if self._task is not None and not exchange.finished:
-                self._task.cancel()
+            self._interrupt(exchange)
 
     def reset(self) -> None:
         sock = self.transport.get_extra_info("socket")
         if sock is not None and not self.transport.is_closing():
-            # Without it an HTTP/1.0 caller, for whom the end of the connection is the end of the body, would take
-            # a truncated answer for a whole one.
+            # Without it an HTTP/1.0 caller, for whom the end of the connection is the end of the body, would
+            # take a truncated answer for a whole one.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         self.transport.abort()
 
@@ -602,9 +614,9 @@ class Listener:
         self._room.set()
 
     async def _accept(self, listening: socket.socket) -> None:
-        # Its own loop, because a server that is full must leave callers in the kernel's queue: asyncio's own would
-        # accept them, or fail at accepting them and say so thousands of times. And asyncio's `sock_accept`, when it
-        # is cancelled, may lose a caller whom it has accepted already.
+        # Its own loop, because a server that is full must leave callers in the kernel's queue: asyncio's own
+        # would accept them, or fail at accepting them and say so thousands of times. And asyncio's `sock_accept`,
+        # when it is cancelled, may lose a caller whom it has accepted already.
         while not self.closing:
             if len(self.connections) + self._opening >= self.limits.connections:
                 self._room.clear()

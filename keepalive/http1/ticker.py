@@ -1,4 +1,4 @@
-"""One coarse clock for everything that happens when nothing happens: a timer per stream would cost more than its bytes."""
+"""One coarse clock for what happens when nothing does: a timer per stream would cost more than its bytes."""
 
 import asyncio
 import logging

@@ -1,8 +1,8 @@
 """The upstream's side: requests out, answers in.
 
-An answer is either complete or cut; nothing here makes the one look like the other. Closing a reply that is not
-complete closes its connection at once, which is how the upstream is told to stop. Redirects are not followed,
-cookies are not kept, and no proxy is taken from the environment.
+An answer is either complete or cut; nothing here makes the one look like the other. Closing a reply that is
+not complete closes its connection at once, which is how the upstream is told to stop. Redirects are not
+followed, cookies are not kept, and no proxy is taken from the environment.
 """
 
 import asyncio
@@ -44,7 +44,7 @@ AHEAD_BYTES = 65_536
 
 
 def pause(transport: asyncio.Transport) -> None:
-    """Leaves a socket unread. On a transport that is closing, which some loops answer with an error: nothing."""
+    """Leaves a socket unread. Does nothing to one that is closing, which some loops would call an error."""
     if not transport.is_closing():
         transport.pause_reading()
 
@@ -66,7 +66,7 @@ class Tunnel:
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def half_closed(self, other: asyncio.Transport) -> bool:
-        """One side has said its last; True while the connection it came on stays open for the other direction."""
+        """One side has said its last; True while its connection stays open for the other direction."""
         if self.half or not other.can_write_eof():
             self.close()
             return False
@@ -118,7 +118,7 @@ class Reply:
         return self.complete
 
     async def read(self, limit: int) -> bytes:
-        """The body as far as `limit` and the end of it; what came is given back, `complete` and `cut` tell the rest."""
+        """The body until its end, or until `limit` bytes have come: `complete` and `cut` tell which."""
         taken = bytearray()
         while not (self.complete or self.cut) and self._parts_bytes < limit:
             self._ended = asyncio.get_running_loop().create_future()
@@ -137,7 +137,7 @@ class Reply:
             resume(self._link.transport)
 
     def close(self) -> None:
-        """No more of it is wanted. An answer that was taken whole leaves its connection to the next request."""
+        """No more of it is wanted. What was taken whole leaves its connection to the next request."""
         link, self._link = self._link, None
         self._sink = None
         self._parts.clear()
@@ -257,6 +257,7 @@ class _Link(asyncio.Protocol):
         ):
             self._reply = None
             self.reused = True
+            resume(self.transport)  # a slow caller may have had it paused when the last byte came
             self._pool.keep(self)
         else:
             self.transport.abort()
@@ -281,11 +282,32 @@ class _Link(asyncio.Protocol):
         self._pool.links.add(self)
 
     def data_received(self, data: bytes) -> None:
+        reply, chunks = self._reply, self._chunks
+        if chunks is not None and reply is not None:
+            # The hot path: bytes of a body in chunks.
+            try:
+                piece = chunks.feed(data)
+            except BadHead:
+                piece = chunks.rescued()
+                if piece:
+                    reply._take(piece)
+                reply._end(complete=False)
+                self.transport.abort()
+                return
+            if piece:
+                sink = reply._sink
+                if sink is not None:
+                    sink(piece)
+                else:
+                    reply._take(piece)
+            if chunks.done:
+                self._chunks = None
+                self._finish(reply, followed=chunks.followed)
+            return
         if self._tunnel is not None:
             self._tunnel.client.write(data)
             return
         self._got_bytes = True
-        reply = self._reply
         if reply is None:
             if self._reader is None:
                 # Bytes that nobody asked for: what they answer cannot be known, so nothing may follow them.
@@ -304,7 +326,7 @@ class _Link(asyncio.Protocol):
                 if data:
                     reply._take(data)
                 return
-            if not data and not (reply.head.body == 0):
+            if not data and reply.head.body != 0:
                 return
         self._read_body(reply, data)
 
@@ -342,20 +364,7 @@ class _Link(asyncio.Protocol):
 
     def _read_body(self, reply: Reply, data: bytes) -> None:
         if self._chunks is not None:
-            try:
-                piece = self._chunks.feed(data)
-            except BadHead:
-                piece = self._chunks.rescued()
-                if piece:
-                    reply._take(piece)
-                reply._end(complete=False)
-                self.transport.abort()
-                return
-            if piece:
-                reply._take(piece)
-            if self._chunks.done:
-                followed, self._chunks = self._chunks.followed, None
-                self._finish(reply, followed=followed)
+            self.data_received(data)
         elif self._left == UNTIL_CLOSE:
             reply._take(data)
         else:
@@ -401,7 +410,7 @@ class _Link(asyncio.Protocol):
             self._drained.set_result(None)
 
     def _salvage(self) -> None:
-        """An upstream that answers and closes without reading the request breaks our writing before our reading."""
+        """An upstream that answers and closes without reading breaks our writing before our reading."""
         sock = self.transport.get_extra_info("socket")
         if sock is None or self.transport.get_extra_info("sslcontext") is not None:
             return
@@ -444,7 +453,7 @@ def _receive(sock: socket.socket) -> bytes:
 
 
 class Pool:
-    """The connections to one upstream, which `url` names: scheme, host and port, and perhaps a path before all others."""
+    """The connections to one upstream. `url`: scheme, host, port, and perhaps a path before all others."""
 
     def __init__(
         self,
@@ -490,12 +499,12 @@ class Pool:
     ) -> Reply:
         """Asks, and waits for the head of the answer; for ever, if it takes that long.
 
-        `headers` hold no Host and no framing. `framing` is the length of the body, or CHUNKED; by default it is
-        that of `body`, and of nothing when that is empty. `more` is a coroutine function that gives the bytes
-        behind `body` one by one and an empty one at their end.
+        `headers` hold no Host and no framing. `framing` is the length of the body, or CHUNKED; by default
+        that of `body`, and none when that is empty. `more` gives the bytes behind `body`, call by call, and
+        nothing at their end.
 
-        Raises Unreachable, Cut, TimedOut or Unexpected. One that was kept open and turns out to be closed is not
-        an error while the request can be sent again: nobody has read it.
+        Raises Unreachable, Cut, TimedOut or Unexpected. A connection that was kept open and turns out to be
+        closed is not an error while the request can be sent again: nobody has read it.
         """
         if framing is None:
             framing = len(body) if body else None

@@ -10,8 +10,8 @@ from collections.abc import Callable
 class Watch:
     """Calls back when the other end of a socket hangs up or shuts down its side, also behind unread bytes.
 
-    A socket that back-pressure leaves unread shows its FIN to nobody. Where there is no epoll such a caller is
-    noticed when its bytes are read.
+    A socket that back-pressure leaves unread shows its FIN to nobody. Where there is no epoll such a caller
+    is noticed when its bytes are read.
     """
 
     def __init__(self) -> None:

@@ -1,0 +1,59 @@
+# Everything a contributor needs. `make demo` and `make test` do all the setting up themselves.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Touched when the installed packages match pyproject.toml; without it nothing below needs the network.
+INSTALLED := $(VENV)/.installed
+TESTABLE := $(VENV)/.installed-test
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-setup bench schema clean python
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(INSTALLED)  ## Watch keepalive work, against a simulated LM Studio; Ctrl-C ends it
+	@$(BIN)/keepalive demo
+
+test: $(TESTABLE)  ## Check style and types, run every test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+test-setup: python  ## Install the real inference server that some tests skip without (more than 1 GB)
+	$(PYTHON) tests/real_server.py install
+
+bench: $(TESTABLE)  ## Measure what the daemon costs, idle and as a proxy (7 minutes)
+	@$(BIN)/python benchmarks/idle.py
+	@$(BIN)/python benchmarks/proxy
+
+schema: $(INSTALLED)  ## Write docs/config.schema.json anew, after a change of the config
+	@$(BIN)/python -m keepalive.config > $(VENV)/schema
+	@mv $(VENV)/schema docs/config.schema.json
+
+clean:  ## Remove the environment and everything else that was generated
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(TESTABLE): pyproject.toml
+	@$(MAKE) --no-print-directory python
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $(INSTALLED) $@
+
+$(INSTALLED): pyproject.toml
+	@$(MAKE) --no-print-directory python
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+# Debian ships Python without the part that makes environments.
+python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo 'keepalive needs Python 3.11 or newer as "$(PYTHON)" (Debian, Ubuntu: apt install python3 python3-venv).'; \
+		echo 'Another one: make PYTHON=python3.12'; exit 1; } >&2
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo '$(PYTHON) cannot make virtual environments: install its venv module (Debian, Ubuntu: apt install python3-venv).'; \
+		exit 1; } >&2

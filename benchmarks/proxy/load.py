@@ -1,0 +1,149 @@
+"""Callers that cost next to nothing. Prints one line of JSON.
+
+load.py streams PORT COUNT     COUNT streams at once, to their end
+load.py first PORT COUNT       COUNT streams one after another; time to the first event of each
+load.py requests PORT COUNT SECONDS   COUNT connections, small JSON, as fast as it goes
+load.py hold PORT COUNT        COUNT streams that stay open until stdin ends; prints when they are
+"""
+
+import asyncio
+import json
+import statistics
+import sys
+import time
+
+import uvloop
+
+BODY = (
+    b'{"model":"bench","stream":%s,"messages":[{"role":"user","content":"Tell me about kittens."}],'
+    b'"max_tokens":500}'
+)
+
+
+def request(port: int, *, stream: bool) -> bytes:
+    body = BODY % (b"true" if stream else b"false")
+    return (
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nAccept: */*\r\n"
+        b"Content-Type: application/json\r\nUser-Agent: bench\r\nContent-Length: %d\r\n\r\n%s"
+        % (port, len(body), body)
+    )
+
+
+class Caller(asyncio.Protocol):
+    """Sends one request at a time and says when its first event and its end came."""
+
+    def __init__(self) -> None:
+        self.events = 0
+        self.first = 0.0
+        self.tail = b""
+        self.end = b"0\r\n\r\n"
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self.transport = transport
+
+    def ask(self, data: bytes) -> None:
+        self.sent = time.perf_counter()
+        self.first = 0.0
+        self.tail = b""
+        self.transport.write(data)
+
+    def data_received(self, data: bytes) -> None:
+        events = data.count(b'"delta"')
+        if events and not self.first:
+            self.first = time.perf_counter() - self.sent
+            if not self.begun.done():
+                self.begun.set_result(None)
+        self.events += events
+        ended = data.endswith(self.end) or (self.tail + data[-8:]).endswith(self.end)
+        if ended and not self.done.done():
+            self.done.set_result(None)
+        self.tail = (self.tail + data[-8:])[-8:]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for future in (self.begun, self.done):
+            if not future.done():
+                future.set_exception(ConnectionError("the connection ended before the answer did"))
+                future.exception()
+
+
+async def callers(port: int, count: int) -> list[Caller]:
+    loop = asyncio.get_running_loop()
+    found = []
+    for _ in range(count):
+        _, caller = await loop.create_connection(Caller, "127.0.0.1", port)
+        found.append(caller)
+    return found
+
+
+async def streams(port: int, count: int) -> dict[str, float]:
+    all_of_them = await callers(port, count)
+    for caller in all_of_them:
+        caller.ask(request(port, stream=True))
+        await asyncio.sleep(0.02 / count)  # spread over one gap between events
+    await asyncio.gather(*(caller.done for caller in all_of_them))
+    return {
+        "events": sum(caller.events for caller in all_of_them),
+        "first": statistics.median(caller.first for caller in all_of_them),
+    }
+
+
+async def first(port: int, count: int) -> dict[str, float]:
+    (caller,) = await callers(port, 1)
+    times = []
+    for _ in range(count):
+        caller.done = asyncio.get_running_loop().create_future()
+        caller.ask(request(port, stream=True))
+        await caller.done
+        times.append(caller.first)
+    times.sort()
+    return {"p50": times[len(times) // 2], "p99": times[len(times) * 99 // 100]}
+
+
+async def requests(port: int, count: int, seconds: float) -> dict[str, float]:
+    all_of_them = await callers(port, count)
+    until = time.perf_counter() + seconds
+    total = 0
+    data = request(port, stream=False)
+
+    async def repeat(caller: Caller) -> None:
+        nonlocal total
+        caller.end = b'"end":1}'
+        while time.perf_counter() < until:
+            caller.done = asyncio.get_running_loop().create_future()
+            caller.ask(data)
+            await caller.done
+            total += 1
+
+    began = time.perf_counter()
+    await asyncio.gather(*(repeat(caller) for caller in all_of_them))
+    return {"requests": total, "seconds": time.perf_counter() - began}
+
+
+async def hold(port: int, count: int) -> None:
+    all_of_them = []
+    while len(all_of_them) < count:
+        batch = await callers(port, min(50, count - len(all_of_them)))
+        for caller in batch:
+            caller.ask(request(port, stream=True))
+        await asyncio.gather(*(caller.begun for caller in batch))
+        all_of_them += batch
+    print(json.dumps({"open": len(all_of_them)}), flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+
+
+async def main() -> None:
+    what, port, count, *rest = sys.argv[1:]
+    if what == "hold":
+        await hold(int(port), int(count))
+        return
+    if what == "requests":
+        result = await requests(int(port), int(count), float(rest[0]))
+    else:
+        result = await {"streams": streams, "first": first}[what](int(port), int(count))
+    print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    uvloop.run(main())

@@ -1,0 +1,150 @@
+"""What no table can see by itself: tables that contradict each other.
+
+Each check yields where a mistake stands and what to say. `wrong` holds the places that are reported already:
+what is wrong by itself is not compared with others.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Set
+from dataclasses import dataclass
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+from keepalive.config.mistakes import Key, dotted, nearest, one_of, shown
+from keepalive.config.tables import AccessKey, Config, Model, Table, Upstream, timing
+from keepalive.config.values import Address, written
+
+T = TypeVar("T", bound=Table)
+Found = Iterator[tuple[Key, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Checks:
+    config: Config
+    wrong: Set[Key]
+
+    def all(self) -> Found:
+        yield from self._addresses()
+        yield from self._upstreams()
+        yield from self._models()
+        yield from self._leases()
+        yield from self._prompts()
+        yield from self._auth()
+
+    def _addresses(self) -> Found:
+        server = self.config.server
+        ours = [name for name in ("listen", "admin_listen") if ("server", name) not in self.wrong]
+        if len(ours) == 2 and _collide(server.listen, server.admin_listen):
+            # At the one that was written down, where the other is a default.
+            other, place = ours if "admin_listen" in server.model_fields_set else reversed(ours)
+            taken = f'"{getattr(server, place)}" is taken by server.{other}'
+            yield ("server", place), f"{taken}; write another port"
+        for number, upstream in enumerate(self.config.upstreams):
+            key = ("upstreams", number, "url")
+            for name in ours:
+                if key not in self.wrong and _collide(getattr(server, name), _address(upstream)):
+                    loop = f'"{upstream.url}" is server.{name}, so keepalive would ask itself'
+                    yield key, f"{loop}; write where LM Studio listens"
+
+    def _upstreams(self) -> Found:
+        yield from self._repeated(("upstreams",), "name", self.config.upstreams)
+        # Two names for one server would load everything twice on it.
+        yield from self._repeated(("upstreams",), "url", self.config.upstreams, _address)
+        for number, upstream in enumerate(self.config.upstreams):
+            if upstream.api_token_env and upstream.api_token_file:
+                message = "stands beside api_token_env, and a token has one place; leave one of them out"
+                yield ("upstreams", number, "api_token_file"), message
+
+    def _repeated(
+        self, section: Key, name: str, tables: Iterable[T], same: Callable[[T], object] | None = None
+    ) -> Found:
+        seen: dict[object, int] = {}
+        for number, table in enumerate(tables):
+            key, value = (*section, number, name), getattr(table, name)
+            # As text, because 28 and "28" look the same in an address and in a log.
+            identity = same(table) if same else str(value)
+            first = number if key in self.wrong else seen.setdefault(identity, number)
+            if first != number:
+                other = dotted((*section, first))
+                yield key, f"{shown(value)} is the {name} of {other} too; write another one"
+
+    def _models(self) -> Found:
+        names = [upstream.name for upstream in self.config.upstreams]
+        sound = not any(key[::2] == ("upstreams", "name") for key in self.wrong)
+        taken: dict[tuple[str, str], int] = {}
+        for number, model in enumerate(self.config.models):
+            place, key = ("models", number, "upstream"), ("models", number, "key")
+            if place in self.wrong or not sound:
+                continue
+            if not model.upstream and len(set(names)) > 1:
+                yield place, f"is missing, and there are several; write {one_of(names)}, or a list of them"
+                continue
+            for name in model.upstream or names[:1]:
+                if name not in names:
+                    near = nearest(name, names)
+                    advice = shown(near) if near else one_of(names)
+                    yield place, f"{shown(name)} is no upstream; write {advice}"
+                # LM Studio finds a model by its key in any letter case.
+                same = (name, model.key.lower())
+                first = number if key in self.wrong else taken.setdefault(same, number)
+                if first != number:
+                    kept = f"{shown(model.key)} is already kept on {shown(name)} by models[{first}]"
+                    yield key, f"{kept}; leave one of them out"
+
+    def _leases(self) -> Found:
+        """A lease that ends before the next ping lets go of the very model it was meant to hold."""
+        names = ("lease", "ping_interval", "ping_timeout")
+        tables: dict[Key, Model | None] = {("defaults",): None}
+        tables |= {("models", number): model for number, model in enumerate(self.config.models)}
+        defaults = self.config.defaults
+        for key, model in tables.items():
+            said = [name for name in names if name in (model or defaults).model_fields_set]
+            time = timing(defaults, model)
+            least = time["ping_interval"] + time["ping_timeout"]
+            wrong = any((*table, name) in self.wrong for table in (key, ("defaults",)) for name in names)
+            if said and not wrong and time["lease"] <= least:
+                ends = f"a lease of {written(time['lease'])} ends within ping_interval and ping_timeout"
+                yield (*key, said[0]), f'{ends}; write lease = "{written(2 * least)}"'
+
+    def _prompts(self) -> Found:
+        yield from self._repeated(("prompts",), "id", self.config.prompts)
+        models = enumerate(self.config.models)
+        keys = [model.key for number, model in models if ("models", number, "key") not in self.wrong]
+        for number, prompt in enumerate(self.config.prompts):
+            key = ("prompts", number, "model")
+            if prompt.model in keys or key in self.wrong:
+                continue
+            near, value = nearest(prompt.model, keys), shown(prompt.model)
+            # A model whose key is wrong may be the one that is meant.
+            if near or (keys and len(keys) == len(self.config.models)):
+                advice = f"write {shown(near)}" if near else f"add [[models]] with key = {value}"
+                yield key, f"{value} is no configured model; {advice}"
+
+    def _auth(self) -> Found:
+        for side in ("client_keys", "admin_keys"):
+            keys: tuple[AccessKey, ...] = getattr(self.config.auth, side)
+            yield from self._repeated(("auth", side), "name", keys)
+            for number, access in enumerate(keys):
+                key: Key = ("auth", side, number)
+                places = [name for name in ("file", "env", "credential") if getattr(access, name) is not None]
+                if len(places) != 1 and not any(place[:3] == key for place in self.wrong):
+                    has = f"has {' and '.join(places)}" if places else "does not say where the key is"
+                    yield key, f"{has}; write one of file, env or credential"
+
+
+def _address(upstream: Upstream) -> Address:
+    parts = urlsplit(upstream.url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    return Address(_plain(parts.hostname or ""), port)
+
+
+def _collide(ours: Address, other: Address) -> bool:
+    """Whether both would be the same socket, as far as the texts tell. Port 0 is any free one: never."""
+    hosts = {_plain(ours.host), _plain(other.host)}
+    same = len(hosts) == 1 or ("" in hosts and hosts < {"", "127.0.0.1", "::1"})
+    return ours.port == other.port != 0 and same
+
+
+def _plain(host: str) -> str:
+    """One spelling for each; "" is every interface."""
+    host = host.lower()
+    return {"localhost": "127.0.0.1", "0.0.0.0": "", "::": ""}.get(host, host)  # noqa: S104  # compared, not bound

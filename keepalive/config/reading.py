@@ -1,0 +1,312 @@
+"""From a file and the environment to a config, or to everything that is wrong with them."""
+
+import json
+import os
+import re
+import tomllib
+import zoneinfo
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from keepalive.config import lines
+from keepalive.config.checks import Checks
+from keepalive.config.mistakes import (
+    ConfigError,
+    Key,
+    Mistake,
+    dotted,
+    nearest,
+    one_of,
+    printable,
+    short,
+    shown,
+)
+from keepalive.config.tables import SECTIONS, Config, Table
+
+NO_FILE = "environment"
+"""What mistakes are attributed to when there is no file."""
+
+SEARCHED = (Path("config.toml"), Path("/etc/keepalive/config.toml"))
+
+_LARGEST_FILE = 1024 * 1024
+
+
+def find(explicit: Path | None, environ: Mapping[str, str]) -> Path | None:
+    """The file: `-c FILE`, $KEEPALIVE_CONFIG, ./config.toml or /etc/keepalive/config.toml, if there is one.
+
+    A file that was named is returned whether it exists or not, and so is one that exists and cannot be read:
+    to pass over it in silence would run the daemon with somebody else's settings.
+    """
+    if explicit is not None:
+        return explicit
+    if environ.get("KEEPALIVE_CONFIG"):
+        return Path(environ["KEEPALIVE_CONFIG"])
+    return next((path for path in SEARCHED if os.path.lexists(path)), None)
+
+
+def load(path: Path | None, environ: Mapping[str, str]) -> Config:
+    """The config in `path` and `environ`; no path: in `environ` alone. ConfigError holds every mistake."""
+    source = NO_FILE if path is None else str(path)
+    config = parse("" if path is None else read(path), source, environ)
+    if any(kept.window for kept in config.kept):
+        try:
+            _ = config.zone
+        except (OSError, ValueError, zoneinfo.ZoneInfoNotFoundError) as error:
+            message = 'the zone of this machine cannot be told; write one such as "Europe/Lisbon"'
+            raise ConfigError([Mistake(printable(source), None, "server.timezone", message)]) from error
+    return config
+
+
+def read(path: Path) -> str:
+    """The text of the file. ConfigError says in one sentence why it cannot be had."""
+    line = None
+    try:
+        with path.open("rb") as file:
+            # One byte more than allowed tells that there is more, also of a device that never ends.
+            content = file.read(_LARGEST_FILE + 1)
+        if len(content) <= _LARGEST_FILE:
+            # Editors on Windows put a byte order mark first, which TOML does not know.
+            return content.decode("utf-8-sig")
+        message = "is larger than 1 MiB, so it is no config; name another file by -c FILE"
+    except OSError as error:
+        message = f"cannot be read: {error.strerror}; name another file by -c FILE"
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        message = "is not UTF-8 text; save it as UTF-8, or name another file by -c FILE"
+    raise ConfigError([Mistake(printable(str(path)), line, "", message)])
+
+
+def parse(text: str, source: str, environ: Mapping[str, str]) -> Config:
+    """The config in `text` and `environ`. ConfigError holds every mistake; they call the text `source`."""
+    source = printable(source)
+    reading = _Reading(source, text, _parse_toml(text, source))
+    reading.overlay(environ)
+    config = reading.config(environ)
+    if reading.mistakes:
+        in_order = sorted(reading.mistakes, key=lambda found: (found.line is None, found.line or 0))
+        raise ConfigError(dict.fromkeys(in_order))
+    return config
+
+
+def _parse_toml(text: str, source: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        said, _, place = str(error).rpartition(" (at ")
+        line, column = map(int, re.findall(r"\d+", place) or (text.rstrip("\n").count("\n") + 1, 0))
+        # What TOML says of quotes that are missing, which is how people slip.
+        quotes = said.startswith(("Invalid value", "Expected newline", "Illegal character"))
+        message = f"not TOML: {short(said)}{'; text and durations stand in quotes' if quotes else ''}"
+        raise ConfigError([Mistake(source, line, "", message, column or None)]) from None
+    except (ValueError, RecursionError):
+        # Python's own limits on nesting and on the digits of a number, far from any config that is meant.
+        message = "not TOML that can be read: lists too deep in each other, or a number too long"
+        raise ConfigError([Mistake(source, None, "", message)]) from None
+
+
+@dataclass
+class _Reading:
+    """One pass over one config, and what was found wrong on the way."""
+
+    source: str
+    text: str
+    data: dict[str, Any]
+    variables: dict[Key, str] = field(default_factory=dict)
+    mistakes: list[Mistake] = field(default_factory=list)
+    wrong: set[Key] = field(default_factory=set)
+
+    @cached_property
+    def lines(self) -> Mapping[Key, int]:
+        return lines.find(self.text)
+
+    def report(self, key: Key, message: str) -> None:
+        self.wrong.add(key)
+        self.mistakes.append(Mistake(*self._place(key), dotted(key), message))
+
+    def _place(self, key: Key) -> tuple[str, int | None]:
+        """The nearest thing that a person can go to: the variable, the line, else the table around it."""
+        for end in range(len(key), 0, -1):
+            if key[:end] in self.variables:
+                return self.variables[key[:end]], None
+            if key[:end] in self.lines:
+                return self.source, self.lines[key[:end]]
+            for inside, name in self.variables.items():
+                if inside[:end] == key[:end]:
+                    return name, None
+        return self.source, None
+
+    # The environment
+
+    def overlay(self, environ: Mapping[str, str]) -> None:
+        """Puts what the KEEPALIVE_… variables say into the tables, as if it stood in the file."""
+        for name in sorted(environ, key=lambda name: re.sub(r"\d+", lambda number: number[0].zfill(4), name)):
+            text = environ[name]
+            # Compose files pass on every variable they mention, empty where nobody set it.
+            if not name.startswith("KEEPALIVE_") or not text:
+                continue
+            *parts, last = name.removeprefix("KEEPALIVE_").lower().split("__")
+            numbered = (int(part) if re.fullmatch(r"\d{1,3}", part, re.ASCII) else part for part in parts[1:])
+            key: Key = (*parts[:1], *numbered, last)
+            if parts and self._set(key, _from_variable(text)):
+                self.variables[key] = name
+            elif parts or (_MEANT.match(last) and name not in self.text and name not in environ.values()):
+                advice = "write one such as KEEPALIVE_SERVER__LISTEN, or KEEPALIVE_MODELS__0__KEY and so on"
+                self.mistakes.append(Mistake(short(name), None, "", f"is no setting; {advice}"))
+
+    def _set(self, key: Key, value: object) -> bool:
+        here: Any = self.data
+        for part, following in pairwise(key):
+            if isinstance(here, list):
+                here += [{}] if part == len(here) else []
+                if int(part) >= len(here):
+                    return False
+            elif part not in here:
+                here[part] = [] if isinstance(following, int) else {}
+            here = here[part]
+            if not isinstance(here, list if isinstance(following, int) else dict):
+                return False
+        here[key[-1]] = value
+        return True
+
+    # The tables
+
+    def config(self, environ: Mapping[str, str]) -> Config:
+        """The config; of no use after a mistake."""
+        self.data = {name: value for name, value in self.data.items() if value != []}
+        try:
+            config = Config.model_validate(self.data)
+        except ValidationError as error:
+            for detail in error.errors(include_url=False):
+                self.report(detail["loc"], _explained(detail))
+                self._repair(detail["loc"])
+            config = Config.model_validate(self.data)
+        if not config.models and not self.mistakes:
+            self.report((), _nothing_to_keep(self.source))
+        for key, message in Checks(config, frozenset(self.wrong)).all():
+            self.report(key, message)
+        state_dir = config.server.state_dir or _state_dir(environ)
+        server = config.server.model_copy(update={"state_dir": state_dir})
+        return config.model_copy(update={"server": server})
+
+    def _repair(self, key: Key) -> None:
+        """Puts something sound in the place of what is wrong, so that the rest can be compared."""
+        if isinstance(key[-1], int) and not _header(key):
+            key = key[:-1]  # one text of a list: the list goes
+            self.wrong.add(key)
+        *path, last = key
+        here: Any = self.data
+        for part in path:
+            here = here[part]
+        kind = _table_at(key if isinstance(last, int) else key[:-1])
+        examples = {name: _example(info) for name, info in kind.model_fields.items() if info.is_required()}
+        if isinstance(last, int):
+            here[last] = examples
+            self.wrong |= {(*key, name) for name in kind.model_fields}
+        elif last in examples:
+            here[last] = examples[last]
+        else:
+            here.pop(last, None)
+
+
+# What begins like a section, and is no variable of another program or one that the config names.
+_MEANT = re.compile(rf"({'|'.join(Config.model_fields)})(_|$)")
+
+
+def _from_variable(text: str) -> object:
+    """The value as it would stand in the file; what is no TOML is text."""
+    try:
+        found = tomllib.loads(f"it = {text}")
+    except (ValueError, RecursionError):
+        return text
+    return found["it"] if len(found) == 1 else text
+
+
+def _explained(detail: ErrorDetails) -> str:
+    """In our words what pydantic found."""
+    key, context = detail["loc"], detail.get("ctx", {})
+    # Who writes a key of [auth] in the wrong way writes the secret itself.
+    value = "this" if key[0] == "auth" else shown(detail["input"])
+    kind, name, header = _table_at(key[:-1]), str(key[-1]), _header(key)
+    example = json.dumps(_example(kind.model_fields.get(name)), ensure_ascii=False)
+    match detail["type"]:
+        case "extra_forbidden":
+            return _unknown(kind, name, detail["input"])
+        case "missing":
+            return f"is missing; write {name} = {example}"
+        case "value_error":
+            return str(context["error"])
+        case "literal_error":
+            allowed = re.findall(r"'([^']+)'", context["expected"])
+            near = nearest(str(detail["input"]), allowed)
+            return f"{value} is not known; write {shown(near) if near else one_of(allowed)}"
+        case "int_type" | "int_from_float":
+            return f"{value} is no whole number; write one such as {example}, without quotes"
+        case "bool_type":
+            return f"{value} is neither true nor false; write one of them, without quotes"
+        case "greater_than_equal":
+            return f"{value} is too small; write {context['ge']} or more"
+        case "less_than_equal":
+            return f"{value} is too large; write {context['le']} or less"
+        case "model_type":
+            return f"{value} is no table; write {header} and the keys below it"
+        case "tuple_type" if header:
+            return f"{value} is no list; write {header} above each table"
+        case "tuple_type":
+            return f"{value} is no list; write one such as [{example}]"
+    return f"{value} cannot stand here: {short(detail['msg'])}"
+
+
+def _header(key: Key) -> str | None:
+    """The header of the table at `key`; None where no table can stand."""
+    names = [part for part in key if isinstance(part, str)]
+    return next((header for header in SECTIONS if header.strip("[]").split(".") == names), None)
+
+
+def _table_at(key: Key) -> type[Table]:
+    header = _header(key)
+    return SECTIONS[header] if header else Config
+
+
+def _example(info: FieldInfo | None) -> Any:
+    return info.examples[0] if info and info.examples else 1
+
+
+# What LM Studio and other programs call it.
+_ALSO_CALLED = {"base_url": "url", "host": "url", "id": "key", "model": "key", "name": "key", "ttl": "lease"}
+
+
+def _unknown(kind: type[Table], name: str, value: object) -> str:
+    known = {field: field for field in kind.model_fields}
+    if kind is Config:
+        known = {header.strip("[]"): header for header in SECTIONS if "." not in header}
+    elsewhere = [header for header, other in SECTIONS.items() if name in other.model_fields]
+    if _ALSO_CALLED.get(name) in known:
+        return f"is unknown; write {_ALSO_CALLED[name]}"
+    if elsewhere and not isinstance(value, dict | list):
+        return f"is unknown here; write it below {' or '.join(elsewhere)}"
+    near = nearest(name, known)
+    return f"is unknown; write {known[near] if near else 'one of ' + ', '.join(known.values())}"
+
+
+def _nothing_to_keep(source: str) -> str:
+    if source == NO_FILE:
+        missing = f"there is no {SEARCHED[0]} and no {SEARCHED[1]}"
+        return f"nothing to keep warm, because {missing}; write one, or set KEEPALIVE_MODELS__0__KEY"
+    return 'nothing to keep warm; add [[models]] and key = "…", a key that LM Studio lists'
+
+
+def _state_dir(environ: Mapping[str, str]) -> Path | None:
+    if environ.get("STATE_DIRECTORY"):
+        # systemd lists several, with colons between, when a unit asks for several; the first one is ours.
+        return Path(environ["STATE_DIRECTORY"].split(":")[0])
+    if environ.get("XDG_STATE_HOME"):
+        return Path(environ["XDG_STATE_HOME"]) / "keepalive"
+    return Path(environ["HOME"]) / ".local/state/keepalive" if environ.get("HOME") else None

@@ -1,0 +1,207 @@
+"""Readers of single values: text of the file in, what we use out. ValueError says what to write instead."""
+
+import ipaddress
+import re
+import zoneinfo
+from dataclasses import dataclass
+from pathlib import Path
+
+from keepalive import window as windows
+from keepalive.config.mistakes import looks_secret, nearest, short, shown
+from keepalive.window import Window
+
+_UNITS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
+_DURATION = re.compile(
+    r"(?=\d)" + "".join(rf"(?:(\d{{1,12}}(?:\.\d{{1,12}})?){unit})?" for unit in _UNITS), re.ASCII
+)
+_UNIT_WORD = re.compile(r"([dhms])(?:ays?|(?:ou)?rs?|in(?:ute)?s?|ec(?:ond)?s?)(?![a-z])")
+
+_SIZES = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_SIZE = re.compile(rf"(\d{{1,12}})({'|'.join(_SIZES)})", re.ASCII)
+
+_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]*):(\d{1,5})", re.ASCII)
+_ORIGIN = re.compile(r"https?://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::(\d{1,5}))?", re.ASCII)
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9.])?", re.ASCII)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
+
+# Looser than the readers, because the engines of some editors know no lookahead.
+DURATION_PATTERN = r"(\d+(\.\d+)?(ms|[smhd]))+"
+SIZE_PATTERN = _SIZE.pattern
+ADDRESS_PATTERN = _ADDRESS.pattern
+URL_PATTERN = r"https?://[^/?#@\s]+/?"
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where to listen. An empty host is every interface, port 0 is any free one."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def seconds(text: str) -> float:
+    """ "1h30m" is 5400.0. ValueError where it is no duration."""
+    found = _DURATION.fullmatch(text)
+    if found is None:
+        raise ValueError("no duration")
+    return sum(
+        float(number or 0) * unit for number, unit in zip(found.groups(), _UNITS.values(), strict=True)
+    )
+
+
+def written(duration: float) -> str:
+    """5400.0 is "1h30m": how a duration stands in a config."""
+    rest, parts = round(duration * 1000), []
+    for unit, length in _UNITS.items():
+        count, rest = divmod(rest, round(length * 1000))
+        parts += [f"{count}{unit}"] if count else []
+    return "".join(parts) or "0s"
+
+
+def read_duration(value: object, low: str, high: str) -> float:
+    if isinstance(value, str) and _DURATION.fullmatch(value):
+        length = seconds(value)
+        if not seconds(low) <= length <= seconds(high):
+            raise ValueError(f'{shown(value)} is out of range; write one from "{low}" to "{high}"')
+        return length
+    text = shown(value).strip('" ').lower()
+    if re.fullmatch(r"\d+(\.\d+)?", text, re.ASCII):
+        raise ValueError(f'{shown(value)} has no unit; write "{text}s" or "{text}m"')
+    plain = _UNIT_WORD.sub(r"\1", text.replace(" ", ""))
+    fits = _DURATION.fullmatch(plain)
+    advice = f'write "{plain}"' if fits else 'write one such as "500ms", "30s", "5m" or "1h30m"'
+    raise ValueError(f"{shown(value)} is no duration; {advice}")
+
+
+def read_size(value: object) -> int:
+    found = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    if found is None:
+        raise ValueError(f'{shown(value)} is no size; write a number and a unit, such as "64MiB"')
+    size = int(found[1]) * _SIZES[found[2]]
+    if not 2**10 <= size <= 2**34:
+        raise ValueError(f'{shown(value)} is out of range; write a size from "1KiB" to "16GiB"')
+    return size
+
+
+def read_address(value: object) -> Address:
+    found = _ADDRESS.fullmatch(value) if isinstance(value, str) else None
+    if found and (not found[1] or _is_host(found[1])) and int(found[2]) < 2**16:
+        return Address(found[1].strip("[]"), int(found[2]))
+    text = shown(value).strip('"')
+    if text.isdecimal() and int(text) < 2**16:
+        advice = f'write "127.0.0.1:{text}", or ":{text}" for every interface'
+    elif _is_host(text):
+        advice = f'write "{text}:1235"'
+    else:
+        advice = 'write one such as "127.0.0.1:1235", "[::1]:1235", or ":1235" for every interface'
+    raise ValueError(f"{shown(value)} is not host and port; {advice}")
+
+
+def read_url(value: str) -> str:
+    """An upstream, as scheme://host[:port] in lower case and without a slash at its end."""
+    if "@" in value:
+        raise ValueError("holds credentials, which do not stand here; write api_token_env or api_token_file")
+    return _origin(value, "http", "http://127.0.0.1:1234")
+
+
+def read_origin(value: str) -> str:
+    if value == "*":
+        raise ValueError('"*" would let every web page load models; name each origin by itself')
+    return _origin(value, "https", "https://chat.example.org")
+
+
+def _origin(value: str, scheme: str, example: str) -> str:
+    plain = value.lower().removesuffix("/")
+    if not _is_origin(plain):
+        # People leave the scheme out, or write more behind the port.
+        found = re.match(r"(?:(https?)://)?([^/?#\s]+)", plain)
+        meant = f"{found[1] or scheme}://{found[2]}" if found else ""
+        advice = short(meant) if _is_origin(meant) else example
+        raise ValueError(f'{shown(value)} is not scheme, host and port; write "{advice}"')
+    return plain
+
+
+def read_window(value: str) -> Window:
+    if looks_secret(value):
+        raise ValueError(f'{shown(value)} is no window; write one such as "Mon-Fri 08:00-19:00"')
+    return windows.parse(value)
+
+
+def read_zone_name(value: str) -> str:
+    try:
+        zoneinfo.ZoneInfo(value)
+    except (OSError, ValueError, zoneinfo.ZoneInfoNotFoundError):
+        near = nearest(value[:40], sorted(zoneinfo.available_timezones()))
+        advice = f'write "{near}"' if near else 'write an IANA name such as "Europe/Lisbon"'
+        raise ValueError(f"{shown(value)} is no known time zone; {advice}") from None
+    return value
+
+
+def read_directory(value: str) -> Path:
+    if not value.startswith("/") or "\0" in value:
+        raise ValueError(f'{shown(value)} is no path from "/"; write one such as "/var/lib/keepalive"')
+    return Path(value)
+
+
+def read_host_name(value: str) -> str:
+    if not _is_host(value):
+        raise ValueError(f'{shown(value)} is no host name; write one such as "llm.example.org"')
+    return value.lower()
+
+
+def read_name(value: str) -> str:
+    # It becomes a label in metrics and part of the file name of a systemd credential.
+    if not _NAME.fullmatch(value):
+        raise ValueError(f'{shown(value)} is no name; write letters and digits, ".", "-" and "_" between')
+    return value
+
+
+def read_line(value: str) -> str:
+    # It stands in logs, labels, URLs and on a terminal: nothing in it may move a cursor or end a line.
+    if not value.strip() or value != value.strip() or not value.isprintable() or len(value) > 256:
+        raise ValueError(f"{shown(value)} is not one line; write 1 to 256 characters, no space around them")
+    return value
+
+
+def read_prompt_id(value: object) -> int | str:
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise ValueError(f"{shown(value)} is no prompt id; write a number such as 28, or text")  # noqa: TRY004
+    return read_line(value) if isinstance(value, str) else value
+
+
+def read_template(value: str) -> str:
+    if not value.strip():
+        raise ValueError("is empty; write some text")
+    torn = re.search(r"\{\{\s*(\w+)\s*\}(?!\})", value)
+    if torn:
+        raise ValueError(f'a variable is not closed; write "{{{{{short(torn[1])}}}}}"')
+    return value
+
+
+def read_secret_place(value: object, *, what: str, pattern: str, example: str) -> str:
+    # Told without the value: the usual mistake is to write the secret itself.
+    if not isinstance(value, str) or not value.isprintable() or not re.fullmatch(pattern, value, re.ASCII):
+        raise ValueError(
+            f'is not the name of a {what}; write one such as "{example}", never the secret itself'
+        )
+    return value
+
+
+def _is_host(host: str) -> bool:
+    """A name, an IPv4 address or an IPv6 address in brackets."""
+    # 127.0.0.300 looks like a name to a resolver and then costs a lookup that nobody understands.
+    if host.startswith("[") or re.fullmatch(r"[0-9.]+", host):
+        try:
+            version = ipaddress.ip_address(host.strip("[]")).version
+        except ValueError:
+            return False
+        return version == (6 if host.startswith("[") else 4)
+    return _HOST.fullmatch(host) is not None and ".." not in host
+
+
+def _is_origin(text: str) -> bool:
+    found = _ORIGIN.fullmatch(text)
+    return found is not None and _is_host(found[1]) and 0 < int(found[2] or 80) < 2**16

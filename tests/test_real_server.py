@@ -1,0 +1,238 @@
+"""The daemon and a real inference server, both as processes: `transformers serve`, which nobody here wrote.
+
+It loads a model on the first request for it and drops it after `IDLE` quiet seconds. It does not show what is
+loaded; that it says so in its log is what proves these tests right.
+"""
+
+import json
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+import pytest
+from real_server import RealServer, make_model, started, why_not
+
+from keepalive import wire
+from keepalive.facts import Tier
+
+MISSING = why_not()
+# Three minutes for all; no single one takes half of that, but its server may meet a busy machine.
+pytestmark = [
+    pytest.mark.timeout(180),
+    pytest.mark.skipif(MISSING is not None, reason=MISSING or ""),
+]
+
+IDLE = 20
+QUIET = 25
+# A cold start was seen to take 20 to 60 times as long as a warm answer. Much less is asked for, of the median
+# of several warm answers: on a busy machine any single one may be slow.
+COLD_RATIO = 5
+
+Seen = TypeVar("Seen")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "random-32m"
+    make_model(path)
+    return path
+
+
+class Daemon:
+    """`keepalive run` as a process."""
+
+    def __init__(self, home: Path, server: RealServer, models: list[Path]) -> None:
+        home.mkdir()
+        config = home / "config.toml"
+        lines = [
+            "[server]",
+            'listen = "127.0.0.1:0"',
+            'admin_listen = "127.0.0.1:0"',
+            'log_format = "json"',
+            f'state_dir = "{home / "state"}"',
+            "[[upstreams]]",
+            'name = "real"',
+            f'url = "{server.url}"',
+            "[defaults]",
+            'ping_interval = "8s"',
+            'refresh_interval = "2s"',
+        ]
+        for model in models:
+            lines += ["[[models]]", f'key = "{model}"']
+        config.write_text("\n".join(lines) + "\n")
+        self._log_path = home / "keepalive.log"
+        with self._log_path.open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "keepalive", "run", "-c", config], stdin=subprocess.DEVNULL, stderr=log
+            )
+        self.admin = str(eventually(lambda: self.logged("daemon.started"))[0]["admin"])
+
+    def stop(self) -> int:
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            return self._process.wait(30)
+        finally:
+            self._process.kill()
+
+    def logged(self, event: str) -> list[dict[str, Any]]:
+        assert self._process.poll() is None, f"the daemon ended:\n{self._log_path.read_text()}"
+        # What stands behind the last line break is still being written; a traceback is for people.
+        lines = [line for line in self._log_path.read_text().split("\n")[:-1] if line.startswith("{")]
+        return [record for record in map(json.loads, lines) if record["event"] == event]
+
+    def get(self, path: str) -> str:
+        with urlopen(self.admin + path, timeout=10) as answer:
+            text: str = answer.read().decode()
+        return text
+
+    def is_ready(self) -> bool:
+        try:
+            self.get("/readyz")
+        except HTTPError as error:
+            error.close()
+            return False
+        return True
+
+    def status(self) -> dict[str, Any]:
+        document: dict[str, Any] = json.loads(self.get("/api/status"))
+        return document
+
+    def metric(self, name: str, *labels: str) -> float:
+        """The one sample of `name` that carries all of these labels, written as on the page."""
+        samples = re.findall(rf"^{name}(?:\{{(.*)\}})? (\S+)$", self.get("/metrics"), re.MULTILINE)
+        values = [float(value) for given, value in samples if all(label in given for label in labels)]
+        assert len(values) == 1, f"{len(values)} samples of {name} with {labels}"
+        return values[0]
+
+
+@pytest.fixture
+def keep(tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
+    running: list[Daemon] = []
+
+    def run(server: RealServer, *models: Path) -> Daemon:
+        running.append(Daemon(tmp_path / f"daemon-{len(running)}", server, list(models)))
+        return running[-1]
+
+    yield run
+    for daemon in running:
+        daemon.stop()
+
+
+def eventually(look: Callable[[], Seen], within: float = 60.0) -> Seen:
+    """The first answer of `look` that holds."""
+    deadline = time.monotonic() + within
+    while not (seen := look()):
+        assert time.monotonic() < deadline, f"still not so after {within:.0f} s"
+        time.sleep(0.1)
+    return seen
+
+
+def test_after_25_quiet_seconds_only_the_model_that_we_keep_is_still_there(
+    model: Path, keep: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    # Two equal servers side by side: what the one shows without us, the other shows with us, in the same
+    # seconds on the same machine.
+    alone = RealServer(tmp_path / "alone", idle_seconds=IDLE)
+    kept = RealServer(tmp_path / "kept", idle_seconds=IDLE)
+    with started(alone, kept):
+        daemon = keep(kept, model)
+        eventually(daemon.is_ready)
+        # The first load of a process also imports what it needs: a second cold start is what compares.
+        alone.chat(model)
+        warm = statistics.median([server.chat(model) for server in (alone, kept) for _ in range(5)])
+        loaded, pings = alone.resident_mib(), daemon.metric("keepalive_model_pings_total", 'outcome="ok"')
+
+        time.sleep(QUIET)
+
+        left, drops = alone.resident_mib(), (alone.drops(), kept.drops())
+        cold, still_warm = alone.chat(model), kept.chat(model)
+
+        # without the daemon: dropped, the memory given back, and loaded again while the user waits
+        assert drops == (1, 0)
+        assert loaded - left > 40
+        assert alone.loads() == 2
+        assert cold > COLD_RATIO * warm
+        # with it: the first load was the only one
+        assert kept.loads() == 1
+        assert still_warm < cold / 2  # a single one, so with much room
+
+        # and the metrics say so
+        assert daemon.metric("keepalive_upstream_up", 'upstream="real"') == 1
+        assert daemon.metric("keepalive_model_state", 'state="warm"') == 1
+        assert daemon.metric("keepalive_model_loads_total", 'outcome="ok"') == 1
+        assert daemon.metric("keepalive_model_evictions_total") == 0
+        more = daemon.metric("keepalive_model_pings_total", 'outcome="ok"') - pings
+        assert 2 <= more <= 4  # one every 8 s
+        for outcome in ("error", "timeout", "wrong_model"):
+            assert daemon.metric("keepalive_model_pings_total", f'outcome="{outcome}"') == 0
+        count = daemon.metric("keepalive_model_ping_duration_seconds_count")
+        mean = daemon.metric("keepalive_model_ping_duration_seconds_sum") / count
+        assert mean < daemon.metric("keepalive_model_last_load_seconds") / 2
+        (shown,) = daemon.status()["models"]
+        assert (shown["state"], shown["loads"], shown["reason"]) == ("warm", 1, None)
+        # nobody was told of trouble where there was none
+        assert [record["state"] for record in daemon.logged("upstream.state")] == ["up"]
+        assert daemon.stop() == 0
+    # We leave no process or model behind, and have taken none away.
+    assert kept.drops() == 0
+
+
+def test_a_server_that_was_killed_is_reported_and_kept_again_when_it_is_back(
+    model: Path, keep: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    with started(server := RealServer(tmp_path / "server", idle_seconds=IDLE)):
+        daemon = keep(server, model)
+        eventually(daemon.is_ready)
+        assert server.loads() == 1
+
+        server.kill()
+
+        eventually(lambda: not daemon.is_ready())
+        status = daemon.status()
+        assert status["upstreams"][0]["state"] == "down"
+        assert status["upstreams"][0]["error"] == f"nothing listens at {server.url}"
+        assert status["models"][0]["state"] == "unknown"
+        assert daemon.metric("keepalive_upstream_up", 'upstream="real"') == 0
+
+        server.start()
+        server.wait()
+        eventually(daemon.is_ready)
+
+        # loaded once in each of its lives, and never twice in one
+        assert server.loads() == 1
+        assert daemon.metric("keepalive_model_loads_total", 'outcome="ok"') == 2
+        assert daemon.metric("keepalive_upstream_up", 'upstream="real"') == 1
+        assert [record["state"] for record in daemon.logged("upstream.state")] == ["up", "down", "up"]
+        states = [record["state"] for record in daemon.logged("model.state")]
+        assert states == ["cold", "loading", "warm", "unknown", "cold", "loading", "warm"]
+        # whoever comes now does not wait
+        server.chat(model)
+        assert server.loads() == 1
+
+
+def test_our_ping_is_taken_and_its_answer_is_signed_in_a_way_that_we_know(
+    model: Path, tmp_path: Path
+) -> None:
+    with started(server := RealServer(tmp_path / "server", idle_seconds=IDLE)):
+        path, body = wire.ping("llm", str(model), Tier.OPENAI)
+        status, text, _ = server.ask("POST", path, body)
+        listed = server.ask("GET", "/v1/models")[:2]
+
+        assert status == 200, text
+        answer = json.loads(text)
+        assert answer["model"] == f"{model}@main"
+        assert answer["usage"]["completion_tokens"] == 1
+        assert wire.is_answer_of(wire.answered_by(answer), [str(model)], Tier.OPENAI)
+        # It serves models that it does not list: a listing is no reason not to ask.
+        assert listed == (200, '{"object":"list","data":[]}')
+        # A `ttl`, which LM Studio takes, is refused here.
+        path, body = wire.ping("llm", str(model), Tier.V0, lease=60.0)
+        assert server.ask("POST", path, body)[0] == 422
