@@ -155,7 +155,8 @@ def summary(status: Json) -> str:
     ]
     for model in cold:
         if model["load"]:
-            parts.append(f"{model['key']} loading, {_progress(model['load'])}")
+            load = model["load"]
+            parts.append(f"{model['key']} loading, {span(load['elapsed_seconds'])}{_to_go(load)}")
         elif model["state"] == "backoff":
             parts.append(f"{model['key']} failed: {model['reason']}")
     return "; ".join(parts)
@@ -198,9 +199,12 @@ def _why(model: Json, now: datetime) -> str:
 
 
 def _progress(load: Json) -> str:
+    return f"{span(load['elapsed_seconds'])} so far{_to_go(load)}"
+
+
+def _to_go(load: Json) -> str:
     left = load["eta_seconds"]
-    until = "" if left is None else f", about {span(left)} to go" if left > 0 else ", longer than usual"
-    return f"{span(load['elapsed_seconds'])} so far{until}"
+    return "" if left is None else f", about {span(left)} to go" if left > 0 else ", longer than usual"
 
 
 def _ago(moment: str | None, now: datetime) -> str:
