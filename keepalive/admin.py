@@ -120,12 +120,16 @@ class Admin:
         self._daemon = daemon
         self._feed = feed
         self.access = access
+        self.closing = False  # each answer is the last one on its connection
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         try:
-            return await self._answer(request)
+            response = await self._answer(request)
         except _Refusal as refusal:
-            return _json({"error": str(refusal)}, refusal.status, refusal.headers)
+            response = _json({"error": str(refusal)}, refusal.status, refusal.headers)
+        if self.closing:
+            response.force_close()
+        return response
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         if request.version not in (HttpVersion10, HttpVersion11):

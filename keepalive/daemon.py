@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from aiohttp import web
 
-from keepalive import __version__, config, logs, status, tokens
+from keepalive import __version__, config, logs, status, systemd, tokens, view
 from keepalive.admin import Access, Admin, Feed, server
 from keepalive.config import Address, Config, ConfigError, Kept
 from keepalive.errors import KeepaliveError
@@ -27,6 +27,8 @@ from keepalive.upstream import Client
 # The scheduler runs a job every second. Later than this, something is badly wrong.
 SCHEDULER_LATE = 10.0
 REPORTS_REMEMBERED = 100
+# At the end, connections that were accepted but have not been asked anything yet get this long.
+LAST_REQUESTS = 0.5
 
 
 class Closable(Protocol):
@@ -66,6 +68,11 @@ class Daemon:
         self._metrics = Metrics(lambda: self.keeper.snapshot(), wall)
         self._feed = Feed(self.status)
         self._admin = Admin(self, self._feed, Access())
+        self._service = systemd.Service(self, view.summary, environ)
+        self._sockets = systemd.listen_sockets(environ)
+        self._passed = {
+            name: [Address(*systemd.address(one)) for one in opened] for name, opened in self._sockets.items()
+        }
         self._ledger = _ledger(settings, lambda: self._urls, wall)
         observers = [o for o in (self._ledger, self._metrics, self._feed, logs.Log()) if o is not None]
         self.keeper = Keeper(self._clock, observers, self._report)
@@ -80,10 +87,11 @@ class Daemon:
         async with AsyncExitStack() as stack:
             runner = server(self._admin)
             await runner.setup()
-            stack.push_async_callback(runner.cleanup)
+            stack.push_async_callback(self._end_admin, runner)
             self.admin_url = await self._listen(runner, self._config.server.admin_listen)
             stack.push_async_callback(self._close_clients)
-            self.url = await self._front.listen(self._config.server.listen)
+            self.url = await self._front.listen(self._config.server.listen, self._sockets["client"])
+            self._compare_sockets(self._config)
             stack.push_async_callback(self._front.close)
             self._recall(self._kept)
             self._log.info(
@@ -95,7 +103,7 @@ class Daemon:
             )
             self.started.set()
             async with asyncio.TaskGroup() as tasks:
-                parts = (self.keeper.run(), self._schedule.run(), self._feed.run())
+                parts = (self.keeper.run(), self._schedule.run(), self._feed.run(), self._service.run())
                 running = [tasks.create_task(part) for part in parts]
                 await self._stop.wait()
                 # Requests that are held still need their model: the keeper goes on until they are done.
@@ -125,6 +133,10 @@ class Daemon:
 
     def reload(self) -> None:
         """Read the config again. A good one is applied as a difference; a bad one changes nothing."""
+        with self._service.reloading():
+            self._reload()
+
+    def _reload(self) -> None:
         if self._path is None:
             self._log.info("config.unchanged", reason="it comes from the environment alone")
             return
@@ -207,9 +219,9 @@ class Daemon:
         for name in ("listen", "admin_listen", "state_dir", "log_level", "log_format"):
             if getattr(old.server, name) != getattr(settings.server, name):
                 self._log.warning("config.needs_restart", key=f"server.{name}")
-        listeners = (("admin_listen", admin_keys), ("listen", client_keys))
-        for name, keys in listeners:
-            address = getattr(settings.server, name)
+        listeners = (("admin", "admin_listen", admin_keys), ("client", "listen", client_keys))
+        for socket, name, keys in listeners:
+            address = self._place(socket, getattr(settings.server, name))
             if not is_loopback(address.host) and not keys:
                 reason = f"{address} can be reached from the network, and [auth] names no keys for it"
                 self._log.warning("listener.open", key=f"server.{name}", reason=reason)
@@ -268,13 +280,43 @@ class Daemon:
             self._reported.add(text)
             self._log.warning("bookkeeping.failed", error=text)
 
+    def _place(self, name: str, listen: Address) -> Address:
+        """Where that listener is: systemd may have opened it, and elsewhere."""
+        passed = self._passed[name]
+        return listen if not passed or listen in passed else passed[0]
+
+    def _compare_sockets(self, settings: Config) -> None:
+        """The command line, and people, look where the config says."""
+        for name, key in (("admin", "admin_listen"), ("client", "listen")):
+            listen = getattr(settings.server, key)
+            actual = self._place(name, listen)
+            if actual != listen:
+                self._log.warning(
+                    "socket.differs", key=f"server.{key}", config=str(listen), socket=str(actual)
+                )
+
     async def _listen(self, runner: web.ServerRunner, address: Address) -> str:
-        site = web.TCPSite(runner, address.host, address.port)
+        opened = self._sockets["admin"]
+        sites: list[web.BaseSite] = [web.SockSite(runner, o, backlog=systemd.BACKLOG) for o in opened]
         try:
-            await site.start()
+            for site in sites or [web.TCPSite(runner, address.host, address.port)]:
+                await site.start()
         except OSError as error:
             raise StartError(cannot_listen("server.admin_listen", address, error)) from error
         return url_of(runner.addresses[0])
+
+    async def _end_admin(self, runner: web.ServerRunner) -> None:
+        """Accept no more: where systemd holds the socket, what comes now waits for the next daemon, whole.
+
+        Then answer what was accepted before.
+        """
+        for site in list(runner.sites):
+            await site.stop()
+        self._admin.closing = True
+        end = self._clock() + LAST_REQUESTS
+        while runner.server and runner.server.connections and self._clock() < end:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        await runner.cleanup()
 
     async def _close_clients(self) -> None:
         for client in [*self._closing, *self._clients.values()]:

@@ -1,10 +1,10 @@
 """The log: one line per transition, one per load, none per ping that went well.
 
-Event names are constant and dotted, what varies stands in fields. JSON, unless a terminal is watching. Lines
-go through a bounded queue to a thread of their own: a full disk or a stopped pager must not stop the loop
-that carries users' streams, nor its end. Other libraries' records pass too, from WARNING upwards, but only
-what was known when the line was written: their tracebacks and second lines quote the input, and a secret may
-be among it.
+Event names are constant and dotted, what varies stands in fields. JSON, unless a terminal is watching, or the
+journal, which people read, and which knows the time and is told the level in its own way. Lines go through a
+bounded queue to a thread of their own: a full disk or a stopped pager must not stop the loop that carries
+users' streams, nor its end. Other libraries' records pass too, from WARNING upwards, but only what was known
+when the line was written: their tracebacks and second lines quote the input, and a secret may be among it.
 """
 
 import logging
@@ -41,6 +41,8 @@ LAST_WORDS = 1.0
 # One library can repeat itself 2,000 times in a second, as when no file can be opened any more.
 FOREIGN_INTERVAL = 60.0
 FOREIGN_MAX = 200
+# syslog's numbers, which journald takes from the beginning of a line.
+PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 
 
 class _Output(logging.Handler):
@@ -86,6 +88,14 @@ def _write_all(file: int, line: bytes) -> None:
             select.select([], [file], [])
 
 
+class _Prioritized(structlog.stdlib.ProcessorFormatter):
+    """For the journal, which makes an entry of each line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        priority = PRIORITIES.get(record.levelno, 5)
+        return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines())
+
+
 class _Foreign(logging.Filter):
     """Other libraries' records: the first line, what failed by its type and place, and not too often."""
 
@@ -122,24 +132,24 @@ def _where(record: logging.LogRecord) -> str:
 def start(*, level: str, as_json: bool | None, stream: TextIO | None) -> Callable[[], None]:
     """Log to `stream` from now on; returns what ends it.
 
-    `as_json` None: unless `stream` is a terminal. `stream` None: nothing is written, by anybody.
+    `as_json` None: unless `stream` is a terminal or the journal. `stream` None: nothing is written, by anybody.
     """
+    journal = stream is not None and _is_journal(stream)
     root, own = logging.getLogger(), logging.getLogger("keepalive")
     root.handlers[:] = [handler := logging.NullHandler() if stream is None else _Output(stream)]
     root.setLevel(max(logging.WARNING, logging.getLevelName(level.upper())))
     own.setLevel(level.upper())
-    shared: list[structlog.typing.Processor] = [
-        structlog.stdlib.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
+    shared: list[structlog.typing.Processor] = [structlog.stdlib.add_log_level]
+    if not journal:
+        shared.append(structlog.processors.TimeStamper(fmt="iso", utc=True))
     if stream is not None:
         handler.addFilter(_Foreign())
         handler.setFormatter(
-            structlog.stdlib.ProcessorFormatter(
+            (_Prioritized if journal else structlog.stdlib.ProcessorFormatter)(
                 foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name],
                 processors=[
                     structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                    _renderer(stream, as_json=as_json),
+                    _plain if journal and not as_json else _renderer(stream, as_json=as_json),
                 ],
             )
         )
@@ -167,6 +177,28 @@ def _renderer(stream: TextIO, *, as_json: bool | None) -> structlog.typing.Proce
         return structlog.processors.JSONRenderer()
     colors = stream.isatty() and not os.environ.get("NO_COLOR")
     return structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=18, sort_keys=False)
+
+
+def _is_journal(stream: TextIO) -> bool:
+    """Whether systemd connected this very stream to the journal."""
+    try:
+        at = os.fstat(stream.fileno())
+    except (OSError, ValueError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{at.st_dev}:{at.st_ino}"
+
+
+_fields = structlog.processors.LogfmtRenderer(bool_as_flag=False)
+
+
+def _plain(logger: object, name: str, event: structlog.typing.EventDict) -> str:
+    """`model.loaded model=medicine-llm seconds=12.1`"""
+    text = str(event.pop("event"))
+    event.pop("level", None)
+    for key, value in event.items():
+        if isinstance(value, list):
+            event[key] = "; ".join(map(str, value))
+    return f"{text} {_fields(logger, name, event)}".rstrip()
 
 
 def logger() -> structlog.stdlib.BoundLogger:

@@ -139,6 +139,29 @@ def _line(name: str, model: Json) -> str:
     return f"{name} is {model['state']}{load}{reason}"
 
 
+def summary(status: Json) -> str:
+    """All of it in one line, such as "3/4 models warm; medicine-llm loading, 62 s, about 50 s to go"."""
+    wanted = [m for m in status["models"] if m["wanted"]]
+    cold = [m for m in wanted if m["state"] != "warm"]
+    parts = [f"{len(wanted) - len(cold)}/{len(wanted)} models warm"]
+    if status.get("draining"):
+        parts.insert(0, "stopping")
+    if status["config"]["mistakes"]:
+        parts.append("config rejected, the one before is in use")
+    parts += [
+        f"{u['name']} is {u['state']}: {u['error'] or 'no answer yet'}"
+        for u in status["upstreams"]
+        if u["state"] in TROUBLE
+    ]
+    for model in cold:
+        if model["load"]:
+            load = model["load"]
+            parts.append(f"{model['key']} loading, {span(load['elapsed_seconds'])}{_to_go(load)}")
+        elif model["state"] == "backoff":
+            parts.append(f"{model['key']} failed: {model['reason']}")
+    return "; ".join(parts)
+
+
 def span(seconds: float) -> str:
     """A duration as short as people say it."""
     if seconds < 9.95:  # what rounds to 10 has no digit behind the point
@@ -176,9 +199,12 @@ def _why(model: Json, now: datetime) -> str:
 
 
 def _progress(load: Json) -> str:
+    return f"{span(load['elapsed_seconds'])} so far{_to_go(load)}"
+
+
+def _to_go(load: Json) -> str:
     left = load["eta_seconds"]
-    until = "" if left is None else f", about {span(left)} to go" if left > 0 else ", longer than usual"
-    return f"{span(load['elapsed_seconds'])} so far{until}"
+    return "" if left is None else f", about {span(left)} to go" if left > 0 else ", longer than usual"
 
 
 def _ago(moment: str | None, now: datetime) -> str:

@@ -31,6 +31,8 @@ from keepalive.http1.watch import Watch
 
 log = logging.getLogger("keepalive.http1")
 
+# In the end, a caller who was only just accepted gets this long to say what is wanted.
+LAST_REQUESTS = 0.5
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset
 _REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
 
@@ -222,6 +224,7 @@ class _Connection(asyncio.Protocol):
         "_chunks",
         "_deadline",
         "_exchange",
+        "_fresh",
         "_invited",
         "_left",
         "_lingering",
@@ -246,6 +249,7 @@ class _Connection(asyncio.Protocol):
         self.listener = listener
         self.write_paused = False
         self.ending = False  # this exchange is the last one on this connection
+        self._fresh = True  # nothing was asked on it yet
         self._reader: HeadReader | None = None
         self._deadline = 0.0
         self._exchange: Exchange | None = None
@@ -363,6 +367,7 @@ class _Connection(asyncio.Protocol):
             self._refuse(bad)
             return
         self._reader = None
+        self._fresh = False
         self._left = max(head.body, 0)
         self._chunks = Chunks() if head.body == CHUNKED else None
         self._wire_bytes = 0
@@ -558,9 +563,21 @@ class _Connection(asyncio.Protocol):
             tunnel.close()
 
     def shut_idle(self) -> None:
-        """Closes the connection if no request is being read or answered on it."""
-        if self._exchange is None and not self._lingering:
+        """Closes the connection if no request is being read or answered on it.
+
+        One that was only just accepted is owed an answer: its request is on the way.
+        """
+        if self._exchange is not None or self._lingering:
+            return
+        if self._fresh or (self._reader is not None and self._reader.begun):
+            self._deadline = min(self._deadline, self.listener.loop.time() + LAST_REQUESTS)
+        else:
             self.transport.close()
+
+
+def _wake(woken: asyncio.Future[None]) -> None:
+    if not woken.done():
+        woken.set_result(None)
 
 
 class Listener:
@@ -584,6 +601,7 @@ class Listener:
         self._quiet_until = 0.0
         self._room = asyncio.Event()
         self._room.set()
+        self._idle: set[asyncio.Future[None]] = set()
         self._accepting = [self.loop.create_task(self._accept(sock)) for sock in sockets]
 
     @property
@@ -597,14 +615,18 @@ class Listener:
 
     async def _accept(self, listening: socket.socket) -> None:
         # Its own loop, because a server that is full must leave callers in the kernel's queue: asyncio's own
-        # would accept them, or fail at accepting them and say so thousands of times.
-        while True:
+        # would accept them, or fail at accepting them and say so thousands of times. And asyncio's `sock_accept`,
+        # when it is cancelled, may lose a caller whom it has accepted already.
+        while not self.closing:
             if len(self.connections) + self._opening >= self.limits.connections:
                 self._room.clear()
                 await self._room.wait()
                 continue
             try:
-                sock, _ = await self.loop.sock_accept(listening)
+                sock, _ = listening.accept()
+            except (BlockingIOError, InterruptedError):
+                await self._readable(listening)
+                continue
             except OSError as error:
                 if self.loop.time() >= self._quiet_until:
                     self._quiet_until = self.loop.time() + 60.0
@@ -622,11 +644,23 @@ class Listener:
             finally:
                 self._opening -= 1
 
+    async def _readable(self, listening: socket.socket) -> None:
+        """Waits until somebody may be there to be accepted, or nobody will be any more."""
+        woken = self.loop.create_future()
+        self._idle.add(woken)
+        self.loop.add_reader(listening, _wake, woken)
+        try:
+            await woken
+        finally:
+            self.loop.remove_reader(listening)
+            self._idle.discard(woken)
+
     async def stop_accepting(self) -> None:
         """No new callers; those who are idle are let go, the others after their present request."""
         self.closing = True
-        for task in self._accepting:
-            task.cancel()
+        self._room.set()
+        for woken in self._idle:
+            _wake(woken)
         await asyncio.gather(*self._accepting, return_exceptions=True)
         for sock in self.sockets:
             sock.close()

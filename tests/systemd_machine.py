@@ -1,0 +1,277 @@
+"""Machines for tests: a real systemd as process 1, in namespaces of its own, over a throw-away copy of this
+computer's files.
+
+What a machine changes lies in a layer (overlayfs) that later machines can be put on, so that a long
+preparation is done once. The copy is of "/", or of what KEEPALIVE_TEST_ROOT names, such as a tree made by
+debootstrap. Needs root, cgroup 2 and a systemd in that tree; `why_not` says what is missing. Nothing of a
+machine survives this process: its files are in memory, in a mount namespace that ends with us.
+"""
+
+import contextlib
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+T = TypeVar("T")
+
+ROOT = Path(os.environ.get("KEEPALIVE_TEST_ROOT", "/"))
+T = TypeVar("T")
+
+INIT = "usr/lib/systemd/systemd"
+# Nothing here waits this long unless it fails, however busy the computer is.
+PATIENCE = 90.0
+
+# Units of a computer with hardware and a network.
+UNWANTED = (
+    "systemd-udevd.service",
+    "systemd-udev-trigger.service",
+    "systemd-logind.service",
+    "systemd-networkd.service",
+    "systemd-resolved.service",
+    "systemd-timesyncd.service",
+    "systemd-firstboot.service",
+    "getty.target",
+)
+
+BOOT = """
+R=$W/root; mkdir -p $W/upper $W/work $R
+mount -t overlay overlay -o lowerdir=$LOWER,upperdir=$W/upper,workdir=$W/work $R
+mount -t proc proc $R/proc
+mount -t sysfs sysfs $R/sys
+mount -t cgroup2 cgroup2 $R/sys/fs/cgroup
+mount -t tmpfs -o mode=755 tmpfs $R/run
+mount -t tmpfs tmpfs $R/tmp
+mount -t tmpfs -o mode=755 tmpfs $R/dev
+for device in null:1:3 zero:1:5 full:1:7 random:1:8 urandom:1:9 tty:5:0; do
+    IFS=: read name major minor <<<"$device"
+    mknod -m 666 $R/dev/$name c $major $minor
+done
+mkdir $R/dev/pts $R/dev/shm
+mount -t devpts -o newinstance,ptmxmode=0666,mode=620 devpts $R/dev/pts
+mount -t tmpfs tmpfs $R/dev/shm
+ln -s pts/ptmx $R/dev/ptmx
+ln -s /proc/self/fd $R/dev/fd
+touch $R/dev/console
+mount --bind /dev/null $R/dev/console
+for pair in $SHARED; do
+    mkdir -p $R${pair#*:}
+    mount --bind ${pair%%:*} $R${pair#*:}
+    mount -o remount,bind,ro $R${pair#*:}
+done
+if [ -n "$FIRST" ]; then
+    rm -rf $R/etc/systemd/system/*.wants $R/usr/lib/systemd/system/multi-user.target.wants/*
+    for unit in $UNWANTED; do ln -sf /dev/null $R/etc/systemd/system/$unit; done
+    mkdir $R/etc/systemd/system/multi-user.target.wants
+    ln -s /usr/lib/systemd/system/dbus.service $R/etc/systemd/system/multi-user.target.wants/
+    : >$R/etc/fstab
+fi
+: >$R/etc/machine-id
+hostname machine
+ip link set lo up
+mkdir -p $R/oldroot
+cd $R
+pivot_root . oldroot
+umount -l /oldroot
+mount --make-rshared /   # else LoadCredential= fails in units that do not run as root
+exec env -i container=other PATH=/usr/sbin:/usr/bin:/sbin:/bin \
+    /usr/lib/systemd/systemd --unit=multi-user.target --log-target=journal-or-kmsg --show-status=no \
+    </dev/null >/dev/null 2>&1
+"""
+
+
+def why_not() -> str | None:
+    """What keeps this computer from booting machines, or None."""
+    if os.geteuid() != 0:
+        return "needs root, to boot a systemd in namespaces"
+    missing = [name for name in ("unshare", "nsenter", "setpriv", "ip", "findmnt") if not shutil.which(name)]
+    if missing:
+        return f"needs {', '.join(missing)}"
+    if not (ROOT / INIT).exists():
+        return f"needs systemd: no {ROOT / INIT}"
+    if not _cgroup2():
+        return "needs cgroup 2"
+    tried = subprocess.run(
+        ["unshare", "--mount", "--pid", "--fork", "--cgroup", "--net", "--uts", "--ipc", "true"],
+        capture_output=True,
+        check=False,
+    )
+    return None if tried.returncode == 0 else f"may not unshare: {tried.stderr.decode().strip()}"
+
+
+def _cgroup2() -> Path | None:
+    found = subprocess.run(
+        ["findmnt", "-nro", "TARGET", "-t", "cgroup2"], capture_output=True, text=True, check=False
+    ).stdout.split()
+    return Path(found[0]) if found and os.access(found[0], os.W_OK) else None
+
+
+def until(what: Callable[[], T], why: str, patience: float = PATIENCE) -> T:
+    """What `what` returns once that is true; AssertionError when it stays false."""
+    end = time.monotonic() + patience
+    while True:
+        result = what()
+        if result:
+            return result
+        assert time.monotonic() < end, f"waited {patience:.0f} s in vain: {why}"
+        time.sleep(0.1)
+
+
+class Shed:
+    """Where the layers lie: a file system in memory that ends with this process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._numbers = itertools.count()
+        script = f'mount -t tmpfs -o mode=755 tmpfs "{folder}"; echo ready; read _'
+        self._holder = subprocess.Popen(
+            ["unshare", "--mount", "--propagation", "private", "/bin/sh", "-euc", script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert self._holder.stdout is not None
+        assert self._holder.stdout.readline() == b"ready\n"
+        self.enter = ("nsenter", "--target", str(self._holder.pid), "--mount")
+
+    def next_folder(self) -> Path:
+        return self.folder / str(next(self._numbers))
+
+    def close(self) -> None:
+        self._holder.communicate(timeout=PATIENCE)
+
+
+class Machine:
+    """A booted systemd.
+
+    `on` are layers of earlier machines, the newest first; `shared` are folders of this computer, by the path
+    that they have there; they cannot be written to.
+    """
+
+    def __init__(self, shed: Shed, on: Sequence[Path] = (), shared: Mapping[str, Path] | None = None) -> None:
+        self.folder = shed.next_folder()
+        self.layers = (self.folder / "upper", *on)
+        cgroups = _cgroup2()
+        assert cgroups is not None
+        self._cgroup = cgroups / f"machine-{os.getpid()}-{self.folder.name}"
+        self._cgroup.mkdir()
+        environ = {
+            "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+            "W": str(self.folder),
+            "LOWER": ":".join(map(str, (*on, ROOT))),
+            "FIRST": "" if on else "yes",
+            "SHARED": " ".join(f"{here}:{there}" for there, here in (shared or {}).items()),
+            "UNWANTED": " ".join(UNWANTED),
+        }
+        namespaces = "--cgroup --mount --pid --net --ipc --uts"
+        unshare = f"unshare {namespaces} --fork --kill-child=SIGKILL --propagation private"
+        self._process = subprocess.Popen(
+            [
+                *("/bin/sh", "-euc", f'echo $$ >{self._cgroup}/cgroup.procs; exec "$@"', "sh"),
+                *("setpriv", "--pdeathsig", "KILL"),
+                *shed.enter,
+                *unshare.split(),
+                *("/bin/bash", "-euc", BOOT),
+            ],
+            env=environ,
+        )
+        self._init = 0
+        try:
+            self._init = until(self._find_init, "process 1 did not start") or 0
+            until(self._is_up, "systemd did not come up")
+        except BaseException:
+            self.close()
+            raise
+
+    def run(
+        self, *command: str, check: bool = True, patience: float = PATIENCE, **more: Any
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command there, as root."""
+        done = subprocess.run(
+            [*self._inside(), *command], capture_output=True, text=True, timeout=patience, check=False, **more
+        )
+        assert not check or done.returncode == 0, (
+            f"{command} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+        )
+        return done
+
+    def start(self, *command: str, **more: Any) -> subprocess.Popen[str]:
+        """Begin a command there; the caller ends it."""
+        return subprocess.Popen([*self._inside(), *command], text=True, **more)
+
+    def shell(self, script: str, check: bool = True, patience: float = PATIENCE) -> str:
+        return self.run("/bin/sh", "-euc", script, check=check, patience=patience).stdout
+
+    def write(self, path: str, text: str, mode: str = "644") -> None:
+        self.run("install", "-D", "-m", mode, "/dev/stdin", path, input=text)
+
+    def property(self, unit: str, name: str) -> str:
+        return self.run("systemctl", "show", "--property", name, "--value", unit).stdout.strip()
+
+    def journal(self, *options: str) -> str:
+        self.run("journalctl", "--sync")
+        return self.run("journalctl", "--boot", "--no-pager", *options).stdout
+
+    def close(self) -> None:
+        """End it as a power cut would."""
+        with contextlib.suppress(ProcessLookupError):
+            if self._init:
+                os.kill(self._init, signal.SIGKILL)
+        self._process.kill()
+        self._process.wait(PATIENCE)
+        until(self._remove_cgroup, "processes of the machine live on")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _inside(self) -> tuple[str, ...]:
+        namespaces = ("--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup")
+        path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+        return (
+            "nsenter",
+            "--target",
+            str(self._init),
+            *namespaces,
+            "env",
+            "-i",
+            path,
+            "HOME=/root",
+            "LANG=C.UTF-8",
+        )
+
+    def _find_init(self) -> int | None:
+        assert self._process.poll() is None, "the machine did not boot"
+        pid = self._process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        for child in map(int, children):
+            with contextlib.suppress(OSError):
+                if os.readlink(f"/proc/{child}/exe").endswith(INIT):
+                    return child
+        return None
+
+    def _is_up(self) -> bool:
+        state = self.run("systemctl", "is-system-running", check=False).stdout.strip()
+        return state in ("running", "degraded")
+
+    def _remove_cgroup(self) -> bool:
+        for folder, _, _ in os.walk(self._cgroup, topdown=False):
+            with contextlib.suppress(OSError):
+                Path(folder).rmdir()
+        return not self._cgroup.exists()
+
+
+@contextlib.contextmanager
+def shed(folder: Path) -> Iterator[Shed]:
+    folder.mkdir(parents=True, exist_ok=True)
+    opened = Shed(folder)
+    try:
+        yield opened
+    finally:
+        opened.close()

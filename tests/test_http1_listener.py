@@ -1,0 +1,98 @@
+"""Callers who are there when the listener stops."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from keepalive.http1 import Limits, Listener, bind, serve
+from keepalive.http1.listener import Exchange
+
+REQUEST = b"GET / HTTP/1.1\r\nHost: here\r\n\r\n"
+
+
+async def say_no(exchange: Exchange) -> None:
+    exchange.answer(404, [(b"Content-Length", b"0")], b"")
+
+
+@pytest.fixture
+async def listener() -> AsyncIterator[Listener]:
+    listener = await serve(say_no, sockets=bind("127.0.0.1", 0), limits=Limits())
+    yield listener
+    await listener.close()
+
+
+async def connect(listener: Listener) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    known = len(listener.connections)
+    reader, writer = await asyncio.open_connection("127.0.0.1", listener.port)
+    async with asyncio.timeout(10):
+        while len(listener.connections) == known:
+            await asyncio.sleep(0.01)
+    return reader, writer
+
+
+@pytest.mark.parametrize("said", [b"", REQUEST[:20]], ids=["nothing", "half a head"])
+async def test_a_caller_who_was_just_accepted_is_still_answered(listener: Listener, said: bytes) -> None:
+    reader, writer = await connect(listener)
+    writer.write(said)
+    await asyncio.sleep(0.05)
+
+    await listener.stop_accepting()
+    writer.write(REQUEST[len(said) :])
+    answer = await reader.read()
+
+    assert answer.startswith(b"HTTP/1.1 ")
+    async with asyncio.timeout(10):
+        await listener.emptied()
+    writer.close()
+
+
+async def test_a_caller_who_says_nothing_does_not_delay_the_end(listener: Listener) -> None:
+    _, writer = await connect(listener)
+
+    await listener.stop_accepting()
+    async with asyncio.timeout(10):
+        await listener.emptied()
+
+    assert not listener.connections
+    writer.close()
+
+
+async def test_a_caller_between_two_requests_is_let_go_at_once(listener: Listener) -> None:
+    reader, writer = await connect(listener)
+    writer.write(REQUEST)
+    assert (await reader.readline()).startswith(b"HTTP/1.1 ")
+    await asyncio.sleep(0.05)
+
+    await listener.stop_accepting()
+
+    async with asyncio.timeout(10):
+        await listener.emptied()
+    writer.close()
+
+
+async def test_whoever_connects_while_the_listener_stops_is_answered_or_was_never_accepted() -> None:
+    """Whom nobody accepted waits in the queue of the socket, which another process may go on serving."""
+    sockets = bind("127.0.0.1", 0)
+    kept = [one.dup() for one in sockets]
+    first = await serve(say_no, sockets=sockets, limits=Limits())
+    port = first.port
+
+    async def ask() -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(REQUEST)
+        answer = await reader.readline()
+        writer.close()
+        return answer
+
+    callers = [asyncio.create_task(ask()) for _ in range(200)]
+    for _ in range(5):
+        await asyncio.sleep(0)
+    await first.stop_accepting()
+    second = await serve(say_no, sockets=kept, limits=Limits())
+    async with asyncio.timeout(30):
+        answers = await asyncio.gather(*callers)
+
+    assert {answer[:9] for answer in answers} == {b"HTTP/1.1 "}
+    await first.close()
+    await second.close()
