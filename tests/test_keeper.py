@@ -6,6 +6,7 @@ What LM Studio saw is what counts: its own journal is asked.
 import asyncio
 import random
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -601,20 +602,21 @@ def everything(judge: Judge) -> Coroutine[Any, Any, None]:
     """A scenario in which each promise is put to the test."""
 
     async def go() -> None:
-        site = a_site(judge, "local", SimModel("a", load_seconds=20.0), SimModel("b", load_seconds=5.0))
+        models = SimModel("a", load_seconds=90.0), SimModel("b", load_seconds=5.0)
+        site = a_site(judge, "local", *models, v0_shows_loading=False)
         site.studio.load("b", seconds=0)
         world = a_world(site)
         world.start()
-        await asyncio.sleep(60)
+        await asyncio.sleep(120)
         site.studio.set_faults(prompt_seconds=100.0)
         await asyncio.sleep(900)
         site.studio.set_faults(
             prompt_seconds=None,
             load_reply={"value": "fin", "times": 1},
             load_reply_after_seconds=0.5,
-            v0_shows_loading=False,
         )
-        site.studio.evict("a")
+        with suppress(ValueError):
+            site.studio.evict("a")
         await asyncio.sleep(120)
         world.record(ReleaseAsked, ModelId("local", "b"))
         await asyncio.sleep(300)
