@@ -4,7 +4,13 @@ Between us and an upstream there must be one reading of a request. So what is ac
 anew, as it would be sent on, and a strict parser of somebody else has to read the same in it.
 """
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import httptools
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -199,3 +205,19 @@ def test_what_is_accepted_is_passed_on_in_a_form_that_others_read_alike(data):
     assert (parser.get_method(), theirs.target) == (said["method"], said["target"])
     assert theirs.headers == headers
     assert theirs.heads == 1
+
+
+def test_a_fuzzer_that_follows_the_branches_finds_nothing_else(tmp_path):
+    pytest.importorskip("atheris", reason="the package atheris is not installed")
+    script = Path(__file__).with_name("fuzz_http1.py")
+    done = subprocess.run(
+        [sys.executable, str(script), "-runs=3000", "-max_total_time=60", "-seed=1"],
+        cwd=tmp_path,  # where it would leave the input that broke something
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert re.search(r"Done [1-9]\d* runs", done.stderr)
