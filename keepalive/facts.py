@@ -86,6 +86,7 @@ class Listed(UpstreamFact):
     asked: float
     tier: Tier
     entries: Mapping[str, Entry] = field(repr=False)  # by `fold_key` of the key and of each alias
+    loading: bool = True  # it was asked what is being loaded, too
 
 
 @dataclass(frozen=True, slots=True)

@@ -413,7 +413,8 @@ class Keeper:
         except UpstreamError as error:
             self._record_of(client, ListingFailed(self._clock(), name, asked, _trouble(error), str(error)))
         else:
-            self._record_of(client, Listed(self._clock(), name, asked, listing.tier, listing.entries))
+            at, tier, entries = self._clock(), listing.tier, listing.entries
+            self._record_of(client, Listed(at, name, asked, tier, entries, loading))
 
     async def _load(self, client: Client, keep: Keep, tier: Tier, began: float) -> None:
         model, timeout = keep.model, keep.policy.load_timeout

@@ -272,6 +272,7 @@ class Upstream:
     due_at: float = -inf
     resident: frozenset[str] = frozenset()  # folded keys of what is loaded, managed or not
     arriving: frozenset[str] = frozenset()  # and of what is being loaded
+    sees_loading: bool = False  # the newest listing was asked for that, too
     evicts: bool | None = None  # as seen, where it is not configured
     on_trial: frozenset[str] = frozenset()  # resident before our load on demand: do they survive it?
     trial_over_at: float | None = None  # when that load ended; a listing asked later is the verdict
@@ -701,6 +702,7 @@ def _upstream_listed(upstream: Upstream, fact: Listed) -> Upstream:
         due_at=fact.at + upstream.refresh_interval,
         resident=resident,
         arriving=arriving,
+        sees_loading=fact.loading,
         evicts=evicts if fact.tier is Tier.V0 else None,
         on_trial=trial,
     )
@@ -775,7 +777,9 @@ def plan(upstream: Upstream, models: Sequence[Model], now: float) -> list[Action
     stale = False
     calls = _unloads(upstream, models, now) + _loads(upstream, models, now) + _pings(models, now)
     for model, action in calls:
-        if _is_fresh(upstream, model, now):
+        # What has just gone may be coming back already, by somebody else's request.
+        seen = upstream.sees_loading or not isinstance(action, Load)
+        if seen and _is_fresh(upstream, model, now):
             actions.append(action)
         else:
             stale = True

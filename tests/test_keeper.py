@@ -162,6 +162,22 @@ def test_what_somebody_else_loaded_is_taken_and_left_alone_when_released():
     ]
 
 
+def test_a_model_that_somebody_else_is_bringing_back_is_not_loaded_beside_that():
+    async def go(judge: Judge) -> Site:
+        site = a_site(judge, "local", SimModel("a", load_seconds=60.0))
+        world = a_world(site)
+        world.start()
+        await warm(world, 100)
+        site.studio.evict("a")
+        site.studio.load("a")
+        await asyncio.sleep(100)
+        await warm(world)
+        await world.kill()
+        return site
+
+    assert events(virtually(go), "load.started") == [("load.started", "a"), ("load.started", "a")]
+
+
 def test_a_model_in_use_is_unloaded_only_once_its_users_have_left():
     async def go(judge: Judge) -> tuple[list[Any], Site]:
         site = a_site(judge, "local", SimModel("a", load_seconds=1.0))

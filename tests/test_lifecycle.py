@@ -503,6 +503,16 @@ def test_a_listing_older_than_a_second_leads_to_another_listing_and_not_to_a_loa
     assert state.plan(11.5) == [Refresh("local", loading=True)]
 
 
+def test_a_listing_that_was_not_asked_what_is_loading_leads_to_another_and_not_to_a_load():
+    state = Box(warm()).see(replace(listed(20, entry("gemma")), loading=False))
+    asked = state.plan(20.1)
+    state.see(listed(20.2, entry("gemma", loading=True)))
+
+    assert asked == [Refresh("local", loading=True)]
+    assert state.plan(20.3) == []
+    assert state[GEMMA].reason == "somebody else is loading it"
+
+
 def test_a_listing_asked_before_the_last_load_ended_leads_to_no_other():
     state = box(
         listed(10, entry("gemma")),

@@ -42,7 +42,7 @@ from keepalive.facts import (
 )
 from keepalive.keeper import Keep, Keeper, Server
 from keepalive.lifecycle import Model, Policy, State, Upstream, apply
-from keepalive.simulator.exchange import Cut, Request
+from keepalive.simulator.exchange import Cut, Refusal, Request
 from keepalive.simulator.models import Instance, Load, SimModel
 from keepalive.simulator.studio import Studio
 from keepalive.upstream import Client
@@ -143,7 +143,10 @@ class InProcess(httpx.AsyncBaseTransport):
         judge.request_begins(site, self.life, path, body)
         answer: bytes | None = None
         try:
-            reply = await site.studio.handle(Request(request.method, path, "", headers, body))
+            try:
+                reply = await site.studio.handle(Request(request.method, path, "", headers, body))
+            except Refusal as refusal:  # unloaded while it hung
+                reply = refusal.reply
             answer = await reply.read()
         except Cut as cut:
             if cut.how == "refused":
@@ -201,6 +204,7 @@ class Judge:
         self.disturbed: deque[float] = deque()
         self.ours: set[tuple[str, str]] = set()  # (site, instance id) loaded or being loaded by us
         self.born: dict[tuple[str, str], float] = {}  # when that load began
+        self.visible: dict[tuple[str, str], frozenset[str]] = {}  # what could be known then
         self.load_timeouts: dict[tuple[str, str], float] = {}
         self.ping_intervals: dict[tuple[str, str], float] = {}
         self.in_use: Counter[tuple[str, str]] = Counter()
@@ -368,6 +372,7 @@ class Judge:
                 self.second_copy(site, key, other, seen)
             self.ours.add(place)
             self.presumed[place] = False
+            self.visible[place] = self.visible_now(site)
         self.born[place] = self.now()
 
     def second_copy(self, site: Site, key: str, other: Instance | Load, seen: Seen | None) -> None:
@@ -386,12 +391,16 @@ class Judge:
 
     def displaced(self, site: Site, event: dict[str, Any]) -> None:
         ident, by = event["instance_id"], event["by"]
-        seen = self.seen.get((site.name, event["model"]))
-        born = self.born.get((site.name, ident), 0.0)
-        if born >= self.born.get((site.name, by), 0.0) or seen is None or ident not in seen.ids:
-            self.counted["raced: displaced what came meanwhile"] += 1
-        else:
+        if ident in self.visible.get((site.name, by), frozenset()):
             self.check_ours(site, ident, f"not ours, was displaced by {by}")
+        else:
+            self.counted["raced: displaced what came meanwhile"] += 1
+
+    def visible_now(self, site: Site) -> frozenset[str]:
+        """What we could know to be there, or on its way."""
+        listed = {i for (name, _), seen in self.seen.items() if name == site.name for i in seen.ids}
+        shows = site.studio.faults.flag("v0_shows_loading")
+        return frozenset(listed | (set(site.studio.memory.loads) if shows else set()))
 
     def check_ours(self, site: Site, ident: str, text: str) -> None:
         if (site.name, ident) in self.ours:
@@ -665,7 +674,7 @@ class World:
             answered = status == 200
             if status == 400 and ("unloaded" in text or "crashed" in text):
                 self.record(InstanceLost, keep.model, text[:80])
-        except (Cut, TimeoutError):
+        except (Cut, Refusal, TimeoutError):
             pass
         finally:
             self.judge.in_use[keep.model] -= 1
@@ -709,7 +718,7 @@ class World:
             if stuck:
                 site.studio.restart(0.0)  # seen in reality: nothing else ends such a load
             for instance in [i for i in site.studio.memory.instances.values() if i.crashed]:
-                if not self.is_kept_as_ours(site, instance.id):
+                if site.studio.tier != "v1" or not self.is_kept_as_ours(site, instance.id):
                     site.studio.memory.unload(instance, by="hand")  # we may not, so somebody has to
         for keep in self.keeps:
             self.record(WindowOpened, keep.model)
@@ -857,7 +866,7 @@ class World:
             site.studio.evict(key)
 
     async def someone(self, site: Site, key: str, ttl: int) -> None:
-        with suppress(Cut):
+        with suppress(Cut, Refusal):
             await self.chat(site, key, ttl=ttl)
 
     # the end
