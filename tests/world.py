@@ -92,7 +92,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 def all_stacks() -> str:
     lines = []
-    for task in asyncio.all_tasks(asyncio.get_event_loop_policy().get_event_loop()):
+    for task in asyncio.all_tasks(asyncio.get_running_loop()):
         lines.append(f"{task.get_name()}: {task.get_coro()}")
         lines += [f"    {frame.f_code.co_qualname}:{frame.f_lineno}" for frame in task.get_stack()]
     return "\n".join(lines)
@@ -391,7 +391,8 @@ class Judge:
 
     def displaced(self, site: Site, event: dict[str, Any]) -> None:
         ident, by = event["instance_id"], event["by"]
-        if ident in self.visible.get((site.name, by), frozenset()):
+        was_there = self.born.get((site.name, ident), 0.0) < self.born.get((site.name, by), 0.0)
+        if was_there and ident in self.visible.get((site.name, by), frozenset()):
             self.check_ours(site, ident, f"not ours, was displaced by {by}")
         else:
             self.counted["raced: displaced what came meanwhile"] += 1
