@@ -98,8 +98,9 @@ class Client:
                 if self._tier is None:
                     self._tier = await self._detect()
                 return Listing(self._tier, wire.by_key(await self._entries(self._tier, loading=loading)))
-        except (Unreachable, Cut, Unexpected, Refused):
-            # Something else may answer next time: another version, or another program.
+        except (Unreachable, Cut, Unexpected, Refused, Unauthorized):
+            # Something else may answer next time: another version, or another program. After a refused token
+            # that is minutes later, and a newer version still serves the older one's listing.
             self._tier = None
             self._shows_loading = True
             raise

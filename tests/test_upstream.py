@@ -199,6 +199,18 @@ async def test_a_refused_token_is_said_without_a_letter_of_it(token: str | None,
         assert ("does not accept" in str(caught.value)) is (token is not None)
 
 
+async def test_a_server_upgraded_behind_a_refused_token_is_not_taken_for_the_old_one():
+    async with studio("v0") as server, client(server.url) as upstream:
+        await upstream.listing()
+        server.studio.set_faults(auth_token="another")
+        with pytest.raises(Unauthorized):
+            await upstream.listing()
+        server.studio.set_tier("v1")
+        server.studio.set_faults(auth_token=None)
+
+        assert (await upstream.listing()).tier is Tier.V1
+
+
 async def test_the_right_token_is_accepted_and_another_can_be_given_later():
     async with studio(auth_token=TOKEN) as server, client(server.url, token="wrong") as upstream:
         with pytest.raises(Unauthorized):
