@@ -283,4 +283,7 @@ def test_an_answer_counts_only_from_the_model_that_was_asked(name: str | None, t
 def test_what_we_send_is_json():
     for kind in ("llm", "embedding"):
         for tier in Tier:
-            json.dumps(wire.ping(kind, "a", tier)[1])
+            body = wire.ping(kind, "a", tier)[1]
+
+            assert json.loads(json.dumps(body)) == body
+            assert body["model"] == "a"
