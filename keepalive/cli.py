@@ -253,6 +253,34 @@ def release(
     _change(_admin_url(url, path), model, "release")
 
 
+@app.command()
+def doctor(url: UrlOption = None, path: ConfigOption = None) -> None:
+    """Find what is wrong between config, daemon and LM Studio, and how to mend it.
+
+    Asks, and changes nothing. Exit code 0 healthy, 1 findings.
+    """
+    from keepalive import doctor as practice
+
+    try:
+        found = config.find(path, _environ())
+        settings = config.load(found, _environ())
+    except config.ConfigError as error:
+        _fail(f"{error}\nA daemon does not start with this config. Mend it, then ask again.", 1)
+    address, status, silence = _admin_url(url, path), None, ""
+    try:
+        status = _fetch(address)
+    except _NoAnswer as error:
+        silence = str(error)
+    seen = asyncio.run(practice.gather(settings, found, _environ(), address, status, silence))
+    findings = practice.findings(seen)
+    console = _console()
+    for finding in findings:
+        console.print(view.finding(finding.what, finding.why, finding.do))
+    if not findings:
+        console.print(Text(practice.health(seen), style="green"))
+    raise typer.Exit(1 if findings else 0)
+
+
 def _change(address: str, model: str, verb: str) -> None:
     unknown = _unknown(_ask(address), [model])
     if unknown:

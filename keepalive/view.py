@@ -162,6 +162,16 @@ def summary(status: Json) -> str:
     return "; ".join(parts)
 
 
+def finding(what: str, why: str, do: str) -> RenderableType:
+    """One thing that is wrong, with why it matters and what to do about it."""
+    rows = (
+        (0, Text.assemble(("✗ ", "bold red"), (what, "bold"))),
+        (2, Text(f"why: {why}")),
+        (2, Text("do:  ").append(do, style="cyan")),
+    )
+    return Group(*(Padding(row, (0, 0, 0, indent), expand=False) for indent, row in rows), "")
+
+
 def span(seconds: float) -> str:
     """A duration as short as people say it."""
     if seconds < 9.95:  # what rounds to 10 has no digit behind the point

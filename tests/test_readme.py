@@ -35,7 +35,7 @@ def test_it_names_every_command_and_no_other() -> None:
 
 
 def test_every_command_explains_itself() -> None:
-    for name in ("run", "demo", "simulate", "check", "status", "wait", "warm", "release"):
+    for name in ("run", "demo", "simulate", "check", "status", "wait", "warm", "release", "doctor"):
         answer = CliRunner().invoke(app, [name, "--help"])
 
         assert answer.exit_code == 0

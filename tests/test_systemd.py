@@ -535,6 +535,21 @@ def test_the_status_line_follows_a_load(machine: Machine) -> None:
 
 
 @in_systemd
+def test_doctor_finds_a_service_that_the_next_boot_would_not_start(machine: Machine) -> None:
+    start_lm_studio(machine)
+    wait_warm(machine)
+    enabled = machine.run("keepalive", "doctor", "-c", "/etc/keepalive/config.toml", check=False)
+    machine.run("systemctl", "disable", "keepalive.service")
+
+    disabled = machine.run("keepalive", "doctor", "-c", "/etc/keepalive/config.toml", check=False)
+
+    assert "keepalive.service" not in enabled.stdout
+    assert "✗ keepalive.service is disabled" in disabled.stdout
+    assert "do:  systemctl enable keepalive.service" in disabled.stdout
+    assert disabled.returncode == 1
+
+
+@in_systemd
 def test_a_second_installation_changes_nothing_and_uninstalling_leaves_only_the_config(
     machine: Machine,
 ) -> None:
