@@ -255,9 +255,9 @@ def release(
 
 @app.command()
 def doctor(url: UrlOption = None, path: ConfigOption = None) -> None:
-    """Find what is wrong between config, daemon and LM Studio, and how to mend it.
+    """Find what is wrong, and how to mend it. Exit code 0 healthy, 1 findings.
 
-    Asks, and changes nothing. Exit code 0 healthy, 1 findings.
+    Asks the config, the daemon, LM Studio and this machine, and changes nothing.
     """
     from keepalive import doctor as practice
 

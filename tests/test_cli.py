@@ -386,7 +386,7 @@ def test_simulate_says_what_it_does_not_understand(option: list[str]) -> None:
 def test_the_version_and_help_are_there() -> None:
     assert Told("--version").out == f"keepalive {__version__}\n"
     overview = Told("--help").out
-    for name in ("run", "demo", "simulate", "check", "status", "wait", "warm", "release"):
+    for name in ("run", "demo", "simulate", "check", "status", "wait", "warm", "release", "doctor"):
         assert f"\n  {name} " in overview
     assert "..." not in overview.partition("Commands:")[2]
 
