@@ -1,4 +1,4 @@
-"""The client address: the proxy, its listener, and what they are handed.
+"""The client address: the proxy, the prompt API, their listener, and what they are handed.
 
 Translates between parts that do not know each other: the config and the keeper's records on one side, the
 proxy's settings and views on the other. Decides nothing.
@@ -10,14 +10,14 @@ import ipaddress
 import os
 import resource
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
-from keepalive import logs
+from keepalive import logs, prompts
 from keepalive.config import Address as Listen
 from keepalive.config import Config
 from keepalive.errors import KeepaliveError
-from keepalive.facts import ModelFact, ModelId
-from keepalive.http1 import Limits, Listener, bind, serve
+from keepalive.facts import ModelFact, ModelId, WarmAsked
+from keepalive.http1 import Exchange, Limits, Listener, bind, serve
 from keepalive.keeper import Keeper
 from keepalive.lifecycle import eta
 from keepalive.meter import GAP_BOUNDS
@@ -54,6 +54,9 @@ class Front:
         self._limits = _limits(settings)
         self._listener: Listener | None = None
         self._proxy = Proxy(self._settings(settings, {}, {}), self, self._seen)
+        self._prompts = prompts.Prompts(
+            self._proxy, self._proxy.admit, self, self._warm, self._proxy.ticker, self._seen
+        )
         self._metrics = ProxyMetrics(
             metrics.registry, lambda: self._proxy.in_progress, lambda: self._proxy.waiting, GAP_BOUNDS
         )
@@ -61,6 +64,15 @@ class Front:
     def configure(self, settings: Config, tokens: Mapping[str, str | None], keys: Mapping[str, str]) -> None:
         """Use these from the next request on."""
         self._proxy.configure(self._settings(settings, tokens, keys))
+        self._prompts.configure(
+            prompts.Settings(
+                settings.prompts,
+                list(dict.fromkeys(kept.key for kept in settings.kept)),
+                heartbeat=settings.server.heartbeat,
+                body_bytes=min(prompts.BODY_BYTES, settings.server.max_body),
+                allowed_origins=frozenset(settings.server.allowed_origins),
+            )
+        )
 
     async def listen(self, address: Listen, sockets: list[socket.socket] | None = None) -> str:
         """Accept callers, on sockets that somebody else has opened or on `address`; returns the URL."""
@@ -69,8 +81,13 @@ class Front:
                 sockets = bind(address.host, address.port)
             except OSError as error:
                 raise StartError(cannot_listen("server.listen", address, error)) from error
-        self._listener = await serve(self._proxy, sockets=sockets, limits=self._limits)
+        self._listener = await serve(self._handle, sockets=sockets, limits=self._limits)
         return url_of(sockets[0].getsockname())
+
+    def _handle(self, exchange: Exchange) -> Awaitable[None]:
+        """By the raw path: another spelling is for the upstream to understand or not."""
+        ours = exchange.head.target.partition(b"?")[0] in prompts.PATHS
+        return self._prompts(exchange) if ours else self._proxy(exchange)
 
     async def drain(self, seconds: float, hurry: asyncio.Event) -> None:
         """Accept nobody any more; open requests may finish, for `seconds` or until `hurry`, and are then ended."""
@@ -82,6 +99,7 @@ class Front:
         await asyncio.wait((emptied, hurried), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if not emptied.done():
             self._log.warning("proxy.cut_short", requests=self._proxy.in_progress)
+            self._prompts.stop()
             self._proxy.stop()
             await asyncio.wait((emptied,), timeout=LAST_WORDS)
         emptied.cancel()
@@ -119,6 +137,9 @@ class Front:
 
     def record(self, fact: ModelFact) -> None:
         self._keeper.record(fact)
+
+    def _warm(self, model: ModelId) -> None:
+        self._keeper.record(WarmAsked(self._clock(), model))
 
     # --- what it is given ---------------------------------------------------------------------------
 

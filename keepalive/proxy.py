@@ -21,7 +21,7 @@ from keepalive import routes
 from keepalive.errors import Cut, NotWarm, TimedOut, Unreachable, UpstreamError
 from keepalive.facts import InstanceLost, ModelFact, ModelId, RequestEnded, RequestStarted
 from keepalive.http1 import (
-    Exchange,
+    BadHead,
     Headers,
     Limits,
     Pool,
@@ -30,6 +30,7 @@ from keepalive.http1 import (
     Ticker,
     end_to_end,
     host_of,
+    preferred_wait,
     values,
 )
 from keepalive.meter import Meter
@@ -89,6 +90,40 @@ class Keeping(Protocol):
     def record(self, fact: ModelFact, /) -> None: ...
 
 
+class Caller(Protocol):
+    """Who asks and is answered: an `Exchange`, or whoever asks in the name of one."""
+
+    on_pause: Callable[[], None] | None
+    on_resume: Callable[[], None] | None
+
+    @property
+    def head(self) -> RequestHead: ...
+    @property
+    def gone(self) -> bool: ...
+    @property
+    def refused(self) -> BadHead | None: ...
+    @property
+    def started(self) -> bool: ...
+    @property
+    def finished(self) -> bool: ...
+    @property
+    def paused(self) -> bool: ...
+    @property
+    def body_ended(self) -> bool: ...
+
+    async def read(self) -> bytes: ...
+    async def drained(self) -> None: ...
+    def start(
+        self, status: int, headers: Headers, *, reason: bytes | None = None, length: int | None = None
+    ) -> None: ...
+    def push(self, data: bytes) -> None: ...
+    def flush(self) -> None: ...
+    def finish(self) -> None: ...
+    def answer(self, status: int, headers: Headers, body: bytes) -> None: ...
+    def abort(self) -> None: ...
+    async def tunnel(self, reply: Reply, headers: Headers) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Address:
     url: str
@@ -127,14 +162,14 @@ class Seen:
     key: str | None  # name of the caller's key
     outcome: Outcome
     status: int
-    start: str | None  # "warm", "cold"; None for a model that nobody keeps
-    wait_seconds: float
-    first_token_seconds: float | None
-    seconds: float
-    bytes: int
-    events: int
-    gaps: tuple[int, ...]
-    gap_seconds: float
+    start: str | None = None  # "warm", "cold"; None for a model that nobody keeps
+    wait_seconds: float = 0.0
+    first_token_seconds: float | None = None
+    seconds: float = 0.0
+    bytes: int = 0
+    events: int = 0
+    gaps: tuple[int, ...] = ()
+    gap_seconds: float = 0.0
 
 
 class Proxy:
@@ -180,8 +215,9 @@ class Proxy:
         self.pools = pools
         self.ticker.interval = min(max(settings.heartbeat / 10, 0.01), 0.5)
 
-    async def __call__(self, exchange: Exchange) -> None:
-        call = _Call(self, exchange)
+    async def __call__(self, exchange: Caller, route: routes.Route | None = None) -> None:
+        """Answers one request, as one for `route` where it is not its path that tells."""
+        call = _Call(self, exchange, route or routes.route_of(exchange.head.method, exchange.head.target))
         self.in_progress += 1
         self.calls.add(call)
         try:
@@ -197,6 +233,8 @@ class Proxy:
             elif self.stopping is not None:
                 call.fail(503, self.stopping, "shutting_down", retry_after=5)
                 return
+            else:
+                call.outcome = Outcome.TIMEOUT  # of whoever asked in the name of a caller
             raise
         finally:
             self.calls.discard(call)
@@ -206,7 +244,7 @@ class Proxy:
     async def _serve(self, call: "_Call") -> None:
         """What becomes of one request."""
         head = call.exchange.head
-        refused = self._refused(call)
+        call.key, refused = self.admit(head)
         if refused is not None:
             return call.fail(*refused, outcome=Outcome.REJECTED)
         default = next(iter(self.pools))
@@ -334,31 +372,26 @@ class Proxy:
 
     # --- who may ----------------------------------------------------------------------------------
 
-    def _refused(self, call: "_Call") -> tuple[int, str, str] | None:
-        """Status, message and code for a caller that may not; None for one that may."""
-        settings, head = self.settings, call.exchange.head
+    def admit(self, head: RequestHead) -> tuple[Key | None, tuple[int, str, str] | None]:
+        """The caller's key, where it showed one; status, message and code for a caller that may not ask."""
+        settings = self.settings
         origin = (head.get(b"origin") or b"").decode("latin-1")
         if settings.loopback and not settings.keys:
             host = host_of(head.get(b"host") or b"")
             if host and not (host == "localhost" or host in settings.allowed_hosts or _is_address(host)):
-                return (
-                    403,
-                    "this Host is not expected here; if it is yours, add it to server.allowed_hosts",
-                    "host",
-                )
+                why = "this Host is not expected here; if it is yours, add it to server.allowed_hosts"
+                return None, (403, why, "host")
             if _is_foreign(head, origin) and origin not in settings.allowed_origins:
-                return (
-                    403,
-                    "a page of another origin may not do this; if it is yours: server.allowed_origins",
-                    "origin",
-                )
-        if settings.keys:
-            if head.method == b"OPTIONS" and origin in settings.allowed_origins:
-                return None  # browsers send no key with a preflight
-            call.key = _key_of(head, settings.keys)
-            if call.key is None:
-                return 401, "a key is required: send it as Authorization: Bearer", "invalid_api_key"
-        return None
+                why = "a page of another origin may not do this; if it is yours: server.allowed_origins"
+                return None, (403, why, "origin")
+        if settings.keys and not (head.method == b"OPTIONS" and origin in settings.allowed_origins):
+            # Browsers send no key with a preflight.
+            key = _key_of(head, settings.keys)
+            if key is None:
+                why = "a key is required: send it as Authorization: Bearer"
+                return None, (401, why, "invalid_api_key")
+            return key, None
+        return None, None
 
     # --- the end ----------------------------------------------------------------------------------
 
@@ -408,11 +441,11 @@ class _Call:
         "waited",
     )
 
-    def __init__(self, proxy: Proxy, exchange: Exchange) -> None:
+    def __init__(self, proxy: Proxy, exchange: Caller, route: routes.Route) -> None:
         self.proxy = proxy
         self.exchange = exchange
         self.now = asyncio.get_running_loop().time
-        self.route = routes.route_of(exchange.head.method, exchange.head.target)
+        self.route = route
         task = asyncio.current_task()
         assert task is not None
         self.task = task
@@ -451,7 +484,7 @@ class _Call:
         self.model, self.state = models[best], views[best].state
         self.cold = self.state != "warm"
         longest = views[best].max_wait
-        wish = _wait_of(head)
+        wish = preferred_wait(head.headers)
         self.deadline = self._began + (longest if wish is None else min(longest, wish))
         if self.asked.stream and self.route.streams and head.method != b"HEAD":
             wanted = (head.get(b"x-keepalive-heartbeat") or b"").decode("latin-1").lower()
@@ -768,16 +801,6 @@ class _Call:
 
 
 _UPGRADE: Headers = [(b"Connection", b"Upgrade"), (b"Upgrade", b"websocket")]
-
-
-def _wait_of(head: RequestHead) -> float | None:
-    """Seconds of `Prefer: wait=N`."""
-    for value in values(head.headers, b"prefer"):
-        for part in value.split(b","):
-            name, _, seconds = part.partition(b"=")
-            if name.strip().lower() == b"wait" and seconds.strip().isdigit():
-                return float(seconds.strip()[:9])
-    return None
 
 
 def _is_address(host: str) -> bool:

@@ -71,6 +71,10 @@ _ROUTES: Final = {
 }
 
 
+#: A request that the daemon itself asks in the name of a caller of its streaming prompt API.
+PROMPTS: Final = Route("prompts", Protocol.CHAT, inference=True, streams=True)
+
+
 def route_of(method: bytes, path: bytes) -> Route:
     """The route of a request; `path` is the raw target, with or without its query.
 
@@ -584,6 +588,59 @@ def looks_lost(status: int, body: bytes) -> Lost | None:
         return None
     message = message.casefold()
     return next((lost for words, lost in _LOST if words in message), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one event of a streamed chat completion says.
+
+    `finished`: the answer is whole; `last`: and nothing comes after this event.
+    """
+
+    text: str = ""
+    reasoning: str = ""
+    finished: bool = False
+    last: bool = False
+    error: str | None = None
+    code: str | None = None
+
+
+def chat_delta(data: str) -> Delta:
+    """The data of an event of `POST /v1/chat/completions`. Raises ValueError when it is none."""
+    if data.strip() == "[DONE]":
+        return Delta(finished=True, last=True)
+    try:
+        event = json.loads(data)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(event, dict):
+        raise ValueError("no object")  # noqa: TRY004  one kind of error for all that is unreadable
+    if "error" in event or event.get("type") == "error":
+        told = chat_error(data.encode("utf-8", "replace"))
+        if told.error is not None:
+            return told
+    choices = event.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    delta = choice.get("delta") if isinstance(choice, dict) else None
+    return Delta(
+        text=_text_of(delta, "content"),
+        reasoning=_text_of(delta, "reasoning_content") or _text_of(delta, "reasoning"),
+        finished=bool(_text_of(choice, "finish_reason")),
+    )
+
+
+def chat_error(body: bytes) -> Delta:
+    """What an error says, be it an answer or the data of an event; nothing where `body` is no error."""
+    message = error_message(body)
+    if message is None:
+        return Delta()
+    answer = json.loads(_text(body))
+    return Delta(error=message, code=_text_of(answer.get("error"), "code") or None)
+
+
+def _text_of(value: object, name: str) -> str:
+    found = value.get(name) if isinstance(value, dict) else None
+    return found if isinstance(found, str) else ""
 
 
 def error_message(body: bytes) -> str | None:

@@ -19,6 +19,7 @@ from keepalive.http1.heads import (
     end_to_end,
     host_of,
     listed,
+    preferred_wait,
     values,
 )
 from keepalive.http1.limits import Limits
@@ -42,6 +43,7 @@ __all__ = [
     "end_to_end",
     "host_of",
     "listed",
+    "preferred_wait",
     "serve",
     "values",
 ]

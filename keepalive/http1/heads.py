@@ -229,6 +229,16 @@ def listed(headers: Headers, name: bytes) -> set[bytes]:
     return {part.strip(b" \t").lower() for value in values(headers, name) for part in value.split(b",")}
 
 
+def preferred_wait(headers: Headers) -> float | None:
+    """Seconds of `Prefer: wait=N`."""
+    for value in values(headers, b"prefer"):
+        for part in value.split(b","):
+            name, _, seconds = part.partition(b"=")
+            if name.strip().lower() == b"wait" and seconds.strip().isdigit():
+                return float(seconds.strip()[:9])
+    return None
+
+
 def end_to_end(headers: Headers, *, without: Iterable[bytes] = ()) -> Headers:
     """The headers meant for the other end: not those between two neighbours, nor any in `without`."""
     dropped = _HOP_BY_HOP | listed(headers, b"connection") | set(without)
