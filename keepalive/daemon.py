@@ -60,6 +60,7 @@ class Daemon:
         self._mistakes: tuple[str, ...] = ()
         self._reported: set[str] = set()
         self._started = wall()
+        self._scraped: float | None = None
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self.started = asyncio.Event()
@@ -157,11 +158,12 @@ class Daemon:
 
     def status(self) -> dict[str, Any]:
         document = status.document(
-            self.keeper.snapshot(), self._wall(), self._started, self._urls, self._mistakes
+            self.keeper.snapshot(), self._wall(), self._started, self._urls, self._mistakes, self._scraped
         )
         return {**document, "draining": self.stopping}
 
     def metrics(self, accept: str) -> tuple[bytes, str]:
+        self._scraped = self._wall()
         return self._metrics.render(accept)
 
     def alive(self) -> str | None:
@@ -245,13 +247,14 @@ class Daemon:
 
     def _keep(self, kept: Kept) -> Keep:
         model = ModelId(kept.upstream, kept.key)
-        policy = Policy(kept.refresh_interval, kept.ping_interval, kept.ping_timeout, kept.load_timeout)
+        policy = Policy(
+            kept.refresh_interval, kept.ping_interval, kept.ping_timeout, kept.load_timeout, kept.lease
+        )
         return Keep(
             model,
             policy,
             kind=kept.kind,
             load_fields=kept.load_fields,
-            lease=kept.lease,
             windowed=kept.window is not None,
             window_open=self._open.get(model, True),
         )

@@ -87,6 +87,15 @@ class Listed(UpstreamFact):
     tier: Tier
     entries: Mapping[str, Entry] = field(repr=False)  # by `fold_key` of the key and of each alias
     loading: bool = True  # it was asked what is being loaded, too
+    # Folded keys of what is loaded, and of what is being loaded, managed or not.
+    resident: frozenset[str] = field(init=False, repr=False)
+    arriving: frozenset[str] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # Once, for all models of the upstream.
+        entries = self.entries.values()
+        object.__setattr__(self, "resident", frozenset(fold_key(e.key) for e in entries if e.instances))
+        object.__setattr__(self, "arriving", frozenset(fold_key(e.key) for e in entries if e.loading))
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +241,7 @@ class InstanceLost(ModelFact):
     """A user's request was told that the model crashed or was unloaded; the listing decides."""
 
     message: str
+    why: Reason | None = None  # what it was told, where it was told anything
 
 
 def fold_key(key: str) -> str:

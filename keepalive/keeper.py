@@ -127,7 +127,6 @@ class Keep:
     policy: Policy
     kind: str | None = None
     load_fields: Mapping[str, Any] | None = None
-    lease: float = 86400.0
     windowed: bool = False
     window_open: bool = True
 
@@ -425,7 +424,7 @@ class Keeper:
             else:
                 # Without an explicit load, the first request is the load; its lease counts from now on.
                 kind = self._kind(keep)
-                lease = keep.lease if tier is Tier.V0 else None
+                lease = keep.policy.lease if tier is Tier.V0 else None
                 other = await client.ping(
                     model.key, (model.key,), kind=kind, tier=tier, timeout=timeout, lease=lease
                 )
@@ -511,6 +510,7 @@ def _forgotten(model: Model, now: float) -> Model:
         recent_loads=model.recent_loads,
         loads=model.loads,
         evictions=model.evictions,
+        last_eviction=model.last_eviction,
         waiting=model.waiting,
         in_flight=model.in_flight,
     )

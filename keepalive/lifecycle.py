@@ -71,6 +71,8 @@ LINGER = 60.0
 # LM Studio answers four requests for a model at once by default; more pings than that would queue.
 PINGS_AT_ONCE = 4
 DOWN_AFTER_TIMEOUTS = 3
+# LM Studio's idle timers are set in minutes: what went sooner after its last use was not on one.
+IDLE_MIN = 60.0
 REFRESH_MAX = 60.0
 LOADS_REMEMBERED = 5
 # Comparing a key with each of a hundred thousand listed ones would hold up everything else for seconds.
@@ -98,6 +100,17 @@ class Sign(StrEnum):
     LOAD_FAILED = "the load failed"
     PROVED = "it answered"
     DISPROVED = "it answered wrongly"
+
+
+class Cause(StrEnum):
+    """Why a loaded model went missing without us, as far as what was seen decides it."""
+
+    TIMER = "timer"  # it idled for longer than its lease
+    DISPLACED = "displaced"  # a load on demand pushed it out
+    CRASH = "crash"
+    RESTART = "restart"  # LM Studio itself was gone meanwhile
+    BY_HAND = "by_hand"  # a person or another program unloaded it: nothing else explains it
+    UNKNOWN = "unknown"
 
 
 U, C, L, W, B = State.UNKNOWN, State.COLD, State.LOADING, State.WARM, State.BACKOFF
@@ -128,6 +141,7 @@ class Policy:
     ping_interval: float = 300.0
     ping_timeout: float = 60.0
     load_timeout: float = 900.0
+    lease: float = 86400.0  # of what we load on demand
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +162,13 @@ class Ping:
     at: float
     outcome: PingOutcome
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Eviction:
+    at: float
+    cause: Cause
+    idle_seconds: float  # since it was last known to be used; as a cause, `timer`: its lease is no longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +198,10 @@ class Model:
     size_bytes: int | None = None
     instances: tuple[Instance, ...] = ()
     ours: frozenset[str] = frozenset()  # ids of instances that we loaded
+    beside: frozenset[str] = frozenset()  # folded keys of all that the newest listing showed as loaded
+    used_at: float = -inf  # when it was last known to be used, or appeared
+    survived: float = 0.0  # the longest idleness that what is listed now has outlived
+    suspected: Cause | None = None  # what would explain its loss, should the next listing show it missing
 
     # what we are doing
     load_started: float | None = None
@@ -188,7 +213,6 @@ class Model:
 
     # what came of it
     warm_since: float | None = None
-    proven_at: float = -inf
     failures: int = 0
     failure: str | None = None  # what went wrong last
     retry_at: float | None = None
@@ -199,6 +223,7 @@ class Model:
     busy: bool = False  # it did not answer a ping in time, and is listed all the same
     loads: int = 0
     evictions: int = 0
+    last_eviction: Eviction | None = None
     recent_loads: tuple[float, ...] = ()
 
     # what users do
@@ -305,7 +330,8 @@ def _backoff(failures: int) -> float:
 def _listed(model: Model, fact: Listed) -> Model:
     if fact.asked <= max(model.asked, model.touched_at):
         return model  # older than what we know, or asked while our own call was changing it
-    model = replace(model, asked=fact.asked, blind=fact.tier is Tier.OPENAI)
+    before = model
+    model = replace(model, asked=fact.asked, blind=fact.tier is Tier.OPENAI, beside=fact.resident)
     entry = fact.entries.get(fold_key(model.id.key))
     if model.blind:
         return _listed_blind(model, fact)
@@ -313,7 +339,7 @@ def _listed(model: Model, fact: Listed) -> Model:
         keys = {e.key: None for e in islice(fact.entries.values(), SUGGESTED_FROM)}
         near = get_close_matches(model.id.key, keys, n=3, cutoff=0.4)
         model = replace(model, listed=False, nearest=tuple(near))
-        return _absent(model, fact.at, told=True)
+        return _absent(model, fact.at, _cause(before, fact, told=True), told=True)
     model = replace(
         model,
         listed=True,
@@ -324,9 +350,11 @@ def _listed(model: Model, fact: Listed) -> Model:
     )
     if entry.instances:
         return _present(model, fact.at, entry)
+    told = entry.loading is not None
+    cause = _cause(before, fact, told=told)
     if entry.loading:
-        return _seen_loading(model, fact.at)
-    return _absent(model, fact.at, told=entry.loading is False)
+        return _seen_loading(model, fact.at, cause)
+    return _absent(model, fact.at, cause, told=told)
 
 
 def _listed_blind(model: Model, fact: Listed) -> Model:
@@ -335,7 +363,7 @@ def _listed_blind(model: Model, fact: Listed) -> Model:
     if model.calling:
         return model
     if model.pending is not None:
-        return _absent(model, fact.at, told=False)
+        return _absent(model, fact.at, Cause.UNKNOWN, told=False)
     if model.state in (State.COLD, State.BACKOFF):
         return model
     if model.state is State.WARM and (model.in_flight or fact.at <= model.proof_expires):
@@ -350,7 +378,21 @@ def _present(model: Model, at: float, entry: Entry) -> Model:
     model = replace(model, instances=entry.instances, ours=model.ours & known, pending=None, seen_at=at)
     if appeared:
         # Whoever loaded it has mended what held us off; it has yet to answer.
-        model = replace(model, retry_at=None, crashed=False, busy=False, ping_at=at)
+        model = replace(
+            model,
+            retry_at=None,
+            crashed=False,
+            busy=False,
+            ping_at=at,
+            used_at=at,
+            survived=0.0,
+            suspected=None,
+        )
+    else:
+        # What has crashed may stay listed; a server that was gone came back with its models.
+        suspected = model.suspected if model.suspected is Cause.CRASH else None
+        idle = 0.0 if model.in_flight or model.calling else model.asked - model.used_at
+        model = replace(model, suspected=suspected, survived=max(model.survived, idle))
     if pending and pending.proved:
         return _proved(model, at)
     if model.load_started is not None:
@@ -364,16 +406,16 @@ def _present(model: Model, at: float, entry: Entry) -> Model:
     return _move(model, Sign.PRESENT, at, reason)
 
 
-def _seen_loading(model: Model, at: float) -> Model:
+def _seen_loading(model: Model, at: float, cause: Cause) -> Model:
     if model.load_started is not None:
         return model
     pending = model.pending or Pending(since=at, until=at, alive_at=at, ours=False)
     pending = replace(pending, seen=True, alive_at=at, until=max(pending.until, at + LISTING_LAG))
     reason = "LM Studio is still loading it" if pending.ours else "somebody else is loading it"
-    return _move(replace(_lost(model, at), pending=pending), Sign.SEEN_LOADING, at, reason)
+    return _move(replace(_lost(model, at, cause), pending=pending), Sign.SEEN_LOADING, at, reason)
 
 
-def _absent(model: Model, at: float, *, told: bool) -> Model:
+def _absent(model: Model, at: float, cause: Cause, *, told: bool) -> Model:
     """The listing shows no instance. `told`: it would have shown a load in progress as such."""
     if model.load_started is not None or model.pending is not None:
         # What is gone now is another's copy, which was there beside our load.
@@ -385,7 +427,7 @@ def _absent(model: Model, at: float, *, told: bool) -> Model:
         reason = model.reason if model.state is State.LOADING else "an earlier load may still be under way"
         return resolved or _move(model, Sign.SEEN_LOADING, at, reason)
     evicted = bool(model.instances)
-    model = _lost(model, at)
+    model = _lost(model, at, cause)
     return _absent_now(model, at, "LM Studio no longer has it in memory" if evicted else None)
 
 
@@ -419,12 +461,50 @@ def _absent_now(model: Model, at: float, reason: str | None) -> Model:
     return _move(model, Sign.ABSENT, at, reason)
 
 
-def _lost(model: Model, at: float) -> Model:
+def _cause(model: Model, fact: Listed, *, told: bool) -> Cause:
+    """Why `model`, which was there, is missing in this listing.
+
+    What we load by a call has no idle timer, and no load on demand pushes it out.
+    """
+    if not model.instances:
+        return Cause.UNKNOWN
+    if model.suspected is not None:
+        return model.suspected
+    explicit = fact.tier is Tier.V1 and all(i.id in model.ours for i in model.instances)
+    if explicit:
+        # Of several none is left: LM Studio may have been restarted between two listings.
+        emptied = len(model.beside) > 1 and not model.beside & fact.resident
+        return Cause.UNKNOWN if emptied else Cause.BY_HAND
+    if (fact.resident | fact.arriving) - model.beside:
+        return Cause.DISPLACED
+    idle, ours = _idle(model, fact.at), bool(model.ours)
+    if idle > model.survived and idle >= (model.policy.lease if ours else IDLE_MIN):
+        return Cause.TIMER
+    # Whatever lease it got, that was too short for a timer; and what might have displaced it would show.
+    too_short = idle <= max(model.survived, IDLE_MIN if ours else 0.0)
+    return Cause.BY_HAND if too_short and told else Cause.UNKNOWN
+
+
+def _idle(model: Model, at: float) -> float:
+    return 0.0 if model.in_flight or model.pinging else max(0.0, at - model.used_at)
+
+
+def _lost(model: Model, at: float, cause: Cause) -> Model:
     """Count an eviction, when it had an instance and we did not unload it."""
     if not model.instances:
         return model
-    model = replace(model, evictions=model.evictions + 1, instances=(), ours=frozenset(), busy=False)
-    stable = model.warm_since is not None and at - model.warm_since >= STABLE
+    model = replace(
+        model,
+        evictions=model.evictions + 1,
+        last_eviction=Eviction(at, cause, _idle(model, at)),
+        instances=(),
+        ours=frozenset(),
+        busy=False,
+        suspected=None,
+    )
+    # Held until now, or until a request was told that it is gone.
+    held_until = at if model.state is State.WARM else model.since
+    stable = model.warm_since is not None and held_until - model.warm_since >= STABLE
     failures = 0 if stable else model.failures + 1
     # The first loss is mended at once; when it does not hold, somebody is fighting us for the memory.
     retry_at = at + _backoff(failures - 1) if failures > 1 else None
@@ -441,6 +521,10 @@ def _listing_failed(model: Model, fact: ListingFailed) -> Model:
             return replace(model, reason=fact.message)
         if model.state is not State.WARM or model.in_flight or fact.at <= model.proof_expires:
             return model
+    if fact.trouble in (Trouble.REFUSED, Trouble.UNREACHABLE):
+        # Behind a broken network anything may happen to what has an idle timer.
+        gone = fact.trouble is Trouble.REFUSED or model.ours
+        model = replace(model, suspected=model.suspected or (Cause.RESTART if gone else Cause.UNKNOWN))
     if fact.trouble is Trouble.REFUSED:
         # The program is gone, and with it its loads; what is found later is not ours, though named alike.
         # (`lms server stop` closes the port too, and goes on loading: then the next listing shows it.)
@@ -529,9 +613,8 @@ def _ping_ended(model: Model, fact: PingEnded) -> Model:
     if fact.outcome is PingOutcome.SKIPPED:
         last = at if model.in_flight else model.active_at
         return replace(model, ping_at=last + policy.ping_interval, vouched_at=model.active_at)
-    model = replace(
-        model, pinging=False, touched_at=at, last_ping=Ping(at, fact.outcome, fact.seconds), busy=False
-    )
+    ping = Ping(at, fact.outcome, fact.seconds)
+    model = replace(model, pinging=False, touched_at=at, used_at=at, last_ping=ping, busy=False)
     if fact.outcome is PingOutcome.OK:
         return _proved(replace(model, pinged_at=at), at)
     message = fact.message or "it did not answer the ping as it should"
@@ -551,8 +634,8 @@ def _ping_ended(model: Model, fact: PingEnded) -> Model:
         failure=message,
         retry_at=retry_at,
         ping_at=retry_at,
-        warm_since=None,
         crashed=fact.why is Reason.CRASHED,
+        suspected=Cause.CRASH if fact.why is Reason.CRASHED else model.suspected,
     )
     return _move(model, Sign.DISPROVED, at, message)
 
@@ -560,14 +643,16 @@ def _ping_ended(model: Model, fact: PingEnded) -> Model:
 def _proved(model: Model, at: float) -> Model:
     """The model itself answered, to a ping or to a user."""
     if not model.instances and not model.blind:
-        return replace(model, proven_at=at)  # an answer of something no longer listed: the listing decides
-    stable = model.warm_since is not None and at - model.warm_since >= STABLE
+        return model  # an answer of something no longer listed: the listing decides
+    warm_since = model.warm_since if model.state is State.WARM else None
+    stable = warm_since is not None and at - warm_since >= STABLE
     model = replace(
         model,
         pending=None,
-        proven_at=at,
         seen_at=at,
-        warm_since=at if model.state is not State.WARM else model.warm_since,
+        used_at=at,
+        suspected=None,
+        warm_since=at if warm_since is None else warm_since,
         failures=0 if stable else model.failures,
         retry_at=None,
         ping_at=at + model.policy.ping_interval,
@@ -606,7 +691,7 @@ def _warm_asked(model: Model) -> Model:
 
 
 def _request_ended(model: Model, fact: RequestEnded) -> Model:
-    model = replace(model, in_flight=max(0, model.in_flight - 1))
+    model = replace(model, in_flight=max(0, model.in_flight - 1), used_at=fact.at)
     if not fact.answered:
         return model
     model = replace(model, active_at=fact.at)
@@ -622,16 +707,21 @@ def _served(model: Model, at: float) -> Model:
 
 
 def _instance_lost(model: Model, fact: InstanceLost) -> Model:
+    if fact.why is Reason.CRASHED:
+        model = replace(model, suspected=Cause.CRASH)
     if model.state is not State.WARM:
         return model
-    return _move(replace(model, warm_since=None, ping_at=fact.at), Sign.DISPROVED, fact.at, fact.message)
+    return _move(replace(model, ping_at=fact.at), Sign.DISPROVED, fact.at, fact.message)
 
 
 _CHANGES: Mapping[type[Fact], Callable[..., Model]] = {
     Listed: _listed,
     ListingFailed: _listing_failed,
     # An answer to a question from before the jump may be as old as the machine slept.
-    ClockJumped: lambda model, fact: replace(model, touched_at=fact.at),
+    # LM Studio's idle timers go by the wall clock.
+    ClockJumped: lambda model, fact: replace(
+        model, touched_at=fact.at, used_at=model.used_at - max(0.0, fact.seconds)
+    ),
     LoadStarted: _load_started,
     LoadEnded: _load_ended,
     LoadRemembered: _load_remembered,
@@ -683,12 +773,10 @@ def apply_upstream(upstream: Upstream, fact: Fact) -> Upstream:
 def _upstream_listed(upstream: Upstream, fact: Listed) -> Upstream:
     if fact.asked <= upstream.asked:
         return replace(upstream, listing=False)
-    resident = frozenset(fold_key(e.key) for e in fact.entries.values() if e.instances)
-    arriving = frozenset(fold_key(e.key) for e in fact.entries.values() if e.loading)
     evicts, trial = upstream.evicts, upstream.on_trial
     if trial and upstream.trial_over_at is not None and fact.asked > upstream.trial_over_at:
         # We loaded one on demand beside others: either they are still there, or it pushed them out.
-        evicts, trial = not trial <= resident, frozenset()
+        evicts, trial = not trial <= fact.resident, frozenset()
     return replace(
         upstream,
         listing=False,
@@ -700,8 +788,8 @@ def _upstream_listed(upstream: Upstream, fact: Listed) -> Upstream:
         asked=fact.asked,
         answered_at=fact.at,
         due_at=fact.at + upstream.refresh_interval,
-        resident=resident,
-        arriving=arriving,
+        resident=fact.resident,
+        arriving=fact.arriving,
         sees_loading=fact.loading,
         evicts=evicts if fact.tier is Tier.V0 else None,
         on_trial=trial,

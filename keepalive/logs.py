@@ -269,7 +269,8 @@ def _model(fact: Fact, before: Model, after: Model) -> None:
         case InstanceLost():
             log.warning("model.lost", reason=fact.message)
     if after.evictions > before.evictions:
-        log.warning("model.evicted", evictions=after.evictions, **_in(after.retry_at, fact.at))
+        cause = after.last_eviction.cause.value if after.last_eviction else None
+        log.warning("model.evicted", cause=cause, evictions=after.evictions, **_in(after.retry_at, fact.at))
     if len(after.instances) > max(1, len(before.instances)):
         log.warning("model.copies", instances=len(after.instances))
     if after.wanted is not before.wanted:

@@ -11,9 +11,9 @@ streams. Here a model's lines are written again only when one of its numbers has
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol
 
 from prometheus_client import (
     CollectorRegistry,
@@ -30,7 +30,7 @@ from prometheus_client.registry import Collector
 from keepalive import __version__
 from keepalive.facts import Fact, LoadEnded, LoadOutcome, ModelId, PingEnded, PingOutcome
 from keepalive.keeper import Snapshot
-from keepalive.lifecycle import Model, State, Upstream, UpstreamState
+from keepalive.lifecycle import Cause, Model, State, Upstream, UpstreamState
 
 # A load takes 5 s to more than 120 s, and is given up on after 15 minutes.
 LOAD_BUCKETS = (1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 45.0, 60.0, 90.0, 120.0, 180.0, 300.0, 600.0, 900.0)
@@ -55,7 +55,7 @@ FAMILIES = (
         "histogram",
         "How long loads took that succeeded: as LM Studio measured it, else by our clock.",
     ),
-    ("model_evictions", "counter", "Times a loaded model went missing without us."),
+    ("model_evictions", "counter", "Times a loaded model went missing without us, by what took it."),
     (
         "model_pings",
         "counter",
@@ -81,6 +81,12 @@ class Metrics:
             "keepalive_upstream_up",
             "1 when the upstream answers as it should.",
             ["upstream"],
+            registry=registry,
+        )
+        self._upstream_state = Gauge(
+            "keepalive_upstream_state",
+            "1 for the state that the upstream is in, 0 for the others.",
+            ["upstream", "state"],
             registry=registry,
         )
         self.jobs_missed = Counter(
@@ -112,8 +118,11 @@ class Metrics:
         snapshot = self._look()
         offset = self._wall() - snapshot.now
         self._up.clear()
+        self._upstream_state.clear()
         for upstream in snapshot.upstreams:
             self._up.labels(upstream.name).set(upstream.state is UpstreamState.UP)
+            for state in UpstreamState:
+                self._upstream_state.labels(upstream.name, state.value).set(state is upstream.state)
         try:
             encode, content_type = choose_encoder(accept)
         except (TypeError, ValueError):
@@ -175,13 +184,13 @@ class _Series:
         self._lines: tuple[str, ...] = ()
         self.loads = dict.fromkeys(LoadOutcome, 0)
         self.pings = dict.fromkeys(PingOutcome, 0)
-        self.evictions = 0
+        self.evictions = dict.fromkeys(Cause, 0)
         self.load_seconds = _Histogram(LOAD_BUCKETS)
         self.ping_seconds = _Histogram(PING_BUCKETS)
 
     def count(self, fact: Fact, before: Model, after: Model) -> None:
-        if after.evictions > before.evictions:
-            self.evictions += after.evictions - before.evictions
+        if after.evictions > before.evictions and after.last_eviction is not None:
+            self.evictions[after.last_eviction.cause] += 1
         elif isinstance(fact, LoadEnded):
             self.loads[fact.outcome] += 1
             if fact.outcome is LoadOutcome.OK:
@@ -212,18 +221,16 @@ class _Series:
         name = "keepalive_model_last_ping_success_timestamp_seconds"
         at = model.pinged_at + offset
         yield (f"{name}{{{labels}}} {at!r}\n",) if math.isfinite(at) else ()
-        yield _by_outcome("model_loads_total", labels, self.loads.items())
+        yield _by("outcome", "model_loads_total", labels, self.loads)
         yield self.load_seconds.lines("model_load_duration_seconds", labels)
-        yield (f"keepalive_model_evictions_total{{{labels}}} {self.evictions}.0\n",)
-        yield _by_outcome("model_pings_total", labels, self.pings.items())
+        yield _by("cause", "model_evictions_total", labels, self.evictions)
+        yield _by("outcome", "model_pings_total", labels, self.pings)
         yield self.ping_seconds.lines("model_ping_duration_seconds", labels)
 
 
-def _by_outcome(
-    name: str, labels: str, counts: Iterable[tuple[LoadOutcome | PingOutcome, int]]
-) -> Iterator[str]:
-    for outcome, count in counts:
-        yield f'keepalive_{name}{{{labels},outcome="{outcome}"}} {count}.0\n'
+def _by(kind: str, name: str, labels: str, counts: Mapping[Any, int]) -> Iterator[str]:
+    for value, count in counts.items():
+        yield f'keepalive_{name}{{{labels},{kind}="{value}"}} {count}.0\n'
 
 
 def _escaped(value: str) -> str:

@@ -18,7 +18,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from keepalive import routes
-from keepalive.errors import Cut, NotWarm, TimedOut, Unreachable, UpstreamError
+from keepalive.errors import Cut, NotWarm, Reason, TimedOut, Unreachable, UpstreamError
 from keepalive.facts import InstanceLost, ModelFact, ModelId, RequestEnded, RequestStarted
 from keepalive.http1 import (
     BadHead,
@@ -583,12 +583,12 @@ class _Call:
         self._first = await reply.read(ERROR_BYTES)
         lost = routes.looks_lost(reply.head.status, self._first)
         if lost is not None:
-            self.lost(lost.message)
+            self.lost(lost.message, lost.reason)
         return lost
 
-    def lost(self, message: str) -> None:
+    def lost(self, message: str, why: Reason | None = None) -> None:
         if self.model is not None:
-            self.proxy.keeping.record(InstanceLost(self.now(), self.model, message))
+            self.proxy.keeping.record(InstanceLost(self.now(), self.model, message, why))
 
     def close(self, reply: Reply) -> None:
         self.exchange.on_pause = self.exchange.on_resume = None
@@ -645,7 +645,7 @@ class _Call:
         if good:
             self._told(answered=head.status == 200)
         elif head.status < 400 and (lost := routes.looks_lost(head.status, self._first)) is not None:
-            self.lost(lost.message)
+            self.lost(lost.message, lost.reason)
         return None
 
     def _take(self, data: bytes) -> None:
@@ -702,12 +702,11 @@ class _Call:
             else:
                 exchange.push(routes.error_event(self.route, "the upstream's answer was cut", "upstream_cut"))
                 exchange.finish()
-        if meter is not None and meter.error is not None:
-            gone = routes.looks_lost(200, meter.error)
-            if gone is not None:
-                self.lost(gone.message)
+        gone = routes.looks_lost(200, meter.error) if meter is not None and meter.error is not None else None
+        if gone is not None:
+            self.lost(gone.message, gone.reason)
         answered = meter is not None and meter.first_token_seconds is not None
-        self._told(answered=answered)
+        self._told(answered=answered and gone is None)
 
     async def _explain(self, reply: Reply) -> None:
         """An answer that is no event stream, to a caller that was promised one."""

@@ -20,14 +20,23 @@ def is_ready(models: Sequence[Model]) -> bool:
 
 
 def document(
-    snapshot: Snapshot, wall: float, started: float, urls: Mapping[str, str], mistakes: Sequence[str] = ()
+    snapshot: Snapshot,
+    wall: float,
+    started: float,
+    urls: Mapping[str, str],
+    mistakes: Sequence[str] = (),
+    scraped: float | None = None,
 ) -> Json:
-    """`wall` is now and `started` the daemon's birth, in Unix seconds; `mistakes` of a rejected config."""
+    """`wall` is now, `started` the daemon's birth and `scraped` when its metrics were last read, in Unix seconds.
+
+    `mistakes` are those of a rejected config.
+    """
     offset = wall - snapshot.now
     return {
         "version": __version__,
         "ready": is_ready(snapshot.models),
         "started_at": utc(started),
+        "scraped_at": None if scraped is None else utc(scraped),
         "config": {"ok": not mistakes, "mistakes": list(mistakes)},
         "upstreams": [
             {
@@ -58,7 +67,7 @@ def model_document(
         return None if moment is None or math.isinf(moment) else utc(moment + offset)
 
     since, left = model.loading_since, eta(model, siblings, now)
-    last = model.last_ping
+    last, lost = model.last_ping, model.last_eviction
     return {
         "key": model.id.key,
         "upstream": model.id.upstream,
@@ -83,6 +92,9 @@ def model_document(
         "last_load_seconds": model.recent_loads[-1] if model.recent_loads else None,
         "loads": model.loads,
         "evictions": model.evictions,
+        "last_eviction": None
+        if lost is None
+        else {"at": at(lost.at), "cause": lost.cause.value, "idle_seconds": round(lost.idle_seconds, 3)},
         "last_ping": None
         if last is None
         else {"at": at(last.at), "outcome": last.outcome.value, "seconds": round(last.seconds, 3)},

@@ -142,9 +142,30 @@ async def test_an_eviction_is_noticed_and_mended() -> None:
         studio.studio.evict("gemma")
         await until(lambda: model(running, "gemma")["evictions"] == 1)
         warm = await reaches(running, "gemma", "warm")
-        evictions = metric(running, "model_evictions_total", model="gemma", upstream="local")
+        evictions = metric(running, "model_evictions_total", model="gemma", upstream="local", cause="by_hand")
 
     assert (warm["loads"], evictions, loads(studio.studio)) == (2, 1.0, 2)
+    assert warm["last_eviction"]["cause"] == "by_hand"
+
+
+async def test_a_restart_of_lm_studio_is_what_took_a_model() -> None:
+    async with simulator(GEMMA) as studio, daemon(settings(studio.url, "gemma")) as running:
+        await reaches(running, "gemma", "warm")
+        studio.studio.restart(down_seconds=3.0)
+        await until(lambda: model(running, "gemma")["evictions"] == 1)
+        lost = model(running, "gemma")["last_eviction"]
+
+    assert lost["cause"] == "restart"
+
+
+async def test_the_document_says_when_its_metrics_were_last_read() -> None:
+    async with simulator(GEMMA) as studio, daemon(settings(studio.url, "gemma")) as running:
+        never = running.status()["scraped_at"]
+        await asked(f"{running.admin_url}/metrics")
+        scraped = running.status()["scraped_at"]
+
+    assert never is None
+    assert datetime.fromisoformat(scraped).timestamp() == pytest.approx(time.time(), abs=60)
 
 
 async def test_the_time_left_is_null_then_from_the_size_then_from_past_loads() -> None:

@@ -179,6 +179,7 @@ async def test_a_crash_that_a_user_meets_is_mended_before_the_next_refresh() -> 
 
         assert "has crashed" in text
         assert model(running, KEY)["evictions"] == 1
+        assert model(running, KEY)["last_eviction"]["cause"] == "crash"
 
 
 async def test_users_requests_stand_in_for_pings() -> None:

@@ -153,7 +153,7 @@ def test_what_changes_nothing_is_not_said(lines_of: Any) -> None:
         (
             (*LOADED, listed(20.0)),
             [
-                {"event": "model.evicted", "level": "warning", **PLACE, "evictions": 1},
+                {"event": "model.evicted", "level": "warning", **PLACE, "cause": "by_hand", "evictions": 1},
                 {
                     "event": "model.state",
                     "level": "info",

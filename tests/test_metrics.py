@@ -116,7 +116,12 @@ def test_the_page_before_anything_is_known_is_written_out() -> None:
         'keepalive_model_loads_total{model="gemma",upstream="local",outcome="unknown"} 0.0',
         'keepalive_model_load_duration_seconds_sum{model="gemma",upstream="local"} 0.0',
         'keepalive_model_load_duration_seconds_count{model="gemma",upstream="local"} 0.0',
-        'keepalive_model_evictions_total{model="gemma",upstream="local"} 0.0',
+        'keepalive_model_evictions_total{model="gemma",upstream="local",cause="timer"} 0.0',
+        'keepalive_model_evictions_total{model="gemma",upstream="local",cause="displaced"} 0.0',
+        'keepalive_model_evictions_total{model="gemma",upstream="local",cause="crash"} 0.0',
+        'keepalive_model_evictions_total{model="gemma",upstream="local",cause="restart"} 0.0',
+        'keepalive_model_evictions_total{model="gemma",upstream="local",cause="by_hand"} 0.0',
+        'keepalive_model_evictions_total{model="gemma",upstream="local",cause="unknown"} 0.0',
         'keepalive_model_pings_total{model="gemma",upstream="local",outcome="ok"} 0.0',
         'keepalive_model_pings_total{model="gemma",upstream="local",outcome="error"} 0.0',
         'keepalive_model_pings_total{model="gemma",upstream="local",outcome="timeout"} 0.0',
@@ -130,13 +135,14 @@ def test_the_page_before_anything_is_known_is_written_out() -> None:
 NAMES = {
     "keepalive_build_info": ("gauge", ["version"]),
     "keepalive_upstream_up": ("gauge", ["upstream"]),
+    "keepalive_upstream_state": ("gauge", ["state", "upstream"]),
     "keepalive_model_state": ("gauge", ["model", "state", "upstream"]),
     "keepalive_model_wanted": ("gauge", ["model", "upstream"]),
     "keepalive_model_instances": ("gauge", ["model", "upstream"]),
     "keepalive_model_loads": ("counter", ["model", "outcome", "upstream"]),
     "keepalive_model_load_duration_seconds": ("histogram", ["le", "model", "upstream"]),
     "keepalive_model_last_load_seconds": ("gauge", ["model", "upstream"]),
-    "keepalive_model_evictions": ("counter", ["model", "upstream"]),
+    "keepalive_model_evictions": ("counter", ["cause", "model", "upstream"]),
     "keepalive_model_pings": ("counter", ["model", "outcome", "upstream"]),
     "keepalive_model_ping_duration_seconds": ("histogram", ["le", "model", "upstream"]),
     "keepalive_model_last_ping_success_timestamp_seconds": ("gauge", ["model", "upstream"]),
@@ -256,9 +262,41 @@ def test_the_state_is_one_of_five() -> None:
 def test_an_eviction_is_counted_once_and_seen_in_the_gauges() -> None:
     world = World().goes(*loaded(10.0, 6.0), *pinged(11.0, PingOutcome.OK), listed(12.0), listed(13.0))
 
-    assert world.of("model_evictions_total", model="gemma", upstream="local") == 1
+    assert evictions(world) == {"by_hand": 1.0}
     assert world.of("model_instances", model="gemma", upstream="local") == 0
     assert world.of("model_state", model="gemma", upstream="local", state="cold") == 1
+
+
+def evictions(world: World) -> dict[str, float]:
+    """Those that were counted, by cause."""
+    return {
+        dict(labels)["cause"]: value
+        for (name, labels), value in world.samples().items()
+        if name == "keepalive_model_evictions_total" and value
+    }
+
+
+def test_evictions_are_told_apart_by_what_took_the_model() -> None:
+    world = World().goes(*loaded(10.0, 6.0), listed(12.0))
+    world.goes(*loaded(20.0, 6.0), ListingFailed(21.0, "local", 21.0, Trouble.REFUSED, "gone"), listed(22.0))
+    world.goes(*loaded(30.0, 6.0), ListingFailed(31.0, "local", 31.0, Trouble.REFUSED, "gone"), listed(32.0))
+
+    assert evictions(world) == {"by_hand": 1.0, "restart": 2.0}
+
+
+def test_the_state_of_an_upstream_is_one_of_four() -> None:
+    def states() -> dict[str, float | None]:
+        return {
+            state: world.of("upstream_state", upstream="local", state=state)
+            for state in ("unknown", "up", "down", "unauthorized")
+        }
+
+    world = World()
+    unknown = states()
+    world.goes(ListingFailed(11.0, "local", 11.0, Trouble.UNAUTHORIZED, "it wants a token"))
+
+    assert unknown == {"unknown": 1, "up": 0, "down": 0, "unauthorized": 0}
+    assert states() == {"unknown": 0, "up": 0, "down": 0, "unauthorized": 1}
 
 
 def test_an_upstream_is_up_when_it_answers_as_it_should() -> None:
@@ -279,6 +317,7 @@ def test_an_upstream_that_is_gone_from_the_config_has_no_series() -> None:
     world.upstream = Upstream("other")
 
     assert world.of("upstream_up", upstream="local") is None
+    assert world.of("upstream_state", upstream="local", state="unknown") is None
     assert world.of("upstream_up", upstream="other") == 0
 
 

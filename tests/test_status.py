@@ -7,7 +7,7 @@ from math import inf
 from keepalive import __version__
 from keepalive.facts import Instance, ModelId, PingOutcome, Tier
 from keepalive.keeper import Snapshot
-from keepalive.lifecycle import Model, Pending, Ping, Policy, State, Upstream, UpstreamState
+from keepalive.lifecycle import Cause, Eviction, Model, Pending, Ping, Policy, State, Upstream, UpstreamState
 from keepalive.status import document, is_ready, utc
 
 GEMMA = ModelId("local", "gemma")
@@ -34,6 +34,7 @@ def test_the_document_of_a_daemon_with_one_warm_model() -> None:
         ping_at=395.0,
         loads=3,
         evictions=2,
+        last_eviction=Eviction(40.0, Cause.TIMER, 301.2345),
         recent_loads=(120.0, 124.2),
         in_flight=2,
         waiting=1,
@@ -45,6 +46,7 @@ def test_the_document_of_a_daemon_with_one_warm_model() -> None:
         "version": __version__,
         "ready": True,
         "started_at": "2026-11-22T10:00:00.000Z",
+        "scraped_at": None,
         "config": {"ok": True, "mistakes": []},
         "upstreams": [
             {
@@ -75,6 +77,11 @@ def test_the_document_of_a_daemon_with_one_warm_model() -> None:
                 "last_load_seconds": 124.2,
                 "loads": 3,
                 "evictions": 2,
+                "last_eviction": {
+                    "at": "2026-11-22T10:00:40.000Z",
+                    "cause": "timer",
+                    "idle_seconds": 301.235,
+                },
                 "last_ping": {"at": "2026-11-22T10:01:35.000Z", "outcome": "ok", "seconds": 0.21},
                 "next_ping_at": "2026-11-22T10:06:35.000Z",
                 "retry_at": None,
@@ -175,6 +182,12 @@ def test_the_mistakes_of_a_rejected_config_are_shown() -> None:
     page = document(Snapshot(100.0, (), ()), WALL, WALL, {}, ("config.toml:3: x: is wrong",))
 
     assert page["config"] == {"ok": False, "mistakes": ["config.toml:3: x: is wrong"]}
+
+
+def test_when_the_metrics_were_last_read_is_said() -> None:
+    page = document(Snapshot(100.0, (), ()), WALL, WALL, {}, (), WALL - 12.5)
+
+    assert page["scraped_at"] == "2026-11-22T10:01:27.500Z"
 
 
 def test_an_upstream_that_is_down_says_why() -> None:
