@@ -293,7 +293,9 @@ def _model(seen: Evidence, kept: Kept) -> Iterator[Finding]:
         )
     eviction = status.get("last_eviction")
     idle = eviction and eviction.get("idle_seconds")
-    if eviction and eviction["cause"] == "timer" and idle is not None and kept.ping_interval >= idle:
+    # It was missed by the next listing, and may have been gone that much longer.
+    late = kept.ping_interval + kept.refresh_interval
+    if eviction and eviction["cause"] == "timer" and idle is not None and late >= idle:
         better = written(float(max(PING_LEAST, idle // 2)))
         yield Finding(
             f"{kept.key} was dropped after {span(idle)} without a request, and is pinged every "

@@ -266,7 +266,10 @@ def test_a_ping_that_comes_after_the_lease_is_found() -> None:
 
     found = at_rest(text, {"models": [status]})
     short = at_rest(text.replace("5m", "90s"), {"models": [status]})
+    gone["idle_seconds"] = 304.0  # a lease of five minutes, which the next listing showed to be over
+    equal = at_rest(text, {"models": [status]})
 
+    assert [finding.do for finding in equal] == ['ping_interval = "2m32s" in [[models]] "gemma"']
     assert found == [
         Finding(
             "gemma was dropped after 2 min without a request, and is pinged every 5m",
