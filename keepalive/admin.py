@@ -15,7 +15,7 @@ from http import HTTPStatus
 from typing import Any, Protocol
 from urllib.parse import unquote
 
-from aiohttp import HttpVersion10, HttpVersion11, web
+from aiohttp import ClientError, HttpVersion10, HttpVersion11, web
 
 from keepalive.facts import Fact, ModelId, fold_key
 from keepalive.lifecycle import Model, Upstream
@@ -42,6 +42,12 @@ HEADERS = {
 
 OPEN_TO_ANY_HOST = frozenset({"/metrics", "/livez", "/readyz"})
 OPEN_WITHOUT_KEY = frozenset({"/livez", "/readyz"})
+# These lead on to the client address, for the page alone: its errors have the layout of over there.
+FORWARDED = {
+    "/api/prompts": ("GET", "HEAD"),
+    "/api/prompts/execute/stream": ("POST",),
+    "/api/models/warmup": ("POST",),
+}
 
 
 class Daemon(Protocol):
@@ -55,6 +61,9 @@ class Daemon(Protocol):
 
     def warm(self, model: ModelId) -> None: ...
     def release(self, model: ModelId) -> None: ...
+    async def forward(self, request: web.BaseRequest, headers: Mapping[str, str]) -> web.StreamResponse:
+        """What the client address answers to this request."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +135,11 @@ class Admin:
         try:
             response = await self._answer(request)
         except _Refusal as refusal:
-            response = _json({"error": str(refusal)}, refusal.status, refusal.headers)
+            told: dict[str, object] = {"error": str(refusal)}
+            if request.raw_path.partition("?")[0] in FORWARDED:
+                code = refusal.status.phrase.lower().replace(" ", "_")
+                told = {"success": False, "error": {"message": str(refusal), "code": code, "field": None}}
+            response = _json(told, refusal.status, refusal.headers)
         if self.closing:
             response.force_close()
         return response
@@ -146,6 +159,8 @@ class Admin:
                     HTTPStatus.METHOD_NOT_ALLOWED, f"{path} is read with GET", {"Allow": "GET, HEAD"}
                 )
             return await get(self, request)
+        if path in FORWARDED:
+            return await self._forward(request, FORWARDED[path])
         if path.startswith("/api/models/"):
             return self._change(request, path.removeprefix("/api/models/"))
         raise _Refusal(HTTPStatus.NOT_FOUND, f"there is no {path[:QUOTED_MAX]} here")
@@ -209,6 +224,19 @@ class Admin:
         finally:
             feed.watching -= 1
         return response
+
+    async def _forward(self, request: web.BaseRequest, methods: Sequence[str]) -> web.StreamResponse:
+        if request.method not in methods:
+            message = f"this is asked with {methods[0]}"
+            raise _Refusal(HTTPStatus.METHOD_NOT_ALLOWED, message, {"Allow": ", ".join(methods)})
+        self._check_origin(request)
+        try:
+            return await self._daemon.forward(request, HEADERS)
+        except web.HTTPRequestEntityTooLarge:
+            raise _Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "that is too much for this page") from None
+        except ClientError:
+            message = "the client address does not answer; the daemon may be stopping"
+            raise _Refusal(HTTPStatus.SERVICE_UNAVAILABLE, message, {"Retry-After": "5"}) from None
 
     def _change(self, request: web.BaseRequest, rest: str) -> web.StreamResponse:
         key, _, verb = rest.rpartition("/")

@@ -1,6 +1,7 @@
 """Builds everything, wires it, runs it, stops it. The only place that sees the whole config."""
 
 import asyncio
+import secrets
 import signal
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +22,7 @@ from keepalive.keeper import Keep, Keeper, Server
 from keepalive.ledger import Ledger
 from keepalive.lifecycle import Policy, State, UpstreamState
 from keepalive.metrics import Metrics
+from keepalive.playground import Playground
 from keepalive.schedule import Schedule
 from keepalive.upstream import Client
 
@@ -79,6 +81,8 @@ class Daemon:
         self.keeper = Keeper(self._clock, observers, self._report)
         self._schedule = Schedule(self._tick, self._clock_jumped, self._metrics.jobs_missed.inc, wall=wall)
         self._front = Front(settings, self.keeper, self._clock, self._metrics)
+        self._playground = Playground()
+        self._page_key = secrets.token_urlsafe(32)
         self._apply(settings)
 
     # --- its life -----------------------------------------------------------------------------------
@@ -94,6 +98,8 @@ class Daemon:
             self.url = await self._front.listen(self._config.server.listen, self._sockets["client"])
             self._compare_sockets(self._config)
             stack.push_async_callback(self._front.close)
+            self._playground.open(self.url)
+            stack.push_async_callback(self._playground.close)
             self._recall(self._kept)
             self._log.info(
                 "daemon.started",
@@ -176,6 +182,9 @@ class Daemon:
     def release(self, model: ModelId) -> None:
         self.keeper.record(ReleaseAsked(self._clock(), model))
 
+    async def forward(self, request: web.BaseRequest, headers: Mapping[str, str]) -> web.StreamResponse:
+        return await self._playground.forward(request, headers)
+
     # --- its parts ----------------------------------------------------------------------------------
 
     @property
@@ -215,7 +224,8 @@ class Daemon:
         self._closing += self.keeper.configure(servers, map(self._keep, self._kept.values()))
         self._clients = {server.name: self._clients[server.name] for server in servers}
         self._tokens = lm_tokens
-        self._front.configure(settings, lm_tokens, client_keys)
+        self._playground.key = self._page_key if client_keys else None
+        self._front.configure(settings, lm_tokens, client_keys, self._playground.key)
         self._metrics.reload_ok.set(1)
         self._metrics.reloaded_at.set(self._wall())
         for name in ("listen", "admin_listen", "state_dir", "log_level", "log_format"):

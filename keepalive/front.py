@@ -53,7 +53,7 @@ class Front:
         self._waits: dict[ModelId, float] = {}
         self._limits = _limits(settings)
         self._listener: Listener | None = None
-        self._proxy = Proxy(self._settings(settings, {}, {}), self, self._seen)
+        self._proxy = Proxy(self._settings(settings, {}, ()), self, self._seen)
         self._prompts = prompts.Prompts(
             self._proxy, self._proxy.admit, self, self._warm, self._proxy.ticker, self._seen
         )
@@ -61,9 +61,18 @@ class Front:
             metrics.registry, lambda: self._proxy.in_progress, lambda: self._proxy.waiting, GAP_BOUNDS
         )
 
-    def configure(self, settings: Config, tokens: Mapping[str, str | None], keys: Mapping[str, str]) -> None:
-        """Use these from the next request on."""
-        self._proxy.configure(self._settings(settings, tokens, keys))
+    def configure(
+        self,
+        settings: Config,
+        tokens: Mapping[str, str | None],
+        keys: Mapping[str, str],
+        page_key: str | None = None,
+    ) -> None:
+        """Use these from the next request on; `page_key` is that of the status page."""
+        known = [Key(name, secret) for name, secret in keys.items()]
+        if page_key is not None:
+            known.append(Key("page", page_key))
+        self._proxy.configure(self._settings(settings, tokens, known))
         self._prompts.configure(
             prompts.Settings(
                 settings.prompts,
@@ -143,9 +152,7 @@ class Front:
 
     # --- what it is given ---------------------------------------------------------------------------
 
-    def _settings(
-        self, settings: Config, tokens: Mapping[str, str | None], keys: Mapping[str, str]
-    ) -> Settings:
+    def _settings(self, settings: Config, tokens: Mapping[str, str | None], keys: Sequence[Key]) -> Settings:
         server = settings.server
         self._waits = {ModelId(kept.upstream, kept.key): kept.max_wait for kept in settings.kept}
         return Settings(
@@ -157,7 +164,7 @@ class Front:
             loopback=is_loopback(server.listen.host),
             allowed_hosts=frozenset(server.allowed_hosts),
             allowed_origins=frozenset(server.allowed_origins),
-            keys=tuple(Key(name, secret) for name, secret in keys.items()),
+            keys=tuple(keys),
         )
 
     def _seen(self, seen: Seen) -> None:

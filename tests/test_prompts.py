@@ -5,6 +5,8 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
+import pytest
+
 from keepalive.daemon import Daemon
 from keepalive.simulator.models import SimModel
 from keepalive.simulator.studio import Studio
@@ -109,3 +111,83 @@ async def test_a_model_is_warmed_up_on_demand() -> None:
         assert answer["data"]["modelId"] == KEY
         assert answer["data"]["warmupDuration"] >= 0
         assert loads(studio) == 1
+
+
+# --- from the status page -------------------------------------------------------------------------
+
+
+async def test_the_admin_address_leads_on_to_the_client_address() -> None:
+    async with front() as (running, _):
+        status, headers, text = await post(running.admin_url, {**ASKED, "maxTokens": 3})
+        listed = await asked(running.admin_url + "/api/prompts")
+        warmed = await post(running.admin_url, {"modelId": KEY}, "/api/models/warmup")
+        wrong = await post(running.admin_url, {"promptId": 29})
+
+        assert status == 200
+        assert headers["Content-Type"] == "text/event-stream"
+        assert headers["X-Accel-Buffering"] == "no"
+        assert headers["Content-Security-Policy"].startswith("default-src 'self'")
+        assert [e["content"] for e in events(text) if e["type"] == "chunk"] == ["This", " answer", " comes"]
+        assert events(text)[-1]["type"] == "done"
+        assert json.loads(listed[2])["data"][0]["variables"] == ["topic", "who"]
+        assert json.loads(warmed[2])["data"]["modelId"] == KEY
+        assert wrong[0] == 404
+        assert json.loads(wrong[2])["error"]["code"] == "prompt_not_found"
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:0", "[::]:0", "localhost:0"])
+async def test_the_admin_address_finds_the_client_address_wherever_it_listens(listen: str) -> None:
+    async with simulator(SimModel(KEY)) as upstream:
+        text = settings(upstream.url, KEY).replace('listen = "127.0.0.1:0"', f'listen = "{listen}"', 1)
+        async with daemon(text + PROMPTS) as running:
+            status, _, text = await post(running.admin_url, {**ASKED, "maxTokens": 1})
+
+    assert status == 200
+    assert events(text)[-1]["type"] == "done"
+
+
+async def test_the_status_page_needs_no_key_of_the_client_address() -> None:
+    auth = '[auth]\nclient_keys = [{ name = "page", env = "WARD" }]\n'
+    async with simulator(SimModel(KEY)) as upstream:
+        text = settings(upstream.url, KEY) + PROMPTS + auth
+        async with daemon(text, environ={"WARD": "s3cret-of-the-ward"}) as running:
+            status, _, answer = await post(running.admin_url, {**ASKED, "maxTokens": 1})
+            without = await post(running.url, ASKED)
+            own = await post(
+                running.url, {**ASKED, "maxTokens": 1}, Authorization="Bearer s3cret-of-the-ward"
+            )
+
+    assert status == 200
+    assert events(answer)[-1]["type"] == "done"
+    assert without[0] == 401
+    assert without[1]["WWW-Authenticate"] == "Bearer"
+    assert json.loads(without[2])["error"]["code"] == "invalid_api_key"
+    assert own[0] == 200
+
+
+@pytest.mark.parametrize("path", [EXECUTE, "/api/models/warmup"])
+@pytest.mark.parametrize(
+    "headers",
+    [{"Origin": "https://evil.example"}, {"Sec-Fetch-Site": "cross-site"}, {"Host": "evil.example"}],
+    ids=lambda headers: next(iter(headers)),
+)
+async def test_a_foreign_page_gets_nowhere_through_the_admin_address(
+    path: str, headers: dict[str, str]
+) -> None:
+    async with front() as (running, studio):
+        before = len(studio.log(0))
+        status, _, text = await post(running.admin_url, {**ASKED, "modelId": KEY}, path, **headers)
+
+        assert status == 403
+        assert json.loads(text)["error"]["code"] == "forbidden"
+        asked_for = [e for e in studio.log(before) if e["kind"] == "request" and e["route"] == "chat"]
+        assert [e for e in asked_for if e["max_tokens"] != 1] == []
+
+
+async def test_the_admin_address_bounds_what_is_sent_through_it() -> None:
+    async with front() as (running, _):
+        body = {"prompt": "x" * 2**21, "model": KEY}
+        status, _, text = await post(running.admin_url, body)
+
+        assert status == 413
+        assert json.loads(text)["error"]["code"] == "request_entity_too_large"
