@@ -1,4 +1,4 @@
-"""The admin address: status, metrics, probes, and the few changes that people make.
+"""The admin address: the status page and its data, metrics, probes, and the few changes that people make.
 
 Reads nothing but what it is handed and decides nothing. Requests come from scrapers, scripts and browsers; a
 page that a browser has open must not reach us from elsewhere. So everything but metrics and probes asks who
@@ -6,6 +6,8 @@ the `Host` is (a rebound name reads as well as it writes), and changes refuse wh
 """
 
 import asyncio
+import base64
+import gzip
 import hmac
 import ipaddress
 import json
@@ -16,17 +18,20 @@ from typing import Any, Protocol
 from urllib.parse import unquote
 
 from aiohttp import ClientError, HttpVersion10, HttpVersion11, web
+from multidict import CIMultiDict
 
-from keepalive.facts import Fact, ModelId, fold_key
-from keepalive.lifecycle import Model, Upstream
+from keepalive import assets
+from keepalive.facts import ModelId, fold_key
+from keepalive.feed import Feed
 
 # Idle connections are closed, and a head that dribbles in is given up, after this many seconds.
 IDLE_TIMEOUT = 75.0
 SUBSCRIBERS_MAX = 256
-# Changes come in bursts; nobody reads faster than this.
-PUSH_INTERVAL = 0.25
-PUSH_HEARTBEAT = 15.0
 SLOW_READER = 10.0
+# Below this, compression costs more than it saves.
+GZIP_FROM = 1024
+# JSON is compressed anew for each who asks: quickly rather than well.
+GZIP_LEVEL = 4
 # What was asked for is said back, but no longer than this.
 QUOTED_MAX = 100
 
@@ -36,9 +41,13 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
     "Server": "keepalive",
 }
+
+# A browser asks for a name and a password: the key is the password, whatever the name.
+CHALLENGES = ("Bearer", 'Basic realm="keepalive", charset="UTF-8"')
 
 OPEN_TO_ANY_HOST = frozenset({"/metrics", "/livez", "/readyz"})
 OPEN_WITHOUT_KEY = frozenset({"/livez", "/readyz"})
@@ -81,53 +90,14 @@ class _Refusal(Exception):
         self.headers = headers or {}
 
 
-class Feed:
-    """The status as it changes, rendered once for all who watch. An observer of the keeper."""
-
-    def __init__(self, status: Callable[[], Mapping[str, Any]]) -> None:
-        self._status = status
-        self._changed = asyncio.Event()
-        self._pushed = asyncio.Condition()
-        self._text = b""
-        self.number = 0
-        self.watching = 0
-
-    def observe(self, fact: Fact, before: Model | Upstream, after: Model | Upstream) -> None:
-        self.changed()
-
-    def changed(self) -> None:
-        if self.watching:
-            self._changed.set()
-
-    async def run(self) -> None:
-        while True:
-            await self._changed.wait()
-            await self.push()
-            await asyncio.sleep(PUSH_INTERVAL)
-
-    async def push(self) -> None:
-        self._changed.clear()
-        self._text = _event(self._status())
-        async with self._pushed:
-            self.number += 1
-            self._pushed.notify_all()
-
-    async def next(self, seen: int) -> tuple[int, bytes]:
-        """The newest event that is not number `seen`; a comment when nothing changes for a while."""
-        try:
-            async with asyncio.timeout(PUSH_HEARTBEAT), self._pushed:
-                await self._pushed.wait_for(lambda: self.number != seen)
-        except TimeoutError:
-            return seen, b": still here\n\n"
-        return self.number, self._text
-
-
 class Admin:
     """Answers requests; `handle` is for aiohttp's low-level server."""
 
     def __init__(self, daemon: Daemon, feed: Feed, access: Access) -> None:
         self._daemon = daemon
         self._feed = feed
+        self._assets = {f"/{name}": asset for name, asset in assets.read().items()}
+        self._assets["/"] = self._assets.pop("/index.html")
         self.access = access
         self.closing = False  # each answer is the last one on its connection
 
@@ -147,12 +117,12 @@ class Admin:
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         if request.version not in (HttpVersion10, HttpVersion11):
             raise _Refusal(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "this address speaks HTTP/1.1")
-        path = request.raw_path.partition("?")[0]
+        path = _path(request)
         if not path.startswith("/"):
             raise _Refusal(HTTPStatus.BAD_REQUEST, "ask for a path, such as /api/status")
         self._check_host(request, path)
         self._check_key(request, path)
-        get = self._GET.get(path)
+        get = self._GET.get(path, Admin._asset if path in self._assets else None)
         if get is not None:
             if request.method not in ("GET", "HEAD"):
                 raise _Refusal(
@@ -165,8 +135,19 @@ class Admin:
             return self._change(request, path.removeprefix("/api/models/"))
         raise _Refusal(HTTPStatus.NOT_FOUND, f"there is no {path[:QUOTED_MAX]} here")
 
+    async def _asset(self, request: web.BaseRequest) -> web.StreamResponse:
+        asset = self._assets[_path(request)]
+        # Asked for each time, and mostly answered without a body: an upgrade of the daemon shows at once.
+        headers = {**HEADERS, "Cache-Control": "no-cache", "ETag": asset.etag, "Vary": "Accept-Encoding"}
+        if asset.etag in (tag.strip() for tag in request.headers.get("If-None-Match", "").split(",")):
+            return web.Response(status=HTTPStatus.NOT_MODIFIED, headers=headers)
+        headers["Content-Type"] = asset.content_type
+        if _reads_gzip(request):
+            return web.Response(body=asset.gzipped, headers={**headers, "Content-Encoding": "gzip"})
+        return web.Response(body=asset.body, headers=headers)
+
     async def _status(self, request: web.BaseRequest) -> web.StreamResponse:
-        return _json(self._daemon.status())
+        return _packed(request, _json(self._feed.look()))
 
     async def _metrics(self, request: web.BaseRequest) -> web.StreamResponse:
         page, content_type = self._daemon.metrics(request.headers.get("Accept", ""))
@@ -209,15 +190,17 @@ class Admin:
         response = web.StreamResponse(headers={**HEADERS, "Content-Type": "text/event-stream"})
         if request.method == "HEAD":
             return response
+        after = request.query.get("after", request.headers.get("Last-Event-ID"))
+        seen = feed.place(after) if after is not None else None
         feed.watching += 1
         try:
             await response.prepare(request)
-            seen, event = feed.number, _event(self._daemon.status())
+            seen, event = feed.whole() if seen is None else (seen, b": nothing new so far\n\n")
             while True:
                 # Whoever does not take what is sent is let go: the next page load starts afresh.
                 async with asyncio.timeout(SLOW_READER):
                     await response.write(event)
-                seen, event = await feed.next(seen)
+                seen, event = await feed.next(seen, partial=after is not None)
         except (TimeoutError, ConnectionError):
             if request.transport is not None:
                 request.transport.abort()
@@ -273,13 +256,11 @@ class Admin:
         keys = self.access.keys
         if not keys or path in OPEN_WITHOUT_KEY:
             return
-        scheme, _, sent = request.headers.get("Authorization", "").partition(" ")
-        given = sent.strip().encode(errors="surrogateescape") if scheme.lower() == "bearer" else b""
+        given = _key_in(request.headers.get("Authorization", ""))
         # Every key is compared, so that the time tells nothing of how many there are.
         if not sum(hmac.compare_digest(given, secret.encode()) for secret in keys.values()):
-            raise _Refusal(
-                HTTPStatus.UNAUTHORIZED, "this address wants a key of [auth]", {"WWW-Authenticate": "Bearer"}
-            )
+            challenges = CIMultiDict(("WWW-Authenticate", challenge) for challenge in CHALLENGES)
+            raise _Refusal(HTTPStatus.UNAUTHORIZED, "this address wants a key of [auth]", challenges)
 
     def _check_origin(self, request: web.BaseRequest) -> None:
         origin = request.headers.get("Origin")
@@ -336,12 +317,12 @@ def server(admin: Admin) -> web.ServerRunner:
     )
 
 
+def _path(request: web.BaseRequest) -> str:
+    return request.raw_path.partition("?")[0]
+
+
 def _unknown_model(key: str) -> _Refusal:
     return _Refusal(HTTPStatus.NOT_FOUND, f"no such model here: {key[:QUOTED_MAX]}")
-
-
-def _event(status: Mapping[str, Any]) -> bytes:
-    return b"data: " + json.dumps(status, separators=(",", ":")).encode() + b"\n\n"
 
 
 def is_known_host(host: str, names: Collection[str]) -> bool:
@@ -368,10 +349,41 @@ def _named(models: Sequence[Mapping[str, Any]], key: str) -> list[Mapping[str, A
     return exact or [m for m in models if fold_key(m["key"]) == fold_key(key)]
 
 
+def _key_in(authorization: str) -> bytes:
+    """What somebody gave as a key: a token, or a password as a browser sends it."""
+    scheme, _, sent = authorization.partition(" ")
+    match scheme.lower():
+        case "bearer":
+            return sent.strip().encode(errors="surrogateescape")
+        case "basic":
+            try:
+                return base64.b64decode(sent.strip(), validate=True).partition(b":")[2]
+            except ValueError:
+                return b""
+    return b""
+
+
 def _json(
     body: Mapping[str, Any], status: HTTPStatus = HTTPStatus.OK, headers: Mapping[str, str] | None = None
 ) -> web.Response:
     text = json.dumps(body, indent=1) + "\n"
-    return web.Response(
-        text=text, status=status, content_type="application/json", headers={**HEADERS, **(headers or {})}
-    )
+    response = web.Response(text=text, status=status, content_type="application/json", headers=HEADERS)
+    response.headers.extend(headers or {})
+    return response
+
+
+def _packed(request: web.BaseRequest, response: web.Response) -> web.Response:
+    """The same, compressed where that helps and the other side can read it."""
+    response.headers["Vary"] = "Accept-Encoding"
+    if isinstance(response.body, bytes) and len(response.body) >= GZIP_FROM and _reads_gzip(request):
+        response.body = gzip.compress(response.body, GZIP_LEVEL)
+        response.headers["Content-Encoding"] = "gzip"
+    return response
+
+
+def _reads_gzip(request: web.BaseRequest) -> bool:
+    for coding in request.headers.get("Accept-Encoding", "").lower().split(","):
+        name, _, weight = coding.partition(";")
+        if name.strip() == "gzip":
+            return weight.replace(" ", "") not in ("q=0", "q=0.0", "q=0.00", "q=0.000")
+    return False

@@ -13,10 +13,11 @@ from typing import Any, Protocol
 from aiohttp import web
 
 from keepalive import __version__, config, logs, status, systemd, tokens, view
-from keepalive.admin import Access, Admin, Feed, server
+from keepalive.admin import Access, Admin, server
 from keepalive.config import Address, Config, ConfigError, Kept
 from keepalive.errors import KeepaliveError
 from keepalive.facts import ClockJumped, ModelId, ReleaseAsked, WarmAsked, WindowClosed, WindowOpened
+from keepalive.feed import Feed
 from keepalive.front import Front, StartError, cannot_listen, is_loopback, url_of
 from keepalive.keeper import Keep, Keeper, Server
 from keepalive.ledger import Ledger
@@ -127,6 +128,7 @@ class Daemon:
         if self._stop.is_set():
             self._hurry.set()
         self._stop.set()
+        self._feed.changed()
 
     @property
     def stopping(self) -> bool:

@@ -34,6 +34,7 @@ def document(
     offset = wall - snapshot.now
     return {
         "version": __version__,
+        "now": utc(wall),
         "ready": is_ready(snapshot.models),
         "started_at": utc(started),
         "scraped_at": None if scraped is None else utc(scraped),

@@ -1,6 +1,9 @@
 """The admin address over real sockets: what it shows, whom it refuses, and what it never says."""
 
 import asyncio
+import base64
+import copy
+import gzip
 import json
 import socket
 from collections.abc import AsyncIterator, Mapping
@@ -12,9 +15,10 @@ from urllib.parse import urlsplit
 import pytest
 from aiohttp import web
 
-from keepalive import admin, logs
-from keepalive.admin import Access, Admin, Feed, is_known_host, server
+from keepalive import admin, feed, logs
+from keepalive.admin import Access, Admin, is_known_host, server
 from keepalive.facts import ListingStarted, ModelId
+from keepalive.feed import Feed
 from keepalive.lifecycle import Upstream
 from tests.live import ask, asked, raw, until
 
@@ -25,6 +29,7 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
     "Server": "keepalive",
 }
@@ -52,7 +57,7 @@ class Shown:
         self.feed = Feed(self.status)
 
     def status(self) -> Mapping[str, Any]:
-        return self.document
+        return copy.deepcopy(self.document)
 
     def metrics(self, accept: str) -> tuple[bytes, str]:
         return f"# accept {accept}\n".encode(), "text/plain; version=0.0.4; charset=utf-8"
@@ -65,6 +70,10 @@ class Shown:
 
     def release(self, model: ModelId) -> None:
         self.asked.append(("release", model))
+
+    @property
+    def id(self) -> str:
+        return str(self.feed.look()["id"])
 
     def change(self) -> None:
         before = Upstream("local")
@@ -94,10 +103,11 @@ class Watcher:
         self.reader, self.writer = reader, writer
 
     @classmethod
-    async def of(cls, shown: Shown) -> "Watcher":
+    async def of(cls, shown: Shown, query: str = "", header: str = "") -> "Watcher":
         place = urlsplit(shown.url)
         watcher = cls(*await asyncio.open_connection(place.hostname, place.port))
-        watcher.writer.write(b"GET /api/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        head = f"GET /api/events{query} HTTP/1.1\r\nHost: localhost\r\n{header}\r\n"
+        watcher.writer.write(head.encode())
         return watcher
 
     async def line(self) -> str:
@@ -124,7 +134,7 @@ async def test_the_status_is_served_as_json() -> None:
 
     assert status == 200
     assert headers["Content-Type"] == "application/json; charset=utf-8"
-    assert json.loads(text) == shown.document
+    assert json.loads(text) == {**shown.document, "id": shown.id}
 
 
 async def test_metrics_are_those_that_the_scraper_accepts() -> None:
@@ -201,6 +211,63 @@ async def test_a_daemon_that_stops_is_not_ready_though_all_is_warm() -> None:
     assert json.loads(text) == {"ready": False, "not_ready": [], "reason": "the daemon is stopping"}
 
 
+async def test_the_page_is_files_that_a_browser_asks_for_again_and_gets_when_they_have_changed() -> None:
+    async with listening() as shown:
+        for path, content_type in (
+            ("/", "text/html; charset=utf-8"),
+            ("/page.css", "text/css; charset=utf-8"),
+            ("/page.js", "text/javascript; charset=utf-8"),
+            ("/favicon.svg", "image/svg+xml"),
+        ):
+            status, headers, text = await asked(f"{shown.url}{path}")
+            again = await asked(f"{shown.url}{path}", **{"If-None-Match": f'"x", {headers["ETag"]}'})
+            changed = await asked(f"{shown.url}{path}", **{"If-None-Match": 'W/"0"'})
+            head = await asked(f"{shown.url}{path}", "HEAD")
+
+            assert (status, headers["Content-Type"]) == (200, content_type)
+            assert headers["Cache-Control"] == "no-cache"
+            assert (again[0], again[2], again[1]["ETag"]) == (304, "", headers["ETag"])
+            assert (changed[0], changed[2]) == (200, text)
+            assert (head[0], head[2], head[1]["Content-Length"]) == (200, "", headers["Content-Length"])
+
+
+@pytest.mark.parametrize(
+    "path", ["/index.html", "/page.js/", "/assets/page.js", "/__init__.py", "/../page.js"]
+)
+async def test_nothing_but_the_files_is_served(path: str) -> None:
+    async with listening() as shown:
+        answer = await raw(
+            shown.url, f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
+        )
+
+    assert answer.startswith(b"HTTP/1.1 404 Not Found\r\n")
+    assert error_of(answer) == f"there is no {path} here"
+
+
+@pytest.mark.parametrize(
+    ("accepts", "is_packed"),
+    [
+        ("gzip", True),
+        ("br, GZIP;q=0.5, *;q=0", True),
+        ("gzip; q=0", False),
+        ("deflate, br", False),
+        ("", False),
+        ("xgzip", False),
+    ],
+)
+async def test_what_is_large_is_compressed_for_those_who_can_read_it(accepts: str, is_packed: bool) -> None:
+    async with listening(*(model(f"model-{number}") for number in range(50))) as shown:
+        for path in ("/page.js", "/api/status"):
+            head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nAccept-Encoding: {accepts}\r\nConnection: close\r\n\r\n"
+            head_bytes, _, body = (await raw(shown.url, head.encode())).partition(b"\r\n\r\n")
+            plain = (await asked(f"{shown.url}{path}"))[2]
+
+            assert (b"Content-Encoding: gzip\r\n" in head_bytes) is is_packed
+            assert b"Vary: Accept-Encoding" in head_bytes
+            assert (gzip.decompress(body) if is_packed else body).decode() == plain
+            assert len(body) == int(head_bytes.lower().partition(b"content-length: ")[2].split()[0])
+
+
 # --- events -----------------------------------------------------------------------------------------
 
 
@@ -234,7 +301,7 @@ async def test_a_burst_of_changes_is_few_events_and_the_last_of_them_is_the_newe
 
 
 async def test_silence_is_filled_with_comments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admin, "PUSH_HEARTBEAT", 0.02)
+    monkeypatch.setattr(feed, "PUSH_HEARTBEAT", 0.02)
     async with listening() as shown:
         watcher = await Watcher.of(shown)
         lines = [await watcher.line() for _ in range(3)]
@@ -272,6 +339,41 @@ async def test_no_more_than_256_watch_and_a_place_is_free_as_soon_as_one_leaves(
     assert first.startswith("data: ")
 
 
+async def test_whoever_has_read_the_status_is_told_only_what_changed_since() -> None:
+    async with listening(model("a"), model("b", "cold")) as shown:
+        before = json.loads((await asked(f"{shown.url}/api/status"))[2])["id"]
+        # Between reading and watching.
+        shown.document["models"][1]["state"] = "loading"
+        shown.change()
+        watcher = await Watcher.of(shown, f"?after={before}")
+        first = [await watcher.line(), await watcher.line()]
+        shown.document["models"][0]["state"] = "cold"
+        shown.change()
+        second = await watcher.line()
+        watcher.leave()
+
+    assert first[0] == ": nothing new so far"
+    documents = [json.loads(line.removeprefix("data: ")) for line in (first[1], second)]
+    assert [document["partial"] for document in documents] == [True, True]
+    assert [[(m["key"], m["state"]) for m in document["models"]] for document in documents] == [
+        [("b", "loading")],
+        [("a", "cold")],
+    ]
+    assert documents[1]["id"] == shown.id
+
+
+async def test_a_browser_that_comes_back_says_with_a_header_what_it_has() -> None:
+    async with listening(model("a")) as shown:
+        known = await Watcher.of(shown, header=f"Last-Event-ID: {shown.id}\r\n")
+        unknown = await Watcher.of(shown, header="Last-Event-ID: of-an-earlier-life-7\r\n")
+        lines = [await known.line(), await unknown.line()]
+        known.leave()
+        unknown.leave()
+
+    assert lines[0] == ": nothing new so far"
+    assert json.loads(lines[1].removeprefix("data: ")) == {**shown.document, "id": shown.id}
+
+
 @pytest.mark.parametrize("size", [1_000_000, 8_000_000])
 async def test_a_slow_reader_is_let_go_and_holds_up_nobody(
     monkeypatch: pytest.MonkeyPatch, size: int
@@ -288,6 +390,7 @@ async def test_a_slow_reader_is_let_go_and_holds_up_nobody(
             await until(lambda: shown.feed.watching == 1)
             deadline = asyncio.get_running_loop().time() + 30
             while shown.feed.watching and asyncio.get_running_loop().time() < deadline:
+                shown.document["padding"] = "xy"[shown.feed.number % 2] * size
                 shown.change()
                 await asyncio.sleep(0.05)
             left = shown.feed.watching
@@ -484,6 +587,10 @@ KEYS = Access(keys={"ops": "right-key", "other": "second-key"})
         b"Authorization: Bearer\r\n",
         b"Authorization: right-key\r\n",
         b"Authorization: Basic right-key\r\n",
+        b"Authorization: Basic %b\r\n" % base64.b64encode(b"right-key"),
+        b"Authorization: Basic %b\r\n" % base64.b64encode(b"right-key:"),
+        b"Authorization: Basic %b\r\n" % base64.b64encode(b"ops:right-key:more"),
+        b"Authorization: Basic %b=\r\n" % base64.b64encode(b"ops:right-key"),
         b"Authorization: Bearer r\xe9ight\r\n",
         "Authorization: Bearer \N{SNOWMAN}\r\n".encode(),
         b"Authorization: Bearer " + b"x" * 60_000 + b"\r\n",
@@ -501,6 +608,7 @@ async def test_without_a_right_key_nothing_is_shown_and_the_key_is_not_said_back
     for answer in answers:
         assert answer.startswith(b"HTTP/1.1 401 Unauthorized\r\n")
         assert b"WWW-Authenticate: Bearer\r\n" in answer
+        assert b'WWW-Authenticate: Basic realm="keepalive", charset="UTF-8"\r\n' in answer
         assert error_of(answer) == "this address wants a key of [auth]"
     assert shown.asked == []
 
@@ -512,6 +620,16 @@ async def test_any_of_the_keys_opens_and_probes_need_none() -> None:
         probes = [await asked(f"{shown.url}{path}") for path in ("/livez", "/readyz")]
 
     assert [first[0], second[0], probes[0][0], probes[1][0]] == [200, 200, 200, 200]
+
+
+async def test_a_browser_gives_the_key_as_a_password_whatever_the_name() -> None:
+    async with listening(model("a"), access=KEYS) as shown:
+        answers = [
+            await asked(f"{shown.url}/", Authorization=f"Basic {base64.b64encode(login).decode()}")
+            for login in (b"ops:right-key", b":second-key", b"ops:wrong-key", b"right-key:ops")
+        ]
+
+    assert [status for status, _, _ in answers] == [200, 200, 401, 401]
 
 
 # --- every answer -----------------------------------------------------------------------------------
@@ -527,6 +645,7 @@ async def test_any_of_the_keys_opens_and_probes_need_none() -> None:
         (b"HEAD /api/events", b"", 200),
         (b"POST /api/models/a/warm", b"Content-Length: 0\r\n", 202),
         (b"POST /api/models/a/warm", b"Origin: http://evil.example\r\n", 403),
+        (b"HEAD /", b"", 200),
         (b"GET /nothing", b"", 404),
         (b"POST /api/status", b"", 405),
         (b"GET /api/status", b"Content-Length: 1\r\nContent-Length: 2\r\n", 400),
@@ -551,7 +670,8 @@ async def test_every_answer_carries_the_headers_that_keep_browsers_from_misusing
     first, *lines = head.decode().split("\r\n")
     headers = dict(line.split(": ", 1) for line in lines)
     assert first.split()[1] == str(status)
-    assert {name: headers.get(name) for name in HEADERS} == HEADERS
+    expected = {**HEADERS, "Cache-Control": "no-cache"} if request_line == b"HEAD /" else HEADERS
+    assert {name: headers.get(name) for name in HEADERS} == expected
     assert len(body) < 1000
 
 

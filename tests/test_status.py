@@ -44,6 +44,7 @@ def test_the_document_of_a_daemon_with_one_warm_model() -> None:
 
     assert page == {
         "version": __version__,
+        "now": "2026-11-22T10:01:40.000Z",
         "ready": True,
         "started_at": "2026-11-22T10:00:00.000Z",
         "scraped_at": None,

@@ -1,0 +1,161 @@
+// What the page says, in words. Pure: a picture of the daemon and a time go in, text comes out.
+//
+// A picture is what /api/status says, with its times as milliseconds of the daemon's clock. Times go on between
+// two pictures, so everything that counts is said anew each second, from the instants and never from a count.
+
+/** A duration in seconds, as short as people say it; the same as on the command line. */
+export function span(seconds) {
+  if (seconds < 9.95) return `${seconds.toFixed(1)} s`;
+  return counted(seconds);
+}
+
+/** The same for what is seen counting: no tenths that jump. */
+export function counted(seconds) {
+  if (seconds < 120) return `${Math.floor(seconds)} s`;
+  if (seconds < 7200) return `${Math.floor(seconds / 60)} min`;
+  return seconds < 172800 ? `${Math.floor(seconds / 3600)} h` : `${Math.floor(seconds / 86400)} d`;
+}
+
+export const ago = (at, now) => counted(Math.max(0, (now - at) / 1000));
+
+export const ahead = (at, now) => (at <= now ? "now" : `in ${counted(Math.ceil((at - now) / 1000))}`);
+
+export const many = (count, one, more = `${one}s`) => `${count} ${count === 1 ? one : more}`;
+
+/** "a, b and c", and no more than three of them. */
+export function listed(names) {
+  const shown = names.length > 3 ? [...names.slice(0, 2), `${names.length - 2} others`] : names;
+  return shown.length < 2 ? shown.join("") : `${shown.slice(0, -1).join(", ")} and ${shown.at(-1)}`;
+}
+
+/** Both ends tell long names apart, so the middle goes. */
+export function short(text, most = 80) {
+  return text.length <= most ? text : `${text.slice(0, most / 2)}…${text.slice(-most / 2 + 1)}`;
+}
+
+export const CAUSES = {
+  timer: "its idle timer ran out",
+  displaced: "another model took its place",
+  crash: "it crashed",
+  restart: "LM Studio restarted",
+  by_hand: "unloaded by hand",
+  unknown: "cause unknown",
+};
+
+/** What a model means to whoever looks: its state, but for those that fail or that nobody wants now. */
+export function kind(model) {
+  if (!model.wanted && model.state !== "backoff") return "off";
+  if (model.state === "backoff" || !model.listed) return "failing";
+  return model.state;
+}
+
+export const KINDS = {
+  failing: "failing",
+  loading: "loading",
+  cold: "cold",
+  unknown: "unknown",
+  warm: "warm",
+  off: "not wanted",
+};
+
+/** "62 s, about 50 s to go" */
+export function progress(load, now) {
+  const elapsed = counted((now - load.began) / 1000);
+  if (load.ends === null) return `${elapsed} so far, no earlier load to tell how long it takes`;
+  const left = Math.ceil((load.ends - now) / 1000);
+  return left > 0 ? `${elapsed}, about ${counted(left)} to go` : `${elapsed}, longer than usual`;
+}
+
+const TROUBLE = new Set(["down", "unauthorized"]);
+export const inTrouble = (upstream) => TROUBLE.has(upstream.state);
+
+/** The one-line answer to "is it warm?": how it looks, in full, and without what counts each second. */
+export function answer(picture, now) {
+  const { models, upstreams } = picture;
+  if (picture.draining) return said("gone", "The daemon is stopping; models stay loaded");
+  if (!models.length) return said("cold", "No models are configured");
+  const by = Map.groupBy(models, kind);
+  const of = (name) => by.get(name) ?? [];
+  const wanted = models.length - of("off").length;
+  const waiting = models.reduce((sum, model) => sum + model.waiting, 0);
+  const waits = waiting ? `; ${many(waiting, "request waits", "requests wait")}` : "";
+  const troubled = upstreams.filter(inTrouble);
+  if (troubled.length) {
+    const [first] = troubled;
+    const what = first.state === "down" ? "does not answer" : "refuses our token";
+    const who = listed(troubled.map((upstream) => upstream.name));
+    const cut = models.filter((model) => troubled.some((upstream) => upstream.name === model.upstream)).length;
+    const which = cut === models.length ? "no model can be kept warm" : `${many(cut, "model")} cannot be kept warm`;
+    return said("failing", `${troubled.length > 1 ? `${who} do not answer` : `${who} ${what}`}: ${which}${waits}`);
+  }
+  const [failing, loading, cold, unknown] = [of("failing"), of("loading"), of("cold"), of("unknown")];
+  const missing = failing.length + loading.length + cold.length + unknown.length;
+  if (!missing) return said("warm", `${all(of("warm").length, wanted, models.length)}${waits}`);
+  const tone = failing.length ? "failing" : loading.length ? "loading" : cold.length ? "cold" : "unknown";
+  if (missing === 1 || (loading.length === 1 && !failing.length)) {
+    const model = failing[0] ?? loading[0] ?? cold[0] ?? unknown[0];
+    const rest = missing > 1 ? `, then ${many(missing - 1, "more model")}` : "";
+    return said(tone, `${one(model, now)}${rest}${waits}`, `${short(model.key)} is ${KINDS[kind(model)]}${rest}${waits}`);
+  }
+  const parts = [];
+  if (failing.length) parts.push(`${failing.length} failing`);
+  if (loading.length) parts.push(`${loading.length} loading`);
+  if (cold.length) parts.push(`${cold.length} cold`);
+  if (unknown.length) parts.push(`${unknown.length} not known yet`);
+  return said(tone, `${of("warm").length} of ${many(wanted, "model")} warm: ${parts.join(", ")}${waits}`);
+}
+
+function said(tone, text, spoken = text) {
+  return { tone, text, spoken };
+}
+
+function all(warm, wanted, models) {
+  if (!wanted) return models === 1 ? "The only model is not wanted now" : `None of the ${models} models is wanted now`;
+  const rest = models - wanted ? `; ${many(models - wanted, "other is", "others are")} not wanted now` : "";
+  if (wanted === 1) return `${models === 1 ? "The model" : "The one wanted model"} is warm${rest}`;
+  return `${wanted === 2 ? "Both" : `All ${wanted}`} ${models === wanted ? "" : "wanted "}models are warm${rest}`;
+}
+
+function one(model, now) {
+  const key = short(model.key, 48);
+  if (model.load && model.state === "loading") return `${key} is loading: ${progress(model.load, now)}`;
+  const why = model.reason ? `: ${short(model.reason, 120)}` : "";
+  const retry = model.retry ? `; next try ${ahead(model.retry, now)}` : "";
+  switch (kind(model)) {
+    case "failing":
+      return `${key} ${model.listed ? "failed" : "is not there"}${why}${retry}`;
+    case "unknown":
+      return `${key} is not known yet${why}`;
+    default:
+      return `${key} is ${model.state}${why}${retry}`;
+  }
+}
+
+/** What should bring a person here, the worst first: each with a key that stays, and a model or upstream. */
+export function attention(picture, history) {
+  const found = [];
+  const add = (tone, key, text, model = null) => found.push({ tone, key, text, model });
+  for (const mistake of picture.config.mistakes) {
+    add("failing", `config ${mistake}`, () => `Config rejected, the one before it is in use: ${short(mistake, 300)}`);
+  }
+  for (const upstream of picture.upstreams.filter(inTrouble)) {
+    const what = upstream.state === "down" ? "does not answer" : "refuses our token";
+    add("failing", `upstream ${upstream.name}`, (now) =>
+      `${short(upstream.name)} ${what} since ${ago(upstream.since, now)}: ${short(upstream.error ?? "no answer yet", 300)}`);
+  }
+  for (const model of picture.models) {
+    if (kind(model) === "failing") {
+      add("failing", `model ${model.id}`, (now) => {
+        const retry = model.retry ? `. Next try ${ahead(model.retry, now)}` : "";
+        return `${model.listed ? "cannot be loaded" : "is not there"}: ${short(model.reason ?? "no reason given", 300)}${retry}`;
+      }, model);
+    } else if (model.instances > 1) {
+      add("loading", `copies ${model.id}`, () =>
+        `is in memory ${many(model.instances, "time")}; unload all copies but one in LM Studio`, model);
+    }
+  }
+  if (history && !history.kept) {
+    add("unknown", "history", () => `History is lost with the next restart: ${short(history.reason ?? "no reason given", 300)}`);
+  }
+  return found;
+}
