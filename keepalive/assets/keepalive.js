@@ -68,7 +68,8 @@ class EventParser {
  * something every 5 seconds, also while a model loads for minutes.
  */
 export function streamPrompt(request, options = {}) {
-  const { baseUrl = "", headers, signal, fetch = globalThis.fetch, idleTimeout = 60_000 } = options;
+  const { baseUrl, headers, signal, fetch = globalThis.fetch, idleTimeout = 60_000 } = options;
+  const body = JSON.stringify(request);
   const controller = new AbortController();
   const abort = () => controller.abort(signal.reason);
   let left = false;
@@ -88,14 +89,8 @@ export function streamPrompt(request, options = {}) {
     signal?.addEventListener("abort", abort);
     let reader;
     try {
-      const response = await within(
-        fetch(baseUrl.replace(/\/+$/, "") + STREAM, {
-          method: "POST",
-          headers: { "Content-Type": "application/json", ...headers },
-          body: JSON.stringify(request),
-          signal: controller.signal,
-        }),
-      );
+      const sent = { method: "POST", headers: { "Content-Type": "application/json", ...headers }, body };
+      const response = await within(fetch(join(baseUrl, STREAM), { ...sent, signal: controller.signal }));
       if (!response.ok) throw await within(refusal(response));
       if (!response.headers.get("Content-Type")?.startsWith("text/event-stream")) throw unreadable("no event stream");
       reader = response.body.getReader();
@@ -114,11 +109,7 @@ export function streamPrompt(request, options = {}) {
       if (left) return;
       if (signal?.aborted) throw signal.reason;
       if (error instanceof StreamingPromptError) throw error;
-      throw reader
-        ? new StreamingPromptError("The connection broke off before the answer was complete.", {
-            code: "connection_lost",
-          })
-        : new StreamingPromptError(`There is no answer from ${baseUrl || "the server"}.`, { code: "unreachable" });
+      throw reader ? lost() : unreachable(baseUrl);
     } finally {
       signal?.removeEventListener("abort", abort);
       if (whole) void drain(reader, controller);
@@ -148,10 +139,11 @@ async function drain(reader, controller) {
     while (!(await reader.read()).done);
   } catch {
     // It is over either way.
-  } finally {
-    clearTimeout(timer);
   }
+  clearTimeout(timer);
 }
+
+const join = (base, path) => (base ?? "").replace(/\/+$/, "") + path;
 
 function parsed(data) {
   try {
@@ -164,7 +156,18 @@ function parsed(data) {
 }
 
 function unreadable(what) {
-  return new StreamingPromptError(`This is not keepalive's answer: ${what}.`, { code: "bad_answer" });
+  return new StreamingPromptError(`What answers here is not keepalive: ${what}.`, { code: "bad_answer" });
+}
+
+function lost() {
+  return new StreamingPromptError("The connection broke off before the answer was complete.", { code: "connection_lost" });
+}
+
+/** All that a browser tells of a refusal for the page's origin, too. */
+function unreachable(baseUrl) {
+  const foreign = baseUrl ? `, and is ${globalThis.location?.origin} among its allowed_origins` : "";
+  const message = `There is no answer from ${baseUrl || "the server"}. Is keepalive running${foreign}?`;
+  return new StreamingPromptError(message, { code: "unreachable" });
 }
 
 async function refusal(response) {
@@ -222,15 +225,11 @@ function apply(state, event, duration) {
       Object.assign(progress, { message, elapsed, estimatedTime, fraction });
       return { ...state, status: "loading", isModelLoading: true, progress };
     }
-    case "reasoning":
+    case "reasoning": {
       progress.firstTokenMs ??= duration;
-      return {
-        ...state,
-        status: "thinking",
-        isModelLoading: false,
-        reasoning: state.reasoning + event.content,
-        progress,
-      };
+      const reasoning = state.reasoning + event.content;
+      return { ...state, status: "thinking", isModelLoading: false, reasoning, progress };
+    }
     case "chunk": {
       progress.firstTokenMs ??= duration;
       progress.firstChunkMs ??= duration;
@@ -238,13 +237,15 @@ function apply(state, event, duration) {
       progress.outputLength += [...event.content].length;
       const seconds = (duration - progress.firstChunkMs) / 1000;
       progress.chunksPerSecond = seconds > 0 ? (progress.chunks - 1) / seconds : null;
-      return { ...state, status: "answering", isModelLoading: false, content: state.content + event.content, progress };
+      const content = state.content + event.content;
+      return { ...state, status: "answering", isModelLoading: false, content, progress };
     }
     case "done": {
       const { type, ...totals } = event;
       progress.chunks = totals.totalChunks ?? progress.chunks;
       progress.outputLength = totals.outputLength ?? progress.outputLength;
-      return { ...ended(state, "done"), metadata: { ...state.metadata, ...totals }, progress };
+      const metadata = { ...state.metadata, ...totals };
+      return ended({ ...state, metadata, progress }, "done", totals.duration ?? duration);
     }
     default:
       return state; // of a newer daemon
@@ -294,43 +295,46 @@ export class PromptRun {
 
   getSnapshot = () => this.#snapshot;
 
-  /** Ends the answer before. Resolves when this one is over, however it ends, with its last snapshot. */
+  /** Ends the answer before. Resolves when this one is over, however it ends, with its last state. */
   execute = async (request) => {
     this.#controller?.abort();
-    const controller = new AbortController();
+    const controller = (this.#controller = new AbortController());
     const { onEvent, ...options } = this.options;
-    this.#controller = controller;
     this.#began = performance.now();
-    this.#publish({ ...IDLE, status: "waiting", isStreaming: true });
-    let state = this.#state;
+    let state = { ...IDLE, status: "waiting", isStreaming: true };
+    this.#publish(state);
     // What comes late from an answer that was given up is nobody's.
     const current = () => this.#controller === controller;
     try {
       for await (const event of streamPrompt(request, { ...options, signal: controller.signal })) {
         if (!current()) break;
         this.#state = state = apply(state, event, this.clock);
-        this.#callOff ??= soon(() => this.#publish(this.#state));
+        if (state.isStreaming) this.#callOff ??= soon(() => this.#publish(this.#state));
+        else this.#settle(state);
         onEvent?.(event);
       }
-    } catch (error) {
-      state = { ...ended(state, "failed", this.clock), error: error.message, failure: error };
+    } catch (failure) {
+      if (current()) {
+        state = { ...ended(state, "failed", this.clock), error: failure.message, failure };
+        this.#settle(state);
+      }
     }
-    if (current()) {
-      this.#controller = null;
-      this.#publish(state);
-      return state;
-    }
-    return ended(state, "cancelled", this.clock);
+    return state.isStreaming ? ended(state, "cancelled", this.clock) : state;
   };
 
   cancel = () => {
-    if (this.#controller) this.#stop(ended(this.#state, "cancelled", this.clock));
+    const running = this.#controller;
+    if (running) this.#settle(ended(this.#state, "cancelled", this.clock));
+    running?.abort();
   };
 
-  reset = () => this.#stop(IDLE);
+  reset = () => {
+    const running = this.#controller;
+    this.#settle(IDLE);
+    running?.abort();
+  };
 
-  #stop(state) {
-    this.#controller?.abort();
+  #settle(state) {
     this.#controller = null;
     this.#publish(state);
   }
@@ -382,11 +386,12 @@ const STYLE = `
 }
 :host([hidden]), [hidden] { display: none !important; }
 * { box-sizing: border-box; }
-form, .result { display: grid; gap: 0.75rem; }
-.result { margin-top: 1.25rem; }
-.title { margin: 0; font-weight: 600; }
+form, #result { display: grid; gap: 0.75rem; }
+#result { margin-top: 1.25rem; }
+#title { font-weight: 600; }
 label { display: grid; gap: 0.25rem; }
-label > span, dt { color: var(--muted); font-size: 0.8125rem; }
+label > span, dt, kbd { color: var(--muted); font-size: 0.8125rem; }
+#status span, #advice, summary { color: var(--muted); }
 select, textarea, button {
   font: inherit; color: inherit; border: 1px solid var(--line); border-radius: var(--radius);
 }
@@ -396,25 +401,23 @@ textarea { display: block; resize: vertical; min-height: 4.75rem; max-height: 20
 textarea[rows='1'] { min-height: 2.375rem; resize: none; }
 [aria-invalid=true] { border-color: var(--bad); }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
-.variables { display: grid; gap: 0.75rem; grid-template-columns: repeat(auto-fit, minmax(min(14rem, 100%), 1fr)); }
+#variables { display: grid; gap: 0.75rem; grid-template-columns: repeat(auto-fit, minmax(min(14rem, 100%), 1fr)); }
 .actions { display: flex; flex-wrap: wrap; gap: 0.5rem; }
 button { min-height: 2.375rem; padding: 0.3rem 0.9rem; background: transparent; cursor: pointer; }
 button:hover { border-color: var(--muted); }
-button.primary { border-color: var(--accent); background: var(--accent); color: var(--on-accent); font-weight: 600; }
-button.primary:hover { filter: brightness(1.08); }
+#run { border-color: var(--accent); background: var(--accent); color: var(--on-accent); font-weight: 600; }
+#run:hover { filter: brightness(1.08); }
 button[aria-disabled=true] { opacity: 0.5; cursor: default; filter: none; }
-kbd { margin-left: 0.35rem; color: var(--muted); font: inherit; font-size: 0.8125rem; }
-.status { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 0.6rem; }
-.status::before {
-  content: ""; width: 0.5rem; height: 0.5rem; border-radius: 50%; background: var(--muted); align-self: center;
+kbd { margin-left: 0.35rem; font-family: inherit; }
+#status { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 0.6rem; }
+#status::before {
+  content: ""; width: 0.5rem; height: 0.5rem; border-radius: 50%; background: var(--accent); align-self: center;
 }
-.status b { font-weight: 600; }
-.status span { color: var(--muted); }
-.status .clock { margin-left: auto; }
-[data-status=waiting] .status::before, [data-status=loading] .status::before,
-[data-status=thinking] .status::before, [data-status=answering] .status::before { background: var(--accent); }
-[data-status=done] .status::before { background: var(--good); }
-[data-status=failed] .status::before { background: var(--bad); }
+#status b { font-weight: 600; }
+#clock { margin-left: auto; }
+[data-status=cancelled] #status::before { background: var(--muted); }
+[data-status=done] #status::before { background: var(--good); }
+[data-status=failed] #status::before { background: var(--bad); }
 progress {
   appearance: none; display: block; width: 100%; height: 4px; border: 0; border-radius: 2px; overflow: hidden;
   background: var(--line); color: var(--accent);
@@ -429,59 +432,59 @@ progress:indeterminate {
 progress:indeterminate::-webkit-progress-bar { background: transparent; }
 progress:indeterminate::-moz-progress-bar { background: transparent; }
 @keyframes sweep { to { background-position: 100% 0; } }
-.error { margin: 0; overflow-wrap: anywhere; }
-.error:empty { display: none; }
-.error + span { color: var(--muted); margin-top: -0.75rem; }
-summary { color: var(--muted); cursor: pointer; border-radius: var(--radius); }
+p { margin: 0; overflow-wrap: anywhere; }
+p:empty { display: none; }
+#advice { display: block; }
+summary { cursor: pointer; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; }
 .text > div { contain: layout style; }
-.answer, details .text {
+#answer, #reasoning {
   max-height: var(--keepalive-answer-height, 24rem); overflow: auto; padding: 0.75rem 0.9rem;
   border: 1px solid var(--line); border-radius: var(--radius); background: var(--sunken);
 }
-.answer { min-height: 3rem; line-height: 1.6; }
-details .text { margin-top: 0.4rem; color: var(--muted); font-size: 0.875rem; max-height: 14rem; }
-[data-status=answering] .answer > :last-child::after, [data-status=waiting] .answer::after,
-[data-status=thinking] .answer::after {
+#answer { line-height: 1.6; }
+#reasoning { margin-top: 0.4rem; color: var(--muted); font-size: 0.875rem; max-height: 14rem; }
+[data-status=answering] #answer > :last-child::after {
   content: ""; display: inline-block; width: 0.5em; height: 1.05em; margin-left: 1px; border-radius: 1px;
   vertical-align: text-bottom; background: var(--accent); animation: blink 1.1s steps(2, jump-none) infinite;
 }
 @keyframes blink { to { opacity: 0.15; } }
-.foot { display: flex; flex-wrap: wrap; align-items: end; justify-content: space-between; gap: 0.75rem; }
+#foot { display: flex; flex-wrap: wrap; align-items: end; justify-content: space-between; gap: 0.75rem; }
 dl { display: flex; flex-wrap: wrap; gap: 0.25rem 1.5rem; margin: 0; }
 dd { margin: 0; }
-.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+#live, #copy + textarea { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 @media (prefers-reduced-motion: reduce) {
   *, ::before, ::after, ::-webkit-progress-value { animation: none !important; transition: none !important; }
 }
-@media (forced-colors: active) { .status::before { forced-color-adjust: none; } }
+@media (forced-colors: active) { #status::before { forced-color-adjust: none; } }
 `;
 
 let sheet;
 
 function h(tag, attributes, ...children) {
   const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes ?? {})) element.setAttribute(name, value);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
   element.append(...children);
   return element;
 }
 
-/** Set what differs: an assignment alone costs a layout, and repeats what a screen reader said. */
+/** Set only what differs: an assignment alone costs a layout, and is said again by a screen reader. */
 function say(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
 const plural = (n, word) => `${n.toLocaleString()} ${word}${n === 1 ? "" : "s"}`;
-const rounded = (n) => n.toFixed(n < 1 ? 2 : n < 100 ? 1 : 0);
-const duration = (ms) => `${rounded(ms / 1000)} s`;
+const rounded = (n) => (n === null ? "–" : n.toFixed(n < 1 ? 2 : n < 100 ? 1 : 0));
+const inSeconds = (ms) => (ms === null ? "–" : `${rounded(ms / 1000)} s`);
 
-/** A wait, as people say it: whole seconds, minutes from two on. */
+/** A wait, as people say it: seconds, and minutes from two on. */
 function spoken(ms) {
-  const whole = Math.max(1, Math.round(ms / 1000));
-  return whole < 120 ? plural(whole, "second") : plural(Math.round(whole / 60), "minute");
+  const seconds = Math.max(1, Math.round(ms / 1000));
+  return seconds < 120 ? plural(seconds, "second") : plural(Math.round(seconds / 60), "minute");
 }
 
 const LABELS = {
+  idle: "",
   waiting: "Waiting for the answer…",
   loading: "Loading model…",
   thinking: "Thinking…",
@@ -492,16 +495,14 @@ const LABELS = {
 };
 
 function advice({ code, status, retryAfter }) {
-  if (code === "unreachable") return "Is keepalive running? Retry when it is.";
-  if (code === "connection_lost") return "What came so far is kept below. Retry asks anew.";
-  if (code === "bad_answer") return "Does the base URL lead to keepalive?";
-  if (retryAfter !== null) return `Retry in ${spoken(retryAfter * 1000)}.`;
-  return status === null || status >= 500 ? "Retry asks anew." : "";
+  if (retryAfter > 0) return `Retry in ${spoken(retryAfter * 1000)}.`;
+  if (code === "connection_lost") return "Retry asks anew; what has come so far stays until then.";
+  return status >= 500 || status === null ? "Retry asks anew." : "";
 }
 
 const BLOCK = 2000; // characters
 
-/** Text that grows at its end. It is cut into blocks at line ends: only the last one is ever laid out again. */
+/** Text that grows at its end. Cut into blocks at line ends, so that only the last one is laid out again. */
 class Growing {
   #written = 0;
   #room = 0;
@@ -515,59 +516,49 @@ class Growing {
       this.element.replaceChildren();
       this.#written = this.#room = 0;
     }
-    for (let from = this.#written; from < text.length; from = this.#written) {
-      if (!this.element.lastChild || this.#room <= 0) {
-        this.element.append(h("div", null, ""));
+    while (this.#written < text.length) {
+      if (this.#room <= 0) {
+        this.element.append(h("div", {}, ""));
         this.#room = BLOCK;
       }
-      // A block may end after the first line end beyond its size.
-      const cut = text.indexOf("\n", from + this.#room - 1) + 1 || text.length;
-      this.element.lastChild.firstChild.appendData(text.slice(from, cut));
-      this.#room = text[cut - 1] === "\n" ? this.#room - (cut - from) : Math.max(1, this.#room - (cut - from));
-      this.#written = cut;
+      // A block may end with the first line that reaches its size.
+      const end = text.indexOf("\n", this.#written + this.#room - 1) + 1 || text.length;
+      this.element.lastChild.firstChild.appendData(text.slice(this.#written, end));
+      this.#room -= end - this.#written;
+      if (text[end - 1] !== "\n") this.#room = Math.max(1, this.#room);
+      this.#written = end;
     }
   }
 }
 
-const ATTRIBUTES = {
-  promptId: "prompt-id",
-  model: "model",
-  baseUrl: "base-url",
-  maxTokens: "max-tokens",
-  timeout: "timeout",
-};
-const OBJECTS = { models: (text) => text.split(/\s*,\s*/), variables: JSON.parse, headers: JSON.parse };
-const EVENTS = ["start", "model_loading", "reasoning", "chunk", "done"];
-
 // Frameworks import this file on servers, too.
 const Base = globalThis.HTMLElement ?? class {};
+const EVENTS = ["start", "model_loading", "reasoning", "chunk", "done"];
 
 /**
- * Runs a prompt in front of somebody: the one of `prompt-id`; or one that is written here, for `model`; or, with
- * neither, a choice of the configured prompts and of `models` ("a, b"; else those that the daemon keeps).
- * `variables` (JSON) fills the form, `max-tokens`, `timeout` and `base-url` go with the request, and so does the
- * property `headers`. Each attribute is a property, too, in camelCase; `models` may be objects with `key` and
- * `state`. Methods: `execute()`, `cancel()`, `reset()`; `state` is that of the hook. Events, with the streamed
- * one as `detail`: `start`, `model_loading`, `reasoning`, `chunk`, `done`; and `error` with what was raised.
+ * Runs a prompt in front of somebody: that of `prompt-id`; or what is written here, for `model`; or, with neither,
+ * a choice of the configured prompts and of `models` ("a, b"; else those that the daemon keeps). `variables` (JSON)
+ * and `prompt` fill the form; `max-tokens`, `timeout`, `base-url` and the property `headers` go with the request.
+ * Each attribute is a property in camelCase, too; `models` may be objects with `key` and `state`. Methods:
+ * `execute()`, `cancel()`, `reset()`; `state` is that of the hook. Events, with the streamed one as `detail`:
+ * `start`, `model_loading`, `reasoning`, `chunk`, `done`; and `error`, with what was raised.
  */
 export class StreamingPromptExecutor extends Base {
-  static observedAttributes = ["prompt-id", "model", "base-url", "models", "variables"];
+  static observedAttributes = ["prompt-id", "model", "base-url", "models", "variables", "prompt"];
 
-  #run = new PromptRun({
-    onEvent: (event) => EVENTS.includes(event.type) && this.#dispatch(event.type, event),
-  });
+  #run = new PromptRun({ onEvent: (event) => EVENTS.includes(event.type) && this.#dispatch(event.type, event) });
+  #ui = {};
   #objects = {};
   #choices = [];
-  #inputs = new Map(); // each variable that ever had a field, so that what was typed is not lost
+  #choice = {};
+  #inputs = new Map(); // by variable, also without a field at the moment: what was typed is not lost
+  #fields = [];
   #request = null;
   #drawn = IDLE;
-  #follows = true; // the text's end, as long as the reader does
   #late = false;
-  #choice = {};
-  #fields = new Map(); // those of them that are shown
+  #follows = true; // the text's end, as long as the reader does
   #configured = null;
   #ticking = null;
-  #ui;
   #answer;
   #reasoning;
 
@@ -577,63 +568,63 @@ export class StreamingPromptExecutor extends Base {
     if (!sheet) (sheet = new CSSStyleSheet()).replaceSync(STYLE);
     root.adoptedStyleSheets = [sheet];
 
-    const button = (text, attributes, act) => {
-      const made = h("button", { type: "button", part: "button", ...attributes }, text);
-      if (act) made.addEventListener("click", act);
-      return made;
-    };
-    const region = (label, attributes) => h("div", { tabindex: 0, role: "region", "aria-label": label, ...attributes });
-    const ui = (this.#ui = {
-      title: h("p", { class: "title" }),
-      choice: h("select", { name: "choice" }),
-      prompt: h("textarea", { name: "prompt", rows: 3, required: "" }),
-      variables: h("div", { class: "variables" }),
-      note: h("p", { class: "error", role: "alert" }),
-      run: button("Run", { type: "submit", class: "primary" }),
-      cancel: button("Cancel", {}, () => this.cancel()),
-      label: h("b"),
-      detail: h("span"),
-      clock: h("span", { class: "clock" }),
-      bar: h("progress", { max: 1, "aria-label": "Loading model" }),
-      error: h("p", { class: "error", part: "error" }),
-      advice: h("span"),
-      reasoning: region("Reasoning", { class: "text" }),
-      answer: region("Answer", { class: "answer text", part: "answer" }),
-      copy: button("Copy", {}, () => this.#copy()),
-      retry: button("Retry", {}, () => this.#start(this.#request)),
-      live: h("div", { class: "unseen", role: "status" }),
-    });
-    const figure = (name, label) => h("div", {}, h("dt", {}, label), (ui[name] = h("dd")));
-    ui.cancel.append(h("kbd", {}, "Esc"));
-    ui.thoughts = h("details", {}, h("summary", {}, "Reasoning"), ui.reasoning);
-    ui.figures = h(
-      "dl",
-      {},
-      figure("first", "First token"),
-      figure("chunks", "Chunks"),
-      figure("rate", "Chunks per second"),
-      figure("characters", "Characters"),
-      figure("time", "Time"),
+    const button = (id, text, ...more) => h("button", { id, type: "button", part: "button" }, text, ...more);
+    const field = (id, text, input) => h("label", { id }, h("span", {}, text), input);
+    const figure = (id, text) => h("div", {}, h("dt", {}, text), h("dd", { id }));
+    const text = (id, label) => h("div", { id, class: "text", part: id, tabindex: 0, role: "region", "aria-label": label });
+    root.append(
+      h(
+        "form",
+        { id: "form", part: "form" },
+        h("p", { id: "title" }),
+        field("chooser", "Prompt or model", h("select", { id: "choice" })),
+        field("own", "Prompt", h("textarea", { id: "prompt", rows: 3, required: "" })),
+        h("div", { id: "variables" }),
+        h("p", { id: "note", role: "alert" }),
+        h("div", { class: "actions" }, button("run", "Run"), button("cancel", "Cancel", h("kbd", {}, "Esc"))),
+      ),
+      h(
+        "div",
+        { id: "result" },
+        h("div", { id: "status", part: "status" }, h("b", { id: "label" }), h("span", { id: "detail" }), h("span", { id: "clock" })),
+        h("progress", { id: "bar", max: 1, "aria-label": "Loading model" }),
+        h("p", { id: "error", part: "error" }, h("span", { id: "message" }), " ", h("span", { id: "advice" })),
+        h("details", { id: "thoughts" }, h("summary", {}, "Reasoning"), text("reasoning", "Reasoning")),
+        text("answer", "Answer"),
+        h(
+          "div",
+          { id: "foot" },
+          h(
+            "dl",
+            { id: "figures" },
+            figure("first", "First token"),
+            figure("chunks", "Chunks"),
+            figure("rate", "Chunks per second"),
+            figure("characters", "Characters"),
+            figure("time", "Time"),
+          ),
+          h("div", { class: "actions" }, button("copy", "Copy"), button("retry", "Retry")),
+        ),
+      ),
+      h("div", { id: "live", role: "status" }),
     );
-    ui.chooser = h("label", {}, h("span", {}, "Prompt or model"), ui.choice);
-    ui.own = h("label", {}, h("span", {}, "Prompt"), ui.prompt);
-    ui.form = h("form", { part: "form" }, ui.title, ui.chooser, ui.own, ui.variables, ui.note);
-    ui.form.append(h("div", { class: "actions" }, ui.run, ui.cancel));
-    ui.status = h("div", { class: "status", part: "status" }, ui.label, ui.detail, ui.clock);
-    ui.result = h("div", { class: "result" }, ui.status, ui.bar, ui.error, ui.advice, ui.thoughts, ui.answer);
-    ui.result.append(h("div", { class: "foot" }, ui.figures, h("div", { class: "actions" }, ui.copy, ui.retry)));
-    root.append(ui.form, ui.result, ui.live);
-    this.#answer = new Growing(ui.answer);
-    this.#reasoning = new Growing(ui.reasoning);
+    for (const element of root.querySelectorAll("[id]")) this.#ui[element.id] = element;
+    const { form, choice, prompt, run, cancel, copy, retry, answer, reasoning } = this.#ui;
+    run.type = "submit";
+    this.#answer = new Growing(answer);
+    this.#reasoning = new Growing(reasoning);
 
-    ui.choice.addEventListener("change", () => this.#offer());
-    ui.prompt.addEventListener("input", () => this.#offer());
-    ui.form.addEventListener("submit", (event) => {
+    choice.addEventListener("change", () => this.#offer());
+    prompt.addEventListener("input", () => this.#offer());
+    form.addEventListener("submit", (event) => {
       event.preventDefault();
       this.execute();
     });
-    ui.answer.addEventListener("scroll", () => {
-      this.#follows = ui.answer.scrollHeight - ui.answer.scrollTop - ui.answer.clientHeight < 24;
+    cancel.addEventListener("click", () => this.cancel());
+    copy.addEventListener("click", () => this.#copy());
+    retry.addEventListener("click", () => this.#start(this.#request));
+    answer.addEventListener("scroll", () => {
+      this.#follows = answer.scrollHeight - answer.scrollTop - answer.clientHeight < 24;
     });
     root.addEventListener("keydown", (event) => this.#key(event));
     this.#run.subscribe(() => this.#draw());
@@ -642,9 +633,7 @@ export class StreamingPromptExecutor extends Base {
 
   connectedCallback() {
     // What was set before this class was known hides its accessors.
-    for (const name of [...Object.keys(ATTRIBUTES), ...Object.keys(OBJECTS)]) {
-      if (!Object.hasOwn(this, name)) continue;
-      const value = this[name];
+    for (const [name, value] of Object.entries(this)) {
       delete this[name];
       this[name] = value;
     }
@@ -658,6 +647,7 @@ export class StreamingPromptExecutor extends Base {
 
   attributeChangedCallback(name) {
     if (name === "variables") this.#inputs.clear();
+    if (name === "prompt") this.#ui.prompt.value = this.prompt ?? "";
     this.#configure();
   }
 
@@ -668,22 +658,21 @@ export class StreamingPromptExecutor extends Base {
   /** What the form says, as it is sent. */
   get request() {
     const { promptId, model } = this.#choice;
-    const given = this.variables ?? {};
-    const variables = {};
-    for (const [name, { value }] of this.#fields) {
-      // A number that nobody touched stays one.
-      variables[name] = value === String(given[name]) ? given[name] : value;
-    }
-    const what =
-      promptId === undefined ? { prompt: this.#ui.prompt.value, model } : { promptId, modelId: this.model ?? undefined };
-    const limits = { maxTokens: Number(this.maxTokens) || undefined, timeout: Number(this.timeout) || undefined };
-    return { ...what, variables, ...limits };
+    const what = promptId === undefined ? { prompt: this.#ui.prompt.value, model } : { promptId };
+    if (promptId !== undefined && this.model) what.modelId = this.model;
+    if (this.maxTokens) what.maxTokens = Number(this.maxTokens);
+    if (this.timeout) what.timeout = Number(this.timeout);
+    // A number that nobody touched stays one.
+    const given = { __proto__: null, ...this.variables };
+    const typed = ({ name, value }) => (value === String(given[name]) ? given[name] : value);
+    return { ...what, variables: Object.fromEntries(this.#fields.map((input) => [input.name, typed(input)])) };
   }
 
-  /** Run what the form says, unless it is running. Resolves with the last state. */
+  /** Run what the form says, unless something runs. Resolves with the last state. */
   async execute() {
     await this.#configured;
-    if (this.state.isStreaming || !this.#ui.form.reportValidity()) return this.state;
+    const { form } = this.#ui;
+    if (this.state.isStreaming || !this.#choices.length || !form.reportValidity()) return this.state;
     return this.#start(this.request);
   }
 
@@ -698,7 +687,7 @@ export class StreamingPromptExecutor extends Base {
   #start(request) {
     this.#request = request;
     this.#follows = true;
-    Object.assign(this.#run.options, { baseUrl: this.baseUrl ?? "", headers: this.headers });
+    Object.assign(this.#run.options, { baseUrl: this.baseUrl, headers: this.headers });
     return this.#run.execute(request);
   }
 
@@ -707,14 +696,14 @@ export class StreamingPromptExecutor extends Base {
   }
 
   #key(event) {
-    const { key, target, isComposing } = event;
+    const { key, target } = event;
     if (key === "Escape" && this.state.isStreaming) {
       event.preventDefault(); // a dialog around this stays open
       this.cancel();
-    } else if (key === "Enter" && target.localName === "textarea" && !isComposing) {
-      // A prompt has lines; a value seldom.
-      const runs = target === this.#ui.prompt ? event.ctrlKey || event.metaKey : !event.shiftKey;
-      if (!runs) return;
+    }
+    if (key !== "Enter" || event.isComposing || target.localName !== "textarea") return;
+    // A prompt has lines; a value seldom.
+    if (event.ctrlKey || event.metaKey || (target !== this.#ui.prompt && !event.shiftKey)) {
       event.preventDefault();
       this.execute();
     }
@@ -722,81 +711,87 @@ export class StreamingPromptExecutor extends Base {
 
   // --- what can be asked ---
 
-  /** Find out what there is; once for all attributes that change together. */
+  /** Once for all attributes that change together. */
   #configure() {
-    const asked = Promise.resolve().then(async () => {
-      const outdated = () => asked !== this.#configured || !this.isConnected;
-      if (outdated()) return;
-      const { promptId, model, models, headers } = this;
-      const get = async (path, field) => {
-        const response = await fetch((this.baseUrl ?? "").replace(/\/+$/, "") + path, { headers: headers ?? {} });
-        if (!response.ok) throw await refusal(response);
-        return (await response.json())[field];
-      };
-      const alone = promptId === null && model !== null;
-      const [prompts, kept] = await Promise.allSettled([
-        alone ? [] : get("/api/prompts", "data"),
-        alone ? [model] : promptId !== null ? [] : (models ?? get("/api/status", "models")),
-      ]);
-      if (outdated()) return;
-      const described = (prompts.value ?? []).map(({ id, title, variables }) => ({ promptId: id, title, variables }));
-      const keys = (kept.value ?? []).map((one) => ({ model: one.key ?? one, state: one.state }));
-      this.#choices =
-        promptId === null
-          ? [...described, ...new Map(keys.map((one) => [one.model, one])).values()]
-          : [described.find((prompt) => String(prompt.promptId) === promptId) ?? { promptId }];
-      const failure = prompts.reason ?? kept.reason;
-      const why = failure ? `What can be run cannot be read: ${failure.message}` : "No prompt and no model is configured.";
-      say(this.#ui.note, this.#choices.length ? "" : why);
-      this.#list();
-      this.#offer();
+    const asked = Promise.resolve().then(() => {
+      if (asked !== this.#configured || !this.isConnected) return;
+      const { promptId, model, models } = this;
+      const known = [promptId === null ? { model } : { promptId }];
+      if (promptId !== null || model !== null) this.#set(known);
+      if (promptId !== null || model === null) this.#inquire(promptId, models, asked);
     });
     this.#configured = asked;
   }
 
-  #list() {
-    const { choice } = this.#ui;
+  async #inquire(promptId, models, asked) {
+    const get = async (path) => {
+      const response = await fetch(join(this.baseUrl, path), { headers: this.headers ?? {} });
+      if (!response.ok) throw await refusal(response);
+      return response.json();
+    };
+    const [prompts, kept] = await Promise.allSettled([
+      get("/api/prompts").then(({ data }) => data.map(({ id, ...rest }) => ({ ...rest, promptId: id, model: null }))),
+      models ?? (promptId === null ? get("/api/status").then((status) => status.models) : []),
+    ]);
+    if (asked !== this.#configured || !this.isConnected) return;
+    const configured = prompts.value ?? [];
+    if (promptId !== null) {
+      const found = configured.find((prompt) => String(prompt.promptId) === promptId);
+      if (found) this.#set([found]);
+      return;
+    }
+    const own = new Map((kept.value ?? []).map((one) => [one.key ?? one, { model: one.key ?? one, state: one.state }]));
+    const failure = prompts.reason ?? kept.reason;
+    const nothing = failure ? `What can be run is not known: ${failure.message}` : "Neither prompts nor models are configured.";
+    this.#set([...configured, ...own.values()], nothing);
+  }
+
+  #set(choices, nothing = "") {
+    this.#choices = choices;
+    const { choice, note } = this.#ui;
+    say(note, choices.length ? "" : nothing);
+    const option = ({ promptId, title, model, state }) =>
+      promptId === undefined
+        ? h("option", { value: `model ${model}` }, state ? `${model} · ${state}` : model)
+        : h("option", { value: `prompt ${promptId}` }, title ?? String(promptId));
+    const group = (label, found) => (found.length ? [h("optgroup", { label }, ...found.map(option))] : []);
     const groups = [
-      ["Configured prompts", this.#choices.filter((one) => one.promptId !== undefined)],
-      ["A prompt of your own, for", this.#choices.filter((one) => one.promptId === undefined)],
+      ...group("Configured prompts", choices.filter((one) => one.promptId !== undefined)),
+      ...group("A prompt of your own, for", choices.filter((one) => one.promptId === undefined)),
     ];
-    const made = groups
-      .filter(([, choices]) => choices.length)
-      .map(([label, choices]) => h("optgroup", { label }, ...choices.map(option)));
-    const old = [...choice.children];
-    if (made.length === old.length && made.every((group, i) => group.isEqualNode(old[i]))) return; // it may be open
-    const { value } = choice;
-    choice.replaceChildren(...made);
-    choice.value = value;
-    if (choice.selectedIndex < 0) choice.selectedIndex = 0;
+    const { value, children } = choice;
+    // A list that is open would close.
+    if (groups.length !== children.length || groups.some((made, i) => !made.isEqualNode(children[i]))) {
+      choice.replaceChildren(...groups);
+      choice.value = value;
+      if (choice.selectedIndex < 0) choice.selectedIndex = 0;
+    }
+    this.#offer();
   }
 
   /** The form of what is chosen. */
   #offer() {
     const ui = this.#ui;
     const chosen = (this.#choice = this.#choices[ui.choice.selectedIndex] ?? {});
-    const fixed = this.promptId !== null || this.model !== null;
     const own = chosen.promptId === undefined;
-    const given = this.variables ?? {};
-    const names = own
-      ? [...ui.prompt.value.matchAll(/\{\{\s*([\p{L}\p{N}_.-]+)\s*\}\}/gu)].map(([, name]) => name)
-      : (chosen.variables ?? Object.keys(given));
-    this.#fields = new Map();
-    for (const name of names) {
+    const fixed = this.promptId !== null || this.model !== null;
+    const given = { __proto__: null, ...this.variables };
+    const written = ui.prompt.value.matchAll(/\{\{\s*([\p{L}\p{N}_.-]+)\s*\}\}/gu);
+    const names = own ? Array.from(written, ([, name]) => name) : (chosen.variables ?? Object.keys(given));
+    this.#fields = [...new Set(names)].map((name) => {
       if (!this.#inputs.has(name)) {
-        const input = h("textarea", { name, rows: 1 });
-        input.value = given[name] ?? "";
+        const input = h("textarea", { name, rows: 1 }, String(given[name] ?? ""));
+        h("label", {}, h("span", {}, name), input);
         this.#inputs.set(name, input);
       }
-      this.#fields.set(name, this.#inputs.get(name));
-    }
-    const labels = [...this.#fields].map(([name, input]) => input.parentNode ?? h("label", {}, h("span", {}, name), input));
-    ui.variables.replaceChildren(...labels);
+      return this.#inputs.get(name);
+    });
+    ui.variables.replaceChildren(...this.#fields.map((input) => input.parentNode));
+    ui.variables.hidden = !this.#fields.length;
     say(ui.title, String(chosen.title ?? chosen.promptId ?? chosen.model ?? ""));
     ui.title.hidden = !fixed;
     ui.chooser.hidden = fixed;
     ui.own.hidden = ui.prompt.disabled = !own;
-    ui.variables.hidden = !labels.length;
     this.#draw();
   }
 
@@ -804,9 +799,9 @@ export class StreamingPromptExecutor extends Base {
 
   #draw() {
     const ui = this.#ui;
-    const state = this.state;
+    const { state } = this;
+    const { status, isStreaming, isModelLoading, progress, failure, content } = state;
     const before = this.#drawn;
-    const { status, isStreaming, progress, failure, content } = state;
     const focused = this.shadowRoot.activeElement;
     this.#drawn = state;
 
@@ -814,70 +809,68 @@ export class StreamingPromptExecutor extends Base {
     ui.result.hidden = status === "idle";
     ui.run.setAttribute("aria-disabled", isStreaming || !this.#choices.length);
     ui.cancel.hidden = !isStreaming;
-    ui.bar.hidden = !state.isModelLoading;
-    ui.error.hidden = ui.advice.hidden = !failure;
+    ui.retry.hidden = isStreaming;
+    ui.bar.hidden = !isModelLoading;
+    ui.error.hidden = !failure;
     ui.thoughts.hidden = !state.reasoning;
     ui.answer.hidden = ui.copy.hidden = !content;
-    ui.answer.setAttribute("aria-busy", isStreaming);
+    ui.answer.ariaBusy = isStreaming;
     ui.figures.hidden = progress.firstTokenMs === null;
-    ui.retry.hidden = isStreaming;
     // Whoever stood on a button that is gone stands on its successor.
     if (focused?.hidden) (isStreaming ? ui.cancel : ui.run).focus();
 
-    say(ui.label, LABELS[status] ?? "");
-    const detail = state.isModelLoading ? progress.message?.replace(/^Loading /, "") : state.metadata?.modelName;
-    say(ui.detail, detail ?? "");
-    say(ui.error, state.error ?? "");
+    say(ui.label, LABELS[status]);
+    say(ui.detail, (isModelLoading ? progress.message?.replace(/^Loading /, "") : state.metadata?.modelName) ?? "");
+    say(ui.message, state.error ?? "");
     say(ui.advice, failure ? advice(failure) : "");
-    for (const [name, input] of this.#fields) {
-      input.setAttribute("aria-invalid", failure?.field?.replaceAll('"', "") === `variables.${name}`);
+    for (const input of this.#fields) {
+      input.ariaInvalid = failure?.field?.replaceAll('"', "") === `variables.${input.name}`;
     }
     this.#reasoning.show(state.reasoning);
     this.#answer.show(content);
-    if (this.#follows && content.length > before.content.length) ui.answer.scrollTop = ui.answer.scrollHeight;
-
-    const or = (value, shown) => (value === null ? "–" : shown(value));
-    say(ui.first, or(progress.firstTokenMs, duration));
+    if (this.#follows && content !== before.content) ui.answer.scrollTop = ui.answer.scrollHeight;
+    say(ui.first, inSeconds(progress.firstTokenMs));
     say(ui.chunks, progress.chunks.toLocaleString());
-    say(ui.rate, or(progress.chunksPerSecond, rounded));
+    say(ui.rate, rounded(progress.chunksPerSecond));
     say(ui.characters, progress.outputLength.toLocaleString());
     this.#tick();
     if (isStreaming) this.#ticking ??= setInterval(() => this.#tick(), 100);
     else this.#ticking = clearInterval(this.#ticking);
 
-    if (status !== before.status) this.#announce();
-    if (status === "failed" && before !== state && before.status !== "failed") this.#dispatch("error", failure);
+    if (status === before.status) return;
+    this.#announce();
+    if (failure) this.#dispatch("error", failure);
   }
 
   /** What moves between two events. */
   #tick() {
-    const ui = this.#ui;
+    const { time, clock, bar, live } = this.#ui;
     const { isStreaming, isModelLoading, progress } = this.state;
-    say(ui.time, duration(isStreaming ? this.#run.clock : progress.duration));
-    if (!isModelLoading) {
-      say(ui.clock, "");
-      return;
-    }
-    const { estimatedTime } = progress;
-    const elapsed = progress.elapsed + this.#run.clock - progress.duration;
-    const late = estimatedTime !== null && elapsed >= estimatedTime;
-    if (estimatedTime === null || late) ui.bar.removeAttribute("value");
-    else ui.bar.value = elapsed / estimatedTime;
-    const rest = late ? "longer than usual" : `about ${spoken(estimatedTime - elapsed)} to go`;
-    say(ui.clock, [`${Math.floor(elapsed / 1000)} s`, ...(estimatedTime === null ? [] : [rest])].join(" · "));
-    if (late && !this.#late) say(ui.live, "Loading model…, longer than usual");
+    const now = isStreaming ? this.#run.clock : progress.duration;
+    say(time, inSeconds(now));
+    if (!isModelLoading) return say(clock, "");
+    const elapsed = progress.elapsed + now - progress.duration;
+    const left = progress.estimatedTime - elapsed;
+    const known = progress.estimatedTime !== null;
+    if (known && left > 0) bar.value = elapsed / progress.estimatedTime;
+    else bar.removeAttribute("value");
+    const rest = !known ? "" : left > 0 ? ` · about ${spoken(left)} to go` : " · longer than usual";
+    say(clock, `${Math.floor(elapsed / 1000)} s${rest}`);
+    const late = known && left <= 0;
+    if (late && !this.#late) say(live, "Loading model…, longer than usual");
     this.#late = late;
   }
 
-  /** For those who hear this page: changes of state, and none of the chunks. */
+  /** For those who hear this page: each change of state, and no chunk. */
   #announce() {
     const { status, progress, failure } = this.state;
-    const { elapsed, estimatedTime, chunks, outputLength } = progress;
-    const told = [LABELS[status] ?? ""];
-    if (status === "loading" && estimatedTime > elapsed) told.push(`about ${spoken(estimatedTime - elapsed)} to go`);
-    if (status === "done") told.push(plural(chunks, "chunk"), plural(outputLength, "character"), duration(progress.duration));
-    if (failure) told.push(failure.message, advice(failure));
-    say(this.#ui.live, told.filter(Boolean).join(", ").replace(/^(Done|Failed), /, "$1: "));
+    const left = progress.estimatedTime - progress.elapsed;
+    const more = {
+      loading: left > 0 ? `, about ${spoken(left)} to go` : "",
+      done: `: ${plural(progress.chunks, "chunk")}, ${plural(progress.outputLength, "character")}, ${inSeconds(progress.duration)}`,
+      failed: failure && `: ${failure.message} ${advice(failure)}`,
+    };
+    say(this.#ui.live, (LABELS[status] + (more[status] ?? "")).trim());
   }
 
   async #copy() {
@@ -886,9 +879,8 @@ export class StreamingPromptExecutor extends Base {
     try {
       await navigator.clipboard.writeText(content);
     } catch {
-      // Pages of a plain http address in the network have no clipboard.
-      const area = h("textarea", { class: "unseen" });
-      area.value = content;
+      // A page of plain http has no clipboard.
+      const area = h("textarea", {}, content);
       copy.after(area);
       area.select();
       document.execCommand("copy");
@@ -901,38 +893,36 @@ export class StreamingPromptExecutor extends Base {
   }
 
   static {
-    const accessor = (name, get, set) => Object.defineProperty(this.prototype, name, { get, set, enumerable: true });
-    for (const [property, attribute] of Object.entries(ATTRIBUTES)) {
-      accessor(
-        property,
-        function () {
-          return this.getAttribute(attribute);
-        },
-        function (value) {
-          this.toggleAttribute(attribute, value != null);
-          if (value != null) this.setAttribute(attribute, value);
-        },
-      );
-    }
-    for (const [property, parse] of Object.entries(OBJECTS)) {
-      accessor(
-        property,
-        function () {
-          const text = this.getAttribute(property);
-          return this.#objects[property] ?? (text === null ? null : parse(text));
-        },
-        function (value) {
-          this.#objects[property] = value;
-          this.attributeChangedCallback(property);
-        },
-      );
-    }
+    const attribute = (name) => ({
+      get() {
+        return this.getAttribute(name);
+      },
+      set(value) {
+        if (value == null) this.removeAttribute(name);
+        else this.setAttribute(name, value);
+      },
+    });
+    const object = (name, parse) => ({
+      get() {
+        return this.#objects[name] ?? (this.hasAttribute(name) ? parse(this.getAttribute(name)) : null);
+      },
+      set(value) {
+        this.#objects[name] = value;
+        this.attributeChangedCallback(name);
+      },
+    });
+    Object.defineProperties(this.prototype, {
+      promptId: attribute("prompt-id"),
+      model: attribute("model"),
+      prompt: attribute("prompt"),
+      baseUrl: attribute("base-url"),
+      maxTokens: attribute("max-tokens"),
+      timeout: attribute("timeout"),
+      models: object("models", (text) => text.split(/\s*,\s*/)),
+      variables: object("variables", JSON.parse),
+      headers: object("headers", JSON.parse),
+    });
   }
-}
-
-function option({ promptId, title, model, state }) {
-  if (promptId !== undefined) return h("option", { value: `prompt ${promptId}` }, title ?? String(promptId));
-  return h("option", { value: `model ${model}` }, state ? `${model} · ${state}` : model);
 }
 
 if (globalThis.customElements && !customElements.get("streaming-prompt-executor")) {
