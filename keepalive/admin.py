@@ -68,6 +68,14 @@ class Daemon(Protocol):
         """None, or why not."""
         ...
 
+    def history(self) -> Mapping[str, Any]:
+        """What holds for the history of all models."""
+        ...
+
+    def story(self, model: ModelId) -> Mapping[str, Any] | None:
+        """What is remembered of one; None when it is not kept any more."""
+        ...
+
     def warm(self, model: ModelId) -> None: ...
     def release(self, model: ModelId) -> None: ...
     async def forward(self, request: web.BaseRequest, headers: Mapping[str, str]) -> web.StreamResponse:
@@ -182,6 +190,25 @@ class Admin:
         }
         return _json(body, HTTPStatus.OK if body["ready"] else HTTPStatus.SERVICE_UNAVAILABLE)
 
+    async def _history(self, request: web.BaseRequest) -> web.StreamResponse:
+        """What is remembered of all models; with `?model=KEY` (repeatable), of these."""
+        models, asked = self._feed.look()["models"], request.query.getall("model", [])
+        unknown = [key for key in asked if not _named(models, key)]
+        if unknown:
+            raise _unknown_model(", ".join(unknown))
+        meant = {ModelId(m["upstream"], m["key"]): None for key in asked for m in _named(models, key)}
+        stories = []
+        for model in meant or [ModelId(m["upstream"], m["key"]) for m in models]:
+            story = self._daemon.story(model)
+            if story is not None:
+                stories.append(json.dumps(story))
+            # Thousands in one go would hold up users' streams, and so would packing them.
+            await asyncio.sleep(0)
+        rows = ",\n".join(stories)
+        text = f'{json.dumps(self._daemon.history())[:-1]}, "models": [\n{rows}\n]}}\n'
+        response = web.Response(text=text, content_type="application/json", headers=HEADERS)
+        return await asyncio.to_thread(_packed, request, response)
+
     async def _events(self, request: web.BaseRequest) -> web.StreamResponse:
         feed = self._feed
         if feed.watching >= SUBSCRIBERS_MAX:
@@ -271,6 +298,7 @@ class Admin:
 
     _GET: Mapping[str, Callable[["Admin", web.BaseRequest], Awaitable[web.StreamResponse]]] = {
         "/api/status": _status,
+        "/api/history": _history,
         "/api/events": _events,
         "/metrics": _metrics,
         "/livez": _livez,

@@ -19,6 +19,7 @@ from keepalive.errors import KeepaliveError
 from keepalive.facts import ClockJumped, ModelId, ReleaseAsked, WarmAsked, WindowClosed, WindowOpened
 from keepalive.feed import Feed
 from keepalive.front import Front, StartError, cannot_listen, is_loopback, url_of
+from keepalive.history import History
 from keepalive.keeper import Keep, Keeper, Server
 from keepalive.ledger import Ledger
 from keepalive.lifecycle import Policy, State, UpstreamState
@@ -78,7 +79,9 @@ class Daemon:
             name: [Address(*systemd.address(one)) for one in opened] for name, opened in self._sockets.items()
         }
         self._ledger = _ledger(settings, lambda: self._urls, wall)
-        observers = [o for o in (self._ledger, self._metrics, self._feed, logs.Log()) if o is not None]
+        self._history = History(wall)
+        optional = (self._ledger, self._metrics, self._history, self._feed, logs.Log())
+        observers = [o for o in optional if o is not None]
         self.keeper = Keeper(self._clock, observers, self._report)
         self._schedule = Schedule(self._tick, self._clock_jumped, self._metrics.jobs_missed.inc, wall=wall)
         self._front = Front(settings, self.keeper, self._clock, self._metrics)
@@ -174,6 +177,14 @@ class Daemon:
         self._scraped = self._wall()
         return self._metrics.render(accept)
 
+    def history(self) -> Mapping[str, Any]:
+        trouble = self._history.trouble
+        return {"kept": trouble is None, "reason": trouble}
+
+    def story(self, model: ModelId) -> Mapping[str, Any] | None:
+        story = self._history.story(model)
+        return None if story is None else status.story_document(model, story, self._wall())
+
     def alive(self) -> str | None:
         late = self._schedule.late()
         return None if late < SCHEDULER_LATE else f"the scheduler has not run for {late:.0f} s"
@@ -223,6 +234,7 @@ class Daemon:
                 )
             )
         self._metrics.configure(self._kept)
+        self._history.configure(self._kept)
         self._closing += self.keeper.configure(servers, map(self._keep, self._kept.values()))
         self._clients = {server.name: self._clients[server.name] for server in servers}
         self._tokens = lm_tokens

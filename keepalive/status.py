@@ -1,4 +1,4 @@
-"""What is known, as the JSON that `/api/status` promises.
+"""What is known, as the JSON that `/api/status` and `/api/history` promise.
 
 Pure: records in, plain values out. Times inside are of the keeper's clock; outside they are UTC.
 """
@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from keepalive import __version__
+from keepalive.facts import ModelId
+from keepalive.history import Story
 from keepalive.keeper import Snapshot
 from keepalive.lifecycle import Model, State, Upstream, eta, explain
 
@@ -109,6 +111,23 @@ def _next_ping(model: Model, now: float) -> float | None:
     if model.ping_at is None or not model.needed or not (model.instances or model.blind):
         return None
     return max(model.ping_at, now)
+
+
+def story_document(model: ModelId, story: Story, wall: float) -> Json:
+    """What is remembered of one model."""
+    requests, seconds = story.waits_lately(wall)
+    return {
+        "key": model.key,
+        "upstream": model.upstream,
+        "loads": [
+            {"at": utc(load.at), "outcome": load.outcome.value, "seconds": round(load.seconds, 3)}
+            for load in story.loads
+        ],
+        "evictions": [{"at": utc(lost.at), "cause": lost.cause.value} for lost in story.evictions],
+        "timeline": [{"at": utc(at), "state": str(state)} for at, state in story.timeline(wall)],
+        "waits": {"requests": requests, "seconds": round(seconds, 3)},
+        "pings": {outcome.value: count for outcome, count in story.pings_lately(wall).items()},
+    }
 
 
 def utc(moment: float) -> str:

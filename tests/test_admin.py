@@ -53,6 +53,7 @@ class Shown:
         self.document: dict[str, Any] = {"version": "1.0.0", "models": list(models)}
         self.asked: list[tuple[str, ModelId]] = []
         self.trouble: str | None = None
+        self.stories: dict[ModelId, dict[str, Any]] = {}
         self.url = ""
         self.feed = Feed(self.status)
 
@@ -64,6 +65,12 @@ class Shown:
 
     def alive(self) -> str | None:
         return self.trouble
+
+    def history(self) -> Mapping[str, Any]:
+        return {"kept": False, "reason": "it is kept in memory only"}
+
+    def story(self, model: ModelId) -> Mapping[str, Any] | None:
+        return self.stories.get(model)
 
     def warm(self, model: ModelId) -> None:
         self.asked.append(("warm", model))
@@ -202,6 +209,43 @@ async def test_readiness_of_a_model_that_nobody_keeps_is_not_found() -> None:
     assert (status, json.loads(text)) == (404, {"error": "no such model here: nope, "})
 
 
+@pytest.mark.parametrize(
+    ("query", "told"),
+    [
+        ("", ["a", "b", "b2", "c/d"]),
+        ("?model=b", ["b", "b2"]),
+        ("?model=c%2Fd&model=A", ["c/d", "a"]),
+        ("?model=a&model=a", ["a"]),
+    ],
+)
+async def test_the_history_of_all_models_is_told_or_of_those_that_are_asked_for(
+    query: str, told: list[str]
+) -> None:
+    models = model("a"), model("b"), model("b", upstream="far"), model("c/d"), model("gone since")
+    async with listening(*models) as shown:
+        shown.stories = {
+            ModelId("local", "a"): {"name": "a"},
+            ModelId("local", "b"): {"name": "b"},
+            ModelId("far", "b"): {"name": "b2"},
+            ModelId("local", "c/d"): {"name": "c/d"},
+        }
+        status, headers, text = await asked(f"{shown.url}/api/history{query}")
+
+    assert (status, headers["Content-Type"]) == (200, "application/json; charset=utf-8")
+    assert json.loads(text) == {
+        "kept": False,
+        "reason": "it is kept in memory only",
+        "models": [{"name": name} for name in told],
+    }
+
+
+async def test_the_history_of_a_model_that_nobody_keeps_is_not_found() -> None:
+    async with listening(model("a")) as shown:
+        status, _, text = await asked(f"{shown.url}/api/history?model=a&model=nope")
+
+    assert (status, json.loads(text)) == (404, {"error": "no such model here: nope"})
+
+
 async def test_a_daemon_that_stops_is_not_ready_though_all_is_warm() -> None:
     async with listening(model("a")) as shown:
         shown.document["draining"] = True
@@ -257,7 +301,9 @@ async def test_nothing_but_the_files_is_served(path: str) -> None:
 )
 async def test_what_is_large_is_compressed_for_those_who_can_read_it(accepts: str, is_packed: bool) -> None:
     async with listening(*(model(f"model-{number}") for number in range(50))) as shown:
-        for path in ("/page.js", "/api/status"):
+        for number in range(50):
+            shown.stories[ModelId("local", f"model-{number}")] = {"key": f"model-{number}"}
+        for path in ("/page.js", "/api/status", "/api/history"):
             head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nAccept-Encoding: {accepts}\r\nConnection: close\r\n\r\n"
             head_bytes, _, body = (await raw(shown.url, head.encode())).partition(b"\r\n\r\n")
             plain = (await asked(f"{shown.url}{path}"))[2]
@@ -509,6 +555,7 @@ def test_any_other_name_is_unknown(host: str) -> None:
     [
         ("GET", "/api/status", 403),
         ("GET", "/api/events", 403),
+        ("GET", "/api/history", 403),
         ("GET", "/", 403),
         ("GET", "/nothing", 403),
         ("POST", "/api/models/a/warm", 403),

@@ -158,6 +158,29 @@ async def test_a_restart_of_lm_studio_is_what_took_a_model() -> None:
     assert lost["cause"] == "restart"
 
 
+async def test_what_happened_to_a_model_is_told_in_its_order() -> None:
+    async with simulator(GEMMA) as studio, daemon(settings(studio.url, "gemma", QWEN.key)) as running:
+        await reaches(running, "gemma", "warm")
+        studio.studio.evict("gemma")
+        await until(lambda: model(running, "gemma")["loads"] == 2, "it is loaded again")
+        await reaches(running, "gemma", "warm")
+        status, _, text = await asked(f"{running.admin_url}/api/history?model=GEMMA")
+        _, _, every = await asked(f"{running.admin_url}/api/history")
+    told = json.loads(text)
+    gemma = told["models"][0]
+
+    assert (status, told["kept"], told["reason"]) == (200, False, "it is kept in memory only")
+    assert [m["key"] for m in told["models"]] == ["gemma"]
+    assert [m["key"] for m in json.loads(every)["models"]] == ["gemma", QWEN.key]
+    assert [load["outcome"] for load in gemma["loads"]] == ["ok", "ok"]
+    assert all(0.3 <= load["seconds"] < 30 for load in gemma["loads"])
+    assert [lost["cause"] for lost in gemma["evictions"]] == ["by_hand"]
+    states = [entry["state"] for entry in gemma["timeline"]]
+    assert states == ["unknown", "cold", "loading", "warm", "cold", "loading", "warm"]
+    assert gemma["timeline"] == sorted(gemma["timeline"], key=lambda entry: entry["at"])
+    assert gemma["pings"]["ok"] >= 2
+
+
 async def test_the_document_says_when_its_metrics_were_last_read() -> None:
     async with simulator(GEMMA) as studio, daemon(settings(studio.url, "gemma")) as running:
         never = running.status()["scraped_at"]

@@ -5,10 +5,11 @@ from dataclasses import replace
 from math import inf
 
 from keepalive import __version__
-from keepalive.facts import Instance, ModelId, PingOutcome, Tier
+from keepalive.facts import Instance, LoadOutcome, ModelId, PingOutcome, Tier
+from keepalive.history.story import Changed, Evicted, Loaded, Pinged, Story, Waited
 from keepalive.keeper import Snapshot
 from keepalive.lifecycle import Cause, Eviction, Model, Pending, Ping, Policy, State, Upstream, UpstreamState
-from keepalive.status import document, is_ready, utc
+from keepalive.status import document, is_ready, story_document, utc
 
 GEMMA = ModelId("local", "gemma")
 UP = Upstream("local", state=UpstreamState.UP, since=10.0, tier=Tier.V1)
@@ -229,6 +230,40 @@ def test_every_state_makes_a_document_that_is_json() -> None:
             text = json.dumps(shown(model), allow_nan=False)
 
             assert json.loads(text)["state"] == state.value
+
+
+def test_the_document_of_what_is_remembered_is_written_out() -> None:
+    story = Story()
+    for entry in (
+        Changed(WALL - 100, State.UNKNOWN),
+        Loaded(WALL - 90, LoadOutcome.FAILED, 0.5),
+        Loaded(WALL - 60, LoadOutcome.OK, 12.34567),
+        Changed(WALL - 60, State.WARM),
+        Pinged(WALL - 59, PingOutcome.OK, 0.2),
+        Pinged(WALL - 49, PingOutcome.OK, 0.2),
+        Waited(WALL - 60, 12.5004, True),
+        Waited(WALL - 60, 3.0, False),
+        Evicted(WALL - 10, Cause.BY_HAND, 39.0),
+        Changed(WALL - 10, State.COLD),
+    ):
+        story.add(entry)
+
+    assert story_document(GEMMA, story, WALL) == {
+        "key": "gemma",
+        "upstream": "local",
+        "loads": [
+            {"at": "2026-11-22T10:00:10.000Z", "outcome": "failed", "seconds": 0.5},
+            {"at": "2026-11-22T10:00:40.000Z", "outcome": "ok", "seconds": 12.346},
+        ],
+        "evictions": [{"at": "2026-11-22T10:01:30.000Z", "cause": "by_hand"}],
+        "timeline": [
+            {"at": "2026-11-22T10:00:00.000Z", "state": "unknown"},
+            {"at": "2026-11-22T10:00:40.000Z", "state": "warm"},
+            {"at": "2026-11-22T10:01:30.000Z", "state": "cold"},
+        ],
+        "waits": {"requests": 2, "seconds": 15.5},
+        "pings": {"ok": 2, "error": 0, "timeout": 0, "wrong_model": 0, "skipped": 0},
+    }
 
 
 def test_times_are_utc_to_the_millisecond() -> None:
