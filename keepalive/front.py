@@ -73,14 +73,12 @@ class Front:
         if page_key is not None:
             known.append(Key("page", page_key))
         self._proxy.configure(self._settings(settings, tokens, known))
-        self._prompts.configure(
-            prompts.Settings(
-                settings.prompts,
-                list(dict.fromkeys(kept.key for kept in settings.kept)),
-                heartbeat=settings.server.heartbeat,
-                body_bytes=min(prompts.BODY_BYTES, settings.server.max_body),
-                allowed_origins=frozenset(settings.server.allowed_origins),
-            )
+        self._prompts.settings = prompts.Settings(
+            settings.prompts,
+            list(dict.fromkeys(kept.key for kept in settings.kept)),
+            heartbeat=settings.server.heartbeat,
+            body_bytes=min(prompts.BODY_BYTES, settings.server.max_body),
+            allowed_origins=frozenset(settings.server.allowed_origins),
         )
 
     async def listen(self, address: Listen, sockets: list[socket.socket] | None = None) -> str:

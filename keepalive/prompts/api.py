@@ -1,0 +1,235 @@
+"""The routes of the prompt API: who may ask, what is read, what is answered whole."""
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Final, NamedTuple, Protocol, TypeVar
+
+from keepalive.errors import NotWarm
+from keepalive.facts import ModelId
+from keepalive.http1 import Exchange, Headers, RequestHead, Ticker, preferred_wait, values
+from keepalive.prompts.asked import Refusal, Settings, read_order, read_warmup, variables
+from keepalive.prompts.stream import Forward, Stream, Visit, milliseconds, view_of
+from keepalive.proxy import Keeping, Key, Outcome, Seen
+from keepalive.routes import PROMPTS
+
+#: Of the bodies that are being read, together.
+READING_BYTES: Final = 128 * 1024 * 1024
+
+WARMUP: Final = "warmup"  # a metric label
+_ASSET: Final = Path(__file__).parents[1] / "assets" / "keepalive.js"
+
+T = TypeVar("T")
+
+
+class Admit(Protocol):
+    """The caller's key; status, message and code for one who may not ask."""
+
+    def __call__(self, head: RequestHead, /) -> tuple[Key | None, tuple[int, str, str] | None]: ...
+
+
+class Prompts:
+    """Answers the exchanges for `PATHS`. One for the life of the daemon."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        admit: Admit,
+        keeping: Keeping,
+        warm: Callable[[ModelId], None],
+        ticker: Ticker,
+        seen: Callable[[Seen], None],
+    ) -> None:
+        self.settings = Settings()
+        self._forward = forward
+        self._admit = admit
+        self._keeping = keeping
+        self._warm = warm
+        self._ticker = ticker
+        self._seen = seen
+        self._reading_bytes = 0
+        self._stopping: str | None = None
+        self._held: set[asyncio.Task[object]] = set()
+
+    def stop(self, why: str = "the daemon is shutting down") -> None:
+        """Refuses what has not been handed to the proxy yet."""
+        self._stopping = why
+        for task in list(self._held):
+            task.cancel()
+
+    async def __call__(self, exchange: Exchange) -> None:
+        head = exchange.head
+        route = PATHS[head.target.partition(b"?")[0]]
+        key, refused = self._admit(head)
+        visit = Visit(exchange, key, self._cors(head), asyncio.get_running_loop().time())
+        try:
+            # A script element cannot send a key, and everybody has that file.
+            if refused is not None and not (route is _MODULE and refused[0] == 401):
+                challenge = [(b"WWW-Authenticate", b"Bearer")] if refused[0] == 401 else None
+                raise Refusal(*refused, headers=challenge)
+            if head.method in route.methods:
+                await route.answer(self, visit)
+            elif head.method == b"OPTIONS" and len(visit.cors) > 1:
+                exchange.answer(204, [*visit.cors, *_preflight(route.methods)], b"")
+            else:
+                allow = [(b"Allow", b", ".join(route.methods))]
+                message = f"this is asked with {route.methods[0].decode()}"
+                raise Refusal(405, message, "method_not_allowed", headers=allow)
+        except Refusal as refusal:
+            visit.refuse(refusal)
+            self._count(visit, route.name, refusal.outcome, refusal.status)
+
+    def _count(
+        self, visit: Visit, route: str, outcome: Outcome, status: int, model: ModelId | None = None
+    ) -> None:
+        """For metrics and the log, as the proxy does for what it answers."""
+        seconds = asyncio.get_running_loop().time() - visit.began
+        key = None if visit.key is None else visit.key.name
+        self._seen(Seen(model, route, key, outcome, status, seconds=seconds))
+
+    # --- its routes ---------------------------------------------------------------------------------
+
+    async def _execute(self, visit: Visit) -> None:
+        settings = self.settings
+        body = await self._body(visit)
+        stream = Stream(
+            visit, read_order(body, settings, self._keeping.find), self._keeping, settings.heartbeat
+        )
+        del body  # it may be large, and the stream goes on for long
+        await stream.run(self._forward, self._ticker)
+
+    async def _list(self, visit: Visit) -> None:
+        found = [
+            {
+                "id": prompt.id,
+                "title": prompt.title,
+                "model": prompt.model,
+                "variables": variables(prompt.content),
+                "maxTokens": prompt.max_tokens,
+            }
+            for prompt in self.settings.prompts
+        ]
+        visit.answer(200, {"success": True, "data": found})
+
+    async def _warm_up(self, visit: Visit) -> None:
+        models = read_warmup(await self._body(visit), self.settings, self._keeping.find)
+        for model in models:
+            self._warm(model)
+        longest = view_of(self._keeping, models).max_wait
+        wish = preferred_wait(visit.exchange.head.headers)
+        deadline = visit.began + (longest if wish is None else min(longest, wish))
+        try:
+            async with asyncio.timeout_at(deadline):
+                model = await self._hold(visit.exchange, self._keeping.ensure_warm(models))
+        except TimeoutError:
+            view = view_of(self._keeping, models)
+            message = f"{models[0].key} is {view.state} and did not get warm in time"
+            message += f": {view.reason}" if view.reason else ""
+            later = view.eta or view.retry_after or 5
+            raise _unavailable(message, "model_not_ready", later, Outcome.TIMEOUT) from None
+        except NotWarm as error:
+            raise _unavailable(str(error), "model_not_ready", error.retry_after or 5) from None
+        took = milliseconds(asyncio.get_running_loop().time() - visit.began)
+        visit.answer(200, {"success": True, "data": {"modelId": model.key, "warmupDuration": took}})
+        self._count(visit, WARMUP, Outcome.OK, 200, model)
+
+    async def _module(self, visit: Visit) -> None:
+        """The browsers' module, for pages that name this address in a script element."""
+        try:
+            source = _ASSET.read_bytes()
+        except OSError:
+            raise Refusal(404, "there is no such file here", "not_found") from None
+        tag = b'"%b"' % blake2b(source, digest_size=12).hexdigest().encode()
+        headers = [*visit.cors, (b"ETag", tag), (b"Cache-Control", b"no-cache")]
+        if visit.exchange.head.get(b"if-none-match") == tag:
+            return visit.exchange.answer(304, headers, b"")
+        headers.append((b"Content-Type", b"text/javascript; charset=utf-8"))
+        headers.append((b"X-Content-Type-Options", b"nosniff"))
+        return visit.exchange.answer(200, headers, source)
+
+    # --- what it waits for --------------------------------------------------------------------------
+
+    async def _body(self, visit: Visit) -> bytes:
+        """A body of JSON. It is read only now: whoever may not ask has been told already."""
+        head = visit.exchange.head
+        kind = (head.get(b"content-type") or b"").partition(b";")[0].strip().lower()
+        if kind != b"application/json":
+            message = "send Content-Type: application/json"
+            raise Refusal(415, message, "unsupported_media_type", field="Content-Type")
+        if values(head.headers, b"content-encoding"):
+            message = "send the body uncompressed"
+            raise Refusal(415, message, "unsupported_encoding", field="Content-Encoding")
+        return await self._hold(visit.exchange, self._read(visit.exchange))
+
+    async def _read(self, exchange: Exchange) -> bytes:
+        most, size, pieces = self.settings.body_bytes, exchange.head.body, []
+        taken = 0
+        try:
+            while max(size, taken) <= most and (data := await exchange.read()):
+                taken += len(data)
+                self._reading_bytes += len(data)
+                if self._reading_bytes > READING_BYTES:
+                    raise _unavailable("too many requests are being read", "overloaded", 1)
+                pieces.append(data)
+        finally:
+            self._reading_bytes -= taken
+        if max(size, taken) > most:
+            raise Refusal(413, f"the body is larger than {most} bytes", "too_large")
+        return b"".join(pieces)
+
+    async def _hold(self, exchange: Exchange, waited: Awaitable[T]) -> T:
+        """Waits for what `stop` ends."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._held.add(task)
+        try:
+            return await waited
+        except asyncio.CancelledError:
+            if self._stopping is None or exchange.gone or exchange.refused is not None:
+                raise
+            raise _unavailable(self._stopping, "shutting_down", 5) from None
+        finally:
+            self._held.discard(task)
+
+    def _cors(self, head: RequestHead) -> Headers:
+        """A page that may send, but not read what comes back, has no use of it."""
+        headers = [(b"Vary", b"Origin")]
+        origin = head.get(b"origin") or b""
+        if origin.decode("latin-1") in self.settings.allowed_origins:
+            headers.append((b"Access-Control-Allow-Origin", origin))
+            headers.append((b"Access-Control-Expose-Headers", b"Retry-After"))
+        return headers
+
+
+class _Route(NamedTuple):
+    name: str  # a metric label
+    methods: tuple[bytes, ...]
+    answer: Callable[[Prompts, Visit], Awaitable[None]]
+
+
+_READ: Final = (b"GET", b"HEAD")
+_MODULE: Final = _Route("module", _READ, Prompts._module)
+#: The raw paths that are ours. Everything else is for the upstream.
+PATHS: Final[Mapping[bytes, _Route]] = {
+    b"/api/prompts/execute/stream": _Route(PROMPTS.name, (b"POST",), Prompts._execute),
+    b"/api/prompts": _Route(PROMPTS.name, _READ, Prompts._list),
+    b"/api/models/warmup": _Route(WARMUP, (b"POST",), Prompts._warm_up),
+    b"/keepalive.js": _MODULE,
+}
+
+
+def _preflight(methods: Sequence[bytes]) -> Headers:
+    return [
+        (b"Access-Control-Allow-Methods", b", ".join(methods)),
+        (b"Access-Control-Allow-Headers", b"authorization, content-type, prefer, x-api-key"),
+        (b"Access-Control-Max-Age", b"600"),
+    ]
+
+
+def _unavailable(
+    message: str, code: str, seconds: float, outcome: Outcome = Outcome.UPSTREAM_ERROR
+) -> Refusal:
+    later = [(b"Retry-After", b"%d" % max(1, math.ceil(seconds)))]
+    return Refusal(503, message, code, headers=later, outcome=outcome)
