@@ -2,6 +2,7 @@
 
 KeepaliveError
 ├── ConfigError            a config that cannot be used (in config, with all its mistakes)
+├── ClientError            a request to a daemon came to nothing (in client, with its kinds)
 ├── NotWarm                a model was asked for and does not get warm
 └── UpstreamError          LM Studio did not do what it was asked
     ├── Unreachable        nobody answered the connection; `refused` when the port is closed

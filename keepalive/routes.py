@@ -520,6 +520,28 @@ def heartbeat_comment(model: str, state: str, elapsed: float, eta: float | None)
     return sse.encode_comment(f"keepalive model={name} state={state} elapsed={elapsed:.1f}{to_go}")
 
 
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """What such a comment says."""
+
+    model: str
+    state: str
+    elapsed: float
+    eta: float | None
+
+
+_HEARTBEAT: Final = re.compile(r"keepalive model=(\S+) state=(\w+) elapsed=(\d+\.\d)(?: eta=(\d+\.\d))?")
+
+
+def read_heartbeat(comment: str) -> Heartbeat | None:
+    """The same, from the text of a comment; None for somebody else's."""
+    found = _HEARTBEAT.fullmatch(comment)
+    if found is None:
+        return None
+    model, state, elapsed, to_go = found.groups()
+    return Heartbeat(model, state, float(elapsed), None if to_go is None else float(to_go))
+
+
 def heartbeat_reasoning(route: Route, model: str, state: str, elapsed: float, eta: float | None) -> bytes:
     """The same as text that chat programs show as reasoning; a comment where the route knows no such thing.
 
@@ -603,6 +625,7 @@ class Delta:
     last: bool = False
     error: str | None = None
     code: str | None = None
+    field: str | None = None
 
 
 def chat_delta(data: str) -> Delta:
@@ -634,8 +657,8 @@ def chat_error(body: bytes) -> Delta:
     message = error_message(body)
     if message is None:
         return Delta()
-    answer = json.loads(_text(body))
-    return Delta(error=message, code=_text_of(answer.get("error"), "code") or None)
+    error = json.loads(_text(body)).get("error")
+    return Delta(error=message, code=_text_of(error, "code") or None, field=_text_of(error, "field") or None)
 
 
 def _text_of(value: object, name: str) -> str:

@@ -14,6 +14,8 @@ from keepalive.proxy import NO_STORE, Caller, Keeping, Key, View
 
 #: `model_loading` is said at most so often.
 LOADING_SECONDS: Final = 1.0
+#: When the caller has been told of the end, the upstream has this long to come to its own.
+LAST_SECONDS: Final = 5.0
 #: Of an upstream's answer that is no stream of events: what its error says stands at its beginning.
 ERROR_BYTES: Final = 65_536
 
@@ -102,8 +104,7 @@ class Stream:
         except TimeoutError:
             view = self._view()
             state = f"; {self._key} is {view.state}" if view.state != "warm" else ""
-            self._fail(504, f"no answer began within {timeout:g} ms{state}", "timeout")
-            self._exchange.finish()
+            self._fail(504, f"no answer began within {timeout or 0:g} ms{state}", "timeout")
         finally:
             ticker.discard(self)
             self._over = True
@@ -171,8 +172,8 @@ class Stream:
         if delta.error is not None:
             self._fail(502, delta.error, delta.code or "upstream_error")
             return
-        if (delta.reasoning or delta.text) and self._limit is not None:
-            self._limit.reschedule(None)
+        if delta.reasoning or delta.text:
+            self._bound(None)
         if delta.reasoning:
             self._say(type="reasoning", content=delta.reasoning)
         if delta.text:
@@ -190,7 +191,7 @@ class Stream:
             duration=milliseconds(self._now() - self._visit.began),
             outputLength=self._length,
         )
-        self._over = True
+        self._close()
 
     def _fail(self, status: int, message: str, code: str, headers: Headers | None = None) -> None:
         if self._over:
@@ -199,7 +200,17 @@ class Stream:
             self._say(type="error", message=message, code=code)
         elif not self._exchange.gone:
             self._visit.refuse(Refusal(status, message, code, headers=headers))
+        self._close()
+
+    def _close(self) -> None:
+        """The caller has everything: from here on it may leave, and that says nothing about the answer."""
         self._over = True
+        self._exchange.finish()
+        self._bound(self._now() + LAST_SECONDS)
+
+    def _bound(self, until: float | None) -> None:
+        if self._limit is not None and not self._limit.expired():
+            self._limit.reschedule(until)
 
     # --- what the proxy does with its caller ------------------------------------------------------
 
@@ -280,7 +291,6 @@ class Stream:
             self._end()
         else:
             self._fail(502, "the upstream's answer ended before its end", "upstream_cut")
-        self._exchange.finish()
 
     def answer(self, status: int, headers: Headers, body: bytes) -> None:
         """The proxy's own words: it refuses."""
@@ -289,12 +299,10 @@ class Stream:
         ours = {b"content-type", *(name.lower() for name, _ in NO_STORE)}
         kept = [pair for pair in headers if pair[0].lower() not in ours]
         self._fail(status, told.error or "refused", told.code or "refused", kept)
-        self._exchange.finish()
 
     def abort(self) -> None:
         self.finished = True
         self._fail(502, "the upstream's answer was cut", "upstream_cut")
-        self._exchange.finish()
 
     async def tunnel(self, reply: Reply, headers: Headers) -> None:
         raise AssertionError("a prompt is no WebSocket")
