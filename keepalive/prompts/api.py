@@ -3,10 +3,9 @@
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from hashlib import blake2b
-from pathlib import Path
 from typing import Final, NamedTuple, Protocol, TypeVar
 
+from keepalive import assets
 from keepalive.errors import NotWarm
 from keepalive.facts import ModelId
 from keepalive.http1 import Exchange, Headers, RequestHead, Ticker, preferred_wait, values
@@ -19,7 +18,6 @@ from keepalive.routes import PROMPTS
 READING_BYTES: Final = 128 * 1024 * 1024
 
 WARMUP: Final = "warmup"  # a metric label
-_ASSET: Final = Path(__file__).parents[1] / "assets" / "keepalive.js"
 
 T = TypeVar("T")
 
@@ -49,6 +47,7 @@ class Prompts:
         self._warm = warm
         self._ticker = ticker
         self._seen = seen
+        self._asset = assets.read()["keepalive.js"]
         self._reading_bytes = 0
         self._stopping: str | None = None
         self._held: set[asyncio.Task[object]] = set()
@@ -137,17 +136,13 @@ class Prompts:
 
     async def _module(self, visit: Visit) -> None:
         """The browsers' module, for pages that name this address in a script element."""
-        try:
-            source = _ASSET.read_bytes()
-        except OSError:
-            raise Refusal(404, "there is no such file here", "not_found") from None
-        tag = b'"%b"' % blake2b(source, digest_size=12).hexdigest().encode()
-        headers = [*visit.cors, (b"ETag", tag), (b"Cache-Control", b"no-cache")]
-        if visit.exchange.head.get(b"if-none-match") == tag:
+        asset, head = self._asset, visit.exchange.head
+        headers = [*visit.cors, (b"ETag", asset.etag.encode()), (b"Cache-Control", b"no-cache")]
+        if head.get(b"if-none-match") == asset.etag.encode():
             return visit.exchange.answer(304, headers, b"")
-        headers.append((b"Content-Type", b"text/javascript; charset=utf-8"))
+        headers.append((b"Content-Type", asset.content_type.encode()))
         headers.append((b"X-Content-Type-Options", b"nosniff"))
-        return visit.exchange.answer(200, headers, source)
+        return visit.exchange.answer(200, headers, asset.body)
 
     # --- what it waits for --------------------------------------------------------------------------
 
