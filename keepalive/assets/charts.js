@@ -14,15 +14,21 @@ export function svg(tag, attributes, ...children) {
 
 // A state is a shape beside a colour: warm fills the band, loading climbs from below, backoff hangs from above,
 // cold is the ground, unknown floats. Where the daemon did not run there is nothing.
+const TALLEST = 16;
 const BANDS = {
-  warm: [0, 20],
-  cold: [18, 2],
-  unknown: [9, 2],
-  loading: [8, 12],
-  backoff: [0, 12],
+  warm: [0, TALLEST],
+  cold: [14.5, 1.5],
+  unknown: [7, 2],
+  loading: [6, 10],
+  backoff: [0, 10],
 };
 const MINUTES = 1440;
 const NARROWEST = 4; // what is shorter than so many minutes is drawn as wide as that, lest it vanish
+
+/** What was the case at a moment: "03:12 loading". */
+export function stateAt(entries, at) {
+  return entries.findLast((entry) => entry.at <= at)?.state ?? "nothing known";
+}
 
 /** The last 24 hours of one model. `entries`: {at, state}, the oldest first; `evictions`: {at, cause}. */
 export function timeline(entries, evictions, now) {
@@ -39,16 +45,16 @@ export function timeline(entries, evictions, now) {
     paths[entry.state] += `M${Math.min(from, MINUTES - width).toFixed(1)} ${top}h${width.toFixed(1)}v${height}h${(-width).toFixed(1)}z`;
     share[entry.state] = (share[entry.state] ?? 0) + (to - from) / MINUTES;
   });
-  const band = svg("svg", { viewBox: `0 0 ${MINUTES} 20`, preserveAspectRatio: "none", width: "100%", height: 20, y: 5 });
+  const band = svg("svg", { viewBox: `0 0 ${MINUTES} ${TALLEST}`, preserveAspectRatio: "none", width: "100%", height: TALLEST, y: 6 });
   for (const [state, d] of Object.entries(paths)) if (d) band.append(svg("path", { d, class: state }));
   const marks = evictions
     .filter((eviction) => eviction.at > began)
-    .map((eviction) => svg("svg", { x: `${((eviction.at - began) / DAY) * 100}%`, class: "mark" }, svg("path", { d: "M-3.5 0h7L0 5z" })));
+    .map((eviction) => svg("svg", { x: `${((eviction.at - began) / DAY) * 100}%`, class: "mark" }, svg("path", { d: "M-3 0h6L0 4.5z" })));
   const said = Object.entries(share).map(([state, part]) => `${state} ${percent(part)}`);
   const thrown = marks.length ? `; ${many(marks.length, "eviction")}` : "";
   return svg(
     "svg",
-    { class: "timeline", role: "img", "aria-label": `Last 24 hours: ${said.join(", ") || "nothing known"}${thrown}`, height: 25, width: "100%" },
+    { class: "timeline", role: "img", "aria-label": `Last 24 hours: ${said.join(", ") || "nothing known"}${thrown}`, height: TALLEST + 6, width: "100%" },
     band,
     ...marks,
   );
@@ -57,7 +63,7 @@ export function timeline(entries, evictions, now) {
 const percent = (part) => (part > 0.995 && part < 1 ? "over 99 %" : `${part < 0.01 ? "under 1" : Math.round(part * 100)} %`);
 
 const BAR = 5;
-const TALL = 24;
+const TALL = 22;
 
 /** How long the last loads took, the newest on the right; one that failed is hollow. `loads`: {at, outcome, seconds}. */
 export function loadsChart(loads) {
@@ -86,7 +92,7 @@ const GLYPHS = {
   cold: () => [svg("circle", { cx: 8, cy: 8, r: 5.25, class: "line" })],
   failing: () => [svg("path", { d: "M8 1.5 15 14H1z", class: "fill" }), svg("path", { d: "M8 6v3.6M8 11.2v1.3", class: "cut" })],
   unknown: () => [svg("circle", { cx: 8, cy: 8, r: 5.25, class: "line dashes" })],
-  off: () => [svg("circle", { cx: 8, cy: 8, r: 2, class: "fill" })],
+  off: () => [svg("path", { d: "M4.5 3h2.5v10H4.5zM9 3h2.5v10H9z", class: "fill" })],
   gone: () => [svg("circle", { cx: 8, cy: 8, r: 5.25, class: "line" }), svg("path", { d: "M4 12 12 4", class: "line" })],
 };
 

@@ -4,7 +4,7 @@
 // lives as long as what it shows, and only what differs is written, so that focus, open details and a selection
 // outlive every update. What cannot be known any more (contact is lost) is greyed, not removed.
 
-import { causeOf, glyph, loadsChart, timeline } from "/charts.js";
+import { causeOf, glyph, loadsChart, stateAt, timeline } from "/charts.js";
 import { KINDS, ago, ahead, answer, attention, inTrouble, kind, many, progress, short, span } from "/words.js";
 
 const byId = (id) => document.getElementById(id);
@@ -324,6 +324,7 @@ function drawHead() {
 }
 
 const figures = new Map();
+const LISTED_MAX = 20;
 
 function drawFigures() {
   if (!picture.version) return;
@@ -343,8 +344,12 @@ function drawFigures() {
   ];
   if (history) {
     items.push(["People waited, 24 h", waits.requests ? `${span(waits.seconds)} in ${many(waits.requests, "request")}` : "not at all"]);
-    items.push(["Loads, 24 h", String(known.reduce((total, entry) => total + recent(entry, "loads"), 0))]);
-    items.push(["Evictions, 24 h", String(known.reduce((total, entry) => total + recent(entry, "evictions"), 0))]);
+    for (const [name, list] of [["Loads, 24 h", "loads"], ["Evictions, 24 h", "evictions"]]) {
+      const counts = known.map((entry) => recent(entry, list));
+      // A model's list ends at this length: there may have been more.
+      const more = counts.includes(LISTED_MAX) ? "+" : "";
+      items.push([name, counts.reduce((total, count) => total + count, 0) + more]);
+    }
   }
   keep(byId("figures"), items, figures, ([name]) => name, ([name]) => {
     const value = h("dd");
@@ -357,25 +362,44 @@ const NOTICES_MAX = 6;
 
 function drawNotices() {
   const at = now();
-  const found = picture.version ? attention(picture, history) : [];
+  const found = picture.version ? attention(picture, history, picture.models.length >= FILTER_FROM) : [];
   if (contact.lost !== null) {
-    found.unshift({ tone: "gone", key: "contact", model: null, text: () => `What you see is as of ${CLOCK.format(now() - (performance.now() - contact.lost))}: ${contact.why}` });
+    found.unshift({ tone: "gone", key: "contact", models: [], text: () => `What you see is as of ${CLOCK.format(now() - (performance.now() - contact.lost))}: ${contact.why}` });
   } else if (contact.why) {
-    found.unshift({ tone: "unknown", key: "live", model: null, text: () => `Not live, looked at every 5 s: ${contact.why}` });
+    found.unshift({ tone: "unknown", key: "live", models: [], text: () => `Not live, looked at every 5 s: ${contact.why}` });
   }
   const shown = found.slice(0, NOTICES_MAX);
   if (found.length > NOTICES_MAX) {
     const rest = `and ${found.length - NOTICES_MAX} more: show what is failing`;
-    shown.push({ tone: "failing", key: "more", model: null, text: () => rest, filter: "failing" });
+    shown.push({ tone: "failing", key: "more", models: [], text: () => rest, filter: "failing" });
   }
   show(byId("notices"), shown.length > 0);
   keep(byId("notices"), shown, notices, (notice) => notice.key, (notice) => {
     const text = h("span", { class: "text" });
-    const link = notice.model && h("a", { href: `#${anchorOf(notice.model)}`, class: "name" }, short(notice.model.key, 60));
+    const names = h("span", { class: "names" });
     const filter = notice.filter && h("button", { type: "button", class: "link", onclick: () => choose(notice.filter) }, text);
-    const node = h("li", { "data-tone": notice.tone }, glyph(notice.tone), link, filter ?? text);
-    return { node, update: (fresh) => say(text, (link ? " " : "") + fresh.text(at)) };
+    const node = h("li", { "data-tone": notice.tone }, glyph(notice.tone), h("p", {}, names, filter ?? text));
+    let drawn = "";
+    return {
+      node,
+      update(fresh) {
+        say(text, fresh.text(at));
+        const about = fresh.models.map((model) => model.id).join("\n");
+        if (drawn === about) return;
+        drawn = about;
+        names.replaceChildren(...linked(fresh.models));
+      },
+    };
   });
+}
+
+/** "a, b and 7 others ", each leading to its row. */
+function linked(models) {
+  const shown = models.length > 3 ? models.slice(0, 2) : models;
+  const links = shown.map((model) => h("a", { href: `#${anchorOf(model)}` }, short(model.key, 60)));
+  const rest = models.length - shown.length;
+  if (rest) links.push(h("button", { type: "button", class: "link", onclick: () => choose("failing") }, `${rest} others`));
+  return links.flatMap((link, i) => [link, i === links.length - 1 ? " " : i === links.length - 2 ? " and " : ", "]);
 }
 
 function drawContact() {
@@ -391,10 +415,11 @@ const strips = new Map();
 
 function drawUpstreams() {
   keep(byId("upstreams"), picture.upstreams, strips, (upstream) => upstream.name, () => {
-    const [name, state, detail, sign] = [h("b"), h("span", { class: "state" }), h("span", { class: "detail" }), h("span", { class: "sign" })];
+    const [name, state, sign] = [h("b"), h("span", { class: "state" }), h("span", { class: "sign" })];
+    const [lasted, detail] = [h("span", { class: "detail" }), h("span", { class: "detail" })];
     let current = null;
     const part = {
-      node: h("li", {}, sign, name, state, detail),
+      node: h("li", {}, sign, h("span", {}, name, " ", state, " ", lasted), detail),
       update(upstream) {
         current = upstream;
         const tone = { up: "warm", unknown: "unknown" }[upstream.state] ?? "failing";
@@ -405,7 +430,8 @@ function drawUpstreams() {
         part.tick();
       },
       tick() {
-        const parts = [TIERS[current.tier], current.since && `for ${ago(current.since, now())}`, short(current.url ?? "", 60)];
+        say(lasted, current.since ? `for ${ago(current.since, now())}` : "");
+        const parts = [TIERS[current.tier], short(current.url ?? "", 60)];
         if (!inTrouble(current) && current.error) parts.push(short(current.error, 120));
         say(detail, parts.filter(Boolean).join(" · "));
       },
@@ -423,14 +449,16 @@ const COMPACT_FROM = 13;
 
 function drawModels(changed) {
   const list = byId("models");
-  list.classList.toggle("compact", picture.models.length >= COMPACT_FROM);
+  for (const part of [list, byId("columns")]) part.classList.toggle("compact", picture.models.length >= COMPACT_FROM);
   const several = picture.upstreams.length > 1;
   if (changed && rows.size) {
     for (const model of picture.models) if (changed.has(model.id)) rows.get(model.id)?.update(model, several);
   } else {
     keep(list, picture.models, rows, (model) => model.id, () => new Row(several));
   }
+  show(byId("columns"), picture.models.length > 0);
   show(byId("legend"), picture.models.length > 0 && history !== null);
+  drawPlayground();
   drawEmpty();
   drawFilter();
 }
@@ -453,10 +481,11 @@ class Row {
     this.state = h("span", { class: "state" });
     this.since = h("span", { class: "since" });
     this.where = h("span", { class: "where" });
+    this.size = h("span", { class: "size" });
     this.bar = h("progress", { "aria-label": "Load" });
     this.left = h("span", { class: "left" });
     this.loading = h("div", { class: "loading" }, this.bar, this.left);
-    this.band = h("div", { class: "band" });
+    this.band = h("div", { class: "band", onpointermove: (event) => this.point(event), onpointerleave: () => show(byId("tip"), false) });
     this.evicted = h("span", { class: "note" });
     this.loads = h("div", { class: "chart" });
     this.took = h("span", { class: "note" });
@@ -468,11 +497,11 @@ class Row {
     this.again = h("button", { type: "button", onclick: () => this.change("warm") }, "Try now");
     this.facts = h("dl");
     this.events = h("div", { class: "events" });
-    this.more = h("details", { ontoggle: () => this.more.open && this.drawDetails() }, h("summary", {}, "Details"), this.facts, this.events);
+    this.more = h("details", { ontoggle: () => this.more.open && this.drawDetails() }, h("summary", {}, h("span", {}, "Details")), this.facts, this.events);
     this.node = h(
       "li",
       {},
-      h("div", { class: "who" }, this.sign, h("div", {}, this.name, h("p", {}, this.state, this.since, this.where))),
+      h("div", { class: "who" }, this.sign, h("div", {}, this.name, h("p", {}, h("span", {}, this.state, " ", this.since), this.where, this.size))),
       h("div", { class: "day" }, this.loading, this.band, this.evicted),
       h("div", { class: "cost" }, this.loads, this.took),
       h("div", { class: "now" }, this.traffic, this.ping),
@@ -499,12 +528,14 @@ class Row {
     mark(this.node, "tone", tone);
     mark(this.node, "kind", what);
     say(this.state, model.listed ? model.state + (model.busy ? ", busy" : "") : "not listed");
-    const where = [several && short(model.upstream, 40), model.context_length && `${model.context_length.toLocaleString("en")} tokens`];
-    if (model.instances > 1) where.push(`${model.instances} copies`);
-    if (!model.wanted && model.state !== "cold") where.push("not wanted");
-    say(this.where, where.filter(Boolean).join(" · "));
+    say(this.where, several ? short(model.upstream, 40) : "");
+    const size = [model.context_length && `${model.context_length.toLocaleString("en")} tokens`];
+    if (model.instances > 1) size.push(`${model.instances} copies`);
+    if (!model.wanted && model.state !== "cold") size.push("not wanted");
+    say(this.size, size.filter(Boolean).join(" · "));
     show(this.loading, model.load !== null);
     say(this.traffic, traffic(model));
+    mark(this.traffic, "idle", String(!model.waiting && !model.in_flight));
     say(this.took, model.last_load_seconds === null ? "" : `last load ${span(model.last_load_seconds)}`);
     if (this.drawn !== history) {
       this.drawn = history;
@@ -549,6 +580,20 @@ class Row {
     this.band.replaceChildren(timeline(history.timeline, history.evictions, now()));
   }
 
+  /** Says what was the case at the time under the pointer. */
+  point(event) {
+    const history = histories.get(this.model.id);
+    const chart = this.band.firstElementChild;
+    if (!history || !chart) return;
+    const place = chart.getBoundingClientRect();
+    const at = now() - (1 - (event.clientX - place.left) / place.width) * 86_400_000;
+    const tip = byId("tip");
+    say(tip, `${CLOCK.format(at)} ${stateAt(history.timeline, at)}`);
+    tip.style.left = `${Math.min(event.clientX, innerWidth - 120)}px`;
+    tip.style.top = `${place.top - 30}px`;
+    show(tip, true);
+  }
+
   drawActions(what) {
     const { model } = this;
     this.verb = model.wanted ? "release" : "warm";
@@ -570,6 +615,10 @@ class Row {
       facts.push(["People waited, 24 h", history.waits.requests ? `${span(history.waits.seconds)} in ${many(history.waits.requests, "request")}` : "not at all"]);
       facts.push(["Pings, 24 h", pings.map(([outcome, count]) => `${count} ${outcome.replace("_", " ")}`).join(", ") || "none"]);
     }
+    // Somebody may be reading, or have selected, what has not changed.
+    const drawn = JSON.stringify([facts, history?.loads, history?.evictions]);
+    if (this.detailsDrawn === drawn) return;
+    this.detailsDrawn = drawn;
     this.facts.replaceChildren(...facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))));
     const line = (at, text) => h("li", {}, moment(at), ` ${text}`);
     const lists = [
@@ -617,12 +666,12 @@ function pingOf(model, at) {
   const last = model.lastPing;
   if (last && last.outcome !== "ok" && last.outcome !== "skipped") return `ping ${ago(last.at, at)} ago: ${last.outcome.replace("_", " ")}`;
   if (model.nextPing) return `next ping ${ahead(model.nextPing, at)}`;
-  return last ? `answered ${ago(last.at, at)} ago` : "";
+  return "";
 }
 
 // --- nothing to show --------------------------------------------------------------------------------
 
-const EXAMPLE = '[[models]]\nkey = "qwen/qwen3-4b-2507"   # the key that LM Studio and `lms ls` show\n';
+const EXAMPLE = '[[models]]\nkey = "qwen/qwen3-4b-2507"\n';
 
 function drawEmpty() {
   const list = byId("models");
@@ -632,10 +681,36 @@ function drawEmpty() {
   }
   list.append(
     h("li", { class: "empty" },
-      h("p", {}, "Nothing is kept warm yet. Write the key of a model into config.toml:"),
+      h("p", {}, "Nothing is kept warm yet. Write the key of a model into config.toml, as LM Studio and ", h("code", {}, "lms ls"), " show it:"),
       h("pre", {}, EXAMPLE),
       h("p", {}, "then ", h("code", {}, "keepalive check"), " and reload: ", h("code", {}, "systemctl reload keepalive"), ", or SIGHUP. This page will notice.")),
   );
+}
+
+// --- the playground -----------------------------------------------------------------------------------
+
+const playground = { element: null, keys: "", told: "" };
+
+/**
+ * Offers the models. The element reads the prompts anew each time that it is told; so it is when there are other
+ * models, and of their states only when somebody turns to it.
+ */
+function drawPlayground(isTurnedTo = false) {
+  if (!playground.element) return;
+  show(byId("playground"), picture.models.length > 0);
+  const models = picture.models.map(({ key, state }) => ({ key, state }));
+  const keys = models.map((model) => model.key).join("\n");
+  const told = JSON.stringify(models);
+  if (keys === playground.keys && (!isTurnedTo || told === playground.told)) return;
+  Object.assign(playground, { keys, told });
+  playground.element.models = models;
+}
+
+function startPlayground() {
+  playground.element = document.createElement("streaming-prompt-executor");
+  drawPlayground();
+  byId("playground").append(playground.element);
+  for (const turn of ["pointerenter", "focusin"]) byId("playground").addEventListener(turn, () => drawPlayground(true));
 }
 
 // --- finding one of many ------------------------------------------------------------------------------
@@ -643,6 +718,7 @@ function drawEmpty() {
 const FILTER_FROM = 7;
 const kinds = new Map();
 let chosen = "all";
+let kindCounts = {};
 
 function choose(name) {
   chosen = name;
@@ -652,16 +728,16 @@ function choose(name) {
 
 function drawFilter() {
   show(byId("filter"), picture.models.length >= FILTER_FROM);
-  const counts = { all: picture.models.length };
-  for (const model of picture.models) counts[kind(model)] = (counts[kind(model)] ?? 0) + 1;
-  const items = ["all", ...Object.keys(KINDS)].filter((name) => counts[name] || name === chosen || name === "all");
+  kindCounts = { all: picture.models.length };
+  for (const model of picture.models) kindCounts[kind(model)] = (kindCounts[kind(model)] ?? 0) + 1;
+  const items = ["all", ...Object.keys(KINDS)].filter((name) => kindCounts[name] || name === chosen || name === "all");
   keep(byId("kinds"), items, kinds, (name) => name, (name) => {
     const count = h("span", { class: "count" });
     const radio = h("input", { type: "radio", name: "kind", value: name, onchange: () => choose(name) });
     return {
       node: h("label", {}, radio, h("span", {}, name === "all" ? "All" : KINDS[name], " ", count)),
       update() {
-        say(count, String(counts[name] ?? 0));
+        say(count, String(kindCounts[name] ?? 0));
         if (radio.checked !== (chosen === name)) radio.checked = chosen === name;
       },
     };
@@ -712,13 +788,10 @@ function start() {
   startTheme();
   byId("filter").addEventListener("submit", (event) => event.preventDefault());
   byId("search").addEventListener("input", drawFilter);
-  for (const [state, text] of [["warm", "warm"], ["loading", "loading"], ["cold", "cold"], ["backoff", "backoff"], ["unknown", "unknown"]]) {
+  for (const [state, text] of [["warm", "warm"], ["loading", "loading"], ["cold", "cold"], ["backoff", "backoff"], ["unknown", "unknown"], ["eviction", "evicted"]]) {
     byId("legend").append(h("li", { "data-state": state }, text));
   }
-  customElements.whenDefined("streaming-prompt-executor").then(() => {
-    byId("playground").append(document.createElement("streaming-prompt-executor"));
-    show(byId("playground"), true);
-  });
+  customElements.whenDefined("streaming-prompt-executor").then(startPlayground);
   drawHead();
   setInterval(() => {
     drawHead();

@@ -20,7 +20,7 @@ export const ago = (at, now) => counted(Math.max(0, (now - at) / 1000));
 
 export const ahead = (at, now) => (at <= now ? "now" : `in ${counted(Math.ceil((at - now) / 1000))}`);
 
-export const many = (count, one, more = `${one}s`) => `${count} ${count === 1 ? one : more}`;
+export const many = (count, one, more = `${one}s`) => `${count.toLocaleString("en")} ${count === 1 ? one : more}`;
 
 /** "a, b and c", and no more than three of them. */
 export function listed(names) {
@@ -86,11 +86,11 @@ export function answer(picture, now) {
     const who = listed(troubled.map((upstream) => upstream.name));
     const cut = models.filter((model) => troubled.some((upstream) => upstream.name === model.upstream)).length;
     const which = cut === models.length ? "no model can be kept warm" : `${many(cut, "model")} cannot be kept warm`;
-    return said("failing", `${troubled.length > 1 ? `${who} do not answer` : `${who} ${what}`}: ${which}${waits}`);
+    if (cut) return said("failing", `${troubled.length > 1 ? `${who} do not answer` : `${who} ${what}`}: ${which}${waits}`);
   }
   const [failing, loading, cold, unknown] = [of("failing"), of("loading"), of("cold"), of("unknown")];
   const missing = failing.length + loading.length + cold.length + unknown.length;
-  if (!missing) return said("warm", `${all(of("warm").length, wanted, models.length)}${waits}`);
+  if (!missing) return said("warm", `${all(of("warm"), models.length)}${waits}`);
   const tone = failing.length ? "failing" : loading.length ? "loading" : cold.length ? "cold" : "unknown";
   if (missing === 1 || (loading.length === 1 && !failing.length)) {
     const model = failing[0] ?? loading[0] ?? cold[0] ?? unknown[0];
@@ -109,10 +109,11 @@ function said(tone, text, spoken = text) {
   return { tone, text, spoken };
 }
 
-function all(warm, wanted, models) {
+function all(warm, models) {
+  const wanted = warm.length;
   if (!wanted) return models === 1 ? "The only model is not wanted now" : `None of the ${models} models is wanted now`;
   const rest = models - wanted ? `; ${many(models - wanted, "other is", "others are")} not wanted now` : "";
-  if (wanted === 1) return `${models === 1 ? "The model" : "The one wanted model"} is warm${rest}`;
+  if (wanted === 1) return `${short(warm[0].key, 48)} is warm${rest}`;
   return `${wanted === 2 ? "Both" : `All ${wanted}`} ${models === wanted ? "" : "wanted "}models are warm${rest}`;
 }
 
@@ -131,28 +132,29 @@ function one(model, now) {
   }
 }
 
-/** What should bring a person here, the worst first: each with a key that stays, and a model or upstream. */
-export function attention(picture, history) {
+/**
+ * What should bring a person here, the worst first: each with a key that stays, and the models that it is about.
+ * Where there are few models (`all` false), what their rows say at first sight is not said twice.
+ */
+export function attention(picture, history, all) {
   const found = [];
-  const add = (tone, key, text, model = null) => found.push({ tone, key, text, model });
+  const add = (tone, key, text, models = []) => found.push({ tone, key, text, models });
   for (const mistake of picture.config.mistakes) {
     add("failing", `config ${mistake}`, () => `Config rejected, the one before it is in use: ${short(mistake, 300)}`);
   }
   for (const upstream of picture.upstreams.filter(inTrouble)) {
-    const what = upstream.state === "down" ? "does not answer" : "refuses our token";
+    const what = upstream.state === "down" ? "has been down" : "has refused our token";
     add("failing", `upstream ${upstream.name}`, (now) =>
-      `${short(upstream.name)} ${what} since ${ago(upstream.since, now)}: ${short(upstream.error ?? "no answer yet", 300)}`);
+      `${short(upstream.name)} ${what} for ${ago(upstream.since, now)}: ${short(upstream.error ?? "no answer yet", 300)}`);
   }
-  for (const model of picture.models) {
-    if (kind(model) === "failing") {
-      add("failing", `model ${model.id}`, (now) => {
-        const retry = model.retry ? `. Next try ${ahead(model.retry, now)}` : "";
-        return `${model.listed ? "cannot be loaded" : "is not there"}: ${short(model.reason ?? "no reason given", 300)}${retry}`;
-      }, model);
-    } else if (model.instances > 1) {
-      add("loading", `copies ${model.id}`, () =>
-        `is in memory ${many(model.instances, "time")}; unload all copies but one in LM Studio`, model);
-    }
+  const failing = all ? picture.models.filter((model) => kind(model) === "failing") : [];
+  // What is wrong is often wrong with many at once.
+  for (const [reason, models] of Map.groupBy(failing, (model) => model.reason ?? "no reason given")) {
+    add("failing", `failing ${reason}`, () => `cannot be loaded: ${short(reason, 160)}`, models);
+  }
+  for (const model of picture.models.filter((one) => one.instances > 1)) {
+    add("loading", `copies ${model.id}`, () =>
+      `is in memory ${many(model.instances, "time")}; unload all copies but one in LM Studio`, [model]);
   }
   if (history && !history.kept) {
     add("unknown", "history", () => `History is lost with the next restart: ${short(history.reason ?? "no reason given", 300)}`);
