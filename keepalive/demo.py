@@ -44,13 +44,20 @@ context_length = 8192
 
 [[models]]
 key = "small-talk-1b"
+
+[[prompts]]
+id = 28
+title = "Explain something"
+model = "medicine-llm"
+content = "Explain {{{{topic}}}} to a nurse."
 """
 
 WELCOME = """\
 LM Studio is simulated at {upstream}. The daemon in front of it:
 
 {settings}
-From another terminal, or a browser:
+Open {admin}/ in a browser: what is warm, what is loading and for how long yet, the last day, and a
+playground. Or from another terminal:
 
     keepalive status --watch{url}
         what is warm, what is loading, for how long yet
@@ -59,6 +66,9 @@ From another terminal, or a browser:
     curl -N {listen}/v1/chat/completions -d '{{"model":"medicine-llm","stream":true,
             "messages":[{{"role":"user","content":"What is a cold start?"}}]}}'
         ask, as an application does: a model that is not ready says so, then answers
+    curl -N {listen}/api/prompts/execute/stream -H 'Content-Type: application/json' \\
+            -d '{{"promptId":28,"variables":{{"topic":"a cold start"}}}}'
+        run a configured prompt: the events that a "Loading model…" is made of
     curl {admin}/metrics
         what Prometheus scrapes
     curl -X POST {upstream}/simulator/evict -d '{{"model":"small-talk-1b"}}'
