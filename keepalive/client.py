@@ -263,9 +263,10 @@ class Client:
         self, method: str, path: str, body: Mapping[str, Any] | None, headers: Mapping[str, str]
     ) -> AsyncGenerator[aiohttp.ClientResponse]:
         if self._session is None:
-            # No cookies, and no limit on connections: a stream must not wait for another one to end.
+            # As many connections as streams, and none is kept: it may be closed already when it is needed, and
+            # what loads a model must not be sent twice.
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0),
+                connector=aiohttp.TCPConnector(limit=0, force_close=True),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 timeout=self._timeout,
             )
@@ -279,10 +280,11 @@ class Client:
             raise ConnectionFailed(f"{self._url} does not answer: {_why(error)}") from error
         try:
             yield answer
-        except (aiohttp.ClientError, TimeoutError) as error:
+        except (aiohttp.ClientError, TimeoutError, RuntimeError) as error:
+            # A RuntimeError is aiohttp's word for a connection that was closed on this side, by `aclose`.
             raise StreamBroken(f"the connection ended before the answer did: {_why(error)}") from error
         finally:
-            # At once, whatever is still to come; a connection whose answer was read to its end is kept.
+            # At once, whatever is still to come.
             answer.close()
 
     async def _stream(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[sse.Event | sse.Comment]:
@@ -291,7 +293,7 @@ class Client:
         headers = {"X-Keepalive-Heartbeat": "comment", "Accept": "text/event-stream"}
         async with self._answer("POST", path, body, headers) as answer:
             if answer.status != 200 or answer.content_type != "text/event-stream":
-                raise await _refusal(answer)
+                raise _refusal(answer, await _read(answer))
             decoder = sse.Decoder()
             async for piece in answer.content.iter_any():
                 try:
@@ -309,9 +311,9 @@ class Client:
         headers: Mapping[str, str] | None = None,
     ) -> Any:
         async with self._answer(method, path, body, headers or {}) as answer:
-            if answer.status != 200:
-                raise await _refusal(answer)
             read = await _read(answer)
+            if answer.status != 200 or routes.chat_error(read).error is not None:
+                raise _refusal(answer, read)
         with _readable():
             return json.loads(read)["data"]
 
@@ -361,9 +363,9 @@ def _loading(heartbeat: routes.Heartbeat) -> ModelLoading:
     )
 
 
-async def _refusal(answer: aiohttp.ClientResponse) -> RequestRefused:
+def _refusal(answer: aiohttp.ClientResponse, body: bytes) -> RequestRefused:
     """What an answer says that is not the one asked for: in the layout of the daemon, of OpenAI, or of neither."""
-    told = routes.chat_error(await _read(answer))
+    told = routes.chat_error(body)
     after = answer.headers.get("Retry-After", "")
     return RequestRefused(
         told.error or f"the answer is {answer.status} {answer.reason or ''}".rstrip(),

@@ -35,7 +35,7 @@ class Playground:
             url = f"http://{name}:{place.port}"
         self._url = url
         self._session = ClientSession(
-            connector=TCPConnector(limit=0),
+            connector=TCPConnector(limit=0, force_close=True),
             cookie_jar=DummyCookieJar(),
             timeout=ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT),
             auto_decompress=False,
