@@ -1,8 +1,10 @@
 // Two small charts. Both are also told in words: as a label here, and as lists in the details of a model.
 
-import { CAUSES, many, span } from "/words.js";
+import { CAUSES, counted, many, short, span } from "/words.js";
 
-const DAY = 86_400_000;
+// As much of the last 24 hours as anything is known of.
+const SPANS = [600_000, 3_600_000, 21_600_000, 86_400_000];
+export const spanFrom = (began, now) => SPANS.find((length) => now - began <= length) ?? SPANS.at(-1);
 const SVG = "http://www.w3.org/2000/svg";
 
 export function svg(tag, attributes, ...children) {
@@ -15,46 +17,48 @@ export function svg(tag, attributes, ...children) {
 // A state is a shape beside a colour: warm fills the band, loading climbs from below, backoff hangs from above,
 // cold is the ground, unknown floats. Where the daemon did not run there is nothing.
 const TALLEST = 16;
-const BANDS = {
-  warm: [0, TALLEST],
-  cold: [14.5, 1.5],
-  unknown: [7, 2],
-  loading: [6, 10],
-  backoff: [0, 10],
-};
-const MINUTES = 1440;
-const NARROWEST = 4; // what is shorter than so many minutes is drawn as wide as that, lest it vanish
+const BANDS = new Map([
+  ["warm", [0, TALLEST]],
+  ["cold", [14.5, 1.5]],
+  ["unknown", [7, 2]],
+  ["loading", [6, 10]],
+  ["backoff", [0, 10]],
+]);
+const WIDE = 1440; // a minute of a day each
+const NARROWEST = 4; // what is shorter is drawn as wide as that, lest it vanish
 
 /** What was the case at a moment: "03:12 loading". */
 export function stateAt(entries, at) {
   return entries.findLast((entry) => entry.at <= at)?.state ?? "nothing known";
 }
 
-/** The last 24 hours of one model. `entries`: {at, state}, the oldest first; `evictions`: {at, cause}. */
-export function timeline(entries, evictions, now) {
-  const began = now - DAY;
-  const x = (at) => ((Math.max(at, began) - began) / DAY) * MINUTES;
-  const paths = Object.fromEntries(Object.keys(BANDS).map((state) => [state, ""]));
-  const share = {};
+/** The last `length` of one model. `entries`: {at, state}, the oldest first; `evictions`: {at, cause}. */
+export function timeline(entries, evictions, now, length) {
+  const began = now - length;
+  const x = (at) => ((Math.max(at, began) - began) / length) * WIDE;
+  const paths = new Map([...BANDS.keys()].map((state) => [state, ""]));
+  const shares = new Map();
   entries.forEach((entry, i) => {
     const end = Math.min(entries[i + 1]?.at ?? now, now);
-    if (end <= began || !(entry.state in BANDS)) return;
+    const band = BANDS.get(entry.state);
+    if (end <= began || !band) return;
     const [from, to] = [x(entry.at), x(end)];
     const width = Math.max(to - from, NARROWEST);
-    const [top, height] = BANDS[entry.state];
-    paths[entry.state] += `M${Math.min(from, MINUTES - width).toFixed(1)} ${top}h${width.toFixed(1)}v${height}h${(-width).toFixed(1)}z`;
-    share[entry.state] = (share[entry.state] ?? 0) + (to - from) / MINUTES;
+    const [top, height] = band;
+    const place = `M${Math.min(from, WIDE - width).toFixed(1)} ${top}h${width.toFixed(1)}v${height}h${(-width).toFixed(1)}z`;
+    paths.set(entry.state, paths.get(entry.state) + place);
+    shares.set(entry.state, (shares.get(entry.state) ?? 0) + (to - from) / WIDE);
   });
-  const band = svg("svg", { viewBox: `0 0 ${MINUTES} ${TALLEST}`, preserveAspectRatio: "none", width: "100%", height: TALLEST, y: 6 });
-  for (const [state, d] of Object.entries(paths)) if (d) band.append(svg("path", { d, class: state }));
+  const band = svg("svg", { viewBox: `0 0 ${WIDE} ${TALLEST}`, preserveAspectRatio: "none", width: "100%", height: TALLEST, y: 6 });
+  for (const [state, d] of paths) if (d) band.append(svg("path", { d, class: state }));
   const marks = evictions
     .filter((eviction) => eviction.at > began)
-    .map((eviction) => svg("svg", { x: `${((eviction.at - began) / DAY) * 100}%`, class: "mark" }, svg("path", { d: "M-3 0h6L0 4.5z" })));
-  const said = Object.entries(share).map(([state, part]) => `${state} ${percent(part)}`);
+    .map((eviction) => svg("svg", { x: `${((eviction.at - began) / length) * 100}%`, class: "mark" }, svg("path", { d: "M-3 0h6L0 4.5z" })));
+  const said = [...shares].map(([state, part]) => `${state} ${percent(part)}`);
   const thrown = marks.length ? `; ${many(marks.length, "eviction")}` : "";
   return svg(
     "svg",
-    { class: "timeline", role: "img", "aria-label": `Last 24 hours: ${said.join(", ") || "nothing known"}${thrown}`, height: TALLEST + 6, width: "100%" },
+    { class: "timeline", role: "img", "aria-label": `Last ${counted(length / 1000)}: ${said.join(", ") || "nothing known"}${thrown}`, height: TALLEST + 6, width: "100%" },
     band,
     ...marks,
   );
@@ -84,7 +88,7 @@ export function loadsChart(loads) {
   return svg("svg", { class: "loads", role: "img", "aria-label": label, width, height: TALL, viewBox: `0 0 ${width} ${TALL}` }, ...bars);
 }
 
-export const causeOf = (eviction) => CAUSES[eviction.cause] ?? eviction.cause;
+export const causeOf = (eviction) => CAUSES.get(eviction.cause) ?? short(eviction.cause);
 
 const GLYPHS = {
   warm: () => [svg("circle", { cx: 8, cy: 8, r: 6, class: "fill" })],

@@ -4,8 +4,8 @@
 // lives as long as what it shows, and only what differs is written, so that focus, open details and a selection
 // outlive every update. What cannot be known any more (contact is lost) is greyed, not removed.
 
-import { causeOf, glyph, loadsChart, stateAt, timeline } from "/charts.js";
-import { KINDS, ago, ahead, answer, attention, inTrouble, kind, many, progress, short, span } from "/words.js";
+import { causeOf, glyph, loadsChart, spanFrom, stateAt, timeline } from "/charts.js";
+import { KINDS, TIERS, ago, ahead, answer, attention, counted, inTrouble, kind, many, progress, short, span } from "/words.js";
 
 const byId = (id) => document.getElementById(id);
 
@@ -68,7 +68,7 @@ function synchronize(daemonTime) {
 
 const time = (text) => (text === null || text === undefined ? null : Date.parse(text));
 
-const CLOCK = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit" });
+const CLOCK = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", hourCycle: "h23" });
 const DATE = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "medium" });
 
 /** A time as people look for it; the whole of it when they point at it. */
@@ -117,7 +117,15 @@ function take(document) {
     models: document.partial ? merged(picture.models, models, (model) => model.id) : models,
     upstreams: document.partial ? merged(picture.upstreams, upstreams, (upstream) => upstream.name) : upstreams,
   });
+  if (!document.partial) forgetOthers();
   draw(document.partial ? new Set(models.map((model) => model.id)) : null);
+}
+
+/** After a whole document: there may be other models, or another daemon. */
+function forgetOthers() {
+  const ids = new Set(picture.models.map((model) => model.id));
+  for (const known of histories.keys()) if (!ids.has(known)) histories.delete(known);
+  readHistory();
 }
 
 function merged(old, changed, keyOf) {
@@ -281,6 +289,7 @@ async function readHistory(keys = []) {
         ...entry, loads: entry.loads.map(at), evictions: entry.evictions.map(at), timeline: entry.timeline.map(at),
       });
     }
+    knownSince = Math.min(...[...histories.values()].map((entry) => entry.timeline[0]?.at ?? Infinity));
     draw(new Set(read.models.map(idOf)));
   } catch {
     // The page says elsewhere whether there is contact; the next reading may do better.
@@ -362,7 +371,7 @@ const NOTICES_MAX = 6;
 
 function drawNotices() {
   const at = now();
-  const found = picture.version ? attention(picture, history, picture.models.length >= FILTER_FROM) : [];
+  const found = picture.version ? attention(picture, picture.models.length >= FILTER_FROM) : [];
   if (contact.lost !== null) {
     found.unshift({ tone: "gone", key: "contact", models: [], text: () => `What you see is as of ${CLOCK.format(now() - (performance.now() - contact.lost))}: ${contact.why}` });
   } else if (contact.why) {
@@ -422,7 +431,7 @@ function drawUpstreams() {
       node: h("li", {}, sign, h("span", {}, name, " ", state, " ", lasted), detail),
       update(upstream) {
         current = upstream;
-        const tone = { up: "warm", unknown: "unknown" }[upstream.state] ?? "failing";
+        const tone = upstream.state === "up" ? "warm" : upstream.state === "unknown" ? "unknown" : "failing";
         if (part.node.dataset.tone !== tone) sign.replaceChildren(glyph(tone));
         mark(part.node, "tone", tone);
         say(name, short(upstream.name));
@@ -431,7 +440,7 @@ function drawUpstreams() {
       },
       tick() {
         say(lasted, current.since ? `for ${ago(current.since, now())}` : "");
-        const parts = [TIERS[current.tier], short(current.url ?? "", 60)];
+        const parts = [TIERS.get(current.tier), short(current.url ?? "", 60)];
         if (!inTrouble(current) && current.error) parts.push(short(current.error, 120));
         say(detail, parts.filter(Boolean).join(" · "));
       },
@@ -439,8 +448,6 @@ function drawUpstreams() {
     return part;
   });
 }
-
-const TIERS = { v1: "LM Studio 0.4", v0: "LM Studio 0.3", openai: "OpenAI-compatible" };
 
 // --- models -----------------------------------------------------------------------------------------
 
@@ -456,11 +463,23 @@ function drawModels(changed) {
   } else {
     keep(list, picture.models, rows, (model) => model.id, () => new Row(several));
   }
-  show(byId("columns"), picture.models.length > 0);
-  show(byId("legend"), picture.models.length > 0 && history !== null);
+  drawColumns();
   drawPlayground();
   drawEmpty();
   drawFilter();
+}
+
+let knownSince = Infinity; // the oldest that any history tells
+
+const shownSpan = () => spanFrom(knownSince, now());
+
+function drawColumns() {
+  show(byId("columns"), picture.models.length > 0);
+  show(byId("legend"), picture.models.length > 0 && history !== null);
+  const length = shownSpan() / 1000;
+  const [from, middle] = byId("axis").children;
+  say(from, `${counted(length)} ago`);
+  say(middle, counted(length / 2));
 }
 
 let anchors = 0;
@@ -531,7 +550,7 @@ class Row {
     say(this.where, several ? short(model.upstream, 40) : "");
     const size = [model.context_length && `${model.context_length.toLocaleString("en")} tokens`];
     if (model.instances > 1) size.push(`${model.instances} copies`);
-    if (!model.wanted && model.state !== "cold") size.push("not wanted");
+    if (!model.wanted && model.state !== "cold") size.push(model.ours ? "not wanted" : "not wanted; stays, as somebody else loaded it");
     say(this.size, size.filter(Boolean).join(" · "));
     show(this.loading, model.load !== null);
     say(this.traffic, traffic(model));
@@ -570,14 +589,15 @@ class Row {
     say(this.left, progress(load, at) + attempt);
   }
 
-  /** Once a minute, and when something happened: the newest end of a day moves too slowly to be seen. */
+  /** When something happened, and as often as it can be seen that time has passed. */
   drawBand() {
     const history = histories.get(this.model.id);
     if (!history) return;
-    const mark = `${Math.floor(now() / 60_000)} ${history.timeline.length}`;
-    if (this.bandMark === mark && this.band.firstChild) return;
-    this.bandMark = mark;
-    this.band.replaceChildren(timeline(history.timeline, history.evictions, now()));
+    const length = shownSpan();
+    const drawn = `${Math.floor(now() / Math.max(5000, length / 1440))} ${length} ${history.timeline.length}`;
+    if (this.bandDrawn === drawn && this.band.firstChild) return;
+    this.bandDrawn = drawn;
+    this.band.replaceChildren(timeline(history.timeline, history.evictions, now(), length));
   }
 
   /** Says what was the case at the time under the pointer. */
@@ -586,7 +606,7 @@ class Row {
     const chart = this.band.firstElementChild;
     if (!history || !chart) return;
     const place = chart.getBoundingClientRect();
-    const at = now() - (1 - (event.clientX - place.left) / place.width) * 86_400_000;
+    const at = now() - (1 - (event.clientX - place.left) / place.width) * shownSpan();
     const tip = byId("tip");
     say(tip, `${CLOCK.format(at)} ${stateAt(history.timeline, at)}`);
     tip.style.left = `${Math.min(event.clientX, innerWidth - 120)}px`;
@@ -607,13 +627,13 @@ class Row {
     const history = histories.get(model.id);
     const pings = Object.entries(history?.pings ?? {}).filter(([, count]) => count);
     const facts = [
-      ["Upstream", model.upstream],
+      ["Upstream", short(model.upstream, 200)],
       ["Instance", model.instance_id ? `${short(model.instance_id)}, ${model.ours ? "loaded by keepalive" : "loaded by somebody else"}` : "none"],
       ["Since the daemon started", `${many(model.loads, "load")}, ${many(model.evictions, "eviction")}`],
     ];
     if (history) {
       facts.push(["People waited, 24 h", history.waits.requests ? `${span(history.waits.seconds)} in ${many(history.waits.requests, "request")}` : "not at all"]);
-      facts.push(["Pings, 24 h", pings.map(([outcome, count]) => `${count} ${outcome.replace("_", " ")}`).join(", ") || "none"]);
+      facts.push(["Pings, 24 h", pings.map(([outcome, count]) => `${count} ${short(outcome).replace("_", " ")}`).join(", ") || "none"]);
     }
     // Somebody may be reading, or have selected, what has not changed.
     const drawn = JSON.stringify([facts, history?.loads, history?.evictions]);
@@ -622,7 +642,7 @@ class Row {
     this.facts.replaceChildren(...facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))));
     const line = (at, text) => h("li", {}, moment(at), ` ${text}`);
     const lists = [
-      ["Last loads", history?.loads, (load) => `${span(load.seconds)}${load.outcome === "ok" ? "" : `, ${load.outcome}`}`],
+      ["Last loads", history?.loads, (load) => `${span(load.seconds)}${load.outcome === "ok" ? "" : `, ${short(load.outcome)}`}`],
       ["Last evictions", history?.evictions, causeOf],
     ];
     this.events.replaceChildren(
@@ -664,7 +684,7 @@ function traffic(model) {
 
 function pingOf(model, at) {
   const last = model.lastPing;
-  if (last && last.outcome !== "ok" && last.outcome !== "skipped") return `ping ${ago(last.at, at)} ago: ${last.outcome.replace("_", " ")}`;
+  if (last && last.outcome !== "ok" && last.outcome !== "skipped") return `ping ${ago(last.at, at)} ago: ${short(last.outcome).replace("_", " ")}`;
   if (model.nextPing) return `next ping ${ahead(model.nextPing, at)}`;
   return "";
 }
@@ -755,7 +775,8 @@ function drawFooter() {
   say(byId("version"), picture.version ?? "");
   if (!picture.version) return;
   const scraped = "scraped_at" in picture ? (picture.scrapedAt ? `metrics last read ${ago(picture.scrapedAt, now())} ago` : "nobody reads /metrics: no alert can wake you") : "";
-  say(byId("footer"), [`Running for ${ago(picture.startedAt, now())}`, scraped].filter(Boolean).join(" · "));
+  const kept = history && !history.kept ? `history ends with the daemon: ${short(history.reason ?? "", 200)}` : "";
+  say(byId("footer"), [`Running for ${ago(picture.startedAt, now())}`, scraped, kept].filter(Boolean).join(" · "));
 }
 
 function startTheme() {
@@ -796,13 +817,16 @@ function start() {
   setInterval(() => {
     drawHead();
     if (contact.lost !== null) return;
-    for (const row of rows.values()) if (!row.node.hidden) row.tick();
+    for (const row of rows.values()) {
+      if (row.node.hidden) continue;
+      row.tick();
+      row.drawBand();
+    }
+    drawColumns();
     for (const strip of strips.values()) strip.tick();
     drawFooter();
   }, 1000);
-  setInterval(() => rows.forEach((row) => row.drawBand()), 60_000);
   setInterval(() => readHistory(), HISTORY_MAX_AGE);
-  readHistory();
   follow();
 }
 

@@ -6,10 +6,12 @@
 /** A duration in seconds, as short as people say it; the same as on the command line. */
 export function span(seconds) {
   if (seconds < 9.95) return `${seconds.toFixed(1)} s`;
-  return counted(seconds);
+  if (seconds < 120) return `${seconds.toFixed(0)} s`;
+  if (seconds < 7200) return `${(seconds / 60).toFixed(0)} min`;
+  return seconds < 172800 ? `${(seconds / 3600).toFixed(0)} h` : `${(seconds / 86400).toFixed(0)} d`;
 }
 
-/** The same for what is seen counting: no tenths that jump. */
+/** The same for what is seen counting: only what has passed. */
 export function counted(seconds) {
   if (seconds < 120) return `${Math.floor(seconds)} s`;
   if (seconds < 7200) return `${Math.floor(seconds / 60)} min`;
@@ -33,14 +35,21 @@ export function short(text, most = 80) {
   return text.length <= most ? text : `${text.slice(0, most / 2)}…${text.slice(-most / 2 + 1)}`;
 }
 
-export const CAUSES = {
-  timer: "its idle timer ran out",
-  displaced: "another model took its place",
-  crash: "it crashed",
-  restart: "LM Studio restarted",
-  by_hand: "unloaded by hand",
-  unknown: "cause unknown",
-};
+// Maps, since what others write into a status may also be the name of something that every object has.
+export const CAUSES = new Map([
+  ["timer", "its idle timer ran out"],
+  ["displaced", "another model took its place"],
+  ["crash", "it crashed"],
+  ["restart", "LM Studio restarted"],
+  ["by_hand", "unloaded by hand"],
+  ["unknown", "cause unknown"],
+]);
+
+export const TIERS = new Map([
+  ["v1", "LM Studio 0.4"],
+  ["v0", "LM Studio 0.3"],
+  ["openai", "OpenAI-compatible"],
+]);
 
 /** What a model means to whoever looks: its state, but for those that fail or that nobody wants now. */
 export function kind(model) {
@@ -83,7 +92,7 @@ export function answer(picture, now) {
   if (troubled.length) {
     const [first] = troubled;
     const what = first.state === "down" ? "does not answer" : "refuses our token";
-    const who = listed(troubled.map((upstream) => upstream.name));
+    const who = listed(troubled.map((upstream) => short(upstream.name, 48)));
     const cut = models.filter((model) => troubled.some((upstream) => upstream.name === model.upstream)).length;
     const which = cut === models.length ? "no model can be kept warm" : `${many(cut, "model")} cannot be kept warm`;
     if (cut) return said("failing", `${troubled.length > 1 ? `${who} do not answer` : `${who} ${what}`}: ${which}${waits}`);
@@ -136,7 +145,7 @@ function one(model, now) {
  * What should bring a person here, the worst first: each with a key that stays, and the models that it is about.
  * Where there are few models (`all` false), what their rows say at first sight is not said twice.
  */
-export function attention(picture, history, all) {
+export function attention(picture, all) {
   const found = [];
   const add = (tone, key, text, models = []) => found.push({ tone, key, text, models });
   for (const mistake of picture.config.mistakes) {
@@ -155,9 +164,6 @@ export function attention(picture, history, all) {
   for (const model of picture.models.filter((one) => one.instances > 1)) {
     add("loading", `copies ${model.id}`, () =>
       `is in memory ${many(model.instances, "time")}; unload all copies but one in LM Studio`, [model]);
-  }
-  if (history && !history.kept) {
-    add("unknown", "history", () => `History is lost with the next restart: ${short(history.reason ?? "no reason given", 300)}`);
   }
   return found;
 }
