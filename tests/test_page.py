@@ -224,24 +224,24 @@ async def test_a_load_moves_each_second_by_the_daemons_clock_whatever_the_browse
     browser: Browser,
 ) -> None:
     load = {"elapsed_seconds": 62.0, "eta_seconds": 50.0, "attempt": 2}
-    async with served(Written(written("medicine-llm", "loading", load=load, waiting=3))) as world:
-        async with tab(browser) as shown:
-            page = shown.page
-            await page.add_init_script("const now = Date.now; Date.now = () => now() - 3 * 3600e3")
-            await page.goto(world.url)
-            first = await answer(page).inner_text()
-            bar = row(page, "medicine-llm").get_by_role("progressbar")
-            before = await bar.evaluate("bar => bar.value")
-            await expect(answer(page)).not_to_have_text(first)
-            after = await bar.evaluate("bar => bar.value")
-            left = await page.locator("#models .left").inner_text()
+    loading = written("medicine-llm", "loading", load=load, waiting=3)
+    async with served(Written(loading)) as world, tab(browser) as shown:
+        page = shown.page
+        await page.add_init_script("const now = Date.now; Date.now = () => now() - 3 * 3600e3")
+        await page.goto(world.url)
+        first = await answer(page).inner_text()
+        bar = row(page, "medicine-llm").get_by_role("progressbar")
+        before = await bar.evaluate("bar => bar.value")
+        await expect(answer(page)).not_to_have_text(first)
+        after = await bar.evaluate("bar => bar.value")
+        left = await page.locator("#models .left").inner_text()
 
-            assert first.endswith("; 3 requests wait")
-            assert first.startswith("medicine-llm is loading: 6")
-            assert ", about 4" in first or ", about 50 s to go" in first
-            assert 0.55 < before < after < 0.75
-            assert left.endswith(" to go, attempt 2")
-            assert shown.errors == []
+        assert first.endswith("; 3 requests wait")
+        assert first.startswith("medicine-llm is loading: 6")
+        assert ", about 4" in first or ", about 50 s to go" in first
+        assert 0.55 < before < after < 0.75
+        assert left.endswith(" to go, attempt 2")
+        assert shown.errors == []
 
 
 ANSWERS = {
@@ -645,7 +645,10 @@ async def test_the_theme_follows_the_system_until_somebody_chooses_and_the_choic
     browser: Browser,
 ) -> None:
     background = "getComputedStyle(document.body).backgroundColor"
-    async with served(Written(written("a"))) as world, opened(browser, world.url, color_scheme="dark") as shown:
+    async with (
+        served(Written(written("a"))) as world,
+        opened(browser, world.url, color_scheme="dark") as shown,
+    ):
         page = shown.page
         dark = await page.evaluate(background)
         await page.emulate_media(color_scheme="light")
@@ -820,14 +823,16 @@ ATTACKS = """async (url) => {
   form.submit();
   const boxed = document.createElement("iframe");
   boxed.sandbox = "allow-scripts allow-forms";
-  boxed.srcdoc = `<form method=POST action="${url}/api/models/a/release"></form>
-    <script>fetch("${url}/api/models/a/release", { method: "POST", mode: "no-cors" }); document.forms[0].submit()</` + "script>";
+  const change = `${url}/api/models/a/release`;
+  boxed.srcdoc = `<form method=POST action="${change}"></form>
+    <script>fetch("${change}", { method: "POST", mode: "no-cors" }); document.forms[0].submit()</` + "script>";
   document.body.append(boxed);
   const tries = [];
   for (const verb of ["warm", "release"]) {
     const target = `${url}/api/models/a/${verb}`;
     tries.push(fetch(target, { method: "POST", mode: "no-cors", credentials: "include" }));
-    tries.push(fetch(target, { method: "POST", mode: "no-cors", body: "{}", headers: { "Content-Type": "text/plain" } }));
+    const simple = { mode: "no-cors", body: "{}", headers: { "Content-Type": "text/plain" } };
+    tries.push(fetch(target, { method: "POST", ...simple }));
     tries.push(fetch(target, { method: "POST", headers: { "X-Own": "1" } }));
     tries.push(fetch(target, { method: "PUT" }));
     const image = new Image();
@@ -894,10 +899,9 @@ async def test_a_rebound_name_reads_nothing(lied_to: Browser) -> None:
 
 
 async def test_a_name_of_its_own_that_is_configured_is_served(lied_to: Browser) -> None:
-    access = Access(hosts=("ops.example",))
-    async with served(Written(written("a")), access) as world:
-        async with opened(lied_to, f"http://ops.example:{urlsplit(world.url).port}/") as shown:
-            await expect(answer(shown.page)).to_have_text("a is warm")
+    async with served(Written(written("a")), Access(hosts=("ops.example",))) as world, tab(lied_to) as shown:
+        await shown.page.goto(f"http://ops.example:{urlsplit(world.url).port}/")
+        await expect(answer(shown.page)).to_have_text("a is warm")
 
 
 async def test_the_page_is_in_nobodys_frame(lied_to: Browser) -> None:
