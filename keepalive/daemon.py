@@ -94,6 +94,7 @@ class Daemon:
     async def run(self) -> None:
         """Run until `stop`. Raises StartError when a port is taken."""
         async with AsyncExitStack() as stack:
+            stack.push_async_callback(self._playground.close)  # the admin address uses it to the end
             runner = server(self._admin)
             await runner.setup()
             stack.push_async_callback(self._end_admin, runner)
@@ -103,7 +104,6 @@ class Daemon:
             self._compare_sockets(self._config)
             stack.push_async_callback(self._front.close)
             self._playground.open(self.url)
-            stack.push_async_callback(self._playground.close)
             self._recall(self._kept)
             self._log.info(
                 "daemon.started",

@@ -555,6 +555,7 @@ export class StreamingPromptExecutor extends Base {
   #fields = [];
   #request = null;
   #drawn = IDLE;
+  #elapsed = 0; // of the load, as shown
   #late = false;
   #follows = true; // the text's end, as long as the reader does
   #configured = null;
@@ -686,6 +687,7 @@ export class StreamingPromptExecutor extends Base {
 
   #start(request) {
     this.#request = request;
+    this.#elapsed = 0;
     this.#follows = true;
     Object.assign(this.#run.options, { baseUrl: this.baseUrl, headers: this.headers });
     return this.#run.execute(request);
@@ -849,14 +851,18 @@ export class StreamingPromptExecutor extends Base {
     const now = isStreaming ? this.#run.clock : progress.duration;
     say(time, inSeconds(now));
     if (!isModelLoading) return say(clock, "");
-    const elapsed = progress.elapsed + now - progress.duration;
-    const left = progress.estimatedTime - elapsed;
-    const known = progress.estimatedTime !== null;
-    if (known && left > 0) bar.value = elapsed / progress.estimatedTime;
+    const { estimatedTime } = progress;
+    let elapsed = progress.elapsed + now - progress.duration;
+    // An event that was long on its way does not turn the clock back; a load that begins again does.
+    if (elapsed > this.#elapsed - 1000) elapsed = Math.max(elapsed, this.#elapsed);
+    this.#elapsed = elapsed;
+    const left = estimatedTime - elapsed;
+    if (left > 0) bar.value = elapsed / estimatedTime;
     else bar.removeAttribute("value");
-    const rest = !known ? "" : left > 0 ? ` · about ${spoken(left)} to go` : " · longer than usual";
-    say(clock, `${Math.floor(elapsed / 1000)} s${rest}`);
-    const late = known && left <= 0;
+    // Every other load takes a little longer than the estimate.
+    const late = estimatedTime !== null && left < -Math.max(2000, estimatedTime / 10);
+    const rest = left > 0 ? `about ${spoken(left)} to go` : late ? "longer than usual" : "any moment now";
+    say(clock, `${Math.floor(elapsed / 1000)} s${estimatedTime === null ? "" : ` · ${rest}`}`);
     if (late && !this.#late) say(live, "Loading model…, longer than usual");
     this.#late = late;
   }

@@ -1,0 +1,71 @@
+"""The React application of the tests: the sources beside this file and those in docs/browser.md, bundled.
+
+Its packages come from whichever registry npm is configured for, into a cache outside of the repository, once.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+PACKAGE = HERE / "package.json"
+INSTALL_SECONDS = 90.0
+
+
+def snippets(language: str) -> list[str]:
+    """The blocks of docs/browser.md in one language."""
+    text = (ROOT / "docs" / "browser.md").read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def bundle(folder: Path) -> bytes:
+    """The application as one script. Skips where it cannot be built."""
+    modules = packages()
+    shutil.copytree(HERE / "src", folder, dirs_exist_ok=True)
+    shutil.copy(ROOT / "keepalive" / "assets" / "keepalive.js", folder)
+    for block in snippets("js") + snippets("jsx"):
+        if named := re.match(r"// (\S+\.jsx?)\n", block):
+            (folder / named[1]).write_text(block)
+    (folder / "node_modules").symlink_to(modules)
+    command = [str(modules / ".bin" / "esbuild"), "main.jsx", "--bundle", "--jsx=automatic", "--format=esm"]
+    # Only React's development build mounts everything twice under StrictMode.
+    command += ["--define:process.env.NODE_ENV='development'", "--log-level=warning"]
+    built = subprocess.run(command, cwd=folder, capture_output=True, check=False)
+    assert built.returncode == 0, built.stderr.decode()
+    assert built.stderr == b""
+    return built.stdout
+
+
+def packages() -> Path:
+    """The installed packages."""
+    npm = shutil.which("npm")
+    if npm is None or shutil.which("node") is None:
+        pytest.skip("no npm here: apt install nodejs npm")
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = Path(os.environ.get("KEEPALIVE_TEST_CACHE") or caches / "keepalive-tests")
+    wanted = hashlib.sha256(PACKAGE.read_bytes()).hexdigest()[:12]
+    done = cache / f"react-{wanted}"
+    if not done.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as name:
+            fresh = Path(name) / "react"
+            fresh.mkdir()
+            shutil.copy(PACKAGE, fresh)
+            command = [npm, "install", "--ignore-scripts", "--no-package-lock", "--no-audit", "--no-fund"]
+            try:
+                subprocess.run(command, cwd=fresh, capture_output=True, check=True, timeout=INSTALL_SECONDS)
+            except subprocess.TimeoutExpired:
+                pytest.skip(f"npm did not install the packages of {PACKAGE} within {INSTALL_SECONDS:.0f} s")
+            except subprocess.CalledProcessError as error:
+                pytest.skip(f"npm cannot install the packages of {PACKAGE}: {error.stderr.decode()[-500:]}")
+            # All or nothing: an installation that was interrupted is begun again.
+            if not done.exists():
+                fresh.rename(done)
+    return done / "node_modules"
