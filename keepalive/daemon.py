@@ -16,7 +16,15 @@ from keepalive import __version__, config, logs, status, systemd, tokens, view
 from keepalive.admin import Access, Admin, server
 from keepalive.config import Address, Config, ConfigError, Kept
 from keepalive.errors import KeepaliveError
-from keepalive.facts import ClockJumped, ModelId, ReleaseAsked, WarmAsked, WindowClosed, WindowOpened
+from keepalive.facts import (
+    ClockJumped,
+    LoadsRecalled,
+    ModelId,
+    ReleaseAsked,
+    WarmAsked,
+    WindowClosed,
+    WindowOpened,
+)
 from keepalive.feed import Feed
 from keepalive.front import Front, StartError, cannot_listen, is_loopback, url_of
 from keepalive.history import History
@@ -79,7 +87,7 @@ class Daemon:
             name: [Address(*systemd.address(one)) for one in opened] for name, opened in self._sockets.items()
         }
         self._ledger = _ledger(settings, lambda: self._urls, wall)
-        self._history = History(wall)
+        self._history = _history(settings, wall, self._report)
         optional = (self._ledger, self._metrics, self._history, self._feed, logs.Log())
         observers = [o for o in optional if o is not None]
         self.keeper = Keeper(self._clock, observers, self._report)
@@ -94,6 +102,8 @@ class Daemon:
     async def run(self) -> None:
         """Run until `stop`. Raises StartError when a port is taken."""
         async with AsyncExitStack() as stack:
+            self._history.start(self._recall_loads)
+            stack.push_async_callback(self._history.close)
             stack.push_async_callback(self._playground.close)  # the admin address uses it to the end
             runner = server(self._admin)
             await runner.setup()
@@ -104,6 +114,7 @@ class Daemon:
             self._compare_sockets(self._config)
             stack.push_async_callback(self._front.close)
             self._playground.open(self.url)
+            await self._history.read()
             self._recall(self._kept)
             self._log.info(
                 "daemon.started",
@@ -234,7 +245,7 @@ class Daemon:
                 )
             )
         self._metrics.configure(self._kept)
-        self._history.configure(self._kept)
+        self._history.configure({model: self._urls[model.upstream] for model in self._kept})
         self._closing += self.keeper.configure(servers, map(self._keep, self._kept.values()))
         self._clients = {server.name: self._clients[server.name] for server in servers}
         self._tokens = lm_tokens
@@ -245,6 +256,8 @@ class Daemon:
         for name in ("listen", "admin_listen", "state_dir", "log_level", "log_format"):
             if getattr(old.server, name) != getattr(settings.server, name):
                 self._log.warning("config.needs_restart", key=f"server.{name}")
+        if old.history.path != settings.history.path:
+            self._log.warning("config.needs_restart", key="history.path")
         listeners = (("admin", "admin_listen", admin_keys), ("client", "listen", client_keys))
         for socket, name, keys in listeners:
             address = self._place(socket, getattr(settings.server, name))
@@ -268,6 +281,10 @@ class Daemon:
             remembered = self._ledger.recall(model, self._clock()) if self._ledger else None
             if remembered:
                 self.keeper.record(remembered)
+
+    def _recall_loads(self, model: ModelId, seconds: tuple[float, ...]) -> None:
+        if seconds:
+            self.keeper.record(LoadsRecalled(self._clock(), model, seconds))
 
     def _keep(self, kept: Kept) -> Keep:
         model = ModelId(kept.upstream, kept.key)
@@ -366,3 +383,11 @@ def _ledger(
     settings: Config, urls: Callable[[], Mapping[str, str]], wall: Callable[[], float]
 ) -> Ledger | None:
     return Ledger(settings.server.state_dir, urls, wall) if settings.server.state_dir else None
+
+
+def _history(settings: Config, wall: Callable[[], float], report: Callable[[BaseException], None]) -> History:
+    path = settings.history.path
+    if path:
+        return History(wall, path, report=report)
+    why_not = "history.path is false" if path is False else "neither history.path nor server.state_dir is set"
+    return History(wall, why_not=why_not)

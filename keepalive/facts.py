@@ -153,6 +153,13 @@ class LoadRemembered(ModelFact):
     tells_loading: bool = False  # its listing is known to show a load in progress
 
 
+@dataclass(frozen=True, slots=True)
+class LoadsRecalled(ModelFact):
+    """How many seconds its last loads took that succeeded in earlier lives of this daemon, oldest first."""
+
+    seconds: tuple[float, ...]
+
+
 class PingOutcome(StrEnum):
     OK = "ok"
     ERROR = "error"

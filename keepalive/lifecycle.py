@@ -35,6 +35,7 @@ from keepalive.facts import (
     LoadEnded,
     LoadOutcome,
     LoadRemembered,
+    LoadsRecalled,
     LoadStarted,
     ModelId,
     PingEnded,
@@ -725,6 +726,9 @@ _CHANGES: Mapping[type[Fact], Callable[..., Model]] = {
     LoadStarted: _load_started,
     LoadEnded: _load_ended,
     LoadRemembered: _load_remembered,
+    LoadsRecalled: lambda model, fact: replace(
+        model, recent_loads=(*fact.seconds, *model.recent_loads)[-LOADS_REMEMBERED:]
+    ),
     PingStarted: _ping_started,
     PingEnded: _ping_ended,
     UnloadStarted: _unload_started,

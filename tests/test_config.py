@@ -211,6 +211,34 @@ def test_state_is_kept_where_the_system_says(environ: dict[str, str], directory:
 
 def test_without_a_place_for_state_there_is_none() -> None:
     assert parse(MODEL).server.state_dir is None
+    assert parse(MODEL).history.path is None
+
+
+@pytest.mark.parametrize(
+    ("text", "environ", "path"),
+    [
+        ("", {"STATE_DIRECTORY": "/var/lib/keepalive"}, Path("/var/lib/keepalive/history.db")),
+        ('[server]\nstate_dir = "/mine"\n', {"HOME": "/h"}, Path("/mine/history.db")),
+        ('[history]\npath = "/data/h.sqlite"\n', {"HOME": "/h"}, Path("/data/h.sqlite")),
+        ("[history]\npath = false\n", {"HOME": "/h"}, False),
+        ("", {"HOME": "/h", "KEEPALIVE_HISTORY__PATH": "false"}, False),
+        ("[history]\npath = false\n", {"KEEPALIVE_HISTORY__PATH": "/data/h.sqlite"}, Path("/data/h.sqlite")),
+    ],
+)
+def test_the_history_is_kept_beside_the_state_or_where_it_is_said_or_nowhere(
+    text: str, environ: dict[str, str], path: Path | bool
+) -> None:
+    assert parse(text + MODEL, environ).history.path == path
+
+
+@pytest.mark.parametrize("value", ["true", '""', '"history.db"', '"/var/lib/"', "1", '"/a\\u0000b"'])
+def test_a_history_that_is_no_file_is_a_mistake(value: str) -> None:
+    (said,) = mistakes(f"[history]\npath = {value}\n{MODEL}")
+
+    assert said.startswith("2: history.path: ")
+    assert said.endswith(
+        ' is no path of a file from "/"; write one such as "/var/lib/keepalive/history.db", or false for none'
+    )
 
 
 def test_the_zone_of_the_windows_is_the_one_that_is_named() -> None:
@@ -1011,6 +1039,7 @@ def test_the_shipped_config_shows_every_setting() -> None:
     shown = tomllib.loads(EVERYTHING)
     tables: dict[type[BaseModel], list[dict[str, Any]]] = {
         config.Server: [shown["server"]],
+        config.History: [shown["history"]],
         config.Upstream: shown["upstreams"],
         config.Defaults: [shown["defaults"]],
         config.Model: shown["models"],
@@ -1026,11 +1055,12 @@ def test_the_shipped_config_shows_every_setting() -> None:
 
 def test_the_defaults_in_the_shipped_config_are_those_of_the_code() -> None:
     found = parse(EVERYTHING)
-    examples = {"timezone", "state_dir", "api_token_env", "auto_evict", "url"}
+    examples = {"timezone", "state_dir", "path", "api_token_env", "auto_evict", "url"}
     differing = {
         name
         for shown, default in (
             (found.server, config.Server()),
+            (found.history, config.History()),
             (found.upstreams[0], Config().upstreams[0]),
             (found.defaults, config.Defaults()),
         )

@@ -27,6 +27,7 @@ from keepalive.config.tables import (
     Auth,
     Config,
     Defaults,
+    History,
     Kept,
     Model,
     Prompt,
@@ -36,6 +37,6 @@ from keepalive.config.tables import (
 from keepalive.config.values import Address, seconds, written
 
 __all__ = [
-    "LOAD_FIELDS", "AccessKey", "Address", "Auth", "Config", "ConfigError", "Defaults", "Kept", "Mistake",
-    "Model", "Prompt", "Server", "Upstream", "find", "load", "parse", "read", "schema", "seconds", "written",
+    "LOAD_FIELDS", "AccessKey", "Address", "Auth", "Config", "ConfigError", "Defaults", "History", "Kept",
+    "Mistake", "Model", "Prompt", "Server", "Upstream", "find", "load", "parse", "read", "schema", "seconds", "written",
 ]  # fmt: skip

@@ -194,7 +194,9 @@ class _Reading:
             self.report(key, message)
         state_dir = config.server.state_dir or _state_dir(environ)
         server = config.server.model_copy(update={"state_dir": state_dir})
-        return config.model_copy(update={"server": server})
+        path = state_dir / "history.db" if state_dir and config.history.path is None else config.history.path
+        history = config.history.model_copy(update={"path": path})
+        return config.model_copy(update={"server": server, "history": history})
 
     def _repair(self, key: Key) -> None:
         """Puts something sound in the place of what is wrong, so that the rest can be compared."""

@@ -60,6 +60,11 @@ Url = Annotated[str, _text(values.read_url), _written_as(values.URL_PATTERN)]
 Zone = Annotated[str, _text(values.read_zone_name)]
 Span = Annotated[Window, _text(values.read_window), _TEXT]
 Directory = Annotated[Path, _text(values.read_directory), _TEXT]
+File = Annotated[
+    Path | Literal[False],
+    PlainValidator(values.read_file),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"const": False}]}),
+]
 Name = Annotated[str, _text(values.read_name)]
 Line = Annotated[str, _text(values.read_line)]
 Template = Annotated[str, _text(values.read_template)]
@@ -124,6 +129,13 @@ class Server(Table):
     state_dir: Directory | None = Field(None, examples=["/var/lib/keepalive"])
     """Where loads under way are noted, so that a restart does not repeat them.
     Default: $STATE_DIRECTORY, else $XDG_STATE_HOME/keepalive."""
+
+
+class History(Table):
+    """What happened to the models, for the status page and for the next start."""
+
+    path: File | None = Field(None, examples=["/var/lib/keepalive/history.db"])
+    """The file that keeps it; false: in memory only. Default: history.db in server.state_dir."""
 
 
 class Upstream(Table):
@@ -263,6 +275,7 @@ class Config(Table):
     """keepalive: which models to keep loaded, where, and how to serve them."""
 
     server: Server = Server()
+    history: History = History()
     upstreams: Tables[Upstream] = (Upstream(url="http://127.0.0.1:1234"),)
     defaults: Defaults = Defaults()
     models: Tables[Model] = ()
@@ -301,6 +314,7 @@ def timing(defaults: Defaults, model: Model | None = None) -> dict[str, float]:
 
 SECTIONS: Mapping[str, type[Table]] = {
     "[server]": Server,
+    "[history]": History,
     "[[upstreams]]": Upstream,
     "[defaults]": Defaults,
     "[[models]]": Model,

@@ -5,6 +5,7 @@ import re
 import zoneinfo
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from keepalive import window as windows
 from keepalive.config.mistakes import looks_secret, nearest, short, shown
@@ -143,6 +144,16 @@ def read_zone_name(value: str) -> str:
 def read_directory(value: str) -> Path:
     if not value.startswith("/") or "\0" in value:
         raise ValueError(f'{shown(value)} is no path from "/"; write one such as "/var/lib/keepalive"')
+    return Path(value)
+
+
+def read_file(value: object) -> Path | Literal[False]:
+    """A path, or false where there shall be none."""
+    if value is False:
+        return False
+    if not isinstance(value, str) or not value.startswith("/") or value.endswith("/") or "\0" in value:
+        advice = 'write one such as "/var/lib/keepalive/history.db", or false for none'
+        raise ValueError(f'{shown(value)} is no path of a file from "/"; {advice}')
     return Path(value)
 
 
