@@ -591,7 +591,9 @@ async def test_a_connection_that_falls_silent_is_given_up(browser: Browser) -> N
         await page.route("**/api/**", lambda route: None)
         await page.clock.run_for(41_000)
         await expect(answer(page)).to_contain_text("Lost contact")
-        await expect(page.locator("#notices")).to_contain_text("nothing was heard for 40 s")
+        await expect(page.locator("#notices")).to_contain_text(
+            "Nothing was heard for 40 s. What you see is as of "
+        )
 
 
 async def test_where_too_many_watch_the_page_looks_now_and_then(browser: Browser) -> None:

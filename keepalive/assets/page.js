@@ -69,11 +69,13 @@ function synchronize(daemonTime) {
 const time = (text) => (text === null || text === undefined ? null : Date.parse(text));
 
 const CLOCK = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", hourCycle: "h23" });
+const WEEKDAY = new Intl.DateTimeFormat(undefined, { weekday: "short" });
 const DATE = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "medium" });
 
 /** A time as people look for it; the whole of it when they point at it. */
 function moment(at) {
-  return h("time", { datetime: new Date(at).toISOString(), title: DATE.format(at) }, CLOCK.format(at));
+  const day = new Date(at).toDateString() === new Date(now()).toDateString() ? "" : `${WEEKDAY.format(at)} `;
+  return h("time", { datetime: new Date(at).toISOString(), title: DATE.format(at) }, day + CLOCK.format(at));
 }
 
 // --- what is known ----------------------------------------------------------------------------------
@@ -166,11 +168,13 @@ async function follow() {
       take(await (await ask("/api/status")).json());
       regain();
       pause = 250;
+      playground.started ??= setTimeout(startPlayground, 50);
       await changes();
-      lose("the daemon ended the connection");
+      lose("The daemon ended the connection");
     } catch (error) {
       if (error instanceof Refused) refuse(error);
-      else lose(error.message);
+      // Each browser has its own words for a connection that was refused or cut.
+      else lose(error instanceof TypeError ? `Nothing answers at ${location.host}` : error.message);
     }
     await Promise.race([new Promise((done) => setTimeout(done, pause)), nudged()]);
   }
@@ -182,7 +186,7 @@ async function changes() {
   let watch = 0;
   const heard = () => {
     clearTimeout(watch);
-    watch = setTimeout(() => abort.abort(new Error("nothing was heard for 40 s")), SILENCE);
+    watch = setTimeout(() => abort.abort(new Error("Nothing was heard for 40 s")), SILENCE);
   };
   heard();
   try {
@@ -373,7 +377,7 @@ function drawNotices() {
   const at = now();
   const found = picture.version ? attention(picture, picture.models.length >= FILTER_FROM) : [];
   if (contact.lost !== null) {
-    found.unshift({ tone: "gone", key: "contact", models: [], text: () => `What you see is as of ${CLOCK.format(now() - (performance.now() - contact.lost))}: ${contact.why}` });
+    found.unshift({ tone: "gone", key: "contact", models: [], text: () => `${contact.why}. What you see is as of ${CLOCK.format(now() - (performance.now() - contact.lost))}.` });
   } else if (contact.why) {
     found.unshift({ tone: "unknown", key: "live", models: [], text: () => `Not live, looked at every 5 s: ${contact.why}` });
   }
@@ -709,7 +713,7 @@ function drawEmpty() {
 
 // --- the playground -----------------------------------------------------------------------------------
 
-const playground = { element: null, keys: "", told: "" };
+const playground = { started: null, element: null, keys: null, told: "" };
 
 /**
  * Offers the models. The element reads the prompts anew each time that it is told; so it is when there are other
@@ -726,7 +730,9 @@ function drawPlayground(isTurnedTo = false) {
   playground.element.models = models;
 }
 
-function startPlayground() {
+/** After the first picture, since that is what people come for. */
+async function startPlayground() {
+  await import("/keepalive.js");
   playground.element = document.createElement("streaming-prompt-executor");
   drawPlayground();
   byId("playground").append(playground.element);
@@ -812,7 +818,6 @@ function start() {
   for (const [state, text] of [["warm", "warm"], ["loading", "loading"], ["cold", "cold"], ["backoff", "backoff"], ["unknown", "unknown"], ["eviction", "evicted"]]) {
     byId("legend").append(h("li", { "data-state": state }, text));
   }
-  customElements.whenDefined("streaming-prompt-executor").then(startPlayground);
   drawHead();
   setInterval(() => {
     drawHead();
