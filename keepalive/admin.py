@@ -63,6 +63,12 @@ class Daemon(Protocol):
     """What the admin address shows and asks for."""
 
     def status(self) -> Mapping[str, Any]: ...
+    def states(self) -> Sequence[Mapping[str, Any]]:
+        """Of each model only key, upstream, state, and whether it is wanted: a fraction of the work."""
+        ...
+
+    @property
+    def stopping(self) -> bool: ...
     def metrics(self, accept: str) -> tuple[bytes, str]: ...
     def alive(self) -> str | None:
         """None, or why not."""
@@ -168,8 +174,7 @@ class Admin:
 
     async def _readyz(self, request: web.BaseRequest) -> web.StreamResponse:
         """200 when every wanted model is warm; with `?model=KEY` (repeatable), when these are."""
-        status = self._daemon.status()
-        models = status["models"]
+        models = self._daemon.states()
         asked = request.query.getall("model", [])
         if asked:
             unknown = [key for key in asked if not _named(models, key)]
@@ -180,19 +185,22 @@ class Admin:
             groups = [[model] for model in models if model["wanted"]]
         # A key that is kept on several upstreams is ready when one of them has it warm.
         cold = [m for group in groups if not any(m["state"] == "warm" for m in group) for m in group]
-        draining = status.get("draining", False)
+        stopping = self._daemon.stopping
         body = {
-            "ready": not cold and not draining,
-            "not_ready": [
-                {name: m[name] for name in ("key", "upstream", "state", "reason", "load")} for m in cold
-            ],
-            "reason": "the daemon is stopping" if draining else None,
+            "ready": not cold and not stopping,
+            "not_ready": self._reasons(cold) if cold else [],
+            "reason": "the daemon is stopping" if stopping else None,
         }
         return _json(body, HTTPStatus.OK if body["ready"] else HTTPStatus.SERVICE_UNAVAILABLE)
 
+    def _reasons(self, models: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        known = {(m["upstream"], m["key"]): m for m in self._daemon.status()["models"]}
+        names = ("key", "upstream", "state", "reason", "load")
+        return [{name: known[m["upstream"], m["key"]][name] for name in names} for m in models]
+
     async def _history(self, request: web.BaseRequest) -> web.StreamResponse:
         """What is remembered of all models; with `?model=KEY` (repeatable), of these."""
-        models, asked = self._feed.look()["models"], request.query.getall("model", [])
+        models, asked = self._daemon.states(), request.query.getall("model", [])
         unknown = [key for key in asked if not _named(models, key)]
         if unknown:
             raise _unknown_model(", ".join(unknown))
@@ -257,7 +265,7 @@ class Admin:
             raise _Refusal(HTTPStatus.METHOD_NOT_ALLOWED, "a change is made with POST", {"Allow": "POST"})
         self._check_origin(request)
         key = unquote(key)
-        models = _named(self._daemon.status()["models"], key)
+        models = _named(self._daemon.states(), key)
         upstream = request.query.get("upstream")
         models = [m for m in models if upstream in (None, m["upstream"])]
         if not models:

@@ -184,6 +184,9 @@ class Daemon:
         )
         return {**document, "draining": self.stopping}
 
+    def states(self) -> list[dict[str, Any]]:
+        return [status.state(model) for model in self.keeper.snapshot().models]
+
     def metrics(self, accept: str) -> tuple[bytes, str]:
         self._scraped = self._wall()
         return self._metrics.render(accept)

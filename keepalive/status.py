@@ -61,6 +61,16 @@ def document(
     }
 
 
+def state(model: Model) -> Json:
+    """Of one model no more than what a probe asks for."""
+    return {
+        "key": model.id.key,
+        "upstream": model.id.upstream,
+        "state": model.state.value,
+        "wanted": model.wanted,
+    }
+
+
 def model_document(
     upstream: Upstream, siblings: Sequence[Model], model: Model, now: float, offset: float
 ) -> Json:
@@ -72,11 +82,8 @@ def model_document(
     since, left = model.loading_since, eta(model, siblings, now)
     last, lost = model.last_ping, model.last_eviction
     return {
-        "key": model.id.key,
-        "upstream": model.id.upstream,
-        "state": model.state.value,
+        **state(model),
         "since": at(model.since),
-        "wanted": model.wanted,
         "listed": model.listed,
         "busy": model.busy,
         "in_flight": model.in_flight,

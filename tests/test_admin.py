@@ -55,10 +55,19 @@ class Shown:
         self.trouble: str | None = None
         self.stories: dict[ModelId, dict[str, Any]] = {}
         self.url = ""
+        self.rendered = 0
         self.feed = Feed(self.status)
 
     def status(self) -> Mapping[str, Any]:
+        self.rendered += 1
         return copy.deepcopy(self.document)
+
+    def states(self) -> list[dict[str, Any]]:
+        return copy.deepcopy(self.document["models"])
+
+    @property
+    def stopping(self) -> bool:
+        return bool(self.document.get("draining"))
 
     def metrics(self, accept: str) -> tuple[bytes, str]:
         return f"# accept {accept}\n".encode(), "text/plain; version=0.0.4; charset=utf-8"
@@ -200,6 +209,13 @@ async def test_readiness_says_which_model_is_not_and_why() -> None:
         ],
         "reason": None,
     }
+
+
+async def test_readiness_of_a_daemon_that_is_ready_renders_nothing() -> None:
+    async with listening(model("a"), model("off", "cold", wanted=False)) as shown:
+        status, _, _ = await asked(f"{shown.url}/readyz")
+
+    assert (status, shown.rendered) == (200, 0)
 
 
 async def test_readiness_of_a_model_that_nobody_keeps_is_not_found() -> None:

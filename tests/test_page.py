@@ -157,6 +157,13 @@ class Written:
     def status(self) -> Mapping[str, Any]:
         return self.document
 
+    def states(self) -> Any:
+        return self.document["models"]
+
+    @property
+    def stopping(self) -> bool:
+        return bool(self.document["draining"])
+
     def history(self) -> Mapping[str, Any]:
         return {"kept": True, "reason": None}
 
