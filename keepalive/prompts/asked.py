@@ -284,6 +284,9 @@ def read_object(body: bytes) -> dict[str, object]:
     raise Refusal(400, f"the body {wrong}", "invalid_json")
 
 
+# In ASCII, so that half a character, which a model may well send in each of two deltas, arrives as it is.
+_ENCODER: Final = json.JSONEncoder(separators=(",", ":"))
+
+
 def encode(value: object) -> bytes:
-    # In ASCII, so that half a character, which a model may well send in each of two deltas, arrives as it is.
-    return json.dumps(value, separators=(",", ":")).encode()
+    return _ENCODER.encode(value).encode()

@@ -85,6 +85,7 @@ class Stream:
         self._plain = b""
         self._chunks = 0
         self._length = 0
+        self._saying: list[bytes] = []  # events that leave together, as they came
         self._said_at = visit.began
         self._loading_at = -math.inf
         self._slack = 0.0
@@ -132,11 +133,17 @@ class Stream:
             modelName=self._key,
             lmStudioModelId=self._view().instance_id or self._key,
         )
+        self._send()
         self.tick(self._now())
 
     def _say(self, **event: object) -> None:
-        self._said_at = self._now()
-        self._exchange.push(b"data: %b\n\n" % encode(event))
+        self._saying.append(b"data: %b\n\n" % encode(event))
+
+    def _send(self) -> None:
+        if self._saying:
+            self._said_at = self._now()
+            self._exchange.push(b"".join(self._saying))
+            self._saying.clear()
 
     def tick(self, now: float) -> None:
         """Fills the silence."""
@@ -147,6 +154,7 @@ class Stream:
             if view.state != "warm":
                 self._loading_at = now
                 self._say_loading(view, now)
+                self._send()
         if now - self._said_at + self._slack >= self._heartbeat:
             self._said_at = now
             self._exchange.push(b": keep-alive\n\n")
@@ -205,12 +213,14 @@ class Stream:
     def _close(self) -> None:
         """The caller has everything: from here on it may leave, and that says nothing about the answer."""
         self._over = True
+        self._send()
         self._exchange.finish()
         self._bound(self._now() + LAST_SECONDS)
 
     def _bound(self, until: float | None) -> None:
-        if self._limit is not None and not self._limit.expired():
-            self._limit.reschedule(until)
+        limit = self._limit
+        if limit is not None and limit.when() != until and not limit.expired():
+            limit.reschedule(until)
 
     # --- what the proxy does with its caller ------------------------------------------------------
 
@@ -276,6 +286,7 @@ class Stream:
         for event in events:
             if isinstance(event, sse.Event) and not self._over:
                 self._hear(event.data)
+        self._send()
 
     def flush(self) -> None:
         pass
