@@ -25,9 +25,10 @@ test: $(TESTABLE)  ## Check style and types, run every test
 test-setup: python  ## Install the real inference server that some tests skip without (more than 1 GB)
 	$(PYTHON) tests/real_server.py install
 
-bench: $(TESTABLE)  ## Measure what the daemon costs, idle and as a proxy (7 minutes)
+bench: $(TESTABLE)  ## Measure what the daemon costs, idle, as a proxy and for prompts (10 minutes)
 	@$(BIN)/python benchmarks/idle.py
 	@$(BIN)/python benchmarks/proxy
+	@$(BIN)/python benchmarks/prompts.py
 
 schema: $(INSTALLED)  ## Write docs/config.schema.json anew, after a change of the config
 	@$(BIN)/python -m keepalive.config > $(VENV)/schema
