@@ -828,7 +828,7 @@ def test_a_token_reaches_lm_studio_and_appears_nowhere_else(machine: Machine) ->
         machine.run("systemctl", "status", "--full", "--no-pager", "keepalive").stdout,
         machine.journal("--unit=keepalive", "--output=export"),
         machine.run("curl", "-s", f"{ADMIN}/api/status", f"{ADMIN}/metrics").stdout,
-        machine.shell("cat /var/lib/keepalive/* 2>/dev/null || true"),
+        machine.shell("cat /var/lib/keepalive/* 2>/dev/null | tr -cd '[:print:]\\n'"),
     ]
     kept = machine.shell(f"ls -l /proc/{pid}/root/run/credentials/keepalive.service/")
 
@@ -840,19 +840,24 @@ def test_a_token_reaches_lm_studio_and_appears_nowhere_else(machine: Machine) ->
 @in_systemd
 def test_state_survives_a_restart_and_belongs_to_nobody_else(machine: Machine) -> None:
     start_lm_studio(machine, "--model", "medicine-llm:600", "--model", "small-talk-1b:1")
-    noted = until(lambda: machine.shell("ls /var/lib/private/keepalive"), "no load was noted")
+    state = "/var/lib/private/keepalive"
+    noted = until(lambda: "load-" in machine.shell(f"ls {state}"), "no load was noted")
+    kept = until(
+        lambda: json.loads(machine.run("curl", "-s", f"{ADMIN}/api/history").stdout)["kept"], "no history"
+    )
 
     machine.run("systemctl", "restart", "keepalive")
-    entries = machine.shell("stat -c '%a %U' /var/lib/private/keepalive /var/lib/private/keepalive/*")
+    entries = machine.shell(f"stat -c '%a %U' {state} {state}/*").splitlines()
 
-    assert noted.startswith("load-")
-    assert entries.split("\n")[:2] == ["700 keepalive", "600 keepalive"]
+    assert noted
+    assert kept
+    assert (entries[0], set(entries[1:])) == ("700 keepalive", {"600 keepalive"})
     assert "medicine-llm" in until(lambda: " ".join(loads(machine)), "no load")
     assert loads(machine) == ["medicine-llm"]
 
 
 @in_systemd
-def test_a_full_disk_costs_the_memory_of_loads_and_nothing_else(machine: Machine) -> None:
+def test_a_full_disk_costs_the_memory_of_loads_and_the_history_and_nothing_else(machine: Machine) -> None:
     state = "/var/lib/private/keepalive"
     machine.run("systemctl", "stop", "keepalive")
     machine.shell(f"mount -t tmpfs -o size=64k,mode=700 tmpfs {state}; cat /dev/zero >{state}/full || true")
@@ -861,8 +866,12 @@ def test_a_full_disk_costs_the_memory_of_loads_and_nothing_else(machine: Machine
     wait_warm(machine)
     warnings = machine.journal("--unit=keepalive", "--priority=warning", "--output=cat")
 
-    assert warnings.count("bookkeeping.failed") == 1
-    assert "(no space left on device)" in warnings
+    said = sorted({line for line in warnings.splitlines() if line.startswith("bookkeeping.failed")})
+
+    assert [re.findall(r'"([a-z_.]+): .* \((.*)\)', line)[0] for line in said] == [
+        ("history.path", "database or disk is full"),
+        ("server.state_dir", "no space left on device"),
+    ]
     assert copies(machine) == {"medicine-llm": 1, "small-talk-1b": 1}
 
 

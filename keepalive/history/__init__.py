@@ -48,7 +48,6 @@ class History:
         self._writer = Writer(path, wall, report) if path is not None else None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._recalled: Callable[[ModelId, tuple[float, ...]], None] = lambda model, loads: None
-        self._read = asyncio.Event()
 
     def configure(self, urls: Mapping[ModelId, str]) -> None:
         """Remember these models, each on the server at its address; what was known of others is forgotten."""
@@ -93,9 +92,7 @@ class History:
     async def read(self) -> None:
         """Wait until earlier lives are known, but not for long: they may as well come later."""
         if self._writer is not None:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(READ_WAIT):
-                    await self._read.wait()
+            await asyncio.to_thread(self._writer.tried.wait, READ_WAIT)
 
     async def close(self) -> None:
         if self._writer is not None:
@@ -113,7 +110,6 @@ class History:
                 self._awaited.discard(model)
                 self._stories[model].begin_with(past.story)
                 self._recalled(model, past.loads)
-        self._read.set()
 
     # --- what it tells --------------------------------------------------------------------------------
 

@@ -46,7 +46,7 @@ class HistoryError(KeepaliveError):
 
 
 class Writer:
-    """Keeps rows in the file at `path`. `report` is told of trouble, once for each kind, in the thread."""
+    """Keeps rows in the file at `path`. `report` is told, in the thread, once when trouble begins."""
 
     def __init__(self, path: Path, wall: Callable[[], float], report: Callable[[HistoryError], None]) -> None:
         self._path = path
@@ -57,8 +57,12 @@ class Writer:
         self._asked: deque[tuple[tuple[Place, ...], Told]] = deque()
         self._woken = threading.Event()
         self._ending = threading.Event()
+        self.tried = (
+            threading.Event()
+        )  # whether the file can be read has turned out, and `told` has been called
         self._store: Store | None = None
         self._why: str | None = "it has not been opened yet"
+        self._said = False  # that it is in trouble
         self._busy_since: float | None = None
         self._retry_at = 0.0
         self._prune_at = time.monotonic() + PRUNE_INTERVAL
@@ -124,9 +128,10 @@ class Writer:
             self._close()
             self._recover(error)
         else:
-            self._why = None
+            self._why, self._said = None, False
         finally:
             self._busy_since = None
+            self.tried.set()
 
     def _work(self, rows: list[tuple[Place, Entry]]) -> None:
         if self._store is not None and not self._store.is_there():
@@ -158,8 +163,10 @@ class Writer:
                 )
                 self._woken.set()
         self._retry_at = time.monotonic() + wait
-        self._report(HistoryError(f"history.path: {said}"))
-        self._why = why
+        # A disk that is full, say, fails in more than one way, one after the other.
+        if not self._said or not wait:
+            self._report(HistoryError(f"history.path: {said}"))
+        self._why, self._said = why, bool(wait)
 
     def _close(self) -> None:
         store, self._store = self._store, None
