@@ -387,7 +387,7 @@ async def test_leaving_the_loop_ends_the_request_at_once(browser: Browser) -> No
         ended = await run(
             here.page,
             """
-            const events = streamPrompt({});
+            const events = streamPrompt({}, { idleTimeout: 0 });
             await events.next();
             const waiting = events.next();
             return [await events.return("x"), await waiting];
@@ -432,6 +432,28 @@ async def test_a_whole_answer_leaves_its_connection_to_the_next_one(browser: Bro
 
     assert len(set(ports)) == 1
     assert serving.left == 0
+
+
+async def test_what_came_with_the_last_thing_before_a_cancel_is_nobodys(plain: Page) -> None:
+    found = await run(
+        plain,
+        """
+        const { PromptRun } = await import("/keepalive.js");
+        const chunk = (content) => `data: ${JSON.stringify({ type: "chunk", content })}\\n\\n`;
+        const once = (does) => {
+          const told = [];
+          const run = new PromptRun({
+            fetch: answer([bytes(chunk("a") + chunk("b") + chunk("c"))]),
+            onEvent: (event) => told.push(event.content) === 1 && does(run),
+          });
+          const after = () => [run.getSnapshot().status, run.getSnapshot().content];
+          return run.execute({}).then((state) => [told, state.status, ...after()]);
+        };
+        return [await once((run) => run.cancel()), await once((run) => run.reset())];
+        """,
+    )
+
+    assert found == [[["a"], "cancelled", "cancelled", "a"], [["a"], "cancelled", "idle", ""]]
 
 
 # --- the element ------------------------------------------------------------------------------------
