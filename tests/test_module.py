@@ -1035,6 +1035,17 @@ async def test_it_fits_a_phone_and_follows_the_colours_of_its_page(browser: Brow
     assert seen == ["rgb(28, 32, 36)", "rgb(230, 232, 234)"]
 
 
+async def test_a_page_gives_it_colours_whatever_it_calls_them_itself(browser: Browser) -> None:
+    async with site() as serving, element(browser, serving.url, PROMPT) as shown:
+        await shown.host.evaluate("""(it) => {
+          it.style.setProperty("--line", "rgb(1, 2, 3)");
+          it.style.setProperty("--keepalive-line", "var(--line)");
+        }""")
+        colour = await shown.host.get_by_label("topic").evaluate("(it) => getComputedStyle(it).borderColor")
+
+    assert colour == "rgb(1, 2, 3)"
+
+
 # --- the hook ---------------------------------------------------------------------------------------
 
 

@@ -367,20 +367,21 @@ export function useStreamingPrompt(React, options) {
 
 // --- the element -----------------------------------------------------------------------------------
 
+// Names of its own, with an underscore: on the element, those of the page hold, too.
 const STYLE = `
 :host {
-  --text: var(--keepalive-text, light-dark(#1c2024, #e6e8ea));
-  --muted: var(--keepalive-muted, light-dark(#5f6872, #9aa3ad));
-  --line: var(--keepalive-line, light-dark(#d8dce1, #343a41));
-  --field: var(--keepalive-field, light-dark(#fff, #14171a));
-  --sunken: var(--keepalive-sunken, light-dark(#f6f7f8, #1a1d21));
-  --accent: var(--keepalive-accent, light-dark(#1f5fbf, #7db0ff));
-  --on-accent: var(--keepalive-on-accent, light-dark(#fff, #0d1420));
-  --good: var(--keepalive-good, light-dark(#1c7a45, #5cc98a));
-  --bad: var(--keepalive-bad, light-dark(#b3261e, #ff9087));
-  --radius: var(--keepalive-radius, 6px);
+  --_text: var(--keepalive-text, light-dark(#1c2024, #e6e8ea));
+  --_muted: var(--keepalive-muted, light-dark(#5f6872, #9aa3ad));
+  --_line: var(--keepalive-line, light-dark(#d8dce1, #343a41));
+  --_field: var(--keepalive-field, light-dark(#fff, #14171a));
+  --_sunken: var(--keepalive-sunken, light-dark(#f6f7f8, #1a1d21));
+  --_accent: var(--keepalive-accent, light-dark(#1f5fbf, #7db0ff));
+  --_on-accent: var(--keepalive-on-accent, light-dark(#fff, #0d1420));
+  --_good: var(--keepalive-good, light-dark(#1c7a45, #5cc98a));
+  --_bad: var(--keepalive-bad, light-dark(#b3261e, #ff9087));
+  --_radius: var(--keepalive-radius, 6px);
   display: block;
-  color: var(--text);
+  color: var(--_text);
   font: 400 0.9375rem/1.5 var(--keepalive-font, system-ui, sans-serif);
   font-variant-numeric: tabular-nums;
 }
@@ -390,43 +391,43 @@ form, #result { display: grid; gap: 0.75rem; }
 #result { margin-top: 1.25rem; }
 #title { font-weight: 600; }
 label { display: grid; gap: 0.25rem; }
-label > span, dt, kbd { color: var(--muted); font-size: 0.8125rem; }
-#status span, #advice, summary { color: var(--muted); }
+label > span, dt, kbd { color: var(--_muted); font-size: 0.8125rem; }
+#status span, #advice, summary { color: var(--_muted); }
 select, textarea, button {
-  font: inherit; color: inherit; border: 1px solid var(--line); border-radius: var(--radius);
+  font: inherit; color: inherit; border: 1px solid var(--_line); border-radius: var(--_radius);
 }
-select, textarea { width: 100%; padding: 0.4rem 0.6rem; background: var(--field); }
+select, textarea { width: 100%; padding: 0.4rem 0.6rem; background: var(--_field); }
 select { height: 2.375rem; }
 textarea { display: block; resize: vertical; min-height: 4.75rem; max-height: 20rem; field-sizing: content; }
 textarea[rows='1'] { min-height: 2.375rem; resize: none; }
-[aria-invalid=true] { border-color: var(--bad); }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
+[aria-invalid=true] { border-color: var(--_bad); }
+:focus-visible { outline: 2px solid var(--_accent); outline-offset: 1px; }
 #variables { display: grid; gap: 0.75rem; grid-template-columns: repeat(auto-fit, minmax(min(14rem, 100%), 1fr)); }
 .actions { display: flex; flex-wrap: wrap; gap: 0.5rem; }
 button { min-height: 2.375rem; padding: 0.3rem 0.9rem; background: transparent; cursor: pointer; }
-button:hover { border-color: var(--muted); }
-#run { border-color: var(--accent); background: var(--accent); color: var(--on-accent); font-weight: 600; }
+button:hover { border-color: var(--_muted); }
+#run { border-color: var(--_accent); background: var(--_accent); color: var(--_on-accent); font-weight: 600; }
 #run:hover { filter: brightness(1.08); }
 button[aria-disabled=true] { opacity: 0.5; cursor: default; filter: none; }
 kbd { margin-left: 0.35rem; font-family: inherit; }
 #status { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 0.6rem; }
 #status::before {
-  content: ""; width: 0.5rem; height: 0.5rem; border-radius: 50%; background: var(--accent); align-self: center;
+  content: ""; width: 0.5rem; height: 0.5rem; border-radius: 50%; background: var(--_accent); align-self: center;
 }
 #status b { font-weight: 600; }
 #clock { margin-left: auto; }
-[data-status=cancelled] #status::before { background: var(--muted); }
-[data-status=done] #status::before { background: var(--good); }
-[data-status=failed] #status::before { background: var(--bad); }
+[data-status=cancelled] #status::before { background: var(--_muted); }
+[data-status=done] #status::before { background: var(--_good); }
+[data-status=failed] #status::before { background: var(--_bad); }
 progress {
   appearance: none; display: block; width: 100%; height: 4px; border: 0; border-radius: 2px; overflow: hidden;
-  background: var(--line); color: var(--accent);
+  background: var(--_line); color: var(--_accent);
 }
-progress::-webkit-progress-bar { background: var(--line); }
-progress::-webkit-progress-value { background: var(--accent); transition: inline-size 0.12s linear; }
-progress::-moz-progress-bar { background: var(--accent); }
+progress::-webkit-progress-bar { background: var(--_line); }
+progress::-webkit-progress-value { background: var(--_accent); transition: inline-size 0.12s linear; }
+progress::-moz-progress-bar { background: var(--_accent); }
 progress:indeterminate {
-  background: linear-gradient(90deg, transparent, var(--accent), transparent) 0 0 / 40% 100% no-repeat var(--line);
+  background: linear-gradient(90deg, transparent, var(--_accent), transparent) 0 0 / 40% 100% no-repeat var(--_line);
   animation: sweep 1.6s ease-in-out infinite alternate;
 }
 progress:indeterminate::-webkit-progress-bar { background: transparent; }
@@ -440,13 +441,13 @@ summary { cursor: pointer; }
 .text > div { contain: layout style; }
 #answer, #reasoning {
   max-height: var(--keepalive-answer-height, 24rem); overflow: auto; padding: 0.75rem 0.9rem;
-  border: 1px solid var(--line); border-radius: var(--radius); background: var(--sunken);
+  border: 1px solid var(--_line); border-radius: var(--_radius); background: var(--_sunken);
 }
 #answer { line-height: 1.6; }
-#reasoning { margin-top: 0.4rem; color: var(--muted); font-size: 0.875rem; max-height: 14rem; }
+#reasoning { margin-top: 0.4rem; color: var(--_muted); font-size: 0.875rem; max-height: 14rem; }
 [data-status=answering] #answer > :last-child::after {
   content: ""; display: inline-block; width: 0.5em; height: 1.05em; margin-left: 1px; border-radius: 1px;
-  vertical-align: text-bottom; background: var(--accent); animation: blink 1.1s steps(2, jump-none) infinite;
+  vertical-align: text-bottom; background: var(--_accent); animation: blink 1.1s steps(2, jump-none) infinite;
 }
 @keyframes blink { to { opacity: 0.15; } }
 #foot { display: flex; flex-wrap: wrap; align-items: end; justify-content: space-between; gap: 0.75rem; }
