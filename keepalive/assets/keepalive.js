@@ -12,7 +12,7 @@
  */
 
 const STREAM = "/api/prompts/execute/stream";
-const MAX_EVENT = 1 << 20; // characters; a chunk has a few
+const MAX_EVENT = 1 << 24; // characters; a chunk has a few, and the daemon lets through so many
 
 /** What ended an answer: a refusal (with `status`), an error in the stream, or a connection that broke. */
 export class StreamingPromptError extends Error {
@@ -673,8 +673,8 @@ export class StreamingPromptExecutor extends Base {
   /** Run what the form says, unless something runs. Resolves with the last state. */
   async execute() {
     await this.#configured;
-    const { form } = this.#ui;
-    if (this.state.isStreaming || !this.#choices.length || !form.reportValidity()) return this.state;
+    // Not the form's: a variable may be called `reportValidity`, and would be that.
+    if (this.state.isStreaming || !this.#choices.length || !this.#ui.prompt.reportValidity()) return this.state;
     return this.#start(this.request);
   }
 
