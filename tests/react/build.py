@@ -59,12 +59,17 @@ def packages() -> Path:
             fresh.mkdir()
             shutil.copy(PACKAGE, fresh)
             command = [npm, "install", "--ignore-scripts", "--no-package-lock", "--no-audit", "--no-fund"]
+            command += ["--fetch-retries=1", "--fetch-retry-mintimeout=1000", "--prefer-offline"]
             try:
                 subprocess.run(command, cwd=fresh, capture_output=True, check=True, timeout=INSTALL_SECONDS)
             except subprocess.TimeoutExpired:
-                pytest.skip(f"npm did not install the packages of {PACKAGE} within {INSTALL_SECONDS:.0f} s")
+                pytest.skip(
+                    f"npm did not install the packages of the React app within {INSTALL_SECONDS:.0f} s"
+                )
             except subprocess.CalledProcessError as error:
-                pytest.skip(f"npm cannot install the packages of {PACKAGE}: {error.stderr.decode()[-500:]}")
+                pytest.skip(
+                    f"npm cannot install the packages of the React app: {error.stderr.decode()[-500:]}"
+                )
             # All or nothing: an installation that was interrupted is begun again.
             if not done.exists():
                 fresh.rename(done)
