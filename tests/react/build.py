@@ -67,9 +67,8 @@ def packages() -> Path:
                     f"npm did not install the packages of the React app within {INSTALL_SECONDS:.0f} s"
                 )
             except subprocess.CalledProcessError as error:
-                pytest.skip(
-                    f"npm cannot install the packages of the React app: {error.stderr.decode()[-500:]}"
-                )
+                said = re.search(r"^npm error (?!code)(.*)", error.stderr.decode(), re.MULTILINE)
+                pytest.skip(f"npm cannot install the packages of the React app: {said and said[1]}")
             # All or nothing: an installation that was interrupted is begun again.
             if not done.exists():
                 fresh.rename(done)
