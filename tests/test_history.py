@@ -594,6 +594,7 @@ def test_a_file_of_a_newer_version_is_left_as_it_is(tmp_path: Path) -> None:
     with closing(sqlite3.connect(path)) as database:
         database.execute(f"PRAGMA user_version = {VERSION + 1}")
         database.execute("CREATE TABLE wishes (id)")
+        database.execute("PRAGMA journal_mode = DELETE")
     before = path.read_bytes()
     with Keeping(path) as keeping:
         keeping.put(LOAD)
@@ -701,6 +702,20 @@ def test_a_folder_that_is_removed_is_made_again(tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / "state")
         keeping.put(LOAD)
         wait_until(lambda: path.exists() and rows_in(path) == 1, "the row is in a new file")
+
+    assert keeping.said == []
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_file_that_takes_its_place_is_written_from_then_on(tmp_path: Path) -> None:
+    path, other = tmp_path / "h.db", written(tmp_path / "other.db", *SOME)
+    with Keeping(path) as keeping:
+        keeping.keeps()
+        for part in ("-wal", "-shm"):
+            path.with_name(f"h.db{part}").unlink()
+        other.replace(path)
+        keeping.put(LOAD)
+        wait_until(lambda: rows_in(path) == 3, "the row is in the other file")
 
     assert keeping.said == []
 
