@@ -708,6 +708,8 @@ def _served(model: Model, at: float) -> Model:
 
 
 def _instance_lost(model: Model, fact: InstanceLost) -> Model:
+    # It was a call as well as one of ours: no listing from before it may lead to a ping, which would load it.
+    model = replace(model, touched_at=fact.at)
     if fact.why is Reason.CRASHED:
         model = replace(model, suspected=Cause.CRASH)
     if model.state is not State.WARM:

@@ -1106,6 +1106,15 @@ def test_a_request_that_lost_its_model_makes_the_listing_decide():
     assert state.plan(21.3) == [Load(GEMMA)]
 
 
+def test_what_a_request_lost_is_not_pinged_on_the_word_of_a_listing_from_before():
+    state = Box(ours()).see(
+        listed(20, entry("gemma", "gemma")),
+        InstanceLost(20.5, GEMMA, "the model has crashed", Reason.CRASHED),
+    )
+
+    assert state.plan(20.6) == [Refresh("local")]
+
+
 # --- what is wanted -------------------------------------------------------------------------------
 
 
