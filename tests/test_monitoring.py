@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -103,6 +104,22 @@ def test_the_runbook_has_a_section_for_each_alert_and_no_other(alerts: list[Json
         (alert["name"], alert["labels"]["severity"].title()) for alert in alerts
     )
     assert len(sections) == RUNBOOK.count("\n## ")
+
+
+def test_the_commands_of_the_readme_install_rules_whose_links_are_whole(tmp_path: Path) -> None:
+    block = re.search(r"```sh\n(.*?)```", (MONITORING / "README.md").read_text(), re.DOTALL)
+    assert block
+    script = block[1].replace("/etc/prometheus", str(tmp_path)).replace("systemctl reload prometheus", "true")
+    shutil.copy(RULES / "prometheus.yml", tmp_path)
+    installed("promtool")
+
+    run = subprocess.run(
+        ["sh", "-euc", script], cwd=MONITORING, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    links = re.findall(r"runbook_url: (.*)#", (tmp_path / "alerts.yml").read_text())
+
+    assert run.returncode == 0, run.stderr
+    assert links == ["https://wiki.example.org/keepalive/runbook"] * 13
 
 
 # --- names ------------------------------------------------------------------------------------------
