@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from keepalive.client import Chunk, Client, Done, ModelLoading
 from keepalive.config import Prompt
@@ -19,6 +21,7 @@ from keepalive.daemon import Daemon
 from keepalive.errors import NotWarm
 from keepalive.facts import ModelId, WarmAsked
 from keepalive.prompts import PATHS, Prompts, Settings
+from keepalive.prompts.asked import Order, Refusal, read_order
 from keepalive.proxy import Key, Outcome
 from keepalive.simulator.models import SimModel
 from keepalive.simulator.studio import Studio
@@ -495,6 +498,51 @@ async def test_other_spellings_of_our_paths_are_for_the_upstream(path: str) -> N
 
         assert status == 418
         assert upstream.requests[0].head.startswith(b"GET %b HTTP" % path.encode())
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = ("promptId", "prompt", "model", "modelId", "variables", "maxTokens", "timeout")
+LIKELY = st.sampled_from(["plain", "m", "{{a}}", {"a": "b"}, {"topic": 1, "who": True}, 1, 28, "only"])
+OBJECTS = st.dictionaries(st.sampled_from(FIELDS), LIKELY | JSON, max_size=7)
+
+
+@given(
+    OBJECTS.map(lambda value: json.dumps(value).encode()) | JSON.map(json.dumps).map(str.encode) | st.binary()
+)
+def test_whatever_is_sent_is_an_order_or_a_refusal(body: bytes) -> None:
+    def find(key: str) -> list[ModelId]:
+        return [ModelId("local", "m")] if key == "m" else []
+
+    def read() -> Order | Refusal:
+        try:
+            return read_order(body, Settings(CONFIGURED, ["m"], body_bytes=10_000), find)
+        except Refusal as refusal:
+            return refusal
+
+    found = read()
+
+    if isinstance(found, Refusal):
+        assert 400 <= found.status < 500
+        assert 0 < len(str(found)) < 10_000
+    else:
+        asked = json.loads(found.body())
+        assert asked["messages"][0]["content"].strip()
+        assert asked["model"] == "m"
+
+
+@given(st.dictionaries(st.sampled_from("abc"), st.text("ab{} \\$&"), min_size=3), st.text("abc{} "))
+def test_values_are_put_in_once_whatever_they_hold(values: dict[str, str], between: str) -> None:
+    names = "abcba"
+    template = between.replace("{", "(").join(f"{{{{{name}}}}}" for name in ("", *names, ""))
+    body = json.dumps({"prompt": f"x{template}", "model": "m", "variables": values}).encode()
+    order = read_order(body, Settings(), lambda key: [ModelId("local", key)])
+    whole = between.replace("{", "(").join(["{{}}", *(values[name] for name in names), "{{}}"])
+
+    assert order.text == f"x{whole}"
 
 
 # --- what the upstream does -------------------------------------------------------------------------

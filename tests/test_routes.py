@@ -13,8 +13,12 @@ from keepalive.errors import Reason
 from keepalive.meter import Meter
 from keepalive.routes import (
     Asked,
+    Delta,
+    Heartbeat,
     ModelFinder,
     Protocol,
+    chat_delta,
+    chat_error,
     error_body,
     error_event,
     error_message,
@@ -22,6 +26,7 @@ from keepalive.routes import (
     heartbeat_reasoning,
     looks_lost,
     read_body,
+    read_heartbeat,
     route_of,
 )
 from keepalive.sse import Comment, Decoder, Event
@@ -466,6 +471,25 @@ def test_no_name_breaks_out_of_a_heartbeat(name):
     ] == [Event]
 
 
+@given(st.text(), st.floats(0, 1e6), st.none() | st.floats(0, 1e6))
+def test_what_a_heartbeat_says_can_be_read_again(name, elapsed, eta):
+    (comment,) = Decoder().feed(heartbeat_comment(f"a{name}", "loading", elapsed, eta))
+    found = read_heartbeat(comment.text)
+
+    assert found is not None
+    assert found.state == "loading"
+    assert found.elapsed == float(f"{elapsed:.1f}")
+    assert found.eta == (None if eta is None else float(f"{eta:.1f}"))
+
+
+def test_the_model_of_a_heartbeat_is_read_and_other_comments_are_nobodys():
+    (comment,) = Decoder().feed(heartbeat_comment("acme/x", "cold", 1.25, None))
+
+    assert read_heartbeat(comment.text) == Heartbeat("acme/x", "cold", 1.2, None)
+    assert read_heartbeat("keep-alive") is None
+    assert read_heartbeat("keepalive model=a state=loading elapsed=1.0 eta=2.0 more") is None
+
+
 def test_visible_heartbeats_are_reasoning_where_the_route_has_it_and_no_token_of_the_answer():
     (event,) = Decoder().feed(heartbeat_reasoning(ROUTES["chat"], "tiny", "loading", 12.04, 96.4))
 
@@ -663,3 +687,61 @@ async def test_the_official_client_raises_on_a_refusal_and_shows_its_message(nam
             await streamed(name, server.port)
 
     assert raised.value.status_code == 503
+
+
+# --- what an event of a chat says -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "delta"),
+    [
+        ('{"choices":[{"delta":{"content":"a"},"finish_reason":null}]}', Delta(text="a")),
+        ('{"choices":[{"delta":{"reasoning_content":"a"}}]}', Delta(reasoning="a")),
+        ('{"choices":[{"delta":{"reasoning":"a","content":null}}]}', Delta(reasoning="a")),
+        ('{"choices":[{"delta":{},"finish_reason":"length"}]}', Delta(finished=True)),
+        ("[DONE]", Delta(finished=True, last=True)),
+        ('{"choices":[],"usage":{}}', Delta()),
+        ('{"choices":[{"delta":{"content":[1]}}],"error":null}', Delta()),
+        ('{"choices":{"delta":1}}', Delta()),
+        ('{"choices":[7]}', Delta()),
+        ('{"error":"flat"}', Delta(error="flat")),
+        ('{"error":{"message":"m","code":"c"}}', Delta(error="m", code="c")),
+        ('{"error":{"message":"m","code":7}}', Delta(error="m")),
+        ('{"type":"error","message":"m"}', Delta(error="m")),
+    ],
+)
+def test_an_event_of_a_chat_is_read_for_what_it_says(data, delta):
+    assert chat_delta(data) == delta
+
+
+@pytest.mark.parametrize("data", ["", "{", "7", "null", "[]", '"[DONE]"', "[" * 100_000])
+def test_what_is_no_event_of_a_chat_is_an_error_of_one_kind(data):
+    with pytest.raises(ValueError):
+        chat_delta(data)
+
+
+@given(
+    st.text()
+    | st.recursive(
+        st.none() | st.text(),
+        lambda x: (
+            st.lists(x)
+            | st.dictionaries(
+                st.sampled_from(["choices", "delta", "content", "error", "message", "type", "code"]), x
+            )
+        ),
+    ).map(json.dumps)
+)
+def test_no_event_of_a_chat_raises_anything_else(data):
+    try:
+        found = chat_delta(data)
+    except ValueError:
+        return
+    assert all(isinstance(text, str) for text in (found.text, found.reasoning))
+
+
+def test_an_error_is_read_in_our_layout_too():
+    body = b'{"success":false,"error":{"message":"m","code":"c","field":"f"}}'
+
+    assert chat_error(body) == Delta(error="m", code="c", field="f")
+    assert chat_error(b"<html>") == Delta()
