@@ -15,6 +15,7 @@ from aiohttp import web
 from keepalive import __version__, config, logs, status, systemd, tokens, view
 from keepalive.admin import Access, Admin, server
 from keepalive.config import Address, Config, ConfigError, Kept
+from keepalive.dates import Dates
 from keepalive.errors import KeepaliveError
 from keepalive.facts import (
     ClockJumped,
@@ -62,6 +63,7 @@ class Daemon:
         self._environ = environ
         self._wall = wall
         self._clock = _strictly_increasing(time.monotonic)
+        self._dates = Dates(self._clock, wall)
         self._log = logs.logger()
         self._config = settings
         self._kept: dict[ModelId, Kept] = {}
@@ -78,7 +80,7 @@ class Daemon:
         self.started = asyncio.Event()
         self.url = ""
         self.admin_url = ""
-        self._metrics = Metrics(lambda: self.keeper.snapshot(), wall)
+        self._metrics = Metrics(lambda: self.keeper.snapshot(), self._dates)
         self._feed = Feed(self.status)
         self._admin = Admin(self, self._feed, Access())
         self._service = systemd.Service(self, view.summary, environ)
@@ -180,7 +182,7 @@ class Daemon:
 
     def status(self) -> dict[str, Any]:
         document = status.document(
-            self.keeper.snapshot(), self._wall(), self._started, self._urls, self._mistakes, self._scraped
+            self.keeper.snapshot(), self._dates, self._started, self._urls, self._mistakes, self._scraped
         )
         return {**document, "draining": self.stopping}
 
@@ -309,6 +311,7 @@ class Daemon:
 
     def _tick(self) -> None:
         """A second has passed: windows may have opened or closed, something may be due."""
+        self._dates.look()
         for model, was in self._open.items():
             is_open = self._is_open(self._kept[model])
             if is_open is not was:
@@ -317,6 +320,7 @@ class Daemon:
         self.keeper.tick()
 
     def _clock_jumped(self, seconds: float) -> None:
+        self._dates.look()
         for upstream in self._config.upstreams:
             self.keeper.record(ClockJumped(self._clock(), upstream.name, seconds))
 

@@ -66,11 +66,11 @@ FAMILIES = (
 
 
 class Metrics:
-    """The metrics of one daemon. `look` gives the current records, `wall` the time in Unix seconds."""
+    """The metrics of one daemon. `look` gives the current records, `date` turns their clock into Unix seconds."""
 
-    def __init__(self, look: Callable[[], Snapshot], wall: Callable[[], float]) -> None:
+    def __init__(self, look: Callable[[], Snapshot], date: Callable[[float], float]) -> None:
         self._look = look
-        self._wall = wall
+        self._date = date
         self._series: dict[ModelId, _Series] = {}
         # Or each counter gets a second series, with the time of its birth.
         disable_created_metrics()  # type: ignore[no-untyped-call]  # the library left it without types
@@ -116,7 +116,6 @@ class Metrics:
     def render(self, accept: str) -> tuple[bytes, str]:
         """The page that a scraper with this `Accept` wants, and its content type."""
         snapshot = self._look()
-        offset = self._wall() - snapshot.now
         self._up.clear()
         self._upstream_state.clear()
         for upstream in snapshot.upstreams:
@@ -128,11 +127,11 @@ class Metrics:
         except (TypeError, ValueError):
             # It asks for a version that the library cannot read as one.
             encode, content_type = choose_encoder("")
-        own = self._render_models(snapshot.models, offset, openmetrics="openmetrics" in content_type)
+        own = self._render_models(snapshot.models, openmetrics="openmetrics" in content_type)
         return own.encode() + encode(self.registry), content_type
 
-    def _render_models(self, models: Sequence[Model], offset: float, *, openmetrics: bool) -> str:
-        rows = [self._series[m.id].lines(m, offset) for m in models if m.id in self._series]
+    def _render_models(self, models: Sequence[Model], *, openmetrics: bool) -> str:
+        rows = [self._series[m.id].lines(m, self._date) for m in models if m.id in self._series]
         page = []
         for i, (name, kind, text) in enumerate(FAMILIES):
             # Only the older format names a counter with its suffix.
@@ -203,23 +202,25 @@ class _Series:
             return
         self._gauges = None
 
-    def lines(self, model: Model, offset: float) -> tuple[str, ...]:
+    def lines(self, model: Model, date: Callable[[float], float]) -> tuple[str, ...]:
         """The samples of each family, in the order of `FAMILIES`."""
         last_load = model.recent_loads[-1] if model.recent_loads else None
         gauges = (model.state, model.wanted, len(model.instances), last_load, model.pinged_at)
         if gauges != self._gauges:
-            self._lines = tuple(map("".join, self._write(model, last_load, offset)))
+            self._lines = tuple(map("".join, self._write(model, last_load, date)))
             self._gauges = gauges
         return self._lines
 
-    def _write(self, model: Model, last_load: float | None, offset: float) -> Iterator[Iterable[str]]:
+    def _write(
+        self, model: Model, last_load: float | None, date: Callable[[float], float]
+    ) -> Iterator[Iterable[str]]:
         labels = self._labels
         yield (f'keepalive_model_state{{{labels},state="{s}"}} {float(s is model.state)}\n' for s in State)
         yield (f"keepalive_model_wanted{{{labels}}} {float(model.wanted)}\n",)
         yield (f"keepalive_model_instances{{{labels}}} {len(model.instances)}.0\n",)
         yield () if last_load is None else (f"keepalive_model_last_load_seconds{{{labels}}} {last_load!r}\n",)
         name = "keepalive_model_last_ping_success_timestamp_seconds"
-        at = model.pinged_at + offset
+        at = date(model.pinged_at)
         yield (f"{name}{{{labels}}} {at!r}\n",) if math.isfinite(at) else ()
         yield _by("outcome", "model_loads_total", labels, self.loads)
         yield self.load_seconds.lines("model_load_duration_seconds", labels)

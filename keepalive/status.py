@@ -4,7 +4,7 @@ Pure: records in, plain values out. Times inside are of the keeper's clock; outs
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -23,20 +23,19 @@ def is_ready(models: Sequence[Model]) -> bool:
 
 def document(
     snapshot: Snapshot,
-    wall: float,
+    date: Callable[[float], float],
     started: float,
     urls: Mapping[str, str],
     mistakes: Sequence[str] = (),
     scraped: float | None = None,
 ) -> Json:
-    """`wall` is now, `started` the daemon's birth and `scraped` when its metrics were last read, in Unix seconds.
+    """`date` turns the keeper's clock into Unix seconds; `mistakes` are those of a rejected config.
 
-    `mistakes` are those of a rejected config.
+    `started` is the daemon's birth and `scraped` when its metrics were last read, in Unix seconds.
     """
-    offset = wall - snapshot.now
     return {
         "version": __version__,
-        "now": utc(wall),
+        "now": utc(date(snapshot.now)),
         "ready": is_ready(snapshot.models),
         "started_at": utc(started),
         "scraped_at": None if scraped is None else utc(scraped),
@@ -47,13 +46,13 @@ def document(
                 "url": urls.get(upstream.name),
                 "state": upstream.state.value,
                 "tier": upstream.tier.value if upstream.tier else None,
-                "since": utc(upstream.since + offset),
+                "since": utc(date(upstream.since)),
                 "error": upstream.error,
             }
             for upstream in snapshot.upstreams
         ],
         "models": [
-            model_document(upstream, siblings, model, snapshot.now, offset)
+            model_document(upstream, siblings, model, snapshot.now, date)
             for upstream in snapshot.upstreams
             for siblings in [snapshot.of(upstream.name)]
             for model in siblings
@@ -72,12 +71,12 @@ def state(model: Model) -> Json:
 
 
 def model_document(
-    upstream: Upstream, siblings: Sequence[Model], model: Model, now: float, offset: float
+    upstream: Upstream, siblings: Sequence[Model], model: Model, now: float, date: Callable[[float], float]
 ) -> Json:
-    """One model. `offset` turns the keeper's clock into Unix seconds."""
+    """One model."""
 
     def at(moment: float | None) -> str | None:
-        return None if moment is None or math.isinf(moment) else utc(moment + offset)
+        return None if moment is None or math.isinf(moment) else utc(date(moment))
 
     since, left = model.loading_since, eta(model, siblings, now)
     last, lost = model.last_ping, model.last_eviction

@@ -702,6 +702,7 @@ async def test_a_clock_that_jumps_ends_in_the_right_state_and_loads_nothing_twic
             async with daemon(text, wall=lambda: time.time() + jump) as running:
                 await reaches(running, "gemma", "warm")
                 wanted = model(running, "qwen/qwen3")["wanted"]
+                since = model(running, "gemma")["since"]
                 jump = days * 86_400.0
                 qwen = await reaches(running, "qwen/qwen3", "warm")
                 gemma = model(running, "gemma")
@@ -713,6 +714,8 @@ async def test_a_clock_that_jumps_ends_in_the_right_state_and_loads_nothing_twic
     assert (gemma["state"], gemma["loads"], qwen["loads"]) == ("warm", 1, 1)
     assert (loads(studio.studio, "gemma"), loads(studio.studio, "qwen/qwen3")) == (1, 1)
     assert alive is None
+    assert gemma["since"] == since
+    assert datetime.fromisoformat(qwen["since"]).timestamp() == pytest.approx(time.time() + jump, abs=60)
 
 
 # --- addresses --------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ class World:
     def __init__(self, *models: ModelId) -> None:
         self.upstream = Upstream("local")
         self.models = {model: Model(id=model) for model in models or (GEMMA,)}
-        self.metrics = Metrics(self.snapshot, lambda: WALL + 100)
+        self.metrics = Metrics(self.snapshot, lambda moment: WALL + moment)
         self.metrics.configure(self.models)
 
     def snapshot(self) -> Snapshot:

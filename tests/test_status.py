@@ -16,10 +16,12 @@ UP = Upstream("local", state=UpstreamState.UP, since=10.0, tier=Tier.V1)
 WALL = 1_795_341_700.0  # 2026-11-22T10:01:40Z, which is 100 on the keeper's clock
 
 
+def date(moment: float) -> float:
+    return WALL - 100 + moment
+
+
 def shown(*models: Model, upstream: Upstream = UP, now: float = 100.0) -> dict[str, object]:
-    page = document(
-        Snapshot(now, (upstream,), models), WALL + now - 100, WALL - 100, {"local": "http://127.0.0.1:1234"}
-    )
+    page = document(Snapshot(now, (upstream,), models), date, WALL - 100, {"local": "http://127.0.0.1:1234"})
     return {**page["models"][0]} if models else page
 
 
@@ -41,7 +43,7 @@ def test_the_document_of_a_daemon_with_one_warm_model() -> None:
         waiting=1,
     )
 
-    page = document(Snapshot(100.0, (UP,), (gemma,)), WALL, WALL - 100, {"local": "http://127.0.0.1:1234"})
+    page = document(Snapshot(100.0, (UP,), (gemma,)), date, WALL - 100, {"local": "http://127.0.0.1:1234"})
 
     assert page == {
         "version": __version__,
@@ -181,13 +183,13 @@ def test_anothers_instance_is_not_ours() -> None:
 
 
 def test_the_mistakes_of_a_rejected_config_are_shown() -> None:
-    page = document(Snapshot(100.0, (), ()), WALL, WALL, {}, ("config.toml:3: x: is wrong",))
+    page = document(Snapshot(100.0, (), ()), date, WALL, {}, ("config.toml:3: x: is wrong",))
 
     assert page["config"] == {"ok": False, "mistakes": ["config.toml:3: x: is wrong"]}
 
 
 def test_when_the_metrics_were_last_read_is_said() -> None:
-    page = document(Snapshot(100.0, (), ()), WALL, WALL, {}, (), WALL - 12.5)
+    page = document(Snapshot(100.0, (), ()), date, WALL, {}, (), WALL - 12.5)
 
     assert page["scraped_at"] == "2026-11-22T10:01:27.500Z"
 
