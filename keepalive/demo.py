@@ -1,8 +1,8 @@
 """`keepalive demo`: a simulated LM Studio, the daemon in front of it, and a small story to watch.
 
 The daemon is the real one with a config like anybody's; only LM Studio is simulated. The story: both models
-load, one after the other; then something throws the larger one out, as LM Studio does when another model is
-loaded on demand; the daemon notices and mends it.
+load, one after the other; then somebody unloads the larger one, as people do and LM Studio does by itself; the
+daemon notices and mends it.
 """
 
 import asyncio
@@ -76,7 +76,7 @@ playground. Or from another terminal:
 
 First both models load, one after the other. Ctrl-C ends it.
 """
-EVICTED = "Somebody loads another model by hand, and LM Studio throws medicine-llm out. Nobody asks for it:"
+EVICTED = "Somebody unloads medicine-llm by hand, to make room for another model. Nobody asks for it:"
 MENDED = "It is back, without anybody's help. The demo goes on until Ctrl-C: try the commands above."
 
 

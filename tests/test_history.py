@@ -678,6 +678,30 @@ def test_nobody_waits_while_somebody_else_holds_the_file(tmp_path: Path) -> None
 
 
 @pytest.mark.usefixtures("hasty")
+def test_a_disk_that_hangs_is_said_and_holds_up_neither_the_daemon_nor_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "STUCK", 0.05)
+    monkeypatch.setattr(writer, "LAST_WORDS", 0.05)
+    path, answers = tmp_path / "h.db", threading.Event()
+    hung = Writer(path, lambda: NOON, lambda error: None)
+    # The thread stands still in the middle of its work, as in a call that does not come back.
+    hung.ask([PLACE], lambda pasts: answers.wait() and None)
+    hung.start()
+    try:
+        trouble = wait_until(lambda: "answered" in (hung.trouble or "") and hung.trouble, "it is noticed")
+        for _ in range(2 * ROWS_WAITING):
+            hung.put(PLACE, LOAD)
+        hung.end()
+    finally:
+        answers.set()
+    wait_until(lambda: "history" not in [thread.name for thread in threading.enumerate()], "it ends")
+
+    assert trouble == f"{path}: the disk has not answered for 0 s"
+    assert rows_in(path) == ROWS_WAITING
+
+
+@pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize(
     ("make", "words"),
     [
