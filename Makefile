@@ -25,8 +25,9 @@ test: $(TESTABLE)  ## Check style and types, run every test
 test-setup: python  ## Install the real inference server that some tests skip without (more than 1 GB)
 	$(PYTHON) tests/real_server.py install
 
-bench: $(TESTABLE)  ## Measure what the daemon costs, idle, as a proxy and for prompts (10 minutes)
+bench: $(TESTABLE)  ## Measure what the daemon costs, idle, for the page, as a proxy and for prompts (13 minutes)
 	@$(BIN)/python benchmarks/idle.py
+	@$(BIN)/python benchmarks/page.py
 	@$(BIN)/python benchmarks/proxy
 	@$(BIN)/python benchmarks/prompts.py
 
