@@ -308,8 +308,8 @@ class Keeper:
             return f"{wanted.key} is no longer kept here", None
         upstream, siblings = self._shelves[wanted.upstream].upstream, self.siblings(wanted)
         left = model.retry_at - now if model.retry_at is not None else 0.0
-        # A first failure is tried again soon enough to wait for it.
-        if model.state is State.BACKOFF and left > BACKOFF_FIRST:
+        # A first failure is tried again soon enough to wait for it, and what was taken from us at once.
+        if model.state is State.BACKOFF and left > BACKOFF_FIRST and not model.contested:
             return f"{wanted.key} cannot be had now: {model.reason}", left
         if upstream.state is UpstreamState.UNAUTHORIZED:
             return f"{wanted.key} cannot be had: {upstream.error}", None

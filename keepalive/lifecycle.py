@@ -249,6 +249,12 @@ class Model:
         return self.load_started is not None or self.pinging or self.unloading
 
     @property
+    def contested(self) -> bool:
+        """It was taken from us, and no call of ours has ended since: what holds it off is no failure of its own."""
+        lost = self.last_eviction
+        return lost is not None and lost.cause is not Cause.CRASH and self.touched_at <= lost.at
+
+    @property
     def instance_id(self) -> str | None:
         """The instance that we address: ours before another's, the oldest first."""
         ids = [instance.id for instance in self.instances]
@@ -571,6 +577,7 @@ def _load_ended(model: Model, fact: LoadEnded) -> Model:
         reason = f"loaded in {took:.1f} s; waiting for LM Studio to list it"
         return _move(model, Sign.SEEN_LOADING, fact.at, reason)
     if fact.outcome is LoadOutcome.UNKNOWN:
+        message = fact.message or "no answer to the load"
         span = _longest_load(model, max(model.recent_loads, default=None))
         if fact.at - started >= span:
             span = 2 * (fact.at - started)
@@ -580,10 +587,10 @@ def _load_ended(model: Model, fact: LoadEnded) -> Model:
             model,
             pending=pending,
             failures=failures,
-            failure=fact.message,
+            failure=message,
             retry_at=fact.at + _backoff(failures),
         )
-        return _move(model, Sign.SEEN_LOADING, fact.at, f"{fact.message}; it may still be loading")
+        return _move(model, Sign.SEEN_LOADING, fact.at, f"{message}; it may still be loading")
     model = _failed(model, fact.at, fact.message or "the load failed")
     if fact.outcome is LoadOutcome.REFUSED:
         # Memory does not come back by asking: bug reports show guardrails refusing in a tight loop.
@@ -932,7 +939,8 @@ def _is_loadable(model: Model, now: float) -> bool:
         and not model.instances
         and not model.calling
         and model.pending is None
-        and (model.retry_at is None or now >= model.retry_at)
+        # Nobody fights over memory for nothing. But whoever waits gets the model, however often it was taken.
+        and (model.retry_at is None or now >= model.retry_at or (model.waiting > 0 and model.contested))
     )
 
 

@@ -1,13 +1,19 @@
 """A test file that says `BOTH_LOOPS = True` has each of its tests run on asyncio's own loop and on uvloop."""
 
 import asyncio
+import os
 
+import hypothesis
 import pytest
 
 try:
     import uvloop
 except ImportError:  # not to be had everywhere
     uvloop = None
+
+# The same examples in each run, so that a run can be trusted; KEEPALIVE_SEED=random looks for new ones.
+hypothesis.settings.register_profile("fixed", derandomize=os.environ.get("KEEPALIVE_SEED") != "random")
+hypothesis.settings.load_profile("fixed")
 
 
 def pytest_asyncio_loop_factories(config, item):

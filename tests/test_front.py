@@ -124,6 +124,20 @@ async def test_a_request_that_does_not_stream_is_held_and_then_served() -> None:
         assert loads(studio) == 1
 
 
+async def test_no_request_is_lost_for_a_model_that_is_taken_again_and_again() -> None:
+    async with front(SimModel(KEY, load_seconds=0.2)) as (running, studio):
+        statuses = []
+        for _ in range(6):
+            await until(lambda: model(running, KEY)["state"] == "warm")
+            studio.evict(KEY)
+            await until(lambda: model(running, KEY)["state"] != "warm")
+            body = chat(stream=False, max_tokens=2)
+            statuses.append((await asked(f"{running.url}/v1/chat/completions", "POST", body))[0])
+
+        assert statuses == [200] * 6
+        assert loads(studio) == 7
+
+
 async def test_a_caller_says_how_long_it_would_wait_and_is_told_when_to_come_again() -> None:
     async with front(SimModel(KEY, load_seconds=30.0)) as (running, _):
         status, headers, text = await asked(

@@ -421,6 +421,26 @@ def test_a_model_that_is_lost_again_and_again_is_loaded_less_and_less_often():
     assert waits == [None, 5, 10, 20, 40, 80, 160, 300, 300]
 
 
+def test_whoever_waits_gets_a_model_at_once_however_often_it_was_taken():
+    taken = after(warm(failures=6), listed(200, entry("gemma")))
+    upstream = apply_upstream(Upstream("local"), listed(201))
+
+    assert (taken.state, taken.retry_at) == (State.BACKOFF, 360)
+    assert plan(upstream, [taken], 201) == []
+    assert plan(upstream, [after(taken, WaitStarted(201, GEMMA))], 201) == [Load(GEMMA)]
+
+
+def test_whoever_waits_does_not_make_a_model_load_that_crashes_or_fails():
+    crash = PingEnded(191, GEMMA, PingOutcome.ERROR, message="crashed", why=Reason.CRASHED)
+    crashed = after(warm(failures=6), PingStarted(190, GEMMA), crash, listed(200, entry("gemma")))
+    taken = after(warm(failures=6), listed(200, entry("gemma")), WaitStarted(201, GEMMA))
+    failing = after(taken, LoadStarted(201, GEMMA), load_ended(210, LoadOutcome.FAILED))
+    upstream = apply_upstream(Upstream("local"), listed(211))
+
+    assert plan(upstream, [after(crashed, WaitStarted(201, GEMMA))], 211) == []
+    assert plan(upstream, [failing], 211) == []
+
+
 def test_a_model_that_held_five_minutes_is_a_new_story_when_it_is_lost():
     model = after(warm(failures=6), listed(400, entry("gemma")))
 
