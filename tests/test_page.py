@@ -5,9 +5,12 @@ failed. `KEEPALIVE_SCREENSHOTS=1` writes the pictures of the documentation.
 """
 
 import asyncio
+import json
+import os
 import re
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -31,6 +34,7 @@ from tests.live import (
     PATIENCE,
     DaemonProcess,
     SimulatorProcess,
+    asked,
     daemon,
     ending,
     loads,
@@ -1031,3 +1035,193 @@ async def test_a_hundred_models_are_small_quick_and_cheap(browser: Browser) -> N
         assert 10_000 < transferred < 100_000
         assert max(tasks, default=0) < 500
         assert shown.errors == []
+
+
+# --- a day of it --------------------------------------------------------------------------------------
+
+SCREENSHOTS = Path(__file__).parents[1] / "docs" if os.environ.get("KEEPALIVE_SCREENSHOTS") else None
+
+TWO_SERVERS = """
+[server]
+listen = "127.0.0.1:0"
+admin_listen = "127.0.0.1:0"
+state_dir = "{state}"
+
+[[upstreams]]
+name = "gpu-1"
+url = "{gpu}"
+
+[[upstreams]]
+name = "desk"
+url = "{desk}"
+
+[defaults]
+refresh_interval = "100ms"
+ping_interval = "20m"
+
+[[models]]
+key = "medicine-llm"
+upstream = "gpu-1"
+context_length = 8192
+
+[[models]]
+key = "google/gemma-3-27b-it"
+upstream = "gpu-1"
+
+[[models]]
+key = "qwen/qwen3-4b-2507"
+upstream = "gpu-1"
+
+[[models]]
+key = "text-embedding-nomic-embed-text-v1.5"
+upstream = "desk"
+
+[[prompts]]
+id = 28
+title = "Explain to a nurse"
+model = "medicine-llm"
+content = "Explain {{{{topic}}}} to a nurse."
+"""
+
+
+class Day:
+    """A daemon and two LM Studios in one event loop, whose clock skips hours when told."""
+
+    def __init__(self) -> None:
+        self.skipped = 0.0
+        self.running: Daemon
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.skipped
+
+    def time(self) -> float:
+        return time.time() + self.skipped - 86_000
+
+    def model(self, key: str) -> dict[str, Any]:
+        return next(m for m in self.running.status()["models"] if m["key"] == key)
+
+    async def reaches(self, key: str, state: str) -> None:
+        await until(lambda: self.model(key)["state"] == state, f"{key} is {state}")
+
+    async def passes(self, seconds: float) -> None:
+        """Time passes, and everybody who does something every second has had an opportunity."""
+        self.skipped += seconds
+        await asyncio.sleep(1.5)
+
+    async def loads(self, key: str, seconds: float) -> None:
+        """Its load takes about so long."""
+        await self.reaches(key, "loading")
+        await asyncio.sleep(0.3)  # LM Studio has been asked by now
+        await self.passes(seconds)
+        await self.reaches(key, "warm")
+
+    async def ask(self, key: str, words: int) -> None:
+        """A caller with a streaming request, who stays until the end."""
+        place = urlsplit(self.running.url)
+        body = json.dumps(
+            {
+                "model": key,
+                "stream": True,
+                "max_tokens": words,
+                "messages": [{"role": "user", "content": "?"}],
+            }
+        )
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {place.netloc}\r\nConnection: close\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        reader, writer = await asyncio.open_connection(place.hostname, place.port)
+        try:
+            writer.write((head + body).encode())
+            await reader.read()
+        finally:
+            writer.close()
+
+
+@pytest.mark.asyncio(loop_scope="function")
+async def test_a_day_with_its_troubles_can_be_told_from_the_page(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    medicine = SimModel("medicine-llm", size_bytes=8_540_000_000)
+    gemma = SimModel("google/gemma-3-27b-it", size_bytes=16_800_000_000)
+    qwen = SimModel("qwen/qwen3-4b-2507", size_bytes=2_500_000_000)
+    took = {medicine.key: (58, 71, 54), gemma.key: (104, 92, 118, 104), qwen.key: (19, 21)}
+    seconds = [{"value": s, "model": key, "times": 1} for key in took for s in took[key]]
+    nomic = SimModel("text-embedding-nomic-embed-text-v1.5", "embedding", 84_106_624, load_seconds=0.5)
+    async with (
+        simulator(medicine, gemma, qwen, token_seconds=0.2, answer_tokens=1000, load_seconds=seconds) as gpu,
+        simulator(nomic, SimModel("llama-3.2-3b")) as desk,
+    ):
+        desk.studio.tier = "v0"
+        day = Day()
+        monkeypatch.setattr("keepalive.daemon.time", day)
+        monkeypatch.setattr(asyncio.get_running_loop(), "time", day.monotonic)
+        text = TWO_SERVERS.format(gpu=gpu.url, desk=desk.url, state=tmp_path)
+        async with daemon(text, wall=day.time) as day.running, asyncio.TaskGroup() as callers:
+
+            def begin(key: str, words: int) -> None:
+                callers.create_task(day.ask(key, words))
+
+            await day.reaches(nomic.key, "warm")
+            for one in (medicine, gemma, qwen):
+                await day.loads(one.key, took[one.key][0])
+            await day.passes(8.9 * 3600)
+            # Somebody unloads it, and people ask for it at once.
+            gpu.studio.evict(gemma.key)
+            await day.reaches(gemma.key, "loading")
+            begin(gemma.key, 1)
+            begin(gemma.key, 1)
+            await day.loads(gemma.key, 92)
+            await day.passes(4.8 * 3600)
+            # Somebody asks for another model, and LM Studio 0.3 makes room for it.
+            desk.studio.load("llama-3.2-3b", seconds=0)
+            desk.studio.evict(nomic.key)
+            await until(lambda: day.model(nomic.key)["evictions"])
+            await day.passes(3.1 * 3600)
+            gpu.studio.restart(1.5)
+            await until(lambda: day.running.status()["upstreams"][0]["state"] == "down")
+            await day.passes(900)
+            await day.loads(medicine.key, 71)
+            await day.loads(gemma.key, 118)
+            await day.loads(qwen.key, 21)
+            await day.passes(4.2 * 3600)
+            day.running.release(ModelId("desk", nomic.key))
+            # It crashes under somebody's eyes.
+            begin(medicine.key, 1000)
+            await until(lambda: day.model(medicine.key)["in_flight"])
+            await asyncio.sleep(0.5)
+            gpu.studio.crash(medicine.key)
+            await day.reaches(medicine.key, "loading")
+            begin(medicine.key, 1)
+            await day.loads(medicine.key, 54)
+            await day.passes(2.1 * 3600)
+            gpu.studio.set_faults(load_result={"value": "guardrail", "model": qwen.key})
+            gpu.studio.evict(qwen.key)
+            await day.reaches(qwen.key, "backoff")
+            await day.passes(100)
+            gpu.studio.evict(gemma.key)
+            await day.reaches(gemma.key, "loading")
+            await asyncio.sleep(0.3)
+            for _ in range(3):
+                begin(gemma.key, 1)
+            for _ in range(2):
+                begin(medicine.key, 1000)
+            await day.passes(60)
+            await asked(f"{day.running.admin_url}/metrics")
+            wide = {"viewport": {"width": 1280, "height": 860}, "color_scheme": "dark"}
+            phone = {"viewport": {"width": 390, "height": 844}, "color_scheme": "light", "has_touch": True}
+            folder = SCREENSHOTS or tmp_path
+            async with chromium() as browser:
+                for name, screen in (("page", wide), ("page-phone", phone)):
+                    async with opened(browser, day.running.admin_url, **screen) as shown:
+                        page = shown.page
+                        await expect(page.locator(".timeline")).to_have_count(4)
+                        await expect(row(page, medicine.key)).to_contain_text("2 in flight")
+                        await expect(row(page, medicine.key)).to_contain_text("it crashed")
+                        await expect(row(page, gemma.key)).to_contain_text("unloaded by hand")
+                        await expect(row(page, gemma.key)).to_contain_text("3 waiting")
+                        await expect(row(page, nomic.key)).to_contain_text("another model took its place")
+                        await expect(page.locator("header #figures")).to_contain_text("in 3 requests")
+                        await expect(page.locator("footer")).to_contain_text("metrics last read")
+                        await expect(page.get_by_label("topic")).to_be_visible()
+                        await page.screenshot(path=folder / f"{name}.png", full_page=True)
+            for task in callers._tasks:
+                task.cancel()

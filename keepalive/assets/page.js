@@ -577,7 +577,7 @@ class Row {
     say(this.since, model.since === null ? "" : `for ${ago(model.since, at)}`);
     if (model.load) this.drawProgress(at);
     const retry = model.retry ? `Next try ${ahead(model.retry, at)}` : "";
-    say(this.why, [model.reason && sentence(short(model.reason, 600)), retry].filter(Boolean).join(". "));
+    say(this.why, [model.reason && sentence(short(model.reason, 600)).replace(/\.$/, ""), retry].filter(Boolean).join(". "));
     show(this.why, this.why.textContent !== "");
     const gone = model.lastEviction;
     say(this.evicted, gone ? `evicted ${ago(gone.at, at)} ago: ${causeOf(gone)}` : "");
