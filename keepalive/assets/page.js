@@ -68,14 +68,20 @@ function synchronize(daemonTime) {
 
 const time = (text) => (text === null || text === undefined ? null : Date.parse(text));
 
-const CLOCK = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", hourCycle: "h23" });
-const WEEKDAY = new Intl.DateTimeFormat(undefined, { weekday: "short" });
-const DATE = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "medium" });
+/** Made at first use: a format takes longer to make than a row to draw. */
+function formatter(options) {
+  let made = null;
+  return (at) => (made ??= new Intl.DateTimeFormat(undefined, options)).format(at);
+}
+
+const clock = formatter({ hour: "2-digit", minute: "2-digit", hourCycle: "h23" });
+const weekday = formatter({ weekday: "short" });
+const date = formatter({ dateStyle: "medium", timeStyle: "medium" });
 
 /** A time as people look for it; the whole of it when they point at it. */
 function moment(at) {
-  const day = new Date(at).toDateString() === new Date(now()).toDateString() ? "" : `${WEEKDAY.format(at)} `;
-  return h("time", { datetime: new Date(at).toISOString(), title: DATE.format(at) }, day + CLOCK.format(at));
+  const day = new Date(at).toDateString() === new Date(now()).toDateString() ? "" : `${weekday(at)} `;
+  return h("time", { datetime: new Date(at).toISOString(), title: date(at) }, day + clock(at));
 }
 
 // --- what is known ----------------------------------------------------------------------------------
@@ -377,7 +383,7 @@ function drawNotices() {
   const at = now();
   const found = picture.version ? attention(picture, picture.models.length >= FILTER_FROM) : [];
   if (contact.lost !== null) {
-    found.unshift({ tone: "gone", key: "contact", models: [], text: () => `${contact.why}. What you see is as of ${CLOCK.format(now() - (performance.now() - contact.lost))}.` });
+    found.unshift({ tone: "gone", key: "contact", models: [], text: () => `${contact.why}. What you see is as of ${clock(now() - (performance.now() - contact.lost))}.` });
   } else if (contact.why) {
     found.unshift({ tone: "unknown", key: "live", models: [], text: () => `Not live, looked at every 5 s: ${contact.why}` });
   }
@@ -552,7 +558,7 @@ class Row {
     mark(this.node, "kind", what);
     say(this.state, model.listed ? model.state + (model.busy ? ", busy" : "") : "not listed");
     say(this.where, several ? short(model.upstream, 40) : "");
-    const size = [model.context_length && `${model.context_length.toLocaleString("en")} tokens`];
+    const size = [model.context_length && many(model.context_length, "token")];
     if (model.instances > 1) size.push(`${model.instances} copies`);
     if (!model.wanted && model.state !== "cold") size.push(model.ours ? "not wanted" : "not wanted; stays, as somebody else loaded it");
     say(this.size, size.filter(Boolean).join(" · "));
@@ -612,7 +618,7 @@ class Row {
     const place = chart.getBoundingClientRect();
     const at = now() - (1 - (event.clientX - place.left) / place.width) * shownSpan();
     const tip = byId("tip");
-    say(tip, `${CLOCK.format(at)} ${stateAt(history.timeline, at)}`);
+    say(tip, `${clock(at)} ${stateAt(history.timeline, at)}`);
     tip.style.left = `${Math.min(event.clientX, innerWidth - 120)}px`;
     tip.style.top = `${place.top - 30}px`;
     show(tip, true);
@@ -785,34 +791,7 @@ function drawFooter() {
   say(byId("footer"), [`Running for ${ago(picture.startedAt, now())}`, scraped, kept].filter(Boolean).join(" · "));
 }
 
-function startTheme() {
-  const stored = () => {
-    try {
-      return localStorage.getItem("keepalive.theme") ?? "";
-    } catch {
-      return ""; // a browser that keeps nothing still shows the page
-    }
-  };
-  const apply = (theme) => {
-    if (theme) document.documentElement.dataset.theme = theme;
-    else delete document.documentElement.dataset.theme;
-  };
-  apply(stored());
-  for (const radio of document.querySelectorAll("#theme input")) {
-    radio.checked = radio.value === stored();
-    radio.addEventListener("change", () => {
-      apply(radio.value);
-      try {
-        localStorage.setItem("keepalive.theme", radio.value);
-      } catch {
-        // It holds until the page is closed.
-      }
-    });
-  }
-}
-
 function start() {
-  startTheme();
   byId("filter").addEventListener("submit", (event) => event.preventDefault());
   byId("search").addEventListener("input", drawFilter);
   for (const [state, text] of [["warm", "warm"], ["loading", "loading"], ["cold", "cold"], ["backoff", "backoff"], ["unknown", "unknown"], ["eviction", "evicted"]]) {

@@ -22,7 +22,9 @@ export const ago = (at, now) => counted(Math.max(0, (now - at) / 1000));
 
 export const ahead = (at, now) => (at <= now ? "now" : `in ${counted(Math.ceil((at - now) / 1000))}`);
 
-export const many = (count, one, more = `${one}s`) => `${count.toLocaleString("en")} ${count === 1 ? one : more}`;
+const thousands = (count) => String(count).replace(/\B(?=(\d{3})+$)/g, ",");
+
+export const many = (count, one, more = `${one}s`) => `${thousands(count)} ${count === 1 ? one : more}`;
 
 /** "a, b and c", and no more than three of them. */
 export function listed(names) {
