@@ -26,7 +26,16 @@ SERVERS, MODELS_EACH = 5, 20
 PAGES = 200
 UPDATES = 20
 CHANGES_PER_SECOND = 2.0
-ASSETS = ("/", "/page.css", "/theme.js", "/page.js", "/words.js", "/charts.js", "/keepalive.js", "/favicon.svg")
+ASSETS = (
+    "/",
+    "/page.css",
+    "/theme.js",
+    "/page.js",
+    "/words.js",
+    "/charts.js",
+    "/keepalive.js",
+    "/favicon.svg",
+)
 DATA = ("/api/status", "/api/history", "/api/prompts")
 
 
