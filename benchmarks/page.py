@@ -189,7 +189,7 @@ async def measure_browser(report: Report, url: str) -> None:
                 took.append(await busy() - before - ticking)
     report.row("first paint of bare text, median of 5", statistics.median(bare), "ms")
     report.row("first paint, median of 5", statistics.median(painted), "ms", below=200.0)
-    report.row("models on the screen, median of 5", statistics.median(shown), "ms", below=200.0)
+    report.row("models on the screen, median of 5", statistics.median(shown), "ms")
     report.row("main thread, each second", ticking, "ms")
     report.row(f"main thread, an update; median of {UPDATES}", statistics.median(took), "ms", below=50.0)
     report.row(f"main thread, an update; slowest of {UPDATES}", max(took), "ms", below=50.0)
