@@ -23,7 +23,7 @@ test: $(TESTABLE)  ## Check style and types, run every test
 	$(BIN)/pytest
 
 test-setup: python  ## Install the real inference server that some tests skip without (more than 1 GB)
-	$(PYTHON) tests/real_server.py install
+	$(PYTHON) tests/kit/real_server.py install
 
 bench: $(TESTABLE)  ## Measure what the daemon costs, idle, for the page, as a proxy and for prompts (13 minutes)
 	@$(BIN)/python benchmarks/idle.py

@@ -1,5 +1,5 @@
 """`python -m keepalive` is the `keepalive` command."""
 
-from keepalive.cli import main
+from keepalive.cli.app import main
 
 main()

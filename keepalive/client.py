@@ -31,8 +31,8 @@ from typing import Any, Final, Self
 
 import aiohttp
 
-from keepalive import routes, sse
-from keepalive.errors import KeepaliveError
+from keepalive.core.errors import KeepaliveError
+from keepalive.protocols import routes, sse
 
 #: Of an answer that is no stream.
 ANSWER_BYTES: Final = 4 * 1024 * 1024

@@ -23,11 +23,11 @@ from keepalive.client import (
     Start,
     StreamBroken,
 )
-from keepalive.daemon import Daemon
-from keepalive.errors import KeepaliveError
+from keepalive.core.errors import KeepaliveError
+from keepalive.service.daemon import Daemon
 from keepalive.simulator.models import SimModel
-from tests.live import daemon, loads, settings, simulator, until
-from tests.raw import Close, Fin, RawServer, Read, Rst, Sleep, answer, chunked, epilogue, stream_of
+from tests.kit.live import daemon, loads, settings, simulator, until
+from tests.kit.raw import Close, Fin, RawServer, Read, Rst, Sleep, answer, chunked, epilogue, stream_of
 
 KEY = "acme/x"
 PROMPTS = f"""

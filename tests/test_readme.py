@@ -1,16 +1,15 @@
 """What README shows is what the program does."""
 
 import re
-from pathlib import Path
 
 from typer.testing import CliRunner
 
 from keepalive import config
 from keepalive.cli import app
-from keepalive.lifecycle import diagram
+from keepalive.core.lifecycle import diagram
+from tests.kit import PROJECT
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README = (PROJECT / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
@@ -43,7 +42,7 @@ def test_every_command_explains_itself() -> None:
 
 
 def test_the_metrics_of_its_query_exist() -> None:
-    source = (ROOT / "keepalive" / "metrics.py").read_text()
+    source = (PROJECT / "keepalive" / "metrics.py").read_text()
     named = {name for query in blocks("promql") for name in re.findall(r"keepalive_\w+", query)}
 
     assert named == {"keepalive_proxy_wait_seconds_sum"}
@@ -53,4 +52,4 @@ def test_the_metrics_of_its_query_exist() -> None:
 def test_every_file_that_it_links_to_is_there() -> None:
     links = {link for link in re.findall(r"\]\(([^)#]+)", README) if "://" not in link}
 
-    assert {link for link in links if not (ROOT / link).exists()} == set()
+    assert {link for link in links if not (PROJECT / link).exists()} == set()

@@ -18,11 +18,11 @@ from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import pytest
-from real_server import RealServer, make_model, started, why_not
 
-from keepalive import wire
-from keepalive.facts import Tier
-from keepalive.lifecycle import Cause
+from keepalive.core.facts import Tier
+from keepalive.core.lifecycle import Cause
+from keepalive.lmstudio import wire
+from tests.kit.real_server import RealServer, make_model, started, why_not
 
 MISSING = why_not()
 # Three minutes for all; no single one takes half of that, but its server may meet a busy machine.

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import uvloop
 from prometheus_client import Counter, Histogram
 
-from keepalive.facts import Fact, ModelId
+from keepalive.core.facts import Fact, ModelId
 from keepalive.http1 import bind, serve
-from keepalive.proxy import Address, Proxy, Seen, Settings, View
+from keepalive.proxy.proxy import Address, Proxy, Seen, Settings, View
 
 BENCH = ModelId("local", "bench")
 

@@ -1,4 +1,7 @@
-"""Files for browsers, read and compressed once. There is no build step: what is here is what is served."""
+"""Files for browsers, read and compressed once. There is no build step: what is here is what is served.
+
+May import nothing of the project.
+"""
 
 import gzip
 import hashlib

@@ -16,6 +16,8 @@ Rules of this folder:
     mistakes   what is told to a person
 
 `python -m keepalive.config` prints the JSON schema for editors, which is kept in docs/config.schema.json.
+
+May import: core.
 """
 
 from keepalive.config.mistakes import ConfigError, Mistake

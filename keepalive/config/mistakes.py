@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from keepalive.errors import KeepaliveError
+from keepalive.core.errors import KeepaliveError
 
 Key = tuple[str | int, ...]
 """Where a value stands: ("models", 1, "ping_interval")."""

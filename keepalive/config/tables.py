@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 from keepalive.config import values
 from keepalive.config.mistakes import shown
 from keepalive.config.values import Address, seconds
-from keepalive.window import Window
+from keepalive.core.window import Window
 
 
 def _text(read: Callable[[str], object]) -> BeforeValidator:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from keepalive import window as windows
 from keepalive.config.mistakes import looks_secret, nearest, short, shown
-from keepalive.window import Window
+from keepalive.core import window as windows
+from keepalive.core.window import Window
 
 _UNITS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 _DURATION = re.compile(

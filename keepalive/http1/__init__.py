@@ -8,6 +8,8 @@
     watch      callers that leave while their socket is not read
 
 Decisions about models are made in `proxy`; here it is decided what may go over the wire.
+
+May import: core.
 """
 
 from keepalive.http1.heads import (

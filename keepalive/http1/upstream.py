@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, cast
 from urllib.parse import urlsplit
 
-from keepalive.errors import Cut, TimedOut, Unexpected, Unreachable
+from keepalive.core.errors import Cut, TimedOut, Unexpected, Unreachable
 from keepalive.http1.bodies import Chunks
 from keepalive.http1.heads import (
     CHUNKED,

@@ -12,6 +12,8 @@ Rules of this folder:
     asked    what a request says, and all that is wrong with it      pure
     stream   one answer: what the proxy takes for its caller
     api      the routes: who may ask, what is read, warming up
+
+May import: proxy, protocols, http1, config, assets, core.
 """
 
 from keepalive.prompts.api import PATHS, Prompts

@@ -6,13 +6,13 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final, NamedTuple, Protocol, TypeVar
 
 from keepalive import assets
-from keepalive.errors import NotWarm
-from keepalive.facts import ModelId
+from keepalive.core.errors import NotWarm
+from keepalive.core.facts import ModelId
 from keepalive.http1 import Exchange, Headers, RequestHead, Ticker, preferred_wait, values
 from keepalive.prompts.asked import Refusal, Settings, read_order, read_warmup, variables
 from keepalive.prompts.stream import Forward, Stream, Visit, milliseconds, view_of
-from keepalive.proxy import Keeping, Key, Outcome, Seen
-from keepalive.routes import PROMPTS
+from keepalive.protocols.routes import PROMPTS
+from keepalive.proxy.proxy import Keeping, Key, Outcome, Seen
 
 #: Of the bodies that are being read, together.
 READING_BYTES: Final = 128 * 1024 * 1024

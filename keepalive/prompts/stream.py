@@ -6,11 +6,11 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from keepalive import routes, sse
-from keepalive.facts import ModelId
+from keepalive.core.facts import ModelId
 from keepalive.http1 import BadHead, Exchange, Headers, Reply, RequestHead, Ticker, values
 from keepalive.prompts.asked import Order, Refusal, encode
-from keepalive.proxy import NO_STORE, Caller, Keeping, Key, View
+from keepalive.protocols import routes, sse
+from keepalive.proxy.proxy import NO_STORE, Caller, Keeping, Key, View
 
 #: `model_loading` is said at most so often.
 LOADING_SECONDS: Final = 1.0

@@ -1,0 +1,141 @@
+"""What is known, as the JSON that `/api/status` and `/api/history` promise.
+
+Pure: records in, plain values out. Times inside are of the keeper's clock; outside they are UTC.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from keepalive import __version__
+from keepalive.core.facts import ModelId
+from keepalive.core.lifecycle import Model, Snapshot, State, Upstream, eta, explain
+from keepalive.observers.history import Story
+
+Json = dict[str, Any]
+
+
+def is_ready(models: Sequence[Model]) -> bool:
+    return all(model.state is State.WARM for model in models if model.wanted)
+
+
+def document(
+    snapshot: Snapshot,
+    date: Callable[[float], float],
+    started: float,
+    urls: Mapping[str, str],
+    mistakes: Sequence[str] = (),
+    scraped: float | None = None,
+) -> Json:
+    """`date` turns the keeper's clock into Unix seconds; `mistakes` are those of a rejected config.
+
+    `started` is the daemon's birth and `scraped` when its metrics were last read, in Unix seconds.
+    """
+    return {
+        "version": __version__,
+        "now": utc(date(snapshot.now)),
+        "ready": is_ready(snapshot.models),
+        "started_at": utc(started),
+        "scraped_at": None if scraped is None else utc(scraped),
+        "config": {"ok": not mistakes, "mistakes": list(mistakes)},
+        "upstreams": [
+            {
+                "name": upstream.name,
+                "url": urls.get(upstream.name),
+                "state": upstream.state.value,
+                "tier": upstream.tier.value if upstream.tier else None,
+                "since": utc(date(upstream.since)),
+                "error": upstream.error,
+            }
+            for upstream in snapshot.upstreams
+        ],
+        "models": [
+            model_document(upstream, siblings, model, snapshot.now, date)
+            for upstream in snapshot.upstreams
+            for siblings in [snapshot.of(upstream.name)]
+            for model in siblings
+        ],
+    }
+
+
+def state(model: Model) -> Json:
+    """Of one model no more than what a probe asks for."""
+    return {
+        "key": model.id.key,
+        "upstream": model.id.upstream,
+        "state": model.state.value,
+        "wanted": model.wanted,
+    }
+
+
+def model_document(
+    upstream: Upstream, siblings: Sequence[Model], model: Model, now: float, date: Callable[[float], float]
+) -> Json:
+    """One model."""
+
+    def at(moment: float | None) -> str | None:
+        return None if moment is None or math.isinf(moment) else utc(date(moment))
+
+    since, left = model.loading_since, eta(model, siblings, now)
+    last, lost = model.last_ping, model.last_eviction
+    return {
+        **state(model),
+        "since": at(model.since),
+        "listed": model.listed,
+        "busy": model.busy,
+        "in_flight": model.in_flight,
+        "waiting": model.waiting,
+        "instance_id": model.instance_id,
+        "instances": len(model.instances),
+        "ours": model.instance_id in model.ours,
+        "context_length": model.instances[0].context_length if model.instances else None,
+        "load": None
+        if since is None
+        else {
+            "elapsed_seconds": round(max(0.0, now - since), 3),
+            "eta_seconds": None if left is None else round(left, 3),
+            "attempt": model.failures + 1,
+        },
+        "last_load_seconds": model.recent_loads[-1] if model.recent_loads else None,
+        "loads": model.loads,
+        "evictions": model.evictions,
+        "last_eviction": None
+        if lost is None
+        else {"at": at(lost.at), "cause": lost.cause.value, "idle_seconds": round(lost.idle_seconds, 3)},
+        "last_ping": None
+        if last is None
+        else {"at": at(last.at), "outcome": last.outcome.value, "seconds": round(last.seconds, 3)},
+        "next_ping_at": at(_next_ping(model, now)),
+        "retry_at": at(model.retry_at),
+        "reason": explain(upstream, siblings, model, now),
+    }
+
+
+def _next_ping(model: Model, now: float) -> float | None:
+    if model.ping_at is None or not model.needed or not (model.instances or model.blind):
+        return None
+    return max(model.ping_at, now)
+
+
+def story_document(model: ModelId, story: Story, wall: float) -> Json:
+    """What is remembered of one model."""
+    requests, seconds = story.waits_lately(wall)
+    return {
+        "key": model.key,
+        "upstream": model.upstream,
+        "loads": [
+            {"at": utc(load.at), "outcome": load.outcome.value, "seconds": round(load.seconds, 3)}
+            for load in story.loads
+        ],
+        "evictions": [{"at": utc(lost.at), "cause": lost.cause.value} for lost in story.evictions],
+        "timeline": [{"at": utc(at), "state": str(state)} for at, state in story.timeline(wall)],
+        "waits": {"requests": requests, "seconds": round(seconds, 3)},
+        "pings": {outcome.value: count for outcome, count in story.pings_lately(wall).items()},
+    }
+
+
+def utc(moment: float) -> str:
+    """A time in Unix seconds as people and programs both read it."""
+    text = datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds")
+    return text.replace("+00:00", "Z")

@@ -1,0 +1,67 @@
+"""The status in sentences, for a log, for systemd and for whoever has no terminal.
+
+Takes the JSON of `/api/status` and nothing else, so that what a person reads and what a script reads agree.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+Json = Mapping[str, Any]
+
+TROUBLE = ("down", "unauthorized")
+
+
+def summary(status: Json) -> str:
+    """All of it in one line, such as "3/4 models warm; medicine-llm loading, 62 s, about 50 s to go"."""
+    wanted = [m for m in status["models"] if m["wanted"]]
+    cold = [m for m in wanted if m["state"] != "warm"]
+    parts = [f"{len(wanted) - len(cold)}/{len(wanted)} models warm"]
+    if status.get("draining"):
+        parts.insert(0, "stopping")
+    if status["config"]["mistakes"]:
+        parts.append("config rejected, the one before is in use")
+    parts += [
+        f"{u['name']} is {u['state']}: {u['error'] or 'no answer yet'}"
+        for u in status["upstreams"]
+        if u["state"] in TROUBLE
+    ]
+    for model in cold:
+        if model["load"]:
+            load = model["load"]
+            parts.append(f"{model['key']} loading, {span(load['elapsed_seconds'])}{_to_go(load)}")
+        elif model["state"] == "backoff":
+            parts.append(f"{model['key']} failed: {model['reason']}")
+    return "; ".join(parts)
+
+
+def lines(status: Json) -> dict[str, str]:
+    """Each model in one line of plain text, by a name that no other has."""
+    several = len(status["upstreams"]) > 1
+    named = {f"{m['key']} on {m['upstream']}" if several else m["key"]: m for m in status["models"]}
+    return {name: _line(name, model) for name, model in named.items()}
+
+
+def _line(name: str, model: Json) -> str:
+    reason = f": {model['reason']}" if model["reason"] else ""
+    load = f", {progress(model['load'])}" if model["load"] else ""
+    return f"{name} is {model['state']}{load}{reason}"
+
+
+def span(seconds: float) -> str:
+    """A duration as short as people say it."""
+    if seconds < 9.95:  # what rounds to 10 has no digit behind the point
+        return f"{seconds:.1f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.0f} h" if seconds < 172_800 else f"{seconds / 86_400:.0f} d"
+
+
+def progress(load: Json) -> str:
+    return f"{span(load['elapsed_seconds'])} so far{_to_go(load)}"
+
+
+def _to_go(load: Json) -> str:
+    left = load["eta_seconds"]
+    return "" if left is None else f", about {span(left)} to go" if left > 0 else ", longer than usual"

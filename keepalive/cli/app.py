@@ -1,0 +1,442 @@
+"""The `keepalive` command. Exit codes are part of the contract; colours and bars only on a terminal."""
+
+import asyncio
+import http.client
+import json
+import os
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Coroutine, Mapping
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+from urllib.parse import quote
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from keepalive import __version__, config
+from keepalive.admin import words
+from keepalive.cli import view
+from keepalive.core.errors import KeepaliveError
+from keepalive.core.facts import Tier
+
+BAD_CONFIG = 3
+POLL = 0.5
+# The daemon answers from memory. Longer than this, it is not the daemon.
+ANSWER_TIMEOUT = 10.0
+# Whoever waits for no longer than this still gets an answer from a machine that is busy loading a model.
+ANSWER_MIN = 2.0
+# A refusal of the daemon is a sentence. More than this is somebody else's page.
+REFUSAL_MAX = 4096
+# Without a terminal nothing is wrapped: lines are read by programs, or by somebody who has a pager.
+ENDLESS = 100_000
+
+app = typer.Typer(
+    help="Keeps LM Studio models loaded, and says at any moment what is warm, what is loading and why.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "-c", "--config", help="Config file. Default: config.toml, then /etc/keepalive/config.toml."
+    ),
+]
+UrlOption = Annotated[
+    str | None,
+    typer.Option(
+        "--url", help="The daemon's admin address. Default: $KEEPALIVE_ADMIN_URL, else what the config says."
+    ),
+]
+KeysArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[MODEL]...", help="Default: all that are wanted.")
+]
+
+
+def main() -> None:
+    _occupy_standard_streams()
+    app()
+
+
+def _occupy_standard_streams() -> None:
+    """Put /dev/null where a standard stream is closed.
+
+    Else a socket takes its number: what is meant for stderr goes out over it, and libuv aborts on closing it.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"keepalive {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(path: ConfigOption = None) -> None:
+    """Run the daemon until SIGTERM or Ctrl-C. SIGHUP reads the config again."""
+    settings, found = _config(path)
+    from keepalive.observers import logs
+    from keepalive.service.daemon import Daemon
+
+    form = settings.server.log_format
+    as_json = None if form == "auto" else form == "json"
+    end_log = logs.start(level=settings.server.log_level, as_json=as_json, stream=sys.stderr)
+
+    async def live() -> None:
+        daemon = Daemon(settings, found, _environ())
+        daemon.watch_signals()
+        await daemon.run()
+
+    try:
+        _run(live())
+    except KeepaliveError as error:
+        _fail(str(error), 1)
+    finally:
+        end_log()
+
+
+@app.command()
+def demo() -> None:
+    """Watch it work, with nothing to configure. LM Studio is simulated."""
+    from keepalive.cli import demo as demonstration
+
+    try:
+        _run(demonstration.run(_console()))
+    except KeepaliveError as error:
+        _fail(str(error), 1)
+
+
+@app.command()
+def simulate(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 1234,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY[:SECONDS[:SIZE]]", help="A model, how long it loads, its size. Repeatable."
+        ),
+    ] = None,
+    tier: Annotated[
+        Tier, typer.Option(help="v1 is LM Studio 0.4, v0 is 0.3, openai is any other server.")
+    ] = Tier.V1,
+    fault: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A fault to begin with. Repeatable.")
+    ] = None,
+) -> None:
+    """Run a stand-in LM Studio. For development and tests."""
+    from keepalive.simulator.__main__ import run as simulation
+    from keepalive.simulator.faults import parse_fault
+    from keepalive.simulator.models import parse_model
+
+    try:
+        models = [parse_model(text) for text in model or []]
+        faults = dict(parse_fault(text) for text in fault or [])
+        asyncio.run(simulation(host, port, models, tier.value, faults))
+    except (ValueError, OSError) as error:
+        _fail(str(error), 1)
+
+
+@app.command()
+def check(path: ConfigOption = None) -> None:
+    """Report every mistake in a config at once. Exit code 0 good, 3 bad."""
+    settings, found = _config(path)
+    models, upstreams = len(settings.kept), len(settings.upstreams)
+    what = f"{models} {'model' if models == 1 else 'models'} to keep warm"
+    where = f"{upstreams} {'upstream' if upstreams == 1 else 'upstreams'}"
+    typer.echo(f"{found or 'the environment'} is good: {what} on {where}")
+
+
+@app.command()
+def status(
+    as_json: Annotated[bool, typer.Option("--json", help="The daemon's answer as it is.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on showing it until Ctrl-C.")] = False,
+    url: UrlOption = None,
+    path: ConfigOption = None,
+) -> None:
+    """Show what is warm, what is not, and why.
+
+    Exit code 0 all wanted models are warm, 1 warming up, 2 failing, 3 cannot tell.
+    """
+    address = _admin_url(url, path)
+    document = _ask(address)
+    if watch:
+        document = _watch(address, document, as_json=as_json)
+        if document is None:
+            raise typer.Exit(view.CANNOT_TELL)
+    elif as_json:
+        typer.echo(json.dumps(document, indent=1))
+    else:
+        _console().print(view.table(document))
+    raise typer.Exit(view.exit_code(document))
+
+
+@app.command()
+def wait(
+    models: KeysArgument = None,
+    timeout: Annotated[str, typer.Option(help="Give up after this long.")] = "10m",
+    url: UrlOption = None,
+    path: ConfigOption = None,
+) -> None:
+    """Block until models are warm. Exit code as `status`."""
+    address, keys = _admin_url(url, path), models or []
+    try:
+        deadline = time.monotonic() + config.seconds(timeout)
+    except ValueError:
+        _fail(f'--timeout: "{timeout}" is no duration; write "30s", "10m" or "1h30m"', view.CANNOT_TELL)
+    console, said, shown = _console(), dict[str, str](), dict[str, Any]()
+    code = view.CANNOT_TELL
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        while True:
+            try:
+                left = deadline - time.monotonic()
+                document = _fetch(address, timeout=min(ANSWER_TIMEOUT, max(ANSWER_MIN, left)))
+            except _NoAnswer as error:
+                # It may be starting just now.
+                if error.final or time.monotonic() >= deadline:
+                    trouble = str(error)
+                    break
+                if console.is_terminal:
+                    live.update(Text(f"{error} Waiting for it."), refresh=True)
+                elif not said:
+                    said[""] = str(error)
+                    typer.echo(f"{error} Waiting for it.", err=True)
+                time.sleep(POLL)
+                continue
+            trouble = _unknown(document, keys)
+            if trouble:
+                break
+            code = view.exit_code(document, keys)
+            shown = {**document, "models": view.chosen(document, keys)}
+            if console.is_terminal:
+                live.update(view.table(shown), refresh=True)
+            else:
+                _say_changes(console, shown, said)
+            if code == view.READY or time.monotonic() >= deadline:
+                break
+            time.sleep(min(POLL, max(0.0, deadline - time.monotonic())))
+    if trouble:
+        _fail(trouble, view.CANNOT_TELL)
+    console.print(view.table(shown))
+    raise typer.Exit(code)
+
+
+@app.command()
+def warm(
+    model: Annotated[str, typer.Argument(metavar="MODEL")], url: UrlOption = None, path: ConfigOption = None
+) -> None:
+    """Ask for a model now. Also outside its window or after a failure. Exit code as `status`."""
+    _change(_admin_url(url, path), model, "warm")
+
+
+@app.command()
+def release(
+    model: Annotated[str, typer.Argument(metavar="MODEL")], url: UrlOption = None, path: ConfigOption = None
+) -> None:
+    """Stop keeping a model. Until its next window or a restart. Exit code as `status`."""
+    _change(_admin_url(url, path), model, "release")
+
+
+@app.command()
+def doctor(url: UrlOption = None, path: ConfigOption = None) -> None:
+    """Find what is wrong, and how to mend it. Exit code 0 healthy, 1 findings.
+
+    Asks the config, the daemon, LM Studio and this machine, and changes nothing.
+    """
+    from keepalive.cli import doctor as practice
+
+    try:
+        found = config.find(path, _environ())
+        settings = config.load(found, _environ())
+    except config.ConfigError as error:
+        _fail(f"{error}\nA daemon does not start with this config. Mend it, then ask again.", 1)
+    address, status, silence = _admin_url(url, path), None, ""
+    try:
+        status = _fetch(address)
+    except _NoAnswer as error:
+        silence = str(error)
+    seen = asyncio.run(practice.gather(settings, found, _environ(), address, status, silence))
+    findings = practice.findings(seen)
+    console = _console()
+    for finding in findings:
+        console.print(view.finding(finding.what, finding.why, finding.do))
+    if not findings:
+        console.print(Text(practice.health(seen), style="green"))
+    raise typer.Exit(1 if findings else 0)
+
+
+def _change(address: str, model: str, verb: str) -> None:
+    unknown = _unknown(_ask(address), [model])
+    if unknown:
+        _fail(unknown, view.CANNOT_TELL)
+    _ask(address, f"/api/models/{quote(model, safe='')}/{verb}", method="POST")
+    document = _ask(address)
+    _console().print(view.table({**document, "models": [m for m in document["models"] if m["key"] == model]}))
+    raise typer.Exit(view.exit_code(document))
+
+
+def _watch(address: str, document: Any, *, as_json: bool) -> Any:
+    """Show it until Ctrl-C, through restarts of the daemon; returns what was known last, or None."""
+    console, said = _console(), dict[str, str]()
+    plain = as_json or not console.is_terminal
+    trouble = ""
+    with Live(console=console, auto_refresh=False, screen=not plain) as live:
+        try:
+            while True:
+                if document is None:
+                    if plain and said.get("") != trouble:
+                        said[""] = trouble
+                        typer.echo(trouble, err=True)
+                    live.update(Text(trouble), refresh=not plain)
+                elif as_json:
+                    typer.echo(json.dumps(document))
+                elif plain:
+                    _say_changes(console, document, said)
+                else:
+                    live.update(view.table(document), refresh=True)
+                time.sleep(2 * POLL)
+                try:
+                    document = _fetch(address)
+                    said.pop("", None)
+                except _NoAnswer as error:
+                    document, trouble = None, str(error)
+        except KeyboardInterrupt:
+            return document
+
+
+def _say_changes(console: Console, document: Any, said: dict[str, str]) -> None:
+    """Without a terminal: a line when a model's state changes."""
+    states = {f"{m['upstream']} {m['key']}": m["state"] for m in document["models"]}
+    for (place, state), line in zip(states.items(), words.lines(document).values(), strict=True):
+        if said.get(place) != state:
+            said[place] = state
+            console.print(line, markup=False)
+
+
+def _unknown(document: Any, keys: list[str]) -> str:
+    """What to say about keys that the daemon does not keep; nothing when it keeps all."""
+    unknown = view.unknown_keys(document, keys)
+    if not unknown:
+        return ""
+    known = ", ".join(dict.fromkeys(m["key"] for m in document["models"]))
+    return f"the daemon keeps no {', '.join(unknown)}; it keeps {known}"
+
+
+def _environ() -> Mapping[str, str]:
+    """What settings may come from: the key with which these commands ask is not one."""
+    return {name: value for name, value in os.environ.items() if name != "KEEPALIVE_ADMIN_KEY"}
+
+
+def _config(path: Path | None) -> tuple[config.Config, Path | None]:
+    try:
+        found = config.find(path, _environ())
+        return config.load(found, _environ()), found
+    except config.ConfigError as error:
+        _fail(str(error), BAD_CONFIG)
+
+
+def _admin_url(url: str | None, path: Path | None) -> str:
+    given = url or os.environ.get("KEEPALIVE_ADMIN_URL")
+    if given:
+        return (given if "://" in given else f"http://{given}").rstrip("/")
+    try:
+        address = config.load(config.find(path, _environ()), _environ()).server.admin_listen
+    except config.ConfigError as error:
+        if path is not None:
+            _fail(str(error), BAD_CONFIG)
+        address = config.Server().admin_listen
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host)  # noqa: S104
+    return f"http://[{host}]:{address.port}" if ":" in host else f"http://{host}:{address.port}"
+
+
+class _NoAnswer(KeepaliveError):
+    """The daemon cannot be asked; `final` when asking again will not help."""
+
+    def __init__(self, message: str, *, final: bool = False) -> None:
+        super().__init__(message)
+        self.final = final
+
+
+def _fetch(
+    address: str, route: str = "/api/status", *, method: str = "GET", timeout: float = ANSWER_TIMEOUT
+) -> Any:
+    # No proxy: the daemon is near, and a proxy would not be.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    key = os.environ.get("KEEPALIVE_ADMIN_KEY")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        request = urllib.request.Request(address + route, method=method, headers=headers)  # noqa: S310
+        with opener.open(request, timeout=timeout) as answer:
+            document = json.load(answer)
+    except urllib.error.HTTPError as error:
+        hint = "; set KEEPALIVE_ADMIN_KEY" if error.code == 401 else ""
+        with error:
+            message = f"{address} answered {error.code}: {_refusal(error)}{hint}"
+        raise _NoAnswer(message, final=True) from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        reason = getattr(reason, "strerror", None) or reason
+        where = "Another address: --url or KEEPALIVE_ADMIN_URL."
+        raise _NoAnswer(f"no daemon at {address} ({reason}). Is it running? {where}") from error
+    if not isinstance(document, dict) or "models" not in document:
+        raise _NoAnswer(f"what answers at {address} is not keepalive", final=True)
+    return document
+
+
+def _refusal(error: urllib.error.HTTPError) -> str:
+    """What the daemon says about it, else the phrase of its status."""
+    try:
+        reason = json.loads(error.read(REFUSAL_MAX))["error"]
+    except (OSError, ValueError, TypeError, KeyError, http.client.HTTPException):
+        reason = error.reason
+    return "".join(c if c.isprintable() else " " for c in str(reason))
+
+
+def _ask(address: str, route: str = "/api/status", *, method: str = "GET") -> Any:
+    """The daemon's answer, or the end with exit code 3 and a sentence."""
+    try:
+        return _fetch(address, route, method=method)
+    except _NoAnswer as error:
+        _fail(str(error), view.CANNOT_TELL)
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = ENDLESS
+    return console
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.echo(message, err=True)
+    raise typer.Exit(code)
+
+
+def _run(main: Coroutine[Any, Any, None]) -> None:
+    loop: Callable[[], asyncio.AbstractEventLoop] | None = None
+    try:
+        import uvloop
+
+        loop = uvloop.new_event_loop
+    except ImportError:
+        pass
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(main)

@@ -1,0 +1,442 @@
+"""What is wrong between the config, the daemon and LM Studio, and how to mend it.
+
+`gather` asks and changes nothing: it lists, which loads nothing and renews no lease. `findings` is pure and says
+what the answers mean. What the daemon sees outranks what is seen from here: a token may be for its eyes alone.
+"""
+
+import asyncio
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, tzinfo
+from difflib import get_close_matches
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from zoneinfo import ZoneInfoNotFoundError
+
+from keepalive import __version__
+from keepalive.admin.words import span
+from keepalive.config import Config, Kept, Upstream, written
+from keepalive.core.errors import KeepaliveError, TimedOut, Unauthorized, Unexpected, Unreachable
+from keepalive.core.facts import Entry, Tier, fold_key
+from keepalive.lmstudio.client import Client, Listing
+from keepalive.service import tokens
+from keepalive.service.front import is_loopback
+from keepalive.service.tokens import TokenError
+
+Json = Mapping[str, Any]
+
+# Prometheus asks every 15 s to 2 min. A daemon that nobody has asked for this long is not watched.
+UNSCRAPED = 300.0
+# Two clocks that differ by less are as good as equal for windows and for people.
+SKEW_MAX = 60.0
+# Comparing a key with each of a hundred thousand listed ones would take seconds.
+SUGGESTED_FROM = 1000
+# A question to systemd that takes longer will not be answered.
+SYSTEM_TIMEOUT = 5.0
+# Less than this between two pings would be work for LM Studio rather than a sign of life.
+PING_LEAST = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong: what, why it matters, and what to type or write."""
+
+    what: str
+    why: str
+    do: str
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What one upstream said to a listing, or why it said nothing."""
+
+    listing: Listing | None = None
+    error: KeepaliveError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """This machine. None: it could not be asked."""
+
+    now: datetime
+    zone: tzinfo | str | None = None  # as text: why there is none
+    synchronized: bool | None = None
+    unit: str | None = None  # what systemd says of keepalive.service: "enabled", "disabled", …
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """`status` is the daemon's, or None with `silence`: why it did not answer at `address`."""
+
+    config: Config
+    path: Path | None
+    address: str
+    status: Json | None
+    silence: str
+    host: Host
+    probes: Mapping[str, Probe] = field(default_factory=dict)
+
+    def upstream_status(self, name: str) -> Json | None:
+        return next((u for u in (self.status or {}).get("upstreams", ()) if u["name"] == name), None)
+
+    def model_status(self, kept: Kept) -> Json | None:
+        wanted = (kept.upstream, kept.key)
+        models = (self.status or {}).get("models", ())
+        return next((m for m in models if (m["upstream"], m["key"]) == wanted), None)
+
+
+# --- asking -------------------------------------------------------------------------------------------
+
+
+async def gather(
+    config: Config,
+    path: Path | None,
+    environ: Mapping[str, str],
+    address: str,
+    status: Json | None,
+    silence: str = "",
+) -> Evidence:
+    """Ask every upstream and this machine. Bounded by the longest `list_timeout`."""
+    probes = await asyncio.gather(*(_probe(upstream, environ) for upstream in config.upstreams))
+    names = [upstream.name for upstream in config.upstreams]
+    host = Host(datetime.now(UTC), _zone(config))
+    if _has_systemd():
+        clock = await _said("timedatectl", "show", "--property=NTPSynchronized", "--value")
+        unit = await _said("systemctl", "is-enabled", "keepalive.service")
+        host = replace(host, synchronized={"yes": True, "no": False}.get(clock or ""), unit=unit)
+    return Evidence(config, path, address, status, silence, host, dict(zip(names, probes, strict=True)))
+
+
+async def _probe(upstream: Upstream, environ: Mapping[str, str]) -> Probe:
+    try:
+        token = tokens.of_upstream(upstream, environ)
+        async with Client(
+            upstream.name,
+            upstream.url,
+            token=token,
+            connect_timeout=upstream.connect_timeout,
+            list_timeout=upstream.list_timeout,
+        ) as client:
+            return Probe(listing=await client.listing())
+    except KeepaliveError as error:
+        return Probe(error=error)
+
+
+def _zone(config: Config) -> tzinfo | str:
+    try:
+        return config.zone
+    except (ZoneInfoNotFoundError, OSError, ValueError) as error:
+        return str(error) or type(error).__name__
+
+
+def _has_systemd() -> bool:
+    return Path("/run/systemd/system").is_dir()
+
+
+async def _said(*words: str) -> str | None:
+    """What a command of the system prints; None when it says nothing."""
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *words, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
+        )
+    except OSError:
+        return None
+    try:
+        async with asyncio.timeout(SYSTEM_TIMEOUT):
+            out, _ = await process.communicate()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+        return None
+    return out.decode(errors="replace").strip() or None
+
+
+# --- what it means --------------------------------------------------------------------------------------
+
+
+def findings(seen: Evidence) -> list[Finding]:
+    """All that is wrong, what stops everything first."""
+    return [
+        *_daemon(seen),
+        *(finding for upstream in seen.config.upstreams for finding in _upstream(seen, upstream)),
+        *(finding for kept in seen.config.kept for finding in _model(seen, kept)),
+        *_listeners(seen),
+        *_clock(seen),
+        *_unit(seen),
+        *_scraping(seen),
+    ]
+
+
+def _daemon(seen: Evidence) -> Iterator[Finding]:
+    status = seen.status
+    if status is None:
+        start = "systemctl start keepalive; journalctl -u keepalive -n 20" if seen.host.unit else _run(seen)
+        yield Finding(seen.silence, "no model is kept loaded, and applications get no answer", start)
+        return
+    for mistake in status["config"]["mistakes"]:
+        yield Finding(
+            f"the daemon rejected its config: {mistake}",
+            "it goes on with the one before, and changes made since have no effect",
+            f"keepalive check{_option(seen)}; then {_reload(seen)}",
+        )
+    if status["version"] != __version__:
+        yield Finding(
+            f"the daemon is version {status['version']}, and this command {__version__}",
+            "an update takes effect only when the daemon is started anew",
+            "systemctl restart keepalive" if seen.host.unit else "end keepalive run, and start it again",
+        )
+    ours = {(kept.upstream, kept.key) for kept in seen.config.kept}
+    theirs = {(model["upstream"], model["key"]) for model in status["models"]}
+    if ours != theirs and not status["config"]["mistakes"]:
+        parts = [
+            f"{verb} {', '.join(key for _, key in sorted(models))}"
+            for verb, models in (("does not keep", ours - theirs), ("still keeps", theirs - ours))
+            if models
+        ]
+        yield Finding(
+            f"the daemon and {seen.path or 'the config'} disagree: it {' and '.join(parts)}",
+            "what is written is not what happens",
+            f"{_reload(seen)}; if it uses another file: keepalive doctor -c FILE",
+        )
+
+
+def _upstream(seen: Evidence, upstream: Upstream) -> Iterator[Finding]:
+    probe, known = seen.probes.get(upstream.name, Probe()), seen.upstream_status(upstream.name)
+    works = known is not None and known["state"] == "up" and known["url"] == upstream.url
+    place = urlsplit(upstream.url)
+    start = f"lms server start --port {place.port or 80}"
+    if not is_loopback(place.hostname or ""):
+        start = f"on {place.hostname}: {start} --bind 0.0.0.0"
+    cold = "none of its models can be kept warm until it answers"
+    match probe.error:
+        case None:
+            pass
+        case TokenError() | Unauthorized() if works:
+            pass  # the token is the daemon's, and it has it
+        case TokenError():
+            yield Finding(
+                str(probe.error), "the daemon does not start without it", "set it, or mend the name"
+            )
+        case Unauthorized():
+            yield Finding(
+                str(probe.error),
+                "LM Studio answers nothing without it, and the daemon asks only every five minutes",
+                "LM Studio: Developer, Server Settings, Manage Tokens; then name it in [[upstreams]] "
+                f"{upstream.name!r}: api_token_env, api_token_file or the credential lm_token.{upstream.name}",
+            )
+        case Unreachable():
+            yield Finding(f"LM Studio cannot be reached: {probe.error}", cold, start)
+        case TimedOut():
+            yield Finding(
+                f"LM Studio does not answer: {probe.error}",
+                "it is overloaded or hangs, and whether a model is loaded cannot be seen meanwhile",
+                f"curl -m 10 {upstream.url}/lmstudio-greeting; if it stays silent, restart LM Studio",
+            )
+        case Unexpected():
+            yield Finding(
+                f"what answers at {upstream.url} is not LM Studio: {probe.error}",
+                cold,
+                f"find what uses the port (ss -ltnp), or mend url in [[upstreams]] {upstream.name!r}",
+            )
+        case _:
+            yield Finding(
+                f"LM Studio at {upstream.url} does not list its models: {probe.error}",
+                cold,
+                f"curl -m 10 {upstream.url}/api/v1/models",
+            )
+    if probe.listing is not None:
+        yield from _tier(seen, upstream, probe.listing.tier)
+
+
+def _tier(seen: Evidence, upstream: Upstream, tier: Tier) -> Iterator[Finding]:
+    if tier is Tier.OPENAI:
+        yield Finding(
+            f"what answers at {upstream.url} is not LM Studio, but another server of the same protocol",
+            "it does not show what is loaded: its models are kept by pings alone, and evictions go unseen",
+            f"nothing, if that is meant; else mend url in [[upstreams]] {upstream.name!r}",
+        )
+    if tier is not Tier.V0:
+        return
+    yield Finding(
+        f"LM Studio at {upstream.url} is older than 0.4",
+        "it has no explicit load: models are loaded on demand, with an idle timer",
+        "update LM Studio to 0.4 or later",
+    )
+    kept = [kept for kept in seen.config.kept if kept.upstream == upstream.name]
+    states = [model for one in kept if (model := seen.model_status(one)) is not None]
+    together = sum(model["state"] == "warm" for model in states) > 1
+    if len(kept) > 1 and upstream.auto_evict is not False and not together:
+        yield Finding(
+            f"{len(kept)} models share {upstream.url}, where each load on demand may push out the one before",
+            f"only {kept[0].key}, the first in the config, can be kept warm for certain",
+            'LM Studio: Developer, Server Settings, switch off "Only Keep Last JIT Loaded Model"; then '
+            f"auto_evict = false in [[upstreams]] {upstream.name!r}",
+        )
+
+
+def _model(seen: Evidence, kept: Kept) -> Iterator[Finding]:
+    probe, status = seen.probes.get(kept.upstream, Probe()), seen.model_status(kept)
+    if probe.listing is not None and probe.listing.tier is not Tier.OPENAI:
+        entry = probe.listing.entries.get(fold_key(kept.key))
+        if entry is None:
+            yield _unlisted(seen, kept, probe.listing.entries)
+        else:
+            yield from _copies(kept, entry, status)
+    if status is None:
+        return
+    if status["state"] == "backoff":
+        yield Finding(
+            f"{kept.key} on {kept.upstream} cannot be had: {status['reason']}",
+            "it is tried again, more and more rarely, and requests for it are refused meanwhile",
+            f"lms log stream; then: keepalive warm {kept.key}",
+        )
+    eviction = status.get("last_eviction")
+    idle = eviction and eviction.get("idle_seconds")
+    # It was missed by the next listing, and may have been gone that much longer.
+    late = kept.ping_interval + kept.refresh_interval
+    if eviction and eviction["cause"] == "timer" and idle is not None and late >= idle:
+        better = written(float(max(PING_LEAST, idle // 2)))
+        yield Finding(
+            f"{kept.key} was dropped after {span(idle)} without a request, and is pinged every "
+            f"{written(kept.ping_interval)}",
+            "LM Studio lets it go before the ping that should hold it",
+            f'ping_interval = "{better}" in [[models]] "{kept.key}"',
+        )
+    if eviction and eviction["cause"] == "displaced":
+        yield Finding(
+            f"{kept.key} was pushed out by another model, last at {eviction['at']}",
+            "it is loaded again, which takes its whole load time, and may push out the other one in turn",
+            'LM Studio: Developer, Server Settings, switch off "Only Keep Last JIT Loaded Model", or keep '
+            "both models here",
+        )
+
+
+def _unlisted(seen: Evidence, kept: Kept, entries: Mapping[str, Entry]) -> Finding:
+    keys = list({entry.key: None for entry in islice(entries.values(), SUGGESTED_FROM)})
+    near = get_close_matches(kept.key, keys, n=3, cutoff=0.4)
+    there = f"; nearest are {', '.join(near)}" if near else f"; it lists {len(keys)} others"
+    write = f'key = "{near[0]}" in [[models]] of {seen.path or "the config"}, or: ' if near else ""
+    return Finding(
+        f"LM Studio {kept.upstream!r} does not list {kept.key}{there}",
+        "a model that is not there cannot be loaded, and requests for it are refused",
+        f"{write}lms get {kept.key}",
+    )
+
+
+def _copies(kept: Kept, entry: Entry, status: Json | None) -> Iterator[Finding]:
+    ids = [instance.id for instance in entry.instances]
+    if len(ids) > 1:
+        used = status["instance_id"] if status and status["instance_id"] in ids else ids[0]
+        spare = [instance for instance in ids if instance != used]
+        yield Finding(
+            f"{len(ids)} copies of {kept.key} are in memory: {', '.join(ids)}",
+            "each takes the memory of a whole model; keepalive never unloads what it did not load",
+            "; ".join(f"lms unload {instance}" for instance in spare),
+        )
+    wanted = kept.load_fields.get("context_length")
+    for instance in entry.instances[:1]:
+        if wanted is not None and instance.context_length not in (None, wanted):
+            yield Finding(
+                f"{kept.key} is loaded with a context of {instance.context_length} tokens, not {wanted}",
+                "somebody else loaded it: long prompts fail, or memory is wasted",
+                f"lms unload {instance.id}; keepalive loads it again as configured",
+            )
+
+
+def _listeners(seen: Evidence) -> Iterator[Finding]:
+    server, auth = seen.config.server, seen.config.auth
+    sides = (("listen", "client_keys", auth.client_keys), ("admin_listen", "admin_keys", auth.admin_keys))
+    for name, table, keys in sides:
+        address = getattr(server, name)
+        if keys or is_loopback(address.host):
+            continue
+        who = "use the models" if name == "listen" else "read the status, and warm and release models"
+        yield Finding(
+            f"server.{name} = {address} can be reached from the network, and asks for no key",
+            f"everybody who reaches this machine can {who}",
+            f'{table} = [{{ name = "ops", file = "/etc/keepalive/ops.key" }}] under [auth], '
+            f'or {name} = "127.0.0.1:{address.port}"',
+        )
+
+
+def _clock(seen: Evidence) -> Iterator[Finding]:
+    host = seen.host
+    windows = any(kept.window for kept in seen.config.kept)
+    if isinstance(host.zone, str):
+        yield Finding(
+            f"the time zone of this machine cannot be read: {host.zone}",
+            "windows would open and close at other hours than meant",
+            'timezone = "Europe/Lisbon" under [server], or: timedatectl set-timezone Europe/Lisbon',
+        )
+    elif windows and seen.config.server.timezone is None and str(host.zone) in ("UTC", "Etc/UTC"):
+        yield Finding(
+            "windows are read in UTC, because that is the zone of this machine",
+            "where people keep another time, models are loaded hours too late or too early",
+            'timezone = "Europe/Lisbon" under [server]; "UTC" if that is meant',
+        )
+    if host.synchronized is False:
+        yield Finding(
+            "the clock of this machine is set by nobody",
+            "windows, logs and graphs drift away from the real time",
+            "timedatectl set-ntp true",
+        )
+    if seen.status is None:
+        return
+    ahead = (datetime.fromisoformat(seen.status["started_at"]) - host.now).total_seconds()
+    if ahead > SKEW_MAX:
+        yield Finding(
+            f"the daemon says that it started {span(ahead)} from now",
+            "a clock is wrong, or was set back since: times in the status and in the history do not fit",
+            "timedatectl; then: systemctl restart keepalive",
+        )
+
+
+def _unit(seen: Evidence) -> Iterator[Finding]:
+    units = "keepalive.service keepalive.socket keepalive-admin.socket"
+    mend = {"disabled": f"systemctl enable {units}", "masked": f"systemctl unmask {units}, then enable them"}
+    unit = (seen.host.unit or "").removesuffix("-runtime")
+    if unit in mend:
+        yield Finding(
+            f"keepalive.service is {unit}", "after the next boot nothing keeps the models loaded", mend[unit]
+        )
+
+
+def _scraping(seen: Evidence) -> Iterator[Finding]:
+    if seen.status is None or "scraped_at" not in seen.status:
+        return
+    last = seen.status["scraped_at"]
+    quiet = (seen.host.now - datetime.fromisoformat(last or seen.status["started_at"])).total_seconds()
+    if quiet > UNSCRAPED:
+        when = f"for {span(quiet)}" if last else "since the daemon was started"
+        yield Finding(
+            f"Prometheus has not read /metrics {when}",
+            "no alert can tell you of what goes wrong here",
+            f"add the target {urlsplit(seen.address).netloc} to scrape_configs (monitoring/README.md)",
+        )
+
+
+# --- in words -------------------------------------------------------------------------------------------
+
+
+def _option(seen: Evidence) -> str:
+    return f" -c {seen.path}" if seen.path else ""
+
+
+def _run(seen: Evidence) -> str:
+    return f"keepalive run{_option(seen)}"
+
+
+def _reload(seen: Evidence) -> str:
+    return "systemctl reload keepalive" if seen.host.unit else "kill -HUP its process"
+
+
+def health(seen: Evidence) -> str:
+    """What was looked at, for when nothing is wrong with it."""
+    models, servers = len(seen.config.kept), len(seen.config.upstreams)
+    return (
+        f"healthy: the config, the daemon at {seen.address}, "
+        f"{servers} {'upstream' if servers == 1 else 'upstreams'} and "
+        f"{models} {'model' if models == 1 else 'models'}"
+    )

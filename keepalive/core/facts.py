@@ -1,0 +1,256 @@
+"""What can happen.
+
+A fact says what was seen or done, in the past tense, with the monotonic time `at` which it was known.
+Whoever sees something reports a fact; only `lifecycle.apply` decides what follows from it. No fact carries
+a prompt, an answer or a token.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple
+
+from keepalive.core.errors import Reason
+
+
+class ModelId(NamedTuple):
+    """One model on one upstream, by the names that the config gives them."""
+
+    upstream: str
+    key: str
+
+    def __str__(self) -> str:
+        return f"{self.key} on {self.upstream}"
+
+
+class Tier(StrEnum):
+    """How much of LM Studio an upstream speaks: it decides how a model is listed and loaded."""
+
+    V1 = "v1"  # 0.4 and later: residency is listed, loading is a call
+    V0 = "v0"  # 0.3.6 and later: residency is listed, only a request loads
+    OPENAI = "openai"  # any other server: residency cannot be seen
+
+
+class Trouble(StrEnum):
+    """Why a listing failed."""
+
+    REFUSED = "refused"  # nothing listens: what ran there is gone, and its loads with it
+    UNREACHABLE = "unreachable"
+    TIMEOUT = "timeout"  # it may be busy: says nothing about the models
+    UNAUTHORIZED = "unauthorized"
+    BAD_ANSWER = "bad_answer"
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """One loaded copy of a model, as listed; `context_length` in tokens."""
+
+    id: str
+    context_length: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One model in a listing. `loading` is None where the upstream does not tell."""
+
+    key: str
+    kind: str = "llm"  # "llm" or "embedding"
+    size_bytes: int | None = None
+    instances: tuple[Instance, ...] = ()
+    loading: bool | None = None
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    at: float
+
+
+# --- about an upstream --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamFact(Fact):
+    upstream: str
+
+
+@dataclass(frozen=True, slots=True)
+class ListingStarted(UpstreamFact):
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Listed(UpstreamFact):
+    """The upstream said what it has. `at` is when it was answered, `asked` when it was asked."""
+
+    asked: float
+    tier: Tier
+    entries: Mapping[str, Entry] = field(repr=False)  # by `fold_key` of the key and of each alias
+    loading: bool = True  # it was asked what is being loaded, too
+    # Folded keys of what is loaded, and of what is being loaded, managed or not.
+    resident: frozenset[str] = field(init=False, repr=False)
+    arriving: frozenset[str] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # Once, for all models of the upstream.
+        entries = self.entries.values()
+        object.__setattr__(self, "resident", frozenset(fold_key(e.key) for e in entries if e.instances))
+        object.__setattr__(self, "arriving", frozenset(fold_key(e.key) for e in entries if e.loading))
+
+
+@dataclass(frozen=True, slots=True)
+class ListingFailed(UpstreamFact):
+    asked: float
+    trouble: Trouble
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClockJumped(UpstreamFact):
+    """The machine slept, or somebody set the clock: what we know of this upstream may be old."""
+
+    seconds: float
+
+
+# --- about a model: what we did -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFact(Fact):
+    model: ModelId
+
+
+class LoadOutcome(StrEnum):
+    OK = "ok"
+    FAILED = "failed"  # it said no
+    REFUSED = "refused"  # it said no for want of memory: asking again soon is of no use
+    UNKNOWN = "unknown"  # no answer in time, or cut: it may still be loading
+
+
+@dataclass(frozen=True, slots=True)
+class LoadStarted(ModelFact):
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class LoadEnded(ModelFact):
+    """`elapsed` is our clock, `seconds` what LM Studio measured itself, where it said so."""
+
+    outcome: LoadOutcome
+    elapsed: float
+    seconds: float | None = None
+    instance_id: str | None = None
+    proved: bool = False  # the load was a ping, so the model has answered already
+    message: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRemembered(ModelFact):
+    """An earlier life of this daemon began a load at `started` and did not see it end."""
+
+    started: float
+    expected: float | None  # seconds this model is known to take
+    tells_loading: bool = False  # its listing is known to show a load in progress
+
+
+@dataclass(frozen=True, slots=True)
+class LoadsRecalled(ModelFact):
+    """How many seconds its last loads took that succeeded in earlier lives of this daemon, oldest first."""
+
+    seconds: tuple[float, ...]
+
+
+class PingOutcome(StrEnum):
+    OK = "ok"
+    ERROR = "error"
+    TIMEOUT = "timeout"
+    WRONG_MODEL = "wrong_model"
+    SKIPPED = "skipped"
+
+
+@dataclass(frozen=True, slots=True)
+class PingStarted(ModelFact):
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class PingEnded(ModelFact):
+    """A SKIPPED ping was due but never sent, because users' own requests had proved the model."""
+
+    outcome: PingOutcome
+    seconds: float = 0.0
+    message: str | None = None
+    why: Reason | None = None  # what kind of ERROR
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadStarted(ModelFact):
+    instance_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadEnded(ModelFact):
+    instance_id: str
+    message: str | None = None  # None: it is unloaded
+
+
+# --- about a model: what is wanted ----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class WindowOpened(ModelFact):
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class WindowClosed(ModelFact):
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class WarmAsked(ModelFact):
+    """Somebody wants it warm now; holds until its window next opens or closes."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseAsked(ModelFact):
+    """Somebody wants it kept no longer; holds until its window next opens."""
+
+
+# --- about a model: what users' requests show ------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class WaitStarted(ModelFact):
+    """A request is held until the model is warm."""
+
+
+@dataclass(frozen=True, slots=True)
+class WaitEnded(ModelFact):
+    seconds: float
+    served: bool  # False: it gave up, was refused, or left
+
+
+@dataclass(frozen=True, slots=True)
+class RequestStarted(ModelFact):
+    """A request was passed on to the upstream."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestEnded(ModelFact):
+    """A request that was passed on is over. `answered`: the model itself answered, which proves it."""
+
+    answered: bool
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceLost(ModelFact):
+    """A user's request was told that the model crashed or was unloaded; the listing decides."""
+
+    message: str
+    why: Reason | None = None  # what it was told, where it was told anything
+
+
+def fold_key(key: str) -> str:
+    """LM Studio compares keys without regard to case (but instance ids exactly)."""
+    return key.casefold()

@@ -1,0 +1,538 @@
+"""The owner of all models: the only writer of state.
+
+`record` takes a fact, lets the pure core fold it, tells the observers, and has no `await`: it is the critical
+section. `tick` asks the core what to do and starts it. What is started runs as a task of one TaskGroup, ends
+by recording facts, and never raises for anything that the world does.
+"""
+
+import asyncio
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from keepalive.core.errors import (
+    Cut,
+    NotWarm,
+    Reason,
+    Refused,
+    TimedOut,
+    Unauthorized,
+    Unexpected,
+    Unreachable,
+    UpstreamError,
+)
+from keepalive.core.facts import (
+    Entry,
+    Fact,
+    Listed,
+    ListingFailed,
+    ListingStarted,
+    LoadEnded,
+    LoadOutcome,
+    LoadRemembered,
+    LoadStarted,
+    ModelFact,
+    ModelId,
+    PingEnded,
+    PingOutcome,
+    PingStarted,
+    Tier,
+    Trouble,
+    UnloadEnded,
+    UnloadStarted,
+    UpstreamFact,
+    WaitEnded,
+    WaitStarted,
+    fold_key,
+)
+from keepalive.core.lifecycle import (
+    BACKOFF_FIRST,
+    Action,
+    Load,
+    Model,
+    Policy,
+    Refresh,
+    SendPing,
+    SkipPing,
+    Snapshot,
+    State,
+    Unload,
+    Upstream,
+    UpstreamState,
+    apply,
+    apply_upstream,
+    blocked_by,
+    plan,
+)
+
+# LM Studio calls further copies of a model `key:2`, `key:3`, …
+COPY_NUMBER = re.compile(r":[0-9]+$")
+# An unload is answered at once, or the server is in trouble.
+UNLOAD_TIMEOUT = 60.0
+
+
+class Loaded(Protocol):
+    @property
+    def instance_id(self) -> str | None: ...
+    @property
+    def seconds(self) -> float | None: ...
+
+
+class Listing(Protocol):
+    @property
+    def tier(self) -> Tier: ...
+    @property
+    def entries(self) -> Mapping[str, Entry]: ...
+
+
+class Client(Protocol):
+    """What the keeper asks of an upstream; `upstream.Client` is the one there is."""
+
+    async def listing(self, *, loading: bool = False) -> Listing: ...
+
+    async def load(self, key: str, fields: Mapping[str, Any], *, timeout: float) -> Loaded: ...
+
+    async def unload(self, instance_id: str, *, timeout: float) -> None: ...
+
+    async def ping(
+        self,
+        target: str,
+        accepted: Sequence[str],
+        *,
+        kind: str,
+        tier: Tier,
+        timeout: float,
+        lease: float | None = None,
+    ) -> str | None: ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """One upstream to keep models on."""
+
+    name: str
+    client: Client
+    refresh_interval: float = 15.0
+    max_loading: int = 1
+    auto_evict: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """One model to keep: the fields that its load takes, and how it is kept."""
+
+    model: ModelId
+    policy: Policy
+    kind: str | None = None
+    load_fields: Mapping[str, Any] | None = None
+    windowed: bool = False
+    window_open: bool = True
+
+
+class Observer(Protocol):
+    """Told of each fact, once for the upstream or model that it changed."""
+
+    def observe(self, fact: Fact, before: Model | Upstream, after: Model | Upstream) -> None: ...
+
+
+class _Shelf:
+    """One upstream with its models, in the order of the config."""
+
+    __slots__ = ("models", "server", "upstream")
+
+    def __init__(self, server: Server, now: float) -> None:
+        self.server = server
+        self.models: dict[str, Model] = {}
+        self.upstream = Upstream(name=server.name, since=now)
+
+
+class Keeper:
+    """Keeps models warm.
+
+    `clock` gives seconds and never the same twice; `report` is given what an observer raises.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        observers: Sequence[Observer] = (),
+        report: Callable[[BaseException], None] = lambda error: None,
+    ) -> None:
+        self._clock = clock
+        self._observers = observers
+        self._report = report
+        self._shelves: dict[str, _Shelf] = {}
+        self._keeps: dict[ModelId, Keep] = {}
+        self._wake = asyncio.Event()
+        self._due: set[str] = set()
+        self._by_key: dict[str, tuple[ModelId, ...]] = {}
+        self._news: dict[ModelId, asyncio.Future[None]] = {}
+
+    # --- what is kept -------------------------------------------------------------------------------
+
+    def configure(self, servers: Iterable[Server], keeps: Iterable[Keep]) -> list[Client]:
+        """Keep these from now on, and leave alone what has not changed; returns the clients now unused.
+
+        A model that is gone from the config is let go: unloaded if we loaded it, then forgotten.
+        """
+        now = self._clock()
+        servers, keeps = list(servers), list(keeps)
+        gone = self._shelves.keys() - {server.name for server in servers}
+        unused = [self._shelves.pop(name).server.client for name in gone]
+        for server in servers:
+            shelf = self._shelves.get(server.name)
+            if shelf is None:
+                shelf = self._shelves[server.name] = _Shelf(server, now)
+            elif shelf.server.client is not server.client:
+                unused.append(shelf.server.client)
+                shelf.models = {key: _forgotten(model, now) for key, model in shelf.models.items()}
+                shelf.upstream = Upstream(name=server.name, since=now)
+            shelf.server = server
+            shelf.upstream = replace(
+                shelf.upstream,
+                refresh_interval=server.refresh_interval,
+                max_loading=server.max_loading,
+                auto_evict=server.auto_evict,
+            )
+        self._shelves = {server.name: self._shelves[server.name] for server in servers}
+        self._keeps = {keep.model: keep for keep in keeps}
+        self._by_key = {}
+        for keep in keeps:
+            key = fold_key(keep.model.key)
+            self._by_key[key] = (*self._by_key.get(key, ()), keep.model)
+        for model in list(self._news):
+            self._announce(model)
+        for shelf in self._shelves.values():
+            self._place(shelf, [k for k in keeps if k.model.upstream == shelf.server.name], now)
+        self.tick()
+        return unused
+
+    def _place(self, shelf: _Shelf, keeps: Sequence[Keep], now: float) -> None:
+        gone = {key: m for key, m in shelf.models.items() if m.id not in self._keeps}
+        models: dict[str, Model] = {}
+        for rank, keep in enumerate(keeps):
+            new = Model(id=keep.model, since=now, window_open=keep.window_open, kind=keep.kind or "llm")
+            model = shelf.models.get(keep.model.key, new)
+            models[keep.model.key] = replace(
+                model,
+                rank=rank,
+                policy=keep.policy,
+                retired=False,
+                windowed=keep.windowed,
+                window_open=keep.window_open,
+                asked_for=None if model.retired else model.asked_for,
+            )
+        for key, model in gone.items():
+            models[key] = replace(model, retired=True, rank=len(models))
+        shelf.models = models
+
+    # --- what others need to know -------------------------------------------------------------------
+
+    def find(self, name: str) -> tuple[ModelId, ...]:
+        """The models that a request for `name` means, in the config's order; none when nobody keeps it."""
+        key = fold_key(name)
+        return self._by_key.get(key) or self._by_key.get(COPY_NUMBER.sub("", key), ())
+
+    def model(self, model: ModelId) -> Model | None:
+        """What is known of one model; None when it is no longer in the config."""
+        shelf = self._shelves.get(model.upstream)
+        known = shelf.models.get(model.key) if shelf else None
+        return None if known is None or known.retired else known
+
+    def siblings(self, model: ModelId) -> tuple[Model, ...]:
+        """All models of the same upstream."""
+        shelf = self._shelves.get(model.upstream)
+        return tuple(shelf.models.values()) if shelf else ()
+
+    async def ensure_warm(self, models: Sequence[ModelId]) -> ModelId:
+        """Wait until one of `models` is warm, and return it: the least busy, where several are.
+
+        All who wait share one load, and are woken in the order in which they came. Has no time limit. Raises
+        NotWarm when waiting is of no use. Cancelling it is leaving; the load goes on while it is wanted.
+        """
+        warm = self._least_busy(models)
+        if warm is not None:
+            return warm
+        began = self._clock()
+        for model in models:
+            self.record(WaitStarted(self._clock(), model))
+        try:
+            while warm is None:
+                self._check_hope(models)
+                loop = asyncio.get_running_loop()
+                # One future for all who wait: `wait` does not cancel it when one of them leaves.
+                await asyncio.wait(
+                    [self._news.setdefault(model, loop.create_future()) for model in models],
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                warm = self._least_busy(models)
+        finally:
+            now = self._clock()
+            for model in models:
+                self.record(WaitEnded(self._clock(), model, now - began, served=warm is not None))
+        return warm
+
+    def _least_busy(self, models: Sequence[ModelId]) -> ModelId | None:
+        warm = [m for m in map(self.model, models) if m is not None and m.state is State.WARM]
+        return min(warm, key=lambda m: m.in_flight).id if warm else None
+
+    def _check_hope(self, models: Sequence[ModelId]) -> None:
+        """Raise NotWarm when none of `models` will be warm soon, with the reason of the first."""
+        reasons: list[tuple[str, float | None]] = []
+        for model in models:
+            why = self._hopeless(model)
+            if why is None:
+                return
+            reasons.append(why)
+        message, retry_after = reasons[0] if reasons else ("no such model is kept here", None)
+        raise NotWarm(message, retry_after=retry_after)
+
+    def _hopeless(self, wanted: ModelId) -> tuple[str, float | None] | None:
+        """Why waiting is of no use, and in how many seconds it may be; None while there is hope."""
+        model, now = self.model(wanted), self._clock()
+        if model is None:
+            return f"{wanted.key} is no longer kept here", None
+        upstream, siblings = self._shelves[wanted.upstream].upstream, self.siblings(wanted)
+        left = model.retry_at - now if model.retry_at is not None else 0.0
+        # A first failure is tried again soon enough to wait for it, and what was taken from us at once.
+        if model.state is State.BACKOFF and left > BACKOFF_FIRST and not model.contested:
+            return f"{wanted.key} cannot be had now: {model.reason}", left
+        if upstream.state is UpstreamState.UNAUTHORIZED:
+            return f"{wanted.key} cannot be had: {upstream.error}", None
+        if model.state is State.COLD:
+            blocked = blocked_by(upstream, siblings, model) if model.listed else model.reason
+            if blocked is not None:
+                return f"{wanted.key} cannot be had: {blocked}", None
+        return None
+
+    def _announce(self, model: ModelId) -> None:
+        news = self._news.pop(model, None)
+        if news is not None and not news.done():
+            news.set_result(None)
+
+    # --- what happened ------------------------------------------------------------------------------
+
+    def record(self, fact: ModelFact | UpstreamFact) -> None:
+        """Fold a fact into the records, and plan again soon. Never waits; raises only for a bug of ours."""
+        shelf = self._shelves.get(fact.model.upstream if isinstance(fact, ModelFact) else fact.upstream)
+        if shelf is None:
+            return  # a reload has just removed this upstream
+        before = shelf.upstream
+        shelf.upstream = apply_upstream(before, fact)
+        self._tell(fact, before, shelf.upstream)
+        keys = [fact.model.key] if isinstance(fact, ModelFact) else list(shelf.models)
+        for model in [shelf.models[key] for key in keys if key in shelf.models]:
+            after = shelf.models[model.id.key] = apply(model, fact)
+            self._tell(fact, model, after)
+            if after.state is not model.state or after.reason != model.reason:
+                self._announce(after.id)
+            if after.retired and not after.calling and not after.ours:
+                del shelf.models[model.id.key]
+        self._due.add(shelf.server.name)
+        self._wake.set()
+
+    def _record_of(self, client: Client, fact: ModelFact | UpstreamFact) -> None:
+        """Record what `client` saw, unless a reload has meanwhile put another server behind that name."""
+        name = fact.model.upstream if isinstance(fact, ModelFact) else fact.upstream
+        if name in self._shelves and self._shelves[name].server.client is client:
+            self.record(fact)
+
+    def _tell(self, fact: Fact, before: Model | Upstream, after: Model | Upstream) -> None:
+        for observer in self._observers:
+            try:
+                observer.observe(fact, before, after)
+            except Exception as error:  # noqa: BLE001  # bookkeeping must never touch what it describes
+                self._report(error)
+
+    # --- what to do about it ------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """Time has passed: plan again, for every upstream."""
+        self._due.update(self._shelves)
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Keep until cancelled. What is under way then is dropped; models stay as they are."""
+        async with asyncio.TaskGroup() as tasks:
+            self.tick()
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                due, self._due = self._due, set()
+                for shelf in [self._shelves[name] for name in self._shelves if name in due]:
+                    for action in plan(shelf.upstream, tuple(shelf.models.values()), self._clock()):
+                        self._do(tasks, shelf, action)
+
+    def snapshot(self) -> Snapshot:
+        shelves = self._shelves.values()
+        return Snapshot(
+            now=self._clock(),
+            upstreams=tuple(shelf.upstream for shelf in shelves),
+            models=tuple(m for shelf in shelves for m in shelf.models.values() if not m.retired),
+        )
+
+    def _do(self, tasks: asyncio.TaskGroup, shelf: _Shelf, action: Action) -> None:
+        now, client = self._clock(), shelf.server.client
+        match action:
+            case Refresh(upstream=name, loading=loading):
+                self.record(ListingStarted(now, name))
+                tasks.create_task(self._refresh(client, name, now, loading=loading))
+            case Load(model=model):
+                tier = shelf.upstream.tier or Tier.V1
+                # Recorded first: an observer writes it down before LM Studio hears of it.
+                self.record(LoadStarted(now, model))
+                tasks.create_task(self._load(client, self._keeps[model], tier, now))
+            case SendPing(model=model, instance_id=target):
+                tier, before = shelf.upstream.tier or Tier.V1, shelf.models[model.key]
+                self.record(PingStarted(now, model))
+                tasks.create_task(self._ping(client, self._keeps[model], before, target, tier, now))
+            case SkipPing(model=model):
+                self.record(PingEnded(now, model, PingOutcome.SKIPPED))
+            case Unload(model=model, instance_id=target):
+                self.record(UnloadStarted(now, model, target))
+                tasks.create_task(self._unload(client, model, target))
+
+    async def _refresh(self, client: Client, name: str, asked: float, *, loading: bool) -> None:
+        try:
+            listing = await client.listing(loading=loading)
+        except UpstreamError as error:
+            self._record_of(client, ListingFailed(self._clock(), name, asked, _trouble(error), str(error)))
+        else:
+            at, tier, entries = self._clock(), listing.tier, listing.entries
+            self._record_of(client, Listed(at, name, asked, tier, entries, loading))
+
+    async def _load(self, client: Client, keep: Keep, tier: Tier, began: float) -> None:
+        model, timeout = keep.model, keep.policy.load_timeout
+        outcome, message, loaded = LoadOutcome.OK, None, None
+        try:
+            if tier is Tier.V1:
+                loaded = await client.load(model.key, keep.load_fields or {}, timeout=timeout)
+            else:
+                # Without an explicit load, the first request is the load; its lease counts from now on.
+                kind = self._kind(keep)
+                lease = keep.policy.lease if tier is Tier.V0 else None
+                other = await client.ping(
+                    model.key, (model.key,), kind=kind, tier=tier, timeout=timeout, lease=lease
+                )
+                if other is not None:
+                    outcome, message = LoadOutcome.FAILED, f"{other} answered in its place"
+        except (TimedOut, Cut) as error:
+            outcome, message = LoadOutcome.UNKNOWN, str(error)
+        except Unauthorized as error:
+            outcome, message = LoadOutcome.REFUSED, str(error)
+        except (Refused, Unexpected) as error:
+            outcome, message = _load_outcome(error, tier), str(error)
+        except UpstreamError as error:
+            outcome, message = LoadOutcome.FAILED, str(error)
+        now = self._clock()
+        # On demand the instance carries the key as its id.
+        instance_id = loaded.instance_id if loaded else model.key
+        self._record_of(
+            client,
+            LoadEnded(
+                now,
+                model,
+                outcome,
+                elapsed=now - began,
+                seconds=loaded.seconds if loaded else None,
+                instance_id=instance_id if outcome is LoadOutcome.OK else None,
+                proved=tier is not Tier.V1 and outcome is LoadOutcome.OK,
+                message=message,
+            ),
+        )
+
+    async def _ping(
+        self, client: Client, keep: Keep, model: Model, target: str, tier: Tier, began: float
+    ) -> None:
+        accepted = [model.id.key, *(instance.id for instance in model.instances)]
+        outcome, message, why = PingOutcome.OK, None, None
+        try:
+            other = await client.ping(
+                target, accepted, kind=self._kind(keep), tier=tier, timeout=keep.policy.ping_timeout
+            )
+            if other is not None:
+                outcome, message = PingOutcome.WRONG_MODEL, f"{other} answered the ping in its place"
+        except TimedOut as error:
+            outcome, message = PingOutcome.TIMEOUT, str(error)
+        except Refused as error:
+            outcome, message, why = PingOutcome.ERROR, str(error), error.reason
+        except Unauthorized as error:
+            outcome, message, why = PingOutcome.ERROR, str(error), Reason.UNAUTHORIZED
+        except Unexpected as error:
+            outcome, message, why = PingOutcome.ERROR, str(error), Reason.OTHER
+        except UpstreamError as error:
+            outcome, message = PingOutcome.ERROR, str(error)
+        now = self._clock()
+        self._record_of(client, PingEnded(now, model.id, outcome, now - began, message, why))
+
+    async def _unload(self, client: Client, model: ModelId, target: str) -> None:
+        message = None
+        try:
+            await client.unload(target, timeout=UNLOAD_TIMEOUT)
+        except UpstreamError as error:
+            message = str(error)
+        self._record_of(client, UnloadEnded(self._clock(), model, target, message))
+
+    def _kind(self, keep: Keep) -> str:
+        """What the config says, else what the listing said."""
+        if keep.kind is not None:
+            return keep.kind
+        shelf = self._shelves.get(keep.model.upstream)
+        model = shelf.models.get(keep.model.key) if shelf else None
+        return model.kind if model else "llm"
+
+
+def _forgotten(model: Model, now: float) -> Model:
+    """What still holds for a model when its upstream is asked through another client.
+
+    That may be the same server, asked with another token: then our load is still under way over there.
+    """
+    fresh = Model(
+        id=model.id,
+        since=now,
+        kind=model.kind,
+        asked_for=model.asked_for,
+        retired=model.retired,
+        recent_loads=model.recent_loads,
+        loads=model.loads,
+        evictions=model.evictions,
+        last_eviction=model.last_eviction,
+        waiting=model.waiting,
+        in_flight=model.in_flight,
+    )
+    since = model.loading_since
+    if since is None or (model.pending is not None and not model.pending.ours):
+        return fresh
+    expected, tells_loading = model.expected_load, model.tells_loading
+    return apply(fresh, LoadRemembered(now, model.id, since, expected, tells_loading))
+
+
+def _load_outcome(error: Refused | Unexpected, tier: Tier) -> LoadOutcome:
+    if isinstance(error, Refused) and error.reason is Reason.RESOURCES:
+        return LoadOutcome.REFUSED
+    if tier is Tier.OPENAI and error.status is not None and 400 <= error.status <= 500:
+        # There the load is part of the request, and a whole answer of the server's own ends both. (502 to 504
+        # may be a gateway's, and say nothing about what goes on behind it.)
+        return LoadOutcome.FAILED
+    if isinstance(error, Unexpected):
+        return LoadOutcome.UNKNOWN  # whatever garbled the answer need not have stopped the load
+    if error.reason is Reason.OTHER and not 400 <= error.status < 500:
+        return LoadOutcome.UNKNOWN  # an error that does not say that the load is over
+    return LoadOutcome.FAILED
+
+
+def _trouble(error: UpstreamError) -> Trouble:
+    match error:
+        case Unauthorized():
+            return Trouble.UNAUTHORIZED
+        case Unreachable(refused=True):
+            return Trouble.REFUSED
+        case Unreachable():
+            return Trouble.UNREACHABLE
+        case TimedOut():
+            return Trouble.TIMEOUT
+        case _:
+            return Trouble.BAD_ANSWER

@@ -1,0 +1,145 @@
+"""Loads begun, on disk, so that a restart does not begin them again.
+
+LM Studio may be busy with a load for minutes and list nothing of it. A daemon that was killed meanwhile could
+not know. So each load is written down before LM Studio hears of it, and struck out once its end is known. A
+file per load, replaced atomically; no fsync, because a power cut ends LM Studio, too, and a killed process
+leaves its writes to the kernel. What cannot be written costs this memory, never a load.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from keepalive.core.errors import KeepaliveError
+from keepalive.core.facts import Fact, LoadRemembered, ModelId
+from keepalive.core.lifecycle import Model, Upstream
+
+ENTRY_MAX = 64 * 1024
+# No load takes a day. A file that says so is damaged, and would keep the model from being loaded.
+EXPECTED_MAX = 86_400.0
+
+
+class LedgerError(KeepaliveError):
+    """The state directory cannot be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A load that was begun at `started` (Unix seconds) on the server at `url`."""
+
+    url: str
+    key: str
+    started: float
+    expected: float | None
+    tells_loading: bool
+
+
+class Ledger:
+    """Open loads in `folder`.
+
+    `urls` gives each upstream's address, since a name may come to mean another server; `wall` Unix seconds.
+    """
+
+    def __init__(
+        self, folder: Path, urls: Callable[[], Mapping[str, str]], wall: Callable[[], float]
+    ) -> None:
+        self._folder = folder
+        self._urls = urls
+        self._wall = wall
+        self._written: dict[ModelId, Path] = {}
+
+    def observe(self, fact: Fact, before: Model | Upstream, after: Model | Upstream) -> None:
+        if not isinstance(before, Model) or not isinstance(after, Model):
+            return
+        if _is_open(after) and not _is_open(before):
+            started = self._wall() - (fact.at - (after.loading_since or fact.at))
+            self._write(after, started)
+        elif _is_open(before) and not _is_open(after):
+            self._strike(after.id)
+
+    def recall(self, model: ModelId, at: float) -> LoadRemembered | None:
+        """The load of this model that an earlier life did not see end, on the keeper's clock."""
+        if model in self._written:
+            return None  # begun by this life
+        path = self._path(model)
+        entry = _read(path) if path else None
+        if (
+            path is None
+            or entry is None
+            or (entry.url, entry.key) != (self._urls()[model.upstream], model.key)
+        ):
+            return None
+        self._written[model] = path
+        # A clock that was set back may put it into the future: then it began just now.
+        ago = max(0.0, self._wall() - entry.started)
+        return LoadRemembered(at, model, at - ago, entry.expected, entry.tells_loading)
+
+    def _path(self, model: ModelId) -> Path | None:
+        url = self._urls().get(model.upstream)
+        if url is None:
+            return None
+        digest = hashlib.sha256(f"{url} {model.key}".encode()).hexdigest()[:24]
+        return self._folder / f"load-{digest}.json"
+
+    def _write(self, model: Model, started: float) -> None:
+        path = self._path(model.id)
+        if path is None:
+            return
+        url = self._urls()[model.id.upstream]
+        entry = Entry(url, model.id.key, started, model.expected_load, model.tells_loading)
+        draft = path.with_suffix(f".{os.getpid()}")
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            try:
+                draft.write_text(json.dumps({name: getattr(entry, name) for name in Entry.__slots__}))
+                draft.replace(path)
+            except OSError:
+                draft.unlink(missing_ok=True)
+                raise
+        except OSError as error:
+            raise self._error(error) from error
+        self._written[model.id] = path
+
+    def _strike(self, model: ModelId) -> None:
+        path = self._written.pop(model, None)
+        if path is None:
+            return
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise self._error(error) from error
+
+    def _error(self, error: OSError) -> LedgerError:
+        why = os.strerror(error.errno or 0).lower()
+        return LedgerError(
+            f"server.state_dir: loads cannot be noted in {self._folder} ({why}); "
+            "if the daemon ends during one, the next may begin it again"
+        )
+
+
+def _is_open(model: Model) -> bool:
+    return model.load_started is not None or (model.pending is not None and model.pending.ours)
+
+
+def _read(path: Path) -> Entry | None:
+    """The entry in a file, or None when there is none that makes sense."""
+    try:
+        with path.open("rb") as file:
+            row = json.loads(file.read(ENTRY_MAX))
+        started, expected = float(row["started"]), row["expected"]
+        expected = None if expected is None else float(expected)
+        if not math.isfinite(started) or not (expected is None or 0 <= expected <= EXPECTED_MAX):
+            return None
+        return Entry(
+            url=str(row["url"]),
+            key=str(row["key"]),
+            started=started,
+            expected=expected,
+            tells_loading=row["tells_loading"] is True,
+        )
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        return None

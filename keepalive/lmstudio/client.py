@@ -1,0 +1,275 @@
+"""The client of one LM Studio server: what it has, loading, unloading, pinging.
+
+The only importer of httpx, and of nothing that decides. Each call has a bound in seconds and either returns
+or raises one of `errors`. Nothing is retried here, no redirect followed, no proxy taken from the environment: a
+listing that failed is asked again by whoever plans, and a load must not be sent twice.
+"""
+
+import asyncio
+import re
+import socket
+import ssl
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+from keepalive import __version__
+from keepalive.core.errors import Cut, Reason, Refused, TimedOut, Unauthorized, Unexpected, Unreachable
+from keepalive.core.facts import Entry, Tier
+from keepalive.lmstudio import wire
+
+# A listing of a thousand models is about 1 MB. More than this is not a listing.
+ANSWER_MAX = 8 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What an upstream has; `entries` by folded key and alias."""
+
+    tier: Tier
+    entries: Mapping[str, Entry]
+
+
+class Client:
+    """Talks to the server at `url` (scheme, host, port). The token is sent, and never appears in an error."""
+
+    def __init__(
+        self,
+        name: str,
+        url: str,
+        *,
+        token: str | None = None,
+        connect_timeout: float = 5.0,
+        list_timeout: float = 10.0,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self.name = name
+        self.url = url
+        self._tier: Tier | None = None
+        self._shows_loading = True
+        self._http = httpx.AsyncClient(
+            base_url=url,
+            # Bodies are counted as they come, so that a small one cannot unfold into a huge one.
+            headers={
+                "user-agent": f"keepalive/{__version__}",
+                "accept-encoding": "identity",
+                "connection": "close",
+            },
+            # A connection for each call. Servers close theirs unannounced, after an error or a stream, and a
+            # call on such a one is cut: a listing that fails, or a load of which nobody knows the end.
+            limits=httpx.Limits(max_keepalive_connections=0),
+            trust_env=False,
+            # Not httpx's own list of issuers: what the proxy trusts, the listings have to trust too.
+            verify=ssl.create_default_context(),
+            follow_redirects=False,
+            transport=transport,
+        )
+        self.configure(token=token, connect_timeout=connect_timeout, list_timeout=list_timeout)
+
+    def configure(self, *, token: str | None, connect_timeout: float, list_timeout: float) -> None:
+        """Use these from the next call on."""
+        self._token = token
+        self._connect_timeout = connect_timeout
+        self._list_timeout = list_timeout
+        self._http.timeout = httpx.Timeout(None, connect=connect_timeout)
+        if token:
+            self._http.headers["authorization"] = f"Bearer {token}"
+        else:
+            self._http.headers.pop("authorization", None)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def listing(self, *, loading: bool = False) -> Listing:
+        """What is there and what is loaded; with `loading` also what is being loaded, where that shows."""
+        try:
+            async with _bound(self._list_timeout, f"{self.url} did not answer the listing"):
+                if self._tier is None:
+                    self._tier = await self._detect()
+                return Listing(self._tier, wire.by_key(await self._entries(self._tier, loading=loading)))
+        except (Unreachable, Cut, Unexpected, Refused, Unauthorized):
+            # Something else may answer next time: another version, or another program. After a refused token
+            # that is minutes later, and a newer version still serves the older one's listing.
+            self._tier = None
+            self._shows_loading = True
+            raise
+
+    async def load(self, key: str, fields: Mapping[str, Any], *, timeout: float) -> wire.Loaded:
+        """Load one more copy, explicitly (0.4 and later). The answer comes when the load is over."""
+        body = {**fields, "model": key}
+        async with _bound(timeout, f"no answer to the load within {timeout:.0f} s"):
+            return wire.loaded(await self._call("POST", "/api/v1/models/load", body))
+
+    async def unload(self, instance_id: str, *, timeout: float) -> None:
+        async with _bound(timeout, f"no answer to the unload within {timeout:.0f} s"):
+            await self._call("POST", "/api/v1/models/unload", {"instance_id": instance_id})
+
+    async def ping(
+        self,
+        target: str,
+        accepted: Collection[str],
+        *,
+        kind: str,
+        tier: Tier,
+        timeout: float,
+        lease: float | None = None,
+    ) -> str | None:
+        """Make a model answer one token, and return who answered instead, or None when all is well.
+
+        `lease` (seconds) makes it a load on demand on 0.3.x. An answer that comes before `timeout` and is no
+        error proves the model, if its author is among `accepted`.
+        """
+        path, body = wire.ping(kind, target, tier, lease)
+        async with _bound(timeout, f"no answer to the ping within {timeout:.0f} s"):
+            answer = await self._call("POST", path, body)
+        author = wire.answered_by(answer)
+        if wire.is_answer_of(author, accepted, tier):
+            return None
+        return wire.clean(author or "") or "a model without a name"
+
+    async def _entries(self, tier: Tier, *, loading: bool) -> list[Entry]:
+        if tier is Tier.V0:
+            return wire.v0_entries(await self._call("GET", "/api/v0/models"))
+        if tier is Tier.OPENAI:
+            return wire.openai_entries(await self._call("GET", "/v1/models"))
+        # The newer listing does not show a load in progress; the older one, still served, does. It is asked
+        # first: a load that ends between the two is then seen twice, and otherwise not at all.
+        older = await self._loading() if loading and self._shows_loading else None
+        entries = wire.v1_entries(await self._call("GET", "/api/v1/models"))
+        return entries if older is None else wire.with_loading(entries, older)
+
+    async def _loading(self) -> list[Entry] | None:
+        try:
+            return wire.v0_entries(await self._call("GET", "/api/v0/models"))
+        except Refused as error:
+            if error.reason is Reason.UNKNOWN_ROUTE:
+                self._shows_loading = False  # each try writes an error into its user's log
+        except Unexpected:
+            pass  # an HTML 500, seen once, in the moment in which a load began
+        return None
+
+    async def _detect(self) -> Tier:
+        """The tier, by a field that only the right answer has.
+
+        Only an unknown route leads on to the next guess. Taking a server in trouble for an older one would
+        mean loading on demand where explicit loading is served. Each wrong guess costs a line in its log.
+        """
+        greeting = await self._probe("/lmstudio-greeting")
+        if isinstance(greeting, Mapping) and greeting.get("lmstudio") is True:
+            for tier, path in ((Tier.V1, "/api/v1/models"), (Tier.V0, "/api/v0/models")):
+                answer = await self._probe(path)
+                if answer is not None:
+                    _ = wire.v1_entries(answer) if tier is Tier.V1 else wire.v0_entries(answer)
+                    return tier
+        answer = await self._probe("/v1/models")
+        try:
+            wire.openai_entries(answer)
+        except Unexpected as error:
+            raise Unexpected(f"what answers at {self.url} is no model server that we know: {error}") from None
+        return Tier.OPENAI
+
+    async def _probe(self, path: str) -> wire.Json | None:
+        """The answer of a route, or None where it is not served."""
+        try:
+            return await self._call("GET", path)
+        except Refused as error:
+            if error.reason is not Reason.UNKNOWN_ROUTE:
+                raise
+        except Unexpected as error:
+            if error.status is None or not 400 <= error.status < 500:
+                raise  # a broken answer is an answer: the route is there, and in trouble
+        return None
+
+    async def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> wire.Json:
+        what = f"{method} {path}"
+        try:
+            async with self._http.stream(method, path, json=body) as response:
+                if response.status_code in (401, 403):
+                    # Its own words may quote the token.
+                    raise Unauthorized(self._unauthorized())
+                content = bytearray()
+                async for chunk in response.aiter_raw():
+                    content += chunk
+                    if len(content) > ANSWER_MAX:
+                        raise Unexpected(f"{what} was answered with more than {ANSWER_MAX >> 20} MiB")
+                status = response.status_code
+        except httpx.ConnectTimeout:
+            raise Unreachable(f"no connection to {self.url} within {self._connect_timeout:g} s") from None
+        except httpx.ConnectError as error:
+            raise self._unreachable(error) from error
+        except (httpx.NetworkError, httpx.RemoteProtocolError) as error:
+            raise Cut(f"{self.url} broke off {what}: {_words(error)}") from error
+        except httpx.HTTPError as error:
+            # Neither its words nor it as a cause: h11 quotes a header that cannot be sent, token included.
+            raise Unexpected(f"{what} could not be sent ({type(error).__name__})") from None
+        return self._answer(status, self._without_token(bytes(content)), what)
+
+    def _without_token(self, content: bytes) -> bytes:
+        """LM Studio quotes a token that it does not like, and anything may quote a header."""
+        if not self._token:
+            return content
+        return re.sub(re.escape(self._token.encode()), b"(token)", content, flags=re.IGNORECASE)
+
+    def _answer(self, status: int, content: bytes, what: str) -> wire.Json:
+        try:
+            answer = wire.decode(content, what)
+        except Unexpected as error:
+            raise Unexpected(f"{error}, with status {status}", status=status) from None
+        refused = wire.refusal(status, answer)
+        if refused:
+            if refused.reason is Reason.UNAUTHORIZED:
+                raise Unauthorized(self._unauthorized())
+            raise refused
+        if status >= 300:
+            raise Unexpected(f"{what} was answered with status {status}")
+        return answer
+
+    def _unauthorized(self) -> str:
+        if self._token:
+            return f"{self.url} does not accept the API token of upstream {self.name!r}"
+        return f"{self.url} wants an API token: name one with api_token_env or api_token_file"
+
+    def _unreachable(self, error: httpx.ConnectError) -> Unreachable:
+        causes = list(_leaves(error))
+        if any(isinstance(cause, socket.gaierror) for cause in causes):
+            return Unreachable(f"the host name in {self.url} cannot be resolved")
+        refused = bool(causes) and all(isinstance(cause, ConnectionRefusedError) for cause in causes)
+        if refused:
+            return Unreachable(f"nothing listens at {self.url}", refused=True)
+        return Unreachable(f"no connection to {self.url}: {wire.clean(str(causes[0] if causes else error))}")
+
+
+def _words(error: Exception) -> str:
+    return wire.clean(str(error)) or type(error).__name__
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    """The errors of the system behind a library's error: several, when a name has several addresses."""
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    elif isinstance(error, OSError) and error.errno is not None:
+        yield error
+    elif (cause := error.__cause__ or error.__context__) is not None:
+        yield from _leaves(cause)
+
+
+@asynccontextmanager
+async def _bound(seconds: float, message: str) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise TimedOut(message) from None

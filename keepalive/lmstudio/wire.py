@@ -1,0 +1,242 @@
+"""LM Studio's JSON to our types, and back.
+
+Pure. An answer counts by the field that it must have, never by its status: LM Studio answers unknown routes
+with 200 and an `error`, and its own crashes with 400. Evidence for every shape: LM Studio's documentation
+(2026-04) and recorded answers of 0.4.25.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from keepalive.core.errors import Reason, Refused, Unexpected
+from keepalive.core.facts import Entry, Instance, Tier, fold_key
+
+Json = Any
+
+MESSAGE_MAX = 300
+
+# Texts of LM Studio's errors, by what they mean for us. Compared without case, by substring, in this order:
+# a failed load may name its inner reason, and the reason is what decides when to try again.
+_REASONS: tuple[tuple[str, Reason], ...] = (
+    ("unexpected endpoint or method", Reason.UNKNOWN_ROUTE),
+    ("invalid_api_key", Reason.UNAUTHORIZED),
+    ("insufficient system resources", Reason.RESOURCES),
+    ("model loading guardrails", Reason.RESOURCES),
+    ("unable to allocate", Reason.RESOURCES),
+    ("out of memory", Reason.RESOURCES),
+    ("has crashed", Reason.CRASHED),
+    ("model was unloaded", Reason.UNLOADED),
+    ("model unloaded", Reason.UNLOADED),
+    ("model is unloaded", Reason.UNLOADED),
+    ("model reloaded", Reason.UNLOADED),
+    ("no models loaded", Reason.UNLOADED),
+    ("invalid model identifier", Reason.UNKNOWN_MODEL),
+    ("failed to load", Reason.LOAD_FAILED),
+    ("error loading model", Reason.LOAD_FAILED),
+    ("model_load_failed", Reason.LOAD_FAILED),
+    ("model_not_found", Reason.UNKNOWN_MODEL),
+)
+
+
+def decode(body: bytes, what: str) -> Json:
+    """The JSON in `body`; `Unexpected` with what stands there instead."""
+    if not body:
+        raise Unexpected(f"{what} was answered with nothing")
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        start = body.lstrip()[:15].lower()
+        kind = "HTML" if start.startswith((b"<html", b"<!doctype")) else "something that is not whole JSON"
+        raise Unexpected(f"{what} was answered with {kind} ({len(body)} bytes)") from None
+
+
+def refusal(status: int, answer: Json) -> Refused | None:
+    """The error that an answer carries, in any of LM Studio's layouts, with any status; None without one."""
+    error = answer.get("error") if isinstance(answer, Mapping) else None
+    if not error and status < 400:
+        return None
+    if not error and isinstance(answer, Mapping):
+        error = answer.get("detail")  # how servers built on FastAPI say it
+    kind = code = ""
+    if isinstance(error, Mapping):
+        message, kind, code = (str(error.get(k) or "") for k in ("message", "type", "code"))
+    else:
+        message = error if isinstance(error, str) else ""
+    haystack = f"{message} {kind} {code}".lower()
+    otherwise = Reason.UNKNOWN_ROUTE if status in (404, 405) else Reason.OTHER
+    reason = next((reason for text, reason in _REASONS if text in haystack), otherwise)
+    return Refused(clean(message) or f"HTTP {status} {kind or code}".strip(), reason=reason, status=status)
+
+
+def clean(text: str) -> str:
+    """One line of bounded length, of what somebody else's program wrote."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * MESSAGE_MAX]).split())
+    return line if len(line) <= MESSAGE_MAX else line[: MESSAGE_MAX - 1] + "…"
+
+
+# --- listings ---------------------------------------------------------------------------------------
+
+
+def by_key(entries: Iterable[Entry]) -> dict[str, Entry]:
+    """Entries by folded key, and by each alias that is nobody's key."""
+    entries = list(entries)
+    index = {fold_key(e.key): e for e in entries}
+    for entry in entries:
+        for alias in entry.aliases:
+            index.setdefault(fold_key(alias), entry)
+    return index
+
+
+def _rows(answer: Json, name: str, what: str) -> list[Mapping[str, Json]]:
+    rows = answer.get(name) if isinstance(answer, Mapping) else None
+    if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
+        raise Unexpected(f"{what} was answered without a list of `{name}`")
+    return rows
+
+
+def _text(row: Mapping[str, Json], name: str, what: str) -> str:
+    value = row.get(name)
+    if not isinstance(value, str) or not value:
+        raise Unexpected(f"{what} lists a model without `{name}`")
+    return value
+
+
+def _count(value: Json) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def _kind(value: Json) -> str:
+    return "embedding" if isinstance(value, str) and value.startswith("embedding") else "llm"
+
+
+def v1_entries(answer: Json) -> list[Entry]:
+    """`GET /api/v1/models`, where `loaded_instances` is the residency."""
+    what = "GET /api/v1/models"
+    entries = []
+    for row in _rows(answer, "models", what):
+        instances = []
+        for loaded in _rows(row, "loaded_instances", what):
+            config = loaded.get("config")
+            context = config.get("context_length") if isinstance(config, Mapping) else None
+            instances.append(Instance(_text(loaded, "id", what), _count(context)))
+        variants = row.get("variants") or ()
+        entries.append(
+            Entry(
+                key=_text(row, "key", what),
+                kind=_kind(row.get("type")),
+                size_bytes=_count(row.get("size_bytes")),
+                instances=tuple(instances),
+                aliases=tuple(v for v in variants if isinstance(v, str))
+                if isinstance(variants, list)
+                else (),
+            )
+        )
+    return entries
+
+
+_COPY = re.compile(r"(?P<key>.+):(?P<number>[0-9]+)")
+
+
+def v0_entries(answer: Json) -> list[Entry]:
+    """`GET /api/v0/models`, where `state` is the residency; anything but `loaded` is not ready.
+
+    Further copies have rows of their own (`key:2`), even while the row of the bare key reads `not-loaded`.
+    """
+    what = "GET /api/v0/models"
+    found: dict[str, Entry] = {}
+    copies: list[Entry] = []
+    for row in _rows(answer, "data", what):
+        key, state = _text(row, "id", what), _text(row, "state", what)
+        loaded = (Instance(key, _count(row.get("loaded_context_length"))),) if state == "loaded" else ()
+        entry = Entry(key, _kind(row.get("type")), None, loaded, loading=state == "loading")
+        if _COPY.fullmatch(key):
+            copies.append(entry)
+        else:
+            found[key] = entry
+    for copy in copies:
+        match = _COPY.fullmatch(copy.key)
+        base = found.get(match["key"]) if match else None
+        if base is None:
+            found[copy.key] = copy  # a key that merely looks like a copy
+            continue
+        loading = bool(base.loading or copy.loading)
+        found[base.key] = replace(base, instances=base.instances + copy.instances, loading=loading)
+    return list(found.values())
+
+
+def openai_entries(answer: Json) -> list[Entry]:
+    """`GET /v1/models`: names, and nothing about what is loaded."""
+    what = "GET /v1/models"
+    return [Entry(key=_text(row, "id", what)) for row in _rows(answer, "data", what)]
+
+
+def with_loading(entries: Iterable[Entry], v0: Iterable[Entry]) -> list[Entry]:
+    """v1 entries, told by the v0 listing of the same server which of them are being loaded."""
+    loading = {fold_key(e.key): e.loading for e in v0}
+    return [replace(e, loading=loading.get(fold_key(e.key))) for e in entries]
+
+
+# --- calls ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A load that was answered; `seconds` as LM Studio measured it, where it says so."""
+
+    instance_id: str | None
+    seconds: float | None
+
+
+def loaded(answer: Json) -> Loaded:
+    """The answer of `POST /api/v1/models/load`, which comes once, at the end of the load."""
+    instance_id = answer.get("instance_id") if isinstance(answer, Mapping) else None
+    if not isinstance(instance_id, str) or not instance_id:
+        raise Unexpected("POST /api/v1/models/load was answered without an `instance_id`")
+    seconds = answer.get("load_time_seconds")
+    known = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 <= seconds < 1e6
+    return Loaded(instance_id, float(seconds) if known else None)
+
+
+def ping(kind: str, target: str, tier: Tier, lease: float | None = None) -> tuple[str, Mapping[str, Json]]:
+    """Path and body of the smallest request that makes a model answer.
+
+    The prompt is constant, so that it takes at most one place in a prompt cache. `lease` in seconds: on
+    0.3.x a `ttl`, which counts only when this very request loads the model.
+    """
+    body: dict[str, Json]
+    if kind == "embedding":
+        path, body = "/v1/embeddings", {"model": target, "input": "."}
+    else:
+        path = "/v1/chat/completions"
+        body = {
+            "model": target,
+            "messages": [{"role": "user", "content": "."}],
+            "max_tokens": 1,
+            "stream": False,
+        }
+        if tier is not Tier.OPENAI:
+            body["temperature"] = 0
+    if lease is not None:
+        body["ttl"] = int(lease)
+    return path, body
+
+
+def answered_by(answer: Json) -> str | None:
+    """The model that an inference answer names as its author."""
+    name = answer.get("model") if isinstance(answer, Mapping) else None
+    return name if isinstance(name, str) and name else None
+
+
+def is_answer_of(name: str | None, accepted: Iterable[str], tier: Tier) -> bool:
+    """Whether an answer signed `name` comes from the model that was asked.
+
+    LM Studio signs with the instance id, and lets another model answer for an unknown name. Other servers
+    sign more freely: with a path, with a revision behind the name, or not at all.
+    """
+    folded = [fold_key(a) for a in accepted]
+    if tier is not Tier.OPENAI:
+        return name is not None and fold_key(name) in folded
+    return name is None or any(a in fold_key(name) or fold_key(name) in a for a in folded)

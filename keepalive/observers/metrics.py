@@ -1,0 +1,347 @@
+"""Prometheus metrics, recorded from facts and from nothing else.
+
+What *is* (states, instances, up) is read from the keeper's records when somebody scrapes; what *happened*
+(loads, pings, evictions) is counted as the facts come. Label values come from the config: a model that is not
+configured has no series.
+
+The library counts and writes whatever exists once. The series of models are written here, because the
+library needs 0.7 s of CPU for those of a thousand models, at every scrape, in the loop that carries users'
+streams. Here a model's lines are written again only when one of its numbers has changed.
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import Any, Protocol
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from keepalive import __version__
+from keepalive.core.facts import Fact, LoadEnded, LoadOutcome, ModelId, PingEnded, PingOutcome
+from keepalive.core.lifecycle import Cause, Model, Snapshot, State, Upstream, UpstreamState
+
+# A load takes 5 s to more than 120 s, and is given up on after 15 minutes.
+LOAD_BUCKETS = (1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 45.0, 60.0, 90.0, 120.0, 180.0, 300.0, 600.0, 900.0)
+# A warm model answers in 0.1 s to a few seconds, a very large one needed 4.7 s for its first token.
+PING_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+# Name behind `keepalive_`, type and help of the families that have a series per model, in the order of
+# `_Series.lines`. A counter's samples end in `_total`.
+FAMILIES = (
+    ("model_state", "gauge", "1 for the state that the model is in, 0 for the others."),
+    ("model_wanted", "gauge", "1 when the model should be warm now."),
+    ("model_instances", "gauge", "Copies of the model in memory, as last listed."),
+    ("model_last_load_seconds", "gauge", "How long the last load took that succeeded."),
+    (
+        "model_last_ping_success_timestamp_seconds",
+        "gauge",
+        "When the model last answered a ping, in Unix seconds.",
+    ),
+    ("model_loads", "counter", "Loads by how they ended."),
+    (
+        "model_load_duration_seconds",
+        "histogram",
+        "How long loads took that succeeded: as LM Studio measured it, else by our clock.",
+    ),
+    ("model_evictions", "counter", "Times a loaded model went missing without us, by what took it."),
+    (
+        "model_pings",
+        "counter",
+        "Pings by how they ended; a skipped one was needless, because users' requests had been answered.",
+    ),
+    ("model_ping_duration_seconds", "histogram", "How long pings took that were answered."),
+)
+
+
+class Metrics:
+    """The metrics of one daemon. `look` gives the current records, `date` turns their clock into Unix seconds."""
+
+    def __init__(self, look: Callable[[], Snapshot], date: Callable[[float], float]) -> None:
+        self._look = look
+        self._date = date
+        self._series: dict[ModelId, _Series] = {}
+        # Or each counter gets a second series, with the time of its birth.
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # the library left it without types
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        Gauge("keepalive_build_info", "Always 1.", ["version"], registry=registry).labels(__version__).set(1)
+        self._up = Gauge(
+            "keepalive_upstream_up",
+            "1 when the upstream answers as it should.",
+            ["upstream"],
+            registry=registry,
+        )
+        self._upstream_state = Gauge(
+            "keepalive_upstream_state",
+            "1 for the state that the upstream is in, 0 for the others.",
+            ["upstream", "state"],
+            registry=registry,
+        )
+        self.jobs_missed = Counter(
+            "keepalive_scheduler_jobs_missed",
+            "Runs of scheduled jobs that did not happen in time.",
+            registry=registry,
+        )
+        self.reload_ok = Gauge(
+            "keepalive_config_last_reload_successful",
+            "1 when the config on disk is the one in use, 0 when it was rejected.",
+            registry=registry,
+        )
+        self.reloaded_at = Gauge(
+            "keepalive_config_last_reload_success_timestamp_seconds",
+            "When a config was last accepted, in Unix seconds.",
+            registry=registry,
+        )
+
+    def configure(self, models: Iterable[ModelId]) -> None:
+        """Begin the series of these models at zero; those of models that are no longer kept end."""
+        self._series = {model: self._series.get(model) or _Series(model) for model in models}
+
+    def observe(self, fact: Fact, before: Model | Upstream, after: Model | Upstream) -> None:
+        if isinstance(before, Model) and isinstance(after, Model) and after.id in self._series:
+            self._series[after.id].count(fact, before, after)
+
+    def render(self, accept: str) -> tuple[bytes, str]:
+        """The page that a scraper with this `Accept` wants, and its content type."""
+        snapshot = self._look()
+        self._up.clear()
+        self._upstream_state.clear()
+        for upstream in snapshot.upstreams:
+            self._up.labels(upstream.name).set(upstream.state is UpstreamState.UP)
+            for state in UpstreamState:
+                self._upstream_state.labels(upstream.name, state.value).set(state is upstream.state)
+        try:
+            encode, content_type = choose_encoder(accept)
+        except (TypeError, ValueError):
+            # It asks for a version that the library cannot read as one.
+            encode, content_type = choose_encoder("")
+        own = self._render_models(snapshot.models, openmetrics="openmetrics" in content_type)
+        return own.encode() + encode(self.registry), content_type
+
+    def _render_models(self, models: Sequence[Model], *, openmetrics: bool) -> str:
+        rows = [self._series[m.id].lines(m, self._date) for m in models if m.id in self._series]
+        page = []
+        for i, (name, kind, text) in enumerate(FAMILIES):
+            # Only the older format names a counter with its suffix.
+            name = f"{name}_total" if kind == "counter" and not openmetrics else name
+            page.append(f"# HELP keepalive_{name} {text}\n# TYPE keepalive_{name} {kind}\n")
+            page += [row[i] for row in rows]
+        return "".join(page)
+
+
+class _Histogram:
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def lines(self, name: str, labels: str) -> Iterator[str]:
+        below = 0
+        for bound, count in zip([*self.bounds, math.inf], self.counts, strict=True):
+            below += count
+            le = "+Inf" if bound == math.inf else repr(bound)
+            yield f'keepalive_{name}_bucket{{{labels},le="{le}"}} {below}.0\n'
+        yield f"keepalive_{name}_sum{{{labels}}} {self.total!r}\n"
+        yield f"keepalive_{name}_count{{{labels}}} {below}.0\n"
+
+
+class _Series:
+    """The numbers of one model, and their lines as last written."""
+
+    __slots__ = (
+        "_gauges",
+        "_labels",
+        "_lines",
+        "evictions",
+        "load_seconds",
+        "loads",
+        "ping_seconds",
+        "pings",
+    )
+
+    def __init__(self, model: ModelId) -> None:
+        self._labels = f'model="{_escaped(model.key)}",upstream="{_escaped(model.upstream)}"'
+        self._gauges: object = None
+        self._lines: tuple[str, ...] = ()
+        self.loads = dict.fromkeys(LoadOutcome, 0)
+        self.pings = dict.fromkeys(PingOutcome, 0)
+        self.evictions = dict.fromkeys(Cause, 0)
+        self.load_seconds = _Histogram(LOAD_BUCKETS)
+        self.ping_seconds = _Histogram(PING_BUCKETS)
+
+    def count(self, fact: Fact, before: Model, after: Model) -> None:
+        if after.evictions > before.evictions and after.last_eviction is not None:
+            self.evictions[after.last_eviction.cause] += 1
+        elif isinstance(fact, LoadEnded):
+            self.loads[fact.outcome] += 1
+            if fact.outcome is LoadOutcome.OK:
+                self.load_seconds.observe(after.recent_loads[-1])
+        elif isinstance(fact, PingEnded):
+            self.pings[fact.outcome] += 1
+            if fact.outcome is PingOutcome.OK:
+                self.ping_seconds.observe(fact.seconds)
+        else:
+            return
+        self._gauges = None
+
+    def lines(self, model: Model, date: Callable[[float], float]) -> tuple[str, ...]:
+        """The samples of each family, in the order of `FAMILIES`."""
+        last_load = model.recent_loads[-1] if model.recent_loads else None
+        gauges = (model.state, model.wanted, len(model.instances), last_load, model.pinged_at)
+        if gauges != self._gauges:
+            self._lines = tuple(map("".join, self._write(model, last_load, date)))
+            self._gauges = gauges
+        return self._lines
+
+    def _write(
+        self, model: Model, last_load: float | None, date: Callable[[float], float]
+    ) -> Iterator[Iterable[str]]:
+        labels = self._labels
+        yield (f'keepalive_model_state{{{labels},state="{s}"}} {float(s is model.state)}\n' for s in State)
+        yield (f"keepalive_model_wanted{{{labels}}} {float(model.wanted)}\n",)
+        yield (f"keepalive_model_instances{{{labels}}} {len(model.instances)}.0\n",)
+        yield () if last_load is None else (f"keepalive_model_last_load_seconds{{{labels}}} {last_load!r}\n",)
+        name = "keepalive_model_last_ping_success_timestamp_seconds"
+        at = date(model.pinged_at)
+        yield (f"{name}{{{labels}}} {at!r}\n",) if math.isfinite(at) else ()
+        yield _by("outcome", "model_loads_total", labels, self.loads)
+        yield self.load_seconds.lines("model_load_duration_seconds", labels)
+        yield _by("cause", "model_evictions_total", labels, self.evictions)
+        yield _by("outcome", "model_pings_total", labels, self.pings)
+        yield self.ping_seconds.lines("model_ping_duration_seconds", labels)
+
+
+def _by(kind: str, name: str, labels: str, counts: Mapping[Any, int]) -> Iterator[str]:
+    for value, count in counts.items():
+        yield f'keepalive_{name}{{{labels},{kind}="{value}"}} {count}.0\n'
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
+
+
+class Passed(Protocol):
+    """What `proxy` says of a request that is over."""
+
+    @property
+    def model(self) -> ModelId | None: ...
+    @property
+    def route(self) -> str: ...
+    @property
+    def outcome(self) -> str: ...
+    @property
+    def start(self) -> str | None: ...
+    @property
+    def wait_seconds(self) -> float: ...
+    @property
+    def first_token_seconds(self) -> float | None: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def gaps(self) -> Sequence[int]: ...
+    @property
+    def gap_seconds(self) -> float: ...
+
+
+class ProxyMetrics:
+    """What users' requests felt. `waiting` and `in_progress` are read when somebody scrapes.
+
+    `gap_bounds` are the upper bounds of the buckets in which the proxy counts gaps.
+    """
+
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        in_progress: Callable[[], float],
+        waiting: Callable[[], float],
+        gap_bounds: Sequence[float],
+    ) -> None:
+        self._requests = Counter(
+            "keepalive_proxy_requests",
+            "Requests by how they ended.",
+            ["model", "route", "outcome"],
+            registry=registry,
+        )
+        Gauge("keepalive_proxy_requests_in_progress", "Requests under way.", registry=registry).set_function(
+            in_progress
+        )
+        Gauge(
+            "keepalive_proxy_requests_waiting", "Requests that wait for a model.", registry=registry
+        ).set_function(waiting)
+        self._wait = Histogram(
+            "keepalive_proxy_wait_seconds",
+            "How long requests were held for a model that was not warm.",
+            ["model"],
+            buckets=(0.1, 0.5, *LOAD_BUCKETS),
+            registry=registry,
+        )
+        self._first = Histogram(
+            "keepalive_proxy_time_to_first_token_seconds",
+            "From the request to the first delta that is not empty, waiting included.",
+            ["model", "start"],
+            buckets=(0.1, 0.25, 0.5, *LOAD_BUCKETS),
+            registry=registry,
+        )
+        self._duration = Histogram(
+            "keepalive_proxy_request_duration_seconds",
+            "From the request to the end of its answer.",
+            ["model"],
+            buckets=(0.1, 0.25, 0.5, *LOAD_BUCKETS, 3600.0),
+            registry=registry,
+        )
+        self._gaps = _Gaps(gap_bounds)
+        registry.register(self._gaps)
+
+    def count(self, passed: Passed) -> None:
+        # A name that a caller made up must not become a series.
+        model = passed.model.key if passed.model is not None else "other"
+        self._requests.labels(model, passed.route, passed.outcome).inc()
+        self._duration.labels(model).observe(passed.seconds)
+        if passed.start == "cold":
+            self._wait.labels(model).observe(passed.wait_seconds)
+        if passed.first_token_seconds is not None:
+            self._first.labels(model, passed.start or "warm").observe(passed.first_token_seconds)
+        if passed.gaps:
+            self._gaps.add(model, passed.gaps, passed.gap_seconds)
+
+
+class _Gaps(Collector):
+    """Gaps between the events of streams, which come counted: a thousand at a time."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = [*map(repr, bounds), "+Inf"]
+        self._counts: dict[str, list[int]] = {}
+        self._seconds: dict[str, float] = {}
+
+    def add(self, model: str, counts: Sequence[int], seconds: float) -> None:
+        old = self._counts.get(model) or [0] * len(self._bounds)
+        self._counts[model] = [a + b for a, b in zip(old, counts, strict=True)]
+        self._seconds[model] = self._seconds.get(model, 0.0) + seconds
+
+    def collect(self) -> Iterator[Metric]:
+        family = HistogramMetricFamily(
+            "keepalive_proxy_inter_token_latency_seconds",
+            "Gaps between the events of a stream; an event may carry more than one token.",
+            labels=["model"],
+        )
+        for model, counts in self._counts.items():
+            buckets = zip(self._bounds, map(float, accumulate(counts)), strict=True)
+            family.add_metric([model], list(buckets), self._seconds[model])
+        yield family

@@ -1,0 +1,403 @@
+"""Builds everything, wires it, runs it, stops it. The only place that sees the whole config."""
+
+import asyncio
+import secrets
+import signal
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from aiohttp import web
+
+from keepalive import __version__, config
+from keepalive.admin import status, words
+from keepalive.admin.playground import Playground
+from keepalive.admin.server import Access, Admin, server
+from keepalive.config import Address, Config, ConfigError, Kept
+from keepalive.core.errors import KeepaliveError
+from keepalive.core.facts import (
+    ClockJumped,
+    LoadsRecalled,
+    ModelId,
+    ReleaseAsked,
+    WarmAsked,
+    WindowClosed,
+    WindowOpened,
+)
+from keepalive.core.lifecycle import Policy, State, UpstreamState
+from keepalive.keeper.keeper import Keep, Keeper, Server
+from keepalive.keeper.ledger import Ledger
+from keepalive.keeper.schedule import Schedule
+from keepalive.lmstudio.client import Client
+from keepalive.observers import logs
+from keepalive.observers.dates import Dates
+from keepalive.observers.feed import Feed
+from keepalive.observers.history import History
+from keepalive.observers.metrics import Metrics
+from keepalive.service import systemd, tokens
+from keepalive.service.front import Front, StartError, cannot_listen, is_loopback, url_of
+
+# The scheduler runs a job every second. Later than this, something is badly wrong.
+SCHEDULER_LATE = 10.0
+REPORTS_REMEMBERED = 100
+# At the end, connections that were accepted but have not been asked anything yet get this long.
+LAST_REQUESTS = 0.5
+
+
+class Closable(Protocol):
+    async def close(self) -> None: ...
+
+
+class Daemon:
+    """One daemon. `path` is the file that `reload` reads again; None: the config does not change."""
+
+    def __init__(
+        self,
+        settings: Config,
+        path: Path | None,
+        environ: Mapping[str, str],
+        *,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._path = path
+        self._environ = environ
+        self._wall = wall
+        self._clock = _strictly_increasing(time.monotonic)
+        self._dates = Dates(self._clock, wall)
+        self._log = logs.logger()
+        self._config = settings
+        self._kept: dict[ModelId, Kept] = {}
+        self._open: dict[ModelId, bool] = {}
+        self._clients: dict[str, Client] = {}
+        self._tokens: dict[str, str | None] = {}
+        self._closing: list[Closable] = []  # of upstreams that a reload removed; closed at the end
+        self._mistakes: tuple[str, ...] = ()
+        self._reported: set[str] = set()
+        self._started = wall()
+        self._scraped: float | None = None
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self.started = asyncio.Event()
+        self.url = ""
+        self.admin_url = ""
+        self._metrics = Metrics(lambda: self.keeper.snapshot(), self._dates)
+        self._feed = Feed(self.status)
+        self._admin = Admin(self, self._feed, Access())
+        self._service = systemd.Service(self, words.summary, environ)
+        self._sockets = systemd.listen_sockets(environ)
+        self._passed = {
+            name: [Address(*systemd.address(one)) for one in opened] for name, opened in self._sockets.items()
+        }
+        self._ledger = _ledger(settings, lambda: self._urls, wall)
+        self._history = _history(settings, wall, self._report)
+        optional = (self._ledger, self._metrics, self._history, self._feed, logs.Log())
+        observers = [o for o in optional if o is not None]
+        self.keeper = Keeper(self._clock, observers, self._report)
+        self._schedule = Schedule(self._tick, self._clock_jumped, self._metrics.jobs_missed.inc, wall=wall)
+        self._front = Front(settings, self.keeper, self._clock, self._metrics)
+        self._playground = Playground()
+        self._page_key = secrets.token_urlsafe(32)
+        self._apply(settings)
+
+    # --- its life -----------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Run until `stop`. Raises StartError when a port is taken."""
+        async with AsyncExitStack() as stack:
+            self._history.start(self._recall_loads)
+            stack.push_async_callback(self._history.close)
+            stack.push_async_callback(self._playground.close)  # the admin address uses it to the end
+            runner = server(self._admin)
+            await runner.setup()
+            stack.push_async_callback(self._end_admin, runner)
+            self.admin_url = await self._listen(runner, self._config.server.admin_listen)
+            stack.push_async_callback(self._close_clients)
+            self.url = await self._front.listen(self._config.server.listen, self._sockets["client"])
+            self._compare_sockets(self._config)
+            stack.push_async_callback(self._front.close)
+            self._playground.open(self.url)
+            await self._history.read()
+            self._recall(self._kept)
+            self._log.info(
+                "daemon.started",
+                version=__version__,
+                listen=self.url,
+                admin=self.admin_url,
+                models=len(self._kept),
+            )
+            self.started.set()
+            async with asyncio.TaskGroup() as tasks:
+                parts = (self.keeper.run(), self._schedule.run(), self._feed.run(), self._service.run())
+                running = [tasks.create_task(part) for part in parts]
+                await self._stop.wait()
+                # Requests that are held still need their model: the keeper goes on until they are done.
+                await self._front.drain(self._config.server.drain_timeout, self._hurry)
+                for task in running:
+                    task.cancel()
+        self._log.info("daemon.stopped")
+
+    def stop(self) -> None:
+        """End in order: not ready from now on, open requests may finish, models stay loaded.
+
+        The second time: at once.
+        """
+        if self._stop.is_set():
+            self._hurry.set()
+        self._stop.set()
+        self._feed.changed()
+
+    @property
+    def stopping(self) -> bool:
+        return self._stop.is_set()
+
+    def watch_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop)
+        loop.add_signal_handler(signal.SIGHUP, self.reload)
+
+    def reload(self) -> None:
+        """Read the config again. A good one is applied as a difference; a bad one changes nothing."""
+        with self._service.reloading():
+            self._reload()
+
+    def _reload(self) -> None:
+        if self._path is None:
+            self._log.info("config.unchanged", reason="it comes from the environment alone")
+            return
+        try:
+            known = self._kept.keys()
+            self._apply(config.load(self._path, self._environ))
+            self._recall(self._kept.keys() - known)
+        except KeepaliveError as error:
+            mistakes = error.mistakes if isinstance(error, ConfigError) else (error,)
+            self._mistakes = tuple(str(mistake) for mistake in mistakes)
+            self._metrics.reload_ok.set(0)
+            self._log.error("config.rejected", path=str(self._path), mistakes=list(self._mistakes))
+        else:
+            self._log.info("config.applied", path=str(self._path), models=len(self._kept))
+        self._feed.changed()
+
+    # --- what the admin address asks ----------------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        document = status.document(
+            self.keeper.snapshot(), self._dates, self._started, self._urls, self._mistakes, self._scraped
+        )
+        return {**document, "draining": self.stopping}
+
+    def states(self) -> list[dict[str, Any]]:
+        return [status.state(model) for model in self.keeper.snapshot().models]
+
+    def metrics(self, accept: str) -> tuple[bytes, str]:
+        self._scraped = self._wall()
+        return self._metrics.render(accept)
+
+    def history(self) -> Mapping[str, Any]:
+        trouble = self._history.trouble
+        return {"kept": trouble is None, "reason": trouble}
+
+    def story(self, model: ModelId) -> Mapping[str, Any] | None:
+        story = self._history.story(model)
+        return None if story is None else status.story_document(model, story, self._wall())
+
+    def alive(self) -> str | None:
+        late = self._schedule.late()
+        return None if late < SCHEDULER_LATE else f"the scheduler has not run for {late:.0f} s"
+
+    def warm(self, model: ModelId) -> None:
+        self.keeper.record(WarmAsked(self._clock(), model))
+
+    def release(self, model: ModelId) -> None:
+        self.keeper.record(ReleaseAsked(self._clock(), model))
+
+    async def forward(self, request: web.BaseRequest, headers: Mapping[str, str]) -> web.StreamResponse:
+        return await self._playground.forward(request, headers)
+
+    # --- its parts ----------------------------------------------------------------------------------
+
+    @property
+    def _urls(self) -> Mapping[str, str]:
+        return {upstream.name: upstream.url for upstream in self._config.upstreams}
+
+    def _apply(self, settings: Config) -> None:
+        """Put a config into effect; raises TokenError before anything has changed."""
+        lm_tokens = {u.name: tokens.of_upstream(u, self._environ) for u in settings.upstreams}
+        admin_keys = tokens.of_callers(settings.auth.admin_keys, self._environ, "auth.admin_keys")
+        client_keys = tokens.of_callers(settings.auth.client_keys, self._environ, "auth.client_keys")
+        old, self._config, self._mistakes = self._config, settings, ()
+        self._kept = {ModelId(kept.upstream, kept.key): kept for kept in settings.kept}
+        self._open = {model: self._is_open(kept) for model, kept in self._kept.items() if kept.window}
+        self._admin.access = Access(settings.server.allowed_hosts, admin_keys)
+        servers = []
+        for upstream in settings.upstreams:
+            client = self._clients.get(upstream.name)
+            if client is None or client.url != upstream.url or self._lets_us_in(upstream.name, lm_tokens):
+                client = self._clients[upstream.name] = Client(upstream.name, upstream.url)
+            client.configure(
+                token=lm_tokens[upstream.name],
+                connect_timeout=upstream.connect_timeout,
+                list_timeout=upstream.list_timeout,
+            )
+            pace = [kept.refresh_interval for kept in settings.kept if kept.upstream == upstream.name]
+            servers.append(
+                Server(
+                    upstream.name,
+                    client,
+                    refresh_interval=min(pace, default=settings.defaults.refresh_interval),
+                    max_loading=upstream.max_loading,
+                    auto_evict=upstream.auto_evict,
+                )
+            )
+        self._metrics.configure(self._kept)
+        self._history.configure({model: self._urls[model.upstream] for model in self._kept})
+        self._closing += self.keeper.configure(servers, map(self._keep, self._kept.values()))
+        self._clients = {server.name: self._clients[server.name] for server in servers}
+        self._tokens = lm_tokens
+        self._playground.key = self._page_key if client_keys else None
+        self._front.configure(settings, lm_tokens, client_keys, self._playground.key)
+        self._metrics.reload_ok.set(1)
+        self._metrics.reloaded_at.set(self._wall())
+        for name in ("listen", "admin_listen", "state_dir", "log_level", "log_format"):
+            if getattr(old.server, name) != getattr(settings.server, name):
+                self._log.warning("config.needs_restart", key=f"server.{name}")
+        if old.history.path != settings.history.path:
+            self._log.warning("config.needs_restart", key="history.path")
+        listeners = (("admin", "admin_listen", admin_keys), ("client", "listen", client_keys))
+        for socket, name, keys in listeners:
+            address = self._place(socket, getattr(settings.server, name))
+            if not is_loopback(address.host) and not keys:
+                reason = f"{address} can be reached from the network, and [auth] names no keys for it"
+                self._log.warning("listener.open", key=f"server.{name}", reason=reason)
+
+    def _lets_us_in(self, upstream: str, lm_tokens: Mapping[str, str | None]) -> bool:
+        """Whether a new token may mend what is wrong: then how long we meant to hold off no longer counts."""
+        if lm_tokens[upstream] == self._tokens[upstream]:
+            return False
+        snapshot = self.keeper.snapshot()
+        states = [u.state for u in snapshot.upstreams if u.name == upstream]
+        return UpstreamState.UNAUTHORIZED in states or any(
+            model.state is State.BACKOFF for model in snapshot.of(upstream)
+        )
+
+    def _recall(self, models: Iterable[ModelId]) -> None:
+        """Take note of loads that an earlier life began and did not see end."""
+        for model in models:
+            remembered = self._ledger.recall(model, self._clock()) if self._ledger else None
+            if remembered:
+                self.keeper.record(remembered)
+
+    def _recall_loads(self, model: ModelId, seconds: tuple[float, ...]) -> None:
+        if seconds:
+            self.keeper.record(LoadsRecalled(self._clock(), model, seconds))
+
+    def _keep(self, kept: Kept) -> Keep:
+        model = ModelId(kept.upstream, kept.key)
+        policy = Policy(
+            kept.refresh_interval, kept.ping_interval, kept.ping_timeout, kept.load_timeout, kept.lease
+        )
+        return Keep(
+            model,
+            policy,
+            kind=kept.kind,
+            load_fields=kept.load_fields,
+            windowed=kept.window is not None,
+            window_open=self._open.get(model, True),
+        )
+
+    def _is_open(self, kept: Kept) -> bool:
+        now = datetime.fromtimestamp(self._wall(), UTC)
+        return kept.window is None or kept.window.contains(now, self._config.zone)
+
+    def _tick(self) -> None:
+        """A second has passed: windows may have opened or closed, something may be due."""
+        self._dates.look()
+        for model, was in self._open.items():
+            is_open = self._is_open(self._kept[model])
+            if is_open is not was:
+                self._open[model] = is_open
+                self.keeper.record((WindowOpened if is_open else WindowClosed)(self._clock(), model))
+        self.keeper.tick()
+
+    def _clock_jumped(self, seconds: float) -> None:
+        self._dates.look()
+        for upstream in self._config.upstreams:
+            self.keeper.record(ClockJumped(self._clock(), upstream.name, seconds))
+
+    def _report(self, error: BaseException) -> None:
+        """Bookkeeping failed: say so once."""
+        text = str(error) if isinstance(error, KeepaliveError) else f"{type(error).__name__}: {error}"
+        if text not in self._reported and len(self._reported) < REPORTS_REMEMBERED:
+            self._reported.add(text)
+            self._log.warning("bookkeeping.failed", error=text)
+
+    def _place(self, name: str, listen: Address) -> Address:
+        """Where that listener is: systemd may have opened it, and elsewhere."""
+        passed = self._passed[name]
+        return listen if not passed or listen in passed else passed[0]
+
+    def _compare_sockets(self, settings: Config) -> None:
+        """The command line, and people, look where the config says."""
+        for name, key in (("admin", "admin_listen"), ("client", "listen")):
+            listen = getattr(settings.server, key)
+            actual = self._place(name, listen)
+            if actual != listen:
+                self._log.warning(
+                    "socket.differs", key=f"server.{key}", config=str(listen), socket=str(actual)
+                )
+
+    async def _listen(self, runner: web.ServerRunner, address: Address) -> str:
+        opened = self._sockets["admin"]
+        sites: list[web.BaseSite] = [web.SockSite(runner, o, backlog=systemd.BACKLOG) for o in opened]
+        try:
+            for site in sites or [web.TCPSite(runner, address.host, address.port)]:
+                await site.start()
+        except OSError as error:
+            raise StartError(cannot_listen("server.admin_listen", address, error)) from error
+        return url_of(runner.addresses[0])
+
+    async def _end_admin(self, runner: web.ServerRunner) -> None:
+        """Accept no more: where systemd holds the socket, what comes now waits for the next daemon, whole.
+
+        Then answer what was accepted before.
+        """
+        for site in list(runner.sites):
+            await site.stop()
+        self._admin.closing = True
+        end = self._clock() + LAST_REQUESTS
+        while runner.server and runner.server.connections and self._clock() < end:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        await runner.cleanup()
+
+    async def _close_clients(self) -> None:
+        for client in [*self._closing, *self._clients.values()]:
+            await client.close()
+
+
+def _strictly_increasing(clock: Callable[[], float]) -> Callable[[], float]:
+    """What was asked after something ended must be told from what was asked before."""
+    last = clock()
+
+    def tell() -> float:
+        nonlocal last
+        last = max(clock(), last + 1e-9)
+        return last
+
+    return tell
+
+
+def _ledger(
+    settings: Config, urls: Callable[[], Mapping[str, str]], wall: Callable[[], float]
+) -> Ledger | None:
+    return Ledger(settings.server.state_dir, urls, wall) if settings.server.state_dir else None
+
+
+def _history(settings: Config, wall: Callable[[], float], report: Callable[[BaseException], None]) -> History:
+    path = settings.history.path
+    if path:
+        return History(wall, path, report=report)
+    why_not = "history.path is false" if path is False else "neither history.path nor server.state_dir is set"
+    return History(wall, why_not=why_not)

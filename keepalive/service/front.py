@@ -1,0 +1,224 @@
+"""The client address: the proxy, the prompt API, their listener, and what they are handed.
+
+Translates between parts that do not know each other: the config and the keeper's records on one side, the
+proxy's settings and views on the other. Decides nothing.
+"""
+
+import asyncio
+import errno
+import ipaddress
+import os
+import resource
+import socket
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+from keepalive import prompts
+from keepalive.config import Address as Listen
+from keepalive.config import Config
+from keepalive.core.errors import KeepaliveError
+from keepalive.core.facts import ModelFact, ModelId, WarmAsked
+from keepalive.core.lifecycle import eta
+from keepalive.http1 import Exchange, Limits, Listener, bind, serve
+from keepalive.keeper.keeper import Keeper
+from keepalive.observers import logs
+from keepalive.observers.metrics import Metrics, ProxyMetrics
+from keepalive.protocols.meter import GAP_BOUNDS
+from keepalive.proxy.proxy import Address, Heartbeat, Key, Outcome, Proxy, Seen, Settings, View
+
+# Kept free for the admin address, for listings and pings, and for what Python opens by itself.
+FILES_RESERVED = 256
+# A request ties up two sockets: its caller's and the upstream's.
+FILES_PER_REQUEST = 2
+CONNECTIONS_MAX = 16_384
+# Streams that were ended by us get this long to take the last words.
+LAST_WORDS = 2.0
+
+
+class StartError(KeepaliveError):
+    """The daemon cannot start, though its config is good."""
+
+
+class Front:
+    """Serves callers from `listen` until `drain`."""
+
+    def __init__(
+        self,
+        settings: Config,
+        keeper: Keeper,
+        clock: Callable[[], float],
+        metrics: Metrics,
+    ) -> None:
+        self._log = logs.logger()
+        self._keeper = keeper
+        self._clock = clock
+        self._waits: dict[ModelId, float] = {}
+        self._limits = _limits(settings)
+        self._listener: Listener | None = None
+        self._proxy = Proxy(self._settings(settings, {}, ()), self, self._seen)
+        self._prompts = prompts.Prompts(
+            self._proxy, self._proxy.admit, self, self._warm, self._proxy.ticker, self._seen
+        )
+        self._metrics = ProxyMetrics(
+            metrics.registry, lambda: self._proxy.in_progress, lambda: self._proxy.waiting, GAP_BOUNDS
+        )
+
+    def configure(
+        self,
+        settings: Config,
+        tokens: Mapping[str, str | None],
+        keys: Mapping[str, str],
+        page_key: str | None = None,
+    ) -> None:
+        """Use these from the next request on; `page_key` is that of the status page."""
+        known = [Key(name, secret) for name, secret in keys.items()]
+        if page_key is not None:
+            known.append(Key("page", page_key))
+        self._proxy.configure(self._settings(settings, tokens, known))
+        self._prompts.settings = prompts.Settings(
+            settings.prompts,
+            list(dict.fromkeys(kept.key for kept in settings.kept)),
+            heartbeat=settings.server.heartbeat,
+            body_bytes=min(prompts.BODY_BYTES, settings.server.max_body),
+            allowed_origins=frozenset(settings.server.allowed_origins),
+        )
+
+    async def listen(self, address: Listen, sockets: list[socket.socket] | None = None) -> str:
+        """Accept callers, on sockets that somebody else has opened or on `address`; returns the URL."""
+        if not sockets:
+            try:
+                sockets = bind(address.host, address.port)
+            except OSError as error:
+                raise StartError(cannot_listen("server.listen", address, error)) from error
+        self._listener = await serve(self._handle, sockets=sockets, limits=self._limits)
+        return url_of(sockets[0].getsockname())
+
+    def _handle(self, exchange: Exchange) -> Awaitable[None]:
+        """By the raw path: another spelling is for the upstream to understand or not."""
+        ours = exchange.head.target.partition(b"?")[0] in prompts.PATHS
+        return self._prompts(exchange) if ours else self._proxy(exchange)
+
+    async def drain(self, seconds: float, hurry: asyncio.Event) -> None:
+        """Accept nobody any more; open requests may finish, for `seconds` or until `hurry`, and are then ended."""
+        if self._listener is None:
+            return
+        await self._listener.stop_accepting()
+        emptied = asyncio.ensure_future(self._listener.emptied())
+        hurried = asyncio.ensure_future(hurry.wait())
+        await asyncio.wait((emptied, hurried), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if not emptied.done():
+            self._log.warning("proxy.cut_short", requests=self._proxy.in_progress)
+            self._prompts.stop()
+            self._proxy.stop()
+            await asyncio.wait((emptied,), timeout=LAST_WORDS)
+        emptied.cancel()
+        hurried.cancel()
+
+    async def close(self) -> None:
+        if self._listener is not None:
+            await self._listener.close()
+        await self._proxy.close()
+
+    # --- what the proxy asks ------------------------------------------------------------------------
+
+    def find(self, key: str) -> Sequence[ModelId]:
+        return self._keeper.find(key)
+
+    def view(self, model: ModelId) -> View:
+        known, now = self._keeper.model(model), self._clock()
+        if known is None:
+            return View("unknown", reason="it is no longer kept here", max_wait=0.0)
+        since = known.loading_since
+        return View(
+            known.state.value,
+            reason=known.reason,
+            elapsed=None if since is None else now - since,
+            eta=eta(known, self._keeper.siblings(model), now),
+            instance_id=known.instance_id,
+            in_flight=known.in_flight,
+            waiting=known.waiting,
+            retry_after=None if known.retry_at is None else max(0.0, known.retry_at - now),
+            max_wait=self._waits.get(model, 0.0),
+        )
+
+    async def ensure_warm(self, models: Sequence[ModelId]) -> ModelId:
+        return await self._keeper.ensure_warm(models)
+
+    def record(self, fact: ModelFact) -> None:
+        self._keeper.record(fact)
+
+    def _warm(self, model: ModelId) -> None:
+        self._keeper.record(WarmAsked(self._clock(), model))
+
+    # --- what it is given ---------------------------------------------------------------------------
+
+    def _settings(self, settings: Config, tokens: Mapping[str, str | None], keys: Sequence[Key]) -> Settings:
+        server = settings.server
+        self._waits = {ModelId(kept.upstream, kept.key): kept.max_wait for kept in settings.kept}
+        return Settings(
+            upstreams={u.name: Address(u.url, tokens.get(u.name)) for u in settings.upstreams},
+            heartbeat=server.heartbeat,
+            heartbeat_mode=Heartbeat(server.heartbeat_mode),
+            limits=self._limits,
+            connect_timeout=min(u.connect_timeout for u in settings.upstreams),
+            loopback=is_loopback(server.listen.host),
+            allowed_hosts=frozenset(server.allowed_hosts),
+            allowed_origins=frozenset(server.allowed_origins),
+            keys=tuple(keys),
+        )
+
+    def _seen(self, seen: Seen) -> None:
+        """One request is over: a metric and a line. What fails here fails alone."""
+        self._metrics.count(seen)
+        tell = self._log.info if seen.outcome in (Outcome.OK, Outcome.CLIENT_GONE) else self._log.warning
+        tell(
+            "proxy.request",
+            route=seen.route,
+            model=seen.model.key if seen.model else None,
+            upstream=seen.model.upstream if seen.model else None,
+            outcome=seen.outcome.value,
+            status=seen.status,
+            start=seen.start,
+            waited=round(seen.wait_seconds, 3),
+            first_token=None if seen.first_token_seconds is None else round(seen.first_token_seconds, 3),
+            seconds=round(seen.seconds, 3),
+            bytes=seen.bytes,
+            events=seen.events,
+            key=seen.key,
+        )
+
+
+def _limits(settings: Config) -> Limits:
+    """What a connection may cost; as many of them as there are files for."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        # systemd starts services with 1,024, for the sake of programs that use select(); we do not.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    room = (hard - FILES_RESERVED) // FILES_PER_REQUEST if hard > 0 else CONNECTIONS_MAX
+    server = settings.server
+    return Limits(
+        header_timeout=server.header_timeout,
+        body_bytes=server.max_body,
+        connections=max(16, min(CONNECTIONS_MAX, room)),
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a listener on `host` can be reached from this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def cannot_listen(place: str, address: Listen, error: OSError) -> str:
+    # The system's errors have positive numbers; those of name resolution have words of their own.
+    code = error.errno or 0
+    why = os.strerror(code).lower() if code > 0 else error.strerror or str(error)
+    hint = "; end what uses it, or write another port" if code == errno.EADDRINUSE else ""
+    return f"{place}: cannot listen on {address}: {why}{hint}"
+
+
+def url_of(address: Sequence[object]) -> str:
+    """The URL of a listening socket, from its own name."""
+    host, port = address[:2]
+    return f"http://[{host}]:{port}" if ":" in str(host) else f"http://{host}:{port}"

@@ -1,0 +1,538 @@
+"""The command as people and scripts use it: exit codes, what is printed where, and no traceback ever."""
+
+import json
+import os
+import pty
+import select
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from keepalive import __version__
+from keepalive.cli import app as cli
+from tests.kit.live import (
+    KEEPALIVE,
+    DaemonProcess,
+    SimulatorProcess,
+    command,
+    ending,
+    environment,
+    settings,
+    wait_until,
+)
+
+
+def model(key: str, state: str = "warm", **more: Any) -> dict[str, Any]:
+    return {
+        "key": key, "upstream": "local", "state": state, "since": "2026-11-22T10:00:00.000Z", "wanted": True,
+        "listed": True, "busy": False, "load": None, "last_load_seconds": None, "next_ping_at": None,
+        "retry_at": None, "reason": None, **more,
+    }  # fmt: skip
+
+
+def page(*models: dict[str, Any]) -> dict[str, Any]:
+    upstream = {"name": "local", "url": "http://127.0.0.1:1234", "state": "up", "error": None}
+    return {"models": list(models), "upstreams": [upstream], "config": {"ok": True, "mistakes": []}}
+
+
+class Answering(ThreadingHTTPServer):
+    """What answers at the admin address: pages in turn, the last of them for ever."""
+
+    daemon_threads = True
+
+    def __init__(self, *pages: Any) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.pages = list(pages)
+        self.asked: list[tuple[str, str]] = []
+        self.keys: list[str | None] = []
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Answering
+
+    def do_GET(self) -> None:
+        self.server.asked.append((self.command, self.path))
+        self.server.keys.append(self.headers["Authorization"])
+        pages = self.server.pages
+        answer = pages.pop(0) if len(pages) > 1 else pages[0]
+        status, body = answer if isinstance(answer, tuple) else (200, answer)
+        if status == 0:
+            self.close_connection = True
+            return
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(body if isinstance(body, bytes) else json.dumps(body).encode())
+
+    do_POST = do_GET
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+
+@contextmanager
+def answering(*pages: Any) -> Iterator[Answering]:
+    with Answering(*pages) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [n for n in os.environ if n.startswith("KEEPALIVE_") or n in ("NO_COLOR", "FORCE_COLOR")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "POLL", 0.02)
+
+
+class Told:
+    """What a command printed, and its exit code."""
+
+    def __init__(self, *words: str, **environ: str) -> None:
+        result = CliRunner().invoke(cli.app, words, env=environ)
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
+        self.code, self.out, self.err = result.exit_code, result.stdout, result.stderr
+
+
+def nowhere() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+WARM, LOADING = page(model("a")), page(model("a", "loading"))
+FAILING = page(model("a"), model("b", "backoff", reason="no memory"))
+
+
+# --- status -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("document", "code"), [(WARM, 0), (LOADING, 1), (FAILING, 2)])
+def test_status_tells_by_its_exit_code(document: Any, code: int) -> None:
+    with answering(document) as server:
+        table = Told("status", "--url", server.url)
+        as_json = Told("status", "--json", "--url", server.url)
+
+    assert (table.code, as_json.code) == (code, code)
+    assert table.out.split()[:3] == ["MODEL", "STATE", "SINCE"]
+    assert json.loads(as_json.out) == document
+    assert "\x1b" not in table.out
+
+
+def test_without_a_terminal_a_reason_is_not_wrapped_however_long() -> None:
+    reason = "because " * 100
+    with answering(page(model("a", "backoff", reason=reason.strip()))) as server:
+        told = Told("status", "--url", server.url)
+
+    assert len(told.out.splitlines()) == 2
+    assert reason.strip() in told.out
+
+
+def test_a_daemon_that_does_not_run_is_a_sentence_and_3() -> None:
+    url = nowhere()
+    for words in (
+        ["status"],
+        ["status", "--json"],
+        ["warm", "a"],
+        ["release", "a"],
+        ["wait", "--timeout", "0s"],
+    ):
+        told = Told(*words, "--url", url)
+
+        assert (told.code, told.out) == (3, "")
+        assert told.err.splitlines()[-1] == (
+            f"no daemon at {url} (Connection refused). Is it running? "
+            "Another address: --url or KEEPALIVE_ADMIN_URL."
+        )
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ((200, b"<html>"), "no daemon at {url} ("),
+        ((200, b""), "no daemon at {url} ("),
+        ((200, b"[]"), "what answers at {url} is not keepalive"),
+        ((200, {"models": None, "x": 1}) and (200, {"x": 1}), "what answers at {url} is not keepalive"),
+        ((0, b""), "no daemon at {url} ("),
+        ((404, b"<html>"), "{url} answered 404: Not Found"),
+        ((401, {"error": "this address wants a key of [auth]"}),
+         "{url} answered 401: this address wants a key of [auth]; set KEEPALIVE_ADMIN_KEY"),
+        ((403, {"error": "'x' is not a name of this daemon\x1b[31m"}),
+         "{url} answered 403: 'x' is not a name of this daemon [31m"),
+        ((500, [1]), "{url} answered 500: Internal Server Error"),
+    ],
+)  # fmt: skip
+def test_whatever_else_answers_is_a_sentence_and_3(answer: Any, said: str) -> None:
+    with answering(answer) as server:
+        told = Told("status", "--url", server.url)
+
+    assert (told.code, told.out) == (3, "")
+    assert told.err.startswith(said.format(url=server.url))
+    assert len(told.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "url", ["http://[", "http://127.0.0.1:99999", "nonsense:::", "http://no-such.invalid:1"]
+)
+def test_an_address_that_is_none_is_a_sentence_and_3(url: str) -> None:
+    told = Told("status", "--url", url)
+
+    assert told.code == 3
+    assert told.err.startswith("no daemon at ")
+
+
+def test_the_address_is_the_option_then_the_variable_then_the_config_then_the_default(tmp_path: Path) -> None:
+    with answering(WARM) as option, answering(LOADING) as variable, answering(FAILING) as configured:
+        text = settings("http://127.0.0.1:1", "a").replace(
+            'admin_listen = "127.0.0.1:0"', f'admin_listen = "{configured.url[7:]}"'
+        )
+        (tmp_path / "other.toml").write_text(text)
+        from_option = Told("status", "--url", option.url[7:], KEEPALIVE_ADMIN_URL=variable.url)
+        from_variable = Told("status", "-c", "other.toml", KEEPALIVE_ADMIN_URL=f"{variable.url}/")
+        from_config = Told("status", "-c", "other.toml")
+        from_overlay = Told("status", "-c", "other.toml", KEEPALIVE_SERVER__ADMIN_LISTEN=option.url[7:])
+        with_key = Told("status", "-c", "other.toml", KEEPALIVE_ADMIN_KEY="secret")
+
+    codes = [t.code for t in (from_option, from_variable, from_config, from_overlay, with_key)]
+    assert codes == [0, 1, 2, 0, 2]
+    assert cli._admin_url(None, None) == "http://127.0.0.1:9235"
+    assert configured.keys == [None, "Bearer secret"]
+
+
+@pytest.mark.parametrize(
+    ("listen", "url"),
+    [
+        (":9000", "http://127.0.0.1:9000"),
+        ("0.0.0.0:9000", "http://127.0.0.1:9000"),
+        ("[::]:9000", "http://[::1]:9000"),
+        ("[fe80::1]:9000", "http://[fe80::1]:9000"),
+        ("ops.example.org:9000", "http://ops.example.org:9000"),
+    ],
+)
+def test_an_address_for_everybody_is_asked_on_this_machine(listen: str, url: str, tmp_path: Path) -> None:
+    text = settings("http://127.0.0.1:1", "a").replace(
+        'admin_listen = "127.0.0.1:0"', f'admin_listen = "{listen}"'
+    )
+    (tmp_path / "config.toml").write_text(text)
+
+    assert cli._admin_url(None, None) == url
+
+
+def test_a_bad_config_that_was_named_is_3_and_one_that_was_not_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("[servre]")
+
+    named = Told("status", "-c", "config.toml")
+
+    assert named.code == 3
+    assert "servre" in named.err
+    assert cli._admin_url(None, None) == "http://127.0.0.1:9235"
+
+
+# --- wait, warm, release ----------------------------------------------------------------------------
+
+
+def test_wait_ends_when_all_is_warm_and_says_what_changes() -> None:
+    steps = [page(model("a", "cold")), page(model("a", "cold")), LOADING, WARM]
+    with answering(*steps) as server:
+        told = Told("wait", "--url", server.url)
+
+    assert told.code == 0
+    assert told.out.splitlines()[:4] == ["a is cold", "a is loading", "a is warm", told.out.splitlines()[3]]
+    assert told.out.splitlines()[3].startswith("MODEL")
+
+
+def test_wait_for_one_model_does_not_care_about_others() -> None:
+    with answering(FAILING) as server:
+        one = Told("wait", "a", "--url", server.url)
+        other = Told("wait", "a", "b", "--timeout", "100ms", "--url", server.url)
+
+    assert (one.code, other.code) == (0, 2)
+    assert "no memory" in other.out
+
+
+def test_wait_gives_up_when_it_was_told_to() -> None:
+    with answering(LOADING) as server:
+        told = Told("wait", "--timeout", "100ms", "--url", server.url)
+
+    assert told.code == 1
+
+
+def test_wait_waits_for_the_daemon_too_and_says_so() -> None:
+    with answering((0, b""), (0, b""), WARM) as server:
+        told = Told("wait", "--url", server.url)
+
+    assert told.code == 0
+    assert told.err.splitlines()[0].endswith("KEEPALIVE_ADMIN_URL. Waiting for it.")
+    assert len(told.err.splitlines()) == 1
+
+
+def test_wait_does_not_wait_longer_than_its_timeout_for_a_daemon_that_hangs() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        began = time.monotonic()
+        told = Told("wait", "--timeout", "300ms", "--url", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        took = time.monotonic() - began
+
+    assert told.code == 3
+    assert took < 8  # not the 10 s of an answer
+
+
+def test_a_timeout_that_is_no_duration_says_what_to_write() -> None:
+    told = Told("wait", "--timeout", "10", "--url", nowhere())
+
+    assert (told.code, told.err) == (3, '--timeout: "10" is no duration; write "30s", "10m" or "1h30m"\n')
+
+
+@pytest.mark.parametrize("words", [["wait", "x", "y"], ["warm", "x"], ["release", "x"]])
+def test_a_model_that_nobody_keeps_is_3_and_says_which_are_kept(words: list[str]) -> None:
+    with answering(FAILING) as server:
+        told = Told(*words, "--url", server.url)
+
+    assert told.code == 3
+    assert told.err == f"the daemon keeps no {', '.join(words[1:])}; it keeps a, b\n"
+    assert all(method == "GET" for method, _ in server.asked)
+
+
+@pytest.mark.parametrize("verb", ["warm", "release"])
+def test_a_change_is_posted_for_the_key_as_it_is_and_answers_as_status(verb: str) -> None:
+    key = "org/model @1%"
+    with answering(page(model(key), model("b", "loading"))) as server:
+        told = Told(verb, key, "--url", server.url)
+
+    assert told.code == 1
+    assert ("POST", f"/api/models/org%2Fmodel%20%401%25/{verb}") in server.asked
+    assert key in told.out
+    assert "loading" not in told.out
+
+
+# --- check, run, simulate ---------------------------------------------------------------------------
+
+
+def test_check_says_good_with_0_or_every_mistake_with_3(tmp_path: Path) -> None:
+    (tmp_path / "good.toml").write_text(settings("http://127.0.0.1:1", "a", "b"))
+    (tmp_path / "bad.toml").write_text('[servre]\n[[models]]\nkey = "a"\nping_interval = "30"\n')
+
+    good, bad = Told("check", "-c", "good.toml"), Told("check", "-c", "bad.toml")
+
+    assert (good.code, good.out) == (0, "good.toml is good: 2 models to keep warm on 1 upstream\n")
+    assert (bad.code, bad.out) == (3, "")
+    assert len(bad.err.splitlines()) == 2
+    assert "servre" in bad.err
+    assert '"30" has no unit' in bad.err
+
+
+def test_check_takes_the_environment_for_a_config() -> None:
+    told = Told("check", KEEPALIVE_MODELS__0__KEY="a", KEEPALIVE_ADMIN_KEY="of status")
+
+    assert (told.code, told.out) == (0, "the environment is good: 1 model to keep warm on 1 upstream\n")
+
+
+@pytest.mark.parametrize("word", ["run", "check"])
+def test_no_config_at_all_is_a_sentence_and_3(word: str) -> None:
+    told = Told(word)
+
+    assert told.code == 3
+    assert told.err.startswith("environment: nothing to keep warm")
+
+
+def test_run_says_in_a_sentence_that_its_port_is_taken(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        text = settings("http://127.0.0.1:1", "a").replace(
+            'admin_listen = "127.0.0.1:0"', f'admin_listen = "127.0.0.1:{port}"'
+        )
+        (tmp_path / "config.toml").write_text(text)
+        ran = command("run", cwd=tmp_path)
+
+    assert ran.returncode == 1
+    assert ran.stderr.splitlines()[-1] == (
+        f"server.admin_listen: cannot listen on 127.0.0.1:{port}: address already in use; "
+        "end what uses it, or write another port"
+    )
+    assert "Traceback" not in ran.stderr
+
+
+def test_run_says_in_a_sentence_that_a_token_is_missing(tmp_path: Path) -> None:
+    text = settings("http://127.0.0.1:1", "a", upstream='api_token_env = "NOT_SET"')
+    (tmp_path / "config.toml").write_text(text)
+
+    ran = command("run", cwd=tmp_path)
+
+    assert ran.returncode == 1
+    assert ran.stderr == "upstreams 'local'.api_token_env: the environment variable NOT_SET is not set\n"
+
+
+@pytest.mark.parametrize("option", [["--model", ""], ["--fault", "nonsense=1"], ["--model", "a:soon"]])
+def test_simulate_says_what_it_does_not_understand(option: list[str]) -> None:
+    told = Told("simulate", *option)
+
+    assert told.code == 1
+    assert len(told.err.splitlines()) == 1
+
+
+def test_the_version_and_help_are_there() -> None:
+    assert Told("--version").out == f"keepalive {__version__}\n"
+    overview = Told("--help").out
+    for name in ("run", "demo", "simulate", "check", "status", "wait", "warm", "release", "doctor"):
+        assert f"\n  {name} " in overview
+    assert "..." not in overview.partition("Commands:")[2]
+
+
+# --- a real daemon, a real terminal -----------------------------------------------------------------
+
+
+class Terminal:
+    """A command in a pseudo-terminal, and all that it has shown."""
+
+    def __init__(self, *words: str, cwd: Path, columns: int = 80, **environ: str) -> None:
+        self._ours, theirs = pty.openpty()
+        size = {"COLUMNS": str(columns), "LINES": "24", "TERM": "xterm-256color"}
+        self.process = subprocess.Popen(
+            [*KEEPALIVE, *words],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            cwd=cwd,
+            env=environment(**size, **environ),
+            start_new_session=True,
+        )
+        os.close(theirs)
+        self.text = ""
+
+    def shows(self, text: str) -> str:
+        wait_until(lambda: text in self._look(), f"{text!r} on the terminal")
+        return self.text
+
+    def _look(self) -> str:
+        while select.select([self._ours], [], [], 0)[0]:
+            try:
+                piece = os.read(self._ours, 65_536)
+            except OSError:
+                break
+            if not piece:
+                break
+            self.text += piece.decode(errors="replace")
+        return self.text
+
+    def ended(self) -> int:
+        def over() -> bool:
+            self._look()
+            return self.process.poll() is not None
+
+        wait_until(over)
+        self._look()
+        os.close(self._ours)
+        return self.process.returncode
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    folder = tmp_path_factory.mktemp("live")
+    lm_studio = SimulatorProcess(folder, "org/gemma:1500ms:2GB")
+    with ending(lm_studio):
+        daemon = DaemonProcess(folder, settings(lm_studio.url, "org/gemma"))
+        with ending(daemon):
+            yield daemon
+
+
+def test_a_script_waits_for_a_real_model_and_then_all_is_well(live: DaemonProcess, tmp_path: Path) -> None:
+    waited = command("wait", "--timeout", "30s", cwd=tmp_path, KEEPALIVE_ADMIN_URL=live.url)
+    status = command("status", "--json", "--url", live.url, cwd=tmp_path)
+    released = command("release", "org/gemma", "--url", live.url, cwd=tmp_path)
+    again = command("warm", "org/gemma", "--url", live.url, cwd=tmp_path)
+
+    assert (waited.returncode, waited.stderr) == (0, "")
+    assert waited.stdout.splitlines()[-2].split() == [
+        "MODEL",
+        "STATE",
+        "SINCE",
+        "LAST",
+        "LOAD",
+        "NEXT",
+        "PING",
+        "WHY",
+    ]
+    assert status.returncode == 0
+    assert json.loads(status.stdout)["models"][0]["state"] == "warm"
+    assert (released.returncode, again.returncode) == (0, again.returncode)
+    assert again.returncode in (0, 1)
+
+
+def test_on_a_terminal_waiting_is_a_bar_and_colour(live: DaemonProcess, tmp_path: Path) -> None:
+    command("release", "org/gemma", "--url", live.url, cwd=tmp_path)
+    live.reaches("org/gemma", "cold")
+    command("warm", "org/gemma", "--url", live.url, cwd=tmp_path)
+    terminal = Terminal("wait", "--url", live.url, cwd=tmp_path)
+    try:
+        code = terminal.ended()
+    finally:
+        terminal.kill()
+
+    assert code == 0
+    assert "\x1b[32mwarm" in terminal.text
+    assert "loading" not in terminal.text or "━" in terminal.text or "─" in terminal.text
+
+
+def test_watching_goes_on_through_a_daemon_that_is_gone_and_ends_with_ctrl_c(tmp_path: Path) -> None:
+    gone = (503, {"error": "away for a moment"})
+    with answering(LOADING, gone, gone, WARM) as server:
+        terminal = Terminal("status", "--watch", "--url", server.url, cwd=tmp_path, NO_COLOR="1")
+        try:
+            terminal.shows("loading")
+            terminal.shows("away for a moment")
+            terminal.shows("warm")
+            terminal.process.send_signal(signal.SIGINT)
+            code = terminal.ended()
+        finally:
+            terminal.kill()
+
+    assert code == 0
+    assert "\x1b[3" not in terminal.text
+    assert "Traceback" not in terminal.text
+
+
+def test_watching_without_a_terminal_is_a_line_per_change_or_json_per_look(tmp_path: Path) -> None:
+    for words in ([], ["--json"]):
+        with (
+            answering(LOADING, LOADING, WARM) as server,
+            subprocess.Popen(
+                [*KEEPALIVE, "status", "--watch", "--url", server.url, *words],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=environment(),
+                cwd=tmp_path,
+            ) as process,
+        ):
+            wait_until(lambda server=server: len(server.asked) >= 4)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=30)
+
+        assert (process.returncode, err) == (0, "")
+        if words:
+            assert [json.loads(line)["models"][0]["state"] for line in out.splitlines()][:3] == [
+                "loading",
+                "loading",
+                "warm",
+            ]
+        else:
+            assert out.splitlines() == ["a is loading", "a is warm"]

@@ -1,0 +1,417 @@
+"""Each finding is brought about for real, found by what an operator types, and gone once it is mended."""
+
+import asyncio
+import json
+import socket
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from zoneinfo import ZoneInfo
+
+import pytest
+
+from keepalive import __version__, config
+from keepalive.cli import doctor
+from keepalive.cli.doctor import Evidence, Finding, Host, findings
+from keepalive.service.daemon import Daemon
+from keepalive.simulator.models import SimModel
+from tests.kit.live import asked, command, daemon, model, settings, simulator, until
+from tests.kit.raw import Close, RawServer, Read, answer
+
+NOW = datetime(2026, 11, 22, 10, 0, tzinfo=UTC)
+STATUS = {
+    "version": __version__,
+    "started_at": "2026-11-22T09:59:00.000Z",
+    "scraped_at": "2026-11-22T09:59:50.000Z",
+    "config": {"ok": True, "mistakes": []},
+    "upstreams": [],
+    "models": [],
+}
+
+
+async def examine(text: str, running: Daemon | None, **environ: str) -> list[Finding]:
+    """What doctor finds with this config beside this daemon; nothing about the machine that runs the test."""
+    status = json.loads((await asked(f"{running.admin_url}/api/status"))[2]) if running else None
+    address = running.admin_url if running else "http://127.0.0.1:9235"
+    parsed = config.parse(text, "config.toml", environ)
+    seen = await doctor.gather(parsed, Path("config.toml"), environ, address, status, "no daemon answers")
+    return findings(replace(seen, host=Host(datetime.now(UTC), ZoneInfo("Europe/Lisbon"))))
+
+
+def at_rest(text: str, status: dict[str, object] | None = None, host: Host | None = None) -> list[Finding]:
+    """What is found without asking any LM Studio."""
+    text = text if "[[models]]" in text else f'{text}\n[[models]]\nkey = "gemma"\n'
+    parsed = config.parse(text, "config.toml", {})
+    host = host or Host(NOW, ZoneInfo("Europe/Lisbon"))
+    status = {**STATUS, "models": [{"upstream": k.upstream, "key": k.key, "state": "warm"} for k in parsed.kept],
+              **(status or {})}  # fmt: skip
+    return findings(Evidence(parsed, Path("config.toml"), "http://10.0.0.9:9235", status, "", host))
+
+
+async def warm(running: Daemon, *keys: str) -> None:
+    for key in keys:
+        await until(lambda key=key: model(running, key)["state"] == "warm", f"{key} is warm")
+
+
+# --- nothing wrong ------------------------------------------------------------------------------------
+
+
+async def test_nothing_is_found_where_nothing_is_wrong() -> None:
+    async with simulator(SimModel("gemma", load_seconds=0.05)) as server:
+        text = settings(server.url, 'key = "gemma"\ncontext_length = 4096')
+        async with daemon(text) as running:
+            await warm(running, "gemma")
+
+            found = await examine(text, running)
+
+    assert found == []
+
+
+# --- the daemon ---------------------------------------------------------------------------------------
+
+
+async def test_a_daemon_that_does_not_answer_is_the_first_finding() -> None:
+    async with simulator(SimModel("gemma")) as server:
+        found = await examine(settings(server.url, "gemma"), None)
+
+    assert found == [
+        Finding(
+            "no daemon answers",
+            "no model is kept loaded, and applications get no answer",
+            "keepalive run -c config.toml",
+        )
+    ]
+
+
+async def test_a_config_that_the_daemon_has_not_read_is_found() -> None:
+    async with (
+        simulator(SimModel("gemma", load_seconds=0.05), SimModel("qwen")) as server,
+        daemon(settings(server.url, "gemma")) as running,
+    ):
+        await warm(running, "gemma")
+
+        found = await examine(settings(server.url, "qwen"), running)
+
+    assert [finding.what for finding in found] == [
+        "the daemon and config.toml disagree: it does not keep qwen and still keeps gemma"
+    ]
+    assert found[0].do.startswith("kill -HUP its process")
+
+
+async def test_a_rejected_config_is_found_with_its_mistakes(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    async with simulator(SimModel("gemma", load_seconds=0.05)) as server:
+        text = settings(server.url, "gemma")
+        async with daemon(text, path=path) as running:
+            await warm(running, "gemma")
+            path.write_text(text + "\n[defaults2]\n")
+            running.reload()
+
+            found = await examine(text, running)
+
+    assert len(found) == 1
+    assert found[0].what.startswith("the daemon rejected its config: ")
+    assert "defaults2" in found[0].what
+
+
+def test_another_version_of_the_daemon_is_found() -> None:
+    found = at_rest("", {"version": "0.0.1"}, Host(NOW, ZoneInfo("Europe/Lisbon"), unit="enabled"))
+
+    assert found[0].what == f"the daemon is version 0.0.1, and this command {__version__}"
+    assert found[0].do == "systemctl restart keepalive"
+
+
+# --- LM Studio ----------------------------------------------------------------------------------------
+
+
+async def test_a_closed_port_is_found_with_the_command_that_opens_it() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and nobody listens
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        found = await examine(settings(url, "gemma"), None)
+
+    assert found[1].what == f"LM Studio cannot be reached: nothing listens at {url}"
+    assert found[1].do == f"lms server start --port {url.rpartition(':')[2]}"
+
+
+async def test_another_program_on_the_port_is_found() -> None:
+    page = answer(b"<html>It works!</html>", kind=b"text/html")
+    async with RawServer([page, Close()]) as other:
+        url = f"http://127.0.0.1:{other.port}"
+        found = await examine(settings(url, "gemma"), None)
+
+    assert found[1].what.startswith(f"what answers at {url} is not LM Studio: ")
+    assert found[1].do == "find what uses the port (ss -ltnp), or mend url in [[upstreams]] 'local'"
+
+
+async def test_a_program_that_speaks_another_protocol_is_found() -> None:
+    async with RawServer([Read(), b"SSH-2.0-OpenSSH_9.2p1 Debian\r\n", Close()]) as other:
+        url = f"http://127.0.0.1:{other.port}"
+        found = await examine(settings(url, "gemma"), None)
+
+    assert found[1].what.startswith(f"LM Studio at {url} does not list its models: ")
+
+
+async def test_a_server_that_hangs_is_found() -> None:
+    async with simulator(SimModel("gemma"), stalled=True) as server:
+        found = await examine(settings(server.url, "gemma", upstream='list_timeout = "200ms"'), None)
+
+    assert found[1].what == f"LM Studio does not answer: {server.url} did not answer the listing"
+
+
+async def test_another_server_of_the_same_protocol_is_found() -> None:
+    async with simulator(SimModel("gemma")) as server:
+        server.studio.set_tier("openai")
+        found = await examine(settings(server.url, "gemma"), None)
+
+    assert found[1].what == (
+        f"what answers at {server.url} is not LM Studio, but another server of the same protocol"
+    )
+
+
+async def test_an_older_lm_studio_is_found_and_that_its_models_push_each_other_out() -> None:
+    async with simulator(SimModel("gemma"), SimModel("qwen")) as server:
+        server.studio.set_tier("v0")
+        both = await examine(settings(server.url, "gemma", "qwen"), None)
+        alone = await examine(settings(server.url, "gemma"), None)
+        lifted = await examine(settings(server.url, "gemma", "qwen", upstream="auto_evict = false"), None)
+
+    older = f"LM Studio at {server.url} is older than 0.4"
+    pushed = f"2 models share {server.url}, where each load on demand may push out the one before"
+    assert [finding.what for finding in both[1:]] == [older, pushed]
+    assert both[2].why == "only gemma, the first in the config, can be kept warm for certain"
+    assert [finding.what for finding in alone[1:]] == [older]
+    assert [finding.what for finding in lifted[1:]] == [older]
+
+
+async def test_a_token_that_is_needed_and_one_that_is_wrong_are_told_apart() -> None:
+    async with simulator(SimModel("gemma"), auth_token="sk-lm-good") as server:
+        needed = await examine(settings(server.url, "gemma"), None)
+        named = settings(server.url, "gemma", upstream='api_token_env = "LM_API_TOKEN"')
+        wrong = await examine(named, None, LM_API_TOKEN="sk-lm-bad")
+        right = await examine(named, None, LM_API_TOKEN="sk-lm-good")
+        unset = await examine(named, None)
+
+    assert needed[1].what.startswith(f"{server.url} wants an API token")
+    assert wrong[1].what == f"{server.url} does not accept the API token of upstream 'local'"
+    assert right[1:] == []
+    assert unset[1].what == (
+        "upstreams 'local'.api_token_env: the environment variable LM_API_TOKEN is not set"
+    )
+    assert "sk-lm" not in str([needed, wrong, unset])
+
+
+async def test_a_token_that_the_daemon_alone_can_read_is_no_finding() -> None:
+    async with simulator(SimModel("gemma", load_seconds=0.05), auth_token="sk-lm-good") as server:
+        named = settings(server.url, "gemma", upstream='api_token_env = "LM_API_TOKEN"')
+        async with daemon(named, environ={"LM_API_TOKEN": "sk-lm-good"}) as running:
+            await warm(running, "gemma")
+
+            assert await examine(named, running) == []
+
+
+# --- models -------------------------------------------------------------------------------------------
+
+
+async def test_a_key_that_is_not_listed_is_found_with_the_nearest_ones() -> None:
+    async with simulator(SimModel("qwen/qwen3-4b-2507"), SimModel("gemma")) as server:
+        found = await examine(settings(server.url, "qwen/qwen3-4b"), None)
+
+    assert found[1].what == "LM Studio 'local' does not list qwen/qwen3-4b; nearest are qwen/qwen3-4b-2507"
+    assert found[1].do == (
+        'key = "qwen/qwen3-4b-2507" in [[models]] of config.toml, or: lms get qwen/qwen3-4b'
+    )
+
+
+async def test_copies_are_found_and_only_the_spare_one_is_to_be_unloaded() -> None:
+    async with simulator(SimModel("gemma", load_seconds=0.05)) as server:
+        text = settings(server.url, "gemma")
+        async with daemon(text) as running:
+            await warm(running, "gemma")
+            await asked(f"{server.url}/api/v1/models/load", "POST", {"model": "gemma"},
+                        **{"Content-Type": "application/json"})  # fmt: skip
+            await until(lambda: model(running, "gemma")["instances"] == 2)
+
+            found = await examine(text, running)
+
+    assert [finding.what for finding in found] == ["2 copies of gemma are in memory: gemma, gemma:2"]
+    assert found[0].do == "lms unload gemma:2"
+
+
+async def test_a_context_of_another_length_is_found() -> None:
+    async with simulator(SimModel("gemma", load_seconds=0.05)) as server:
+        await asked(f"{server.url}/api/v1/models/load", "POST", {"model": "gemma", "context_length": 2048},
+                    **{"Content-Type": "application/json"})  # fmt: skip
+        found = await examine(settings(server.url, 'key = "gemma"\ncontext_length = 8192'), None)
+
+    assert found[1].what == "gemma is loaded with a context of 2048 tokens, not 8192"
+    assert found[1].do == "lms unload gemma; keepalive loads it again as configured"
+
+
+async def test_a_model_that_cannot_be_loaded_is_found_with_its_reason() -> None:
+    async with simulator(SimModel("gemma"), load_result="fail", load_seconds=0.05) as server:
+        text = settings(server.url, "gemma")
+        async with daemon(text) as running:
+            await until(lambda: model(running, "gemma")["state"] == "backoff")
+
+            found = await examine(text, running)
+
+    assert len(found) == 1
+    assert found[0].what.startswith("gemma on local cannot be had: ")
+
+
+def test_a_ping_that_comes_after_the_lease_is_found() -> None:
+    gone = {"at": "2026-11-22T09:00:00.000Z", "cause": "timer", "idle_seconds": 120.0}
+    status = {"upstream": "local", "key": "gemma", "state": "warm", "last_eviction": gone}
+    text = '[defaults]\nping_interval = "5m"\n[[models]]\nkey = "gemma"\n'
+
+    found = at_rest(text, {"models": [status]})
+    short = at_rest(text.replace("5m", "90s"), {"models": [status]})
+    gone["idle_seconds"] = 304.0  # a lease of five minutes, which the next listing showed to be over
+    equal = at_rest(text, {"models": [status]})
+
+    assert [finding.do for finding in equal] == ['ping_interval = "2m32s" in [[models]] "gemma"']
+    assert found == [
+        Finding(
+            "gemma was dropped after 2 min without a request, and is pinged every 5m",
+            "LM Studio lets it go before the ping that should hold it",
+            'ping_interval = "1m" in [[models]] "gemma"',
+        )
+    ]
+    assert short == []
+
+
+def test_a_model_that_another_one_pushed_out_is_found() -> None:
+    gone = {"at": "2026-11-22T09:00:00.000Z", "cause": "displaced", "idle_seconds": None}
+    status = {"upstream": "local", "key": "gemma", "state": "warm", "last_eviction": gone}
+
+    found = at_rest('[[models]]\nkey = "gemma"\n', {"models": [status]})
+
+    assert [finding.what for finding in found] == [
+        "gemma was pushed out by another model, last at 2026-11-22T09:00:00.000Z"
+    ]
+
+
+# --- around it ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("server", "auth", "names"),
+    [
+        ('listen = "0.0.0.0:1235"', "", ["server.listen = 0.0.0.0:1235"]),
+        ('admin_listen = ":9235"', "", ["server.admin_listen = :9235"]),
+        ('listen = "[::1]:1235"', "", []),
+        ('listen = "0.0.0.0:1235"', 'client_keys = [{ name = "a", env = "A" }]', []),
+        (
+            'listen = "0.0.0.0:1235"',
+            'admin_keys = [{ name = "a", env = "A" }]',
+            ["server.listen = 0.0.0.0:1235"],
+        ),
+    ],
+)
+def test_a_listener_without_keys_that_the_network_reaches_is_found(
+    server: str, auth: str, names: list[str]
+) -> None:
+    found = at_rest(f"[server]\n{server}\n[auth]\n{auth}\n")
+
+    assert [finding.what.partition(" can be reached")[0] for finding in found] == names
+
+
+WINDOW = '[[models]]\nkey = "gemma"\nwindow = "Mon-Fri 08:00-19:00"\n'
+
+
+def test_windows_that_are_read_in_utc_by_accident_are_found() -> None:
+    utc = Host(NOW, ZoneInfo("UTC"))
+
+    assert [f.what for f in at_rest(WINDOW, host=utc)] == [
+        "windows are read in UTC, because that is the zone of this machine"
+    ]
+    assert at_rest(WINDOW + '[server]\ntimezone = "UTC"\n', host=utc) == []
+    assert at_rest('[[models]]\nkey = "gemma"\n', host=utc) == []
+
+
+def test_a_zone_that_cannot_be_read_is_found() -> None:
+    found = at_rest(WINDOW, host=Host(NOW, "'No time zone found with key Mars/Olympus'"))
+
+    assert [f.what for f in found] == [
+        "the time zone of this machine cannot be read: 'No time zone found with key Mars/Olympus'"
+    ]
+
+
+def test_a_clock_that_nobody_sets_and_one_that_went_back_are_found() -> None:
+    loose = at_rest("", host=Host(NOW, ZoneInfo("Europe/Lisbon"), synchronized=False))
+    back = at_rest("", host=Host(NOW - timedelta(days=1), ZoneInfo("Europe/Lisbon")))
+
+    assert [f.what for f in loose] == ["the clock of this machine is set by nobody"]
+    assert [f.what for f in back] == ["the daemon says that it started 24 h from now"]
+
+
+@pytest.mark.parametrize(
+    ("unit", "what"),
+    [
+        ("disabled", ["keepalive.service is disabled"]),
+        ("masked-runtime", ["keepalive.service is masked"]),
+        ("enabled", []),
+        (None, []),
+    ],
+)
+def test_a_unit_that_does_not_start_at_boot_is_found(unit: str | None, what: list[str]) -> None:
+    found = at_rest("", host=Host(NOW, ZoneInfo("Europe/Lisbon"), unit=unit))
+
+    assert [f.what for f in found] == what
+
+
+@pytest.mark.parametrize(
+    ("started", "scraped", "what"),
+    [
+        ("09:00", None, ["Prometheus has not read /metrics since the daemon was started"]),
+        ("09:00", "09:40", ["Prometheus has not read /metrics for 20 min"]),
+        ("09:00", "09:59", []),
+        ("09:58", None, []),  # it may still come
+    ],
+)
+def test_metrics_that_nobody_reads_are_found(started: str, scraped: str | None, what: list[str]) -> None:
+    moments = {
+        "started_at": f"2026-11-22T{started}:00.000Z",
+        "scraped_at": scraped and f"2026-11-22T{scraped}:00.000Z",
+    }
+    found = at_rest("", moments)
+
+    assert [f.what for f in found] == what
+    assert all("10.0.0.9:9235" in f.do for f in found)
+
+
+# --- as it is typed -----------------------------------------------------------------------------------
+
+
+async def test_the_command_says_what_why_and_what_to_do_and_its_exit_code(tmp_path: Path) -> None:
+    async with simulator(SimModel("gemma", load_seconds=0.05)) as server:
+        text = settings(server.url, "gemma")
+        (tmp_path / "config.toml").write_text(text)
+        async with daemon(text) as running:
+            await warm(running, "gemma")
+            address = running.admin_url
+            well = await asyncio.to_thread(command, "doctor", "--url", address, cwd=tmp_path)
+            await server.close()
+            await until(lambda: running.status()["upstreams"][0]["state"] == "down")
+            ill = await asyncio.to_thread(command, "doctor", "--url", address, cwd=tmp_path)
+
+    assert (well.returncode, well.stderr) == (0, "")
+    assert well.stdout == f"healthy: the config, the daemon at {address}, 1 upstream and 1 model\n"
+    assert (ill.returncode, ill.stderr) == (1, "")
+    assert ill.stdout.splitlines()[:4] == [
+        f"✗ LM Studio cannot be reached: nothing listens at {server.url}",
+        "  why: none of its models can be kept warm until it answers",
+        f"  do:  lms server start --port {server.url.rpartition(':')[2]}",
+        "",
+    ]
+
+
+def test_a_config_with_mistakes_is_a_finding_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('[[models]]\nkey = ""\nping_intervall = "5m"\n')
+
+    done = command("doctor", cwd=tmp_path)
+
+    assert done.returncode == 1
+    assert "ping_interval" in done.stderr
+    assert done.stderr.endswith("Mend it, then ask again.\n")

@@ -1,0 +1,326 @@
+"""A thousand hours of everything going wrong, judged by the invariants; `world.py` says how.
+
+KEEPALIVE_SEED=n chooses the base seed, KEEPALIVE_SEED=random draws it, KEEPALIVE_HOURS=n says the hours in all. A
+failure names its seed, and `world.live(seed, hours, calm=…)` shows it again.
+"""
+
+import asyncio
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from keepalive.core import lifecycle
+from keepalive.core.facts import Listed, LoadEnded, LoadOutcome, ModelId, UnloadStarted
+from keepalive.core.lifecycle import Model, Policy, State, Unload
+from keepalive.keeper import keeper
+from keepalive.keeper.keeper import Keep
+from keepalive.simulator.models import SimModel
+from keepalive.simulator.studio import Studio
+from tests.kit import PROJECT
+from tests.kit.world import (
+    HOUR,
+    KINDS,
+    Broken,
+    Judge,
+    Site,
+    VirtualLoop,
+    World,
+    live,
+    run_virtually,
+)
+
+CHOSEN = os.environ.get("KEEPALIVE_SEED", "20261122")
+SEED = random.SystemRandom().randrange(10**9) if CHOSEN == "random" else int(CHOSEN)
+HOURS = float(os.environ.get("KEEPALIVE_HOURS", "1000"))
+DENSE, DENSE_HOURS = 32, 3.0
+CALM = 9
+
+
+@pytest.mark.timeout(900)
+def test_a_thousand_hours_of_trouble_break_no_invariant_and_always_end_warm():
+    print(f"base seed {SEED}")
+    injected: Counter[str] = Counter()
+    happened: Counter[str] = Counter()
+    for n in range(DENSE):
+        _, world = live(SEED + n, DENSE_HOURS)
+        injected += world.injected
+        happened += world.judge.counted
+    left = (HOURS - DENSE * DENSE_HOURS) / CALM
+    for n in range(CALM):
+        _, world = live(SEED - 1 - n, left, calm=True)
+        injected += world.injected
+        happened += world.judge.counted
+    print(f"{injected.total()} faults: {dict(injected)}")
+    print(f"told apart from mistakes of ours: {dict(happened)}")
+
+    assert set(KINDS) - set(injected) == set()
+
+
+def test_the_same_seed_gives_the_same_trace():
+    first, _ = live(SEED, 1.0)
+    again, _ = live(SEED, 1.0)
+    other, _ = live(SEED + 1, 1.0)
+    code = f"from tests.kit.world import live; print(live({SEED}, 1.0)[0])"
+    elsewhere = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONHASHSEED": "7"},
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert first == again
+    assert first == elsewhere.stdout.strip()
+    assert first != other
+
+
+class Raises:
+    def observe(self, fact: object, before: object, after: object) -> None:
+        raise RuntimeError("the disk is full")
+
+
+def test_observers_that_raise_change_nothing():
+    plain, _ = live(SEED, 2.0)
+    watched, world = live(SEED, 2.0, observers=[Raises()])
+
+    assert watched == plain
+    assert len(world.reported) > 100
+
+
+# --- killed at every step -----------------------------------------------------------------------------
+
+
+def small(tier: str, **faults: Any) -> World:
+    """Two cold models, loaded one after the other within ten seconds."""
+    judge = Judge(asyncio.get_running_loop().time)
+    models = [SimModel("acme/a", load_seconds=5.0), SimModel("acme/b", load_seconds=3.0)]
+    studio = Studio(models, tier=tier, faults=faults)  # type: ignore[arg-type]
+    site = Site("alpha", studio, judge, models, refresh=15.0, auto_evict=False)
+    policy = Policy(load_timeout=20.0)
+    keeps = [Keep(ModelId("alpha", m.key), policy) for m in models]
+    return World(0, [site], keeps, judge, random.Random(0))
+
+
+def killed_at(step: int | None, tier: str, remembers: bool, **faults: Any) -> tuple[int, World]:
+    """The steps of the scenario, and its world after a kill -9 at one of them and a new start."""
+
+    async def go() -> tuple[int, World]:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        world = small(tier, **faults)
+        world.remembers = remembers
+        first = world.start()
+
+        def on_step(n: int) -> None:
+            if n == step:
+                first.kill()
+                loop.call_soon(world.start)
+
+        loop.on_step = on_step
+        await asyncio.sleep(10.0)
+        steps = loop.steps
+        for _ in range(20):
+            await asyncio.sleep(10.0)
+            assert world.life is not None
+            if all(m.state is State.WARM for m in world.life.keeper.snapshot().models):
+                break
+        await world.kill()
+        world.check_reports()
+        world.sites[0].studio.close()
+        return steps, world
+
+    return run_virtually(go)
+
+
+@pytest.mark.parametrize(
+    ("tier", "remembers", "faults"),
+    [
+        ("v1", True, {"v0_shows_loading": False}),
+        ("v1", True, {"v0_shows_loading": False, "listing_lag_seconds": 20.0}),
+        ("v1", False, {}),
+        ("v1", True, {"load_reply": {"value": "fin", "times": 1}, "load_reply_after_seconds": 1.0}),
+        ("v0", True, {"auto_evict": False}),
+        ("v0", False, {"auto_evict": False}),
+    ],
+)
+def test_killed_at_any_step_and_started_again_it_loads_nothing_twice(
+    tier: str, remembers: bool, faults: dict[str, Any]
+):
+    steps, _ = killed_at(None, tier, remembers, **faults)
+    for step in range(1, steps + 1):
+        _, world = killed_at(step, tier, remembers, **faults)
+
+        assert world.judge.broken == [], f"killed at step {step}"
+        loaded = [i.model.key for i in world.sites[0].studio.memory.instances.values()]
+        assert sorted(loaded) == ["acme/a", "acme/b"], f"killed at step {step}"
+    assert steps > 10
+
+
+# --- planted bugs -----------------------------------------------------------------------------------------
+
+
+def loads_without_a_listing(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(lifecycle, "_is_fresh", lambda upstream, model, now: True)
+
+
+def believes_stale_listings(patch: pytest.MonkeyPatch) -> None:
+    listed = lifecycle._listed
+
+    def believe(model: Model, fact: Listed) -> Model:
+        after = listed(replace(model, asked=-1.0, touched_at=-1.0), fact)
+        return replace(after, touched_at=model.touched_at)
+
+    patch.setitem(lifecycle._CHANGES, Listed, believe)  # type: ignore[arg-type]
+    patch.setattr(lifecycle, "_is_fresh", lambda u, m, now: now - u.answered_at <= lifecycle.FRESH)
+
+
+def takes_no_answer_for_a_failure(patch: pytest.MonkeyPatch) -> None:
+    ended = lifecycle._load_ended
+
+    def fail(model: Model, fact: LoadEnded) -> Model:
+        if fact.outcome is LoadOutcome.UNKNOWN:
+            fact = replace(fact, outcome=LoadOutcome.FAILED)
+        return ended(model, fact)
+
+    patch.setitem(lifecycle._CHANGES, LoadEnded, fail)  # type: ignore[arg-type]
+
+
+def pings_what_is_absent(patch: pytest.MonkeyPatch) -> None:
+    def is_due(model: Model, now: float) -> bool:
+        due = model.ping_at is None or now >= model.ping_at
+        return model.needed and not model.calling and due and model.state is State.COLD
+
+    patch.setattr(lifecycle, "_ping_is_due", is_due)
+    started = lambda model, fact: replace(model, pinging=True)  # noqa: E731
+    patch.setitem(lifecycle._CHANGES, lifecycle.PingStarted, started)  # type: ignore[arg-type]
+
+
+def unloads_what_is_not_ours(patch: pytest.MonkeyPatch) -> None:
+    def unloads(upstream: object, models: list[Model], now: float) -> list[tuple[Model, Unload]]:
+        idle = [m for m in models if not m.needed and m.instances and lifecycle._is_unloadable(m, now)]
+        return [(m, Unload(m.id, m.instances[0].id)) for m in idle]
+
+    patch.setattr(lifecycle, "_unloads", unloads)
+    started = lambda model, fact: replace(model, unloading=True)  # noqa: E731
+    patch.setitem(lifecycle._CHANGES, UnloadStarted, started)  # type: ignore[arg-type]
+
+
+def never_backs_off(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(lifecycle, "_backoff", lambda failures: 0.5)
+    patch.setattr(lifecycle, "BACKOFF_MAX", 0.5)
+
+
+def forgets_its_load_in_a_restart(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(World, "remembers", False, raising=False)
+
+
+def unloads_what_is_in_use(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Model, "needed", property(lambda model: model.wanted))
+    patch.setattr(lifecycle, "LINGER", 0.0)
+    patch.setattr(
+        lifecycle,
+        "_is_unloadable",
+        lambda model, now: not model.calling and not model.wanted and (model.retry_at or 0.0) <= now,
+    )
+
+
+def displaces_what_is_not_ours(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(lifecycle, "blocked_by", lambda upstream, models, model: None)
+
+
+def waits_for_ever(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(lifecycle, "_resolve", lambda model, pending, at, told: None)
+
+
+def forgets_the_lag_of_the_listing(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(lifecycle, "LISTING_LAG", 0.0)
+
+
+def lists_twice_at_once(patch: pytest.MonkeyPatch) -> None:
+    plan = lifecycle.plan
+    patch.setattr(keeper, "plan", lambda u, models, now: plan(replace(u, listing=False), models, now))
+
+
+def forgets_why(patch: pytest.MonkeyPatch) -> None:
+    move = lifecycle._move
+    patch.setattr(lifecycle, "_move", lambda model, sign, at, reason: move(model, sign, at, None))
+
+
+PLANTED: list[tuple[Callable[[pytest.MonkeyPatch], None], str, tuple[str, ...]]] = [
+    (loads_without_a_listing, "I0", ("evicted", "restart")),
+    (believes_stale_listings, "I9", ("listing slow", "load fails")),
+    (takes_no_answer_for_a_failure, "I3", ("load cut", "load unanswered")),
+    (pings_what_is_absent, "I4", ("evicted",)),
+    (unloads_what_is_not_ours, "I5", ("another loads it", "window", "restart")),
+    (never_backs_off, "I10", ("load fails", "load refused")),
+    (forgets_its_load_in_a_restart, "I3", ("killed while loading",)),
+    (unloads_what_is_in_use, "I5", ("users", "window", "by hand", "ping slow")),
+    (displaces_what_is_not_ours, "I5", ("another loads by request", "evicted", "upgraded or downgraded")),
+    (waits_for_ever, "I15", ("load cut", "load fails", "load garbled")),
+    (forgets_the_lag_of_the_listing, "I3", ("listing lags", "load cut")),
+    (lists_twice_at_once, "I10", ("listing slow", "stalled")),
+    (forgets_why, "I8", ("unreachable", "load fails")),
+]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("plant", "invariant", "kinds"), PLANTED, ids=[p[0].__name__ for p in PLANTED])
+def test_a_planted_bug_is_found(
+    plant: Callable[[pytest.MonkeyPatch], None],
+    invariant: str,
+    kinds: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    plant(monkeypatch)
+    changes: dict[str, Any] = {"kinds": kinds, "pace": 120.0}
+    if plant is forgets_its_load_in_a_restart:
+        changes["remembers"] = False
+    found = None
+    for seed in range(SEED, SEED + 20):
+        try:
+            live(seed, 1.0, **changes)
+        except Broken as broken:
+            if f"{invariant} at " in str(broken) or f"{invariant}: " in str(broken):
+                found = str(broken).split("\n")[0]
+                break
+    print(found)
+
+    assert found is not None
+
+
+def test_a_world_without_faults_is_warm_within_minutes_and_stays_so():
+    async def go() -> World:
+        world = small("v1")
+        world.start()
+        await asyncio.sleep(40.0)
+        assert world.life is not None
+        for _ in range(100):
+            assert [m.state for m in world.life.keeper.snapshot().models] == [State.WARM, State.WARM]
+            await asyncio.sleep(HOUR / 100)
+        await world.kill()
+        return world
+
+    world = run_virtually(go)
+
+    assert world.judge.broken == []
+    assert {key: len(times) for key, times in world.judge.loads_sent.items()} == {
+        ("alpha", "acme/a"): 1,
+        ("alpha", "acme/b"): 1,
+    }
+    assert all(11 <= len(times) <= 13 for times in world.judge.pings_sent.values())
+
+
+def test_a_world_in_which_nothing_can_happen_is_told_with_all_stacks():
+    async def go() -> None:
+        await asyncio.get_running_loop().create_future()
+
+    with pytest.raises(Broken, match="deadlock"):
+        run_virtually(go)

@@ -1,0 +1,507 @@
+"""The client of one server, over real sockets: against the simulator, and against servers that do what none should."""
+
+import asyncio
+import json
+import socket
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import pytest
+
+from keepalive.core.errors import (
+    Cut,
+    Reason,
+    Refused,
+    TimedOut,
+    Unauthorized,
+    Unexpected,
+    Unreachable,
+    UpstreamError,
+)
+from keepalive.core.facts import Instance, Tier
+from keepalive.lmstudio.client import Client
+from keepalive.simulator.models import SimModel
+from keepalive.simulator.server import Server, serve
+from keepalive.simulator.studio import Studio
+
+TOKEN = "sk-lm-canary01:canary0123456789abcd"
+MODELS = [SimModel("acme/a", load_seconds=0.05), SimModel("acme/embed", kind="embedding", load_seconds=0.02)]
+
+
+def client(url: str, **more: object) -> Client:
+    return Client("local", url, **{"connect_timeout": 1.0, "list_timeout": 2.0, **more})  # type: ignore[arg-type]
+
+
+@asynccontextmanager
+async def studio(tier: str = "v1", **faults: object) -> AsyncIterator[Server]:
+    made = Studio(MODELS, tier=tier, faults=faults)  # type: ignore[arg-type]
+    async with await serve(made) as server:
+        yield server
+    made.close()
+
+
+def paths(server: Server, route: str | None = None) -> list[str]:
+    return [e["path"] for e in server.studio.log() if e["kind"] == "request" and route in (None, e["route"])]
+
+
+# --- against the simulator ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tier", ["v1", "v0", "openai"])
+async def test_a_tier_is_detected_once_and_its_models_are_listed(tier: str):
+    async with studio(tier) as server, client(server.url) as upstream:
+        first = await upstream.listing()
+        probes = len(paths(server))
+        second = await upstream.listing()
+
+        assert first.tier == tier
+        assert set(first.entries) >= {"acme/a", "acme/embed"}
+        assert first == second
+        assert len(paths(server)) == probes + 1
+
+
+@pytest.mark.parametrize("as_404", [True, False])
+async def test_an_unknown_route_leads_on_to_the_older_tier_with_either_status(as_404: bool):
+    async with studio("v0", unknown_route_404=as_404) as server, client(server.url) as upstream:
+        assert (await upstream.listing()).tier is Tier.V0
+
+
+async def test_a_load_a_ping_and_an_unload_are_seen_by_the_server_as_meant():
+    async with studio() as server, client(server.url) as upstream:
+        loaded = await upstream.load("acme/a", {"context_length": 4096}, timeout=5)
+        listing = await upstream.listing()
+        other = await upstream.ping("acme/a", ["acme/a"], kind="llm", tier=Tier.V1, timeout=5)
+        await upstream.unload("acme/a", timeout=5)
+        after = await upstream.listing()
+
+        assert loaded.instance_id == "acme/a"
+        assert loaded.seconds is not None
+        assert listing.entries["acme/a"].instances == (Instance("acme/a", 4096),)
+        assert other is None
+        assert after.entries["acme/a"].instances == ()
+
+
+async def test_an_embedding_model_is_pinged_by_its_own_route():
+    async with studio() as server, client(server.url) as upstream:
+        server.studio.load("acme/embed", seconds=0)
+        other = await upstream.ping("acme/embed", ["acme/embed"], kind="embedding", tier=Tier.V1, timeout=5)
+
+        assert other is None
+        assert paths(server) == ["/v1/embeddings"]
+
+
+async def test_an_answer_of_another_model_is_told_by_its_name():
+    async with studio(answer_model="somebody\nelse") as server, client(server.url) as upstream:
+        server.studio.load("acme/a", seconds=0)
+
+        assert (
+            await upstream.ping("acme/a", ["acme/a"], kind="llm", tier=Tier.V1, timeout=5) == "somebody else"
+        )
+
+
+async def test_a_lease_reaches_the_server_when_a_request_is_the_load():
+    async with studio("v0") as server, client(server.url) as upstream:
+        await upstream.ping("acme/a", ["acme/a"], kind="llm", tier=Tier.V0, timeout=5, lease=86400.0)
+
+        [instance] = server.studio.memory.instances.values()
+        assert instance.ttl_seconds == 86400
+
+
+async def test_a_load_in_progress_shows_where_the_server_tells():
+    async with studio() as server, client(server.url) as upstream:
+        server.studio.load("acme/a", seconds=30)
+
+        assert (await upstream.listing()).entries["acme/a"].loading is None
+        assert (await upstream.listing(loading=True)).entries["acme/a"].loading is True
+        assert (await upstream.listing(loading=True)).entries["acme/embed"].loading is False
+
+
+async def test_what_is_loading_is_asked_before_what_is_loaded():
+    async with studio() as server, client(server.url) as upstream:
+        await upstream.listing()
+        before = len(paths(server))
+        await upstream.listing(loading=True)
+
+        assert paths(server)[before:] == ["/api/v0/models", "/api/v1/models"]
+
+
+async def test_trouble_with_the_older_listing_is_not_taken_for_its_absence():
+    async with studio() as server, client(server.url) as upstream:
+        server.studio.load("acme/a", seconds=30)
+        await upstream.listing()
+        for how in ("html_500", "error_500", "error_200"):
+            server.studio.set_faults(list_reply={"value": how, "route": "list_v0"})
+            assert (await upstream.listing(loading=True)).entries["acme/a"].loading is None
+        server.studio.set_faults(list_reply=None)
+
+        assert (await upstream.listing(loading=True)).entries["acme/a"].loading is True
+
+
+GARBLED = [
+    "error_200",
+    "error_500",
+    "html_500",
+    "empty_body",
+    "truncated_json",
+    "other_shape",
+    "fin",
+    "rst",
+    "huge",
+]
+
+
+@pytest.mark.parametrize("how", GARBLED)
+@pytest.mark.parametrize("route", ["list", "listing"])
+@pytest.mark.parametrize("known", [True, False])
+async def test_a_server_in_trouble_is_never_taken_for_an_older_one(how: str, route: str, known: bool):
+    async with studio(huge_bytes=9_000_000) as server, client(server.url) as upstream:
+        if known:
+            await upstream.listing()
+        server.studio.set_faults(list_reply={"value": how, "route": route})
+        for _ in range(2):
+            with pytest.raises(UpstreamError):
+                await upstream.listing()
+        server.studio.set_faults(list_reply=None)
+
+        assert (await upstream.listing()).tier is Tier.V1
+
+
+async def test_another_version_behind_the_same_port_is_detected_after_a_failure():
+    async with studio("v1") as server, client(server.url) as upstream:
+        await upstream.listing()
+        server.studio.set_tier("v0")
+        with pytest.raises(Refused):
+            await upstream.listing()
+
+        assert (await upstream.listing()).tier is Tier.V0
+
+
+@pytest.mark.parametrize("token", [TOKEN, None])
+@pytest.mark.parametrize("status", [401, 403, 400])
+async def test_a_refused_token_is_said_without_a_letter_of_it(token: str | None, status: int):
+    async with (
+        studio(auth_token="another", auth_status=status) as server,
+        client(server.url, token=token) as upstream,
+    ):
+        calls: list[Callable[[], Awaitable[object]]] = [
+            upstream.listing,
+            lambda: upstream.load("acme/a", {}, timeout=5),
+            lambda: upstream.ping("acme/a", ["acme/a"], kind="llm", tier=Tier.V1, timeout=5),
+            lambda: upstream.unload("acme/a", timeout=5),
+        ]
+        for call in calls:
+            with pytest.raises(Unauthorized) as caught:
+                await call()
+            assert "sk-l" not in str(caught.value)
+            assert "canary" not in str(caught.value)
+        assert ("does not accept" in str(caught.value)) is (token is not None)
+
+
+async def test_a_server_upgraded_behind_a_refused_token_is_not_taken_for_the_old_one():
+    async with studio("v0") as server, client(server.url) as upstream:
+        await upstream.listing()
+        server.studio.set_faults(auth_token="another")
+        with pytest.raises(Unauthorized):
+            await upstream.listing()
+        server.studio.set_tier("v1")
+        server.studio.set_faults(auth_token=None)
+
+        assert (await upstream.listing()).tier is Tier.V1
+
+
+async def test_the_right_token_is_accepted_and_another_can_be_given_later():
+    async with studio(auth_token=TOKEN) as server, client(server.url, token="wrong") as upstream:
+        with pytest.raises(Unauthorized):
+            await upstream.listing()
+        upstream.configure(token=TOKEN, connect_timeout=1.0, list_timeout=2.0)
+
+        assert (await upstream.listing()).tier is Tier.V1
+
+
+@pytest.mark.parametrize(
+    ("faults", "reason"),
+    [
+        ({"load_result": "guardrail"}, Reason.RESOURCES),
+        ({"load_result": "fail"}, Reason.LOAD_FAILED),
+        ({"load_reply": "error_200"}, Reason.OTHER),
+    ],
+)
+async def test_a_refused_load_says_why(faults: dict[str, object], reason: Reason):
+    async with studio(**faults) as server, client(server.url) as upstream:
+        with pytest.raises(Refused) as caught:
+            await upstream.load("acme/a", {}, timeout=5)
+
+        assert caught.value.reason is reason
+
+
+async def test_a_field_that_lm_studio_does_not_take_is_refused_as_our_mistake():
+    async with studio() as server, client(server.url) as upstream:
+        with pytest.raises(Refused, match="Unrecognized key") as caught:
+            await upstream.load("acme/a", {"ttl": 60}, timeout=5)
+
+        assert (caught.value.reason, caught.value.status) == (Reason.OTHER, 400)
+
+
+async def test_a_load_without_an_answer_times_out_and_is_sent_once():
+    async with studio(load_reply="hang") as server, client(server.url) as upstream:
+        with pytest.raises(TimedOut):
+            await upstream.load("acme/a", {}, timeout=0.3)
+
+        assert paths(server, "load") == ["/api/v1/models/load"]
+
+
+@pytest.mark.parametrize("how", ["fin", "rst"])
+async def test_a_load_that_is_cut_off_is_not_sent_again(how: str):
+    async with studio(load_reply=how) as server, client(server.url) as upstream:
+        with pytest.raises(Cut):
+            await upstream.load("acme/a", {}, timeout=5)
+
+        assert paths(server, "load") == ["/api/v1/models/load"]
+
+
+async def test_idle_sockets_are_given_up_before_the_server_closes_them():
+    async with studio() as server, client(server.url) as upstream:
+        await upstream.listing()
+        await asyncio.sleep(5.2)
+
+        assert (await upstream.listing()).tier is Tier.V1
+
+
+# --- against raw sockets -------------------------------------------------------------------------------
+
+
+@dataclass
+class Raw:
+    """A server that plays a script on each connection, and keeps what it was sent."""
+
+    play: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+    heads: list[bytes] = field(default_factory=list)
+    port: int = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+
+@asynccontextmanager
+async def raw(*answers: bytes, play: object = None) -> AsyncIterator[Raw]:
+    """Answers each connection's requests with `answers` in turn, the last one again and again."""
+    left = list(answers)
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        server.heads.append(head)
+        writer.write(left.pop(0) if len(left) > 1 else left[0])
+        await writer.drain()
+
+    server = Raw(play or script)  # type: ignore[arg-type]
+    writers: list[asyncio.StreamWriter] = []
+
+    async def serve_one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        try:
+            await server.play(reader, writer)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    listener = await asyncio.start_server(serve_one, "127.0.0.1", 0)
+    server.port = listener.sockets[0].getsockname()[1]
+    try:
+        yield server
+    finally:
+        listener.close()
+        for writer in writers:
+            writer.transport.abort()
+        await asyncio.sleep(0)
+
+
+def http(body: bytes, status: str = "200 OK", *headers: str) -> bytes:
+    lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", "Connection: close", *headers]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+async def fails(server: Raw, kind: type[UpstreamError], **more: object) -> str:
+    async with client(server.url, **more) as upstream:
+        with pytest.raises(kind) as caught:
+            await upstream.listing()
+        return str(caught.value)
+
+
+async def test_a_closed_port_is_refused_and_named():
+    async with raw(b"") as server:
+        url = server.url
+    async with client(url) as upstream:
+        with pytest.raises(Unreachable) as caught:
+            await upstream.listing()
+
+    assert caught.value.refused
+    assert str(caught.value) == f"nothing listens at {url}"
+
+
+async def test_a_host_that_does_not_exist_is_named():
+    async with client("http://nowhere.invalid:1234") as upstream:
+        with pytest.raises(Unreachable, match=r"nowhere\.invalid.*cannot be resolved") as caught:
+            await upstream.listing()
+
+    assert not caught.value.refused
+
+
+async def test_a_connection_that_hangs_is_given_up_at_its_own_bound():
+    """A full backlog, of which nobody takes: the kernel drops what comes after."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(0)
+    port = listener.getsockname()[1]
+    full = []
+    for _ in range(4):
+        waiting = socket.socket()
+        waiting.setblocking(False)
+        waiting.connect_ex(("127.0.0.1", port))
+        full.append(waiting)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    try:
+        async with client(f"http://127.0.0.1:{port}", connect_timeout=0.3, list_timeout=10.0) as upstream:
+            with pytest.raises(Unreachable, match=r"no connection to .* within 0\.3 s") as caught:
+                await upstream.listing()
+    finally:
+        for s in [listener, *full]:
+            s.close()
+
+    assert not caught.value.refused
+    assert loop.time() - began < 3
+
+
+async def test_a_server_that_accepts_and_never_answers_times_out():
+    async def never(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(30)
+
+    async with raw(play=never) as server:
+        assert "did not answer the listing" in await fails(server, TimedOut, list_timeout=0.3)
+
+
+async def test_a_server_that_drips_is_bounded_as_a_whole():
+    async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for byte in http(b'{"lmstudio":true}'):
+            writer.write(bytes([byte]))
+            await writer.drain()
+            await asyncio.sleep(0.05)
+
+    async with raw(play=drip) as server:
+        await fails(server, TimedOut, list_timeout=0.5)
+
+
+async def test_a_reset_after_the_request_is_a_cut():
+    async def reset(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        sock = writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.transport.abort()
+
+    async with raw(play=reset) as server:
+        await fails(server, Cut)
+
+
+GREETING = http(b'{"lmstudio":true}')
+WHOLE = http(json.dumps({"models": []}).encode(), "200 OK", "Content-Type: application/json")
+
+
+@pytest.mark.parametrize("at", range(0, len(WHOLE), 7))
+async def test_an_answer_that_is_cut_anywhere_is_no_answer(at: int):
+    async with raw(GREETING, WHOLE[:at]) as server:
+        await fails(server, Cut)
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        (http(b""), Unexpected),
+        (http(b'{"mod'), Unexpected),
+        (http(b"\x00\x01\x02binary\xff"), Unexpected),
+        (http(b"<html>Internal Server Error</html>", "500 Internal Server Error"), Unexpected),
+        (http(b'{"error":"x"}', "200 OK"), Refused),
+        (http(b'{"models":[]}', "302 Found", "Location: http://169.254.169.254/"), Unexpected),
+        (http(b'{"models":[]}', "204 No Content"), UpstreamError),
+        (b"SSH-2.0-OpenSSH_9.6\r\n\r\n", Cut),
+        (b"\x15\x03\x01\x00\x02\x02\x16", Cut),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n", Cut),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", Cut),
+        (b"HTTP/1.1 200 OK\r\nX: " + b"y" * 200_000 + b"\r\n\r\n", UpstreamError),
+        (http(b"{}", "200 OK", "Content-Encoding: gzip"), Unexpected),
+    ],
+)
+async def test_what_is_no_listing_is_an_error_of_its_kind(answer: bytes, kind: type[UpstreamError]):
+    async with raw(GREETING, answer) as server:
+        message = await fails(server, kind)
+
+    assert len(message) < 500
+    assert message.isprintable()
+
+
+async def test_a_redirect_is_not_followed():
+    async with raw(WHOLE) as target:
+        to = http(b"", "302 Found", f"Location: {target.url}/lmstudio-greeting")
+        async with raw(to) as server:
+            await fails(server, Unexpected)
+
+        assert target.heads == []
+
+
+async def test_an_answer_without_end_is_given_up_at_its_size():
+    async def flood(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        while True:
+            writer.write(b" " * 65536)
+            await writer.drain()
+
+    async with raw(play=flood) as server:
+        assert "more than 8 MiB" in await fails(server, Unexpected, list_timeout=20.0)
+
+
+async def test_no_compression_is_asked_for():
+    async with raw(GREETING, WHOLE) as server, client(server.url) as upstream:
+        await upstream.listing()
+
+        assert all(b"accept-encoding: identity\r\n" in head.lower() for head in server.heads)
+
+
+async def test_an_error_that_quotes_the_token_is_not_passed_on():
+    body = json.dumps({"error": f"you said {TOKEN}"}).encode()
+    async with raw(GREETING, http(body, "500 Oops")) as server:
+        message = await fails(server, Refused, token=TOKEN)
+
+    assert message == "you said (token)"
+
+
+async def test_a_token_that_cannot_be_sent_is_not_quoted():
+    async with raw(GREETING, WHOLE) as server:
+        message = await fails(server, UpstreamError, token="canary\nX: y")
+
+    assert "canary" not in message
+
+
+async def test_a_web_page_at_the_address_is_said_to_be_no_model_server():
+    page = http(b"<html>hello</html>", "404 Not Found")
+    async with raw(page) as server:
+        assert "no model server that we know" in await fails(server, Unexpected)
+
+
+async def test_leaving_in_the_middle_frees_the_socket():
+    async with studio(list_delay_seconds=30) as server, client(server.url) as upstream:
+        task = asyncio.create_task(upstream.listing())
+        while not paths(server):
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        for _ in range(100):
+            if server.studio.in_flight == 0:
+                break
+            await asyncio.sleep(0.02)
+
+        assert server.studio.in_flight == 0

@@ -1,0 +1,289 @@
+"""LM Studio's JSON, as recorded and as nobody should send it."""
+
+import json
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keepalive.core.errors import Reason, Refused, Unexpected
+from keepalive.core.facts import Entry, Instance, Tier
+from keepalive.lmstudio import wire
+
+V1 = {
+    "models": [
+        {
+            "type": "llm",
+            "publisher": "acme",
+            "key": "acme/tiny-4b",
+            "quantization": {"name": "Q4_K_M", "bits_per_weight": 4},
+            "size_bytes": 2497280000,
+            "loaded_instances": [
+                {"id": "acme/tiny-4b", "config": {"context_length": 8192, "parallel": 4}},
+                {"id": "acme/tiny-4b:2", "config": {"context_length": 4096}},
+            ],
+            "variants": ["acme/tiny-4b@q4_k_m"],
+        },
+        {
+            "type": "embedding",
+            "key": "text-embedding-nomic-embed-text-v1.5",
+            "quantization": None,
+            "size_bytes": 84106624,
+            "params_string": None,
+            "loaded_instances": [],
+        },
+    ]
+}
+
+
+def v0_row(ident: str, state: str = "not-loaded", **more: Any) -> dict[str, Any]:
+    return {"id": ident, "object": "model", "type": "llm", "state": state, **more}
+
+
+def test_a_v1_listing_is_read_with_kinds_sizes_instances_and_variants():
+    assert wire.v1_entries(V1) == [
+        Entry(
+            "acme/tiny-4b",
+            "llm",
+            2497280000,
+            (Instance("acme/tiny-4b", 8192), Instance("acme/tiny-4b:2", 4096)),
+            None,
+            ("acme/tiny-4b@q4_k_m",),
+        ),
+        Entry("text-embedding-nomic-embed-text-v1.5", "embedding", 84106624),
+    ]
+
+
+def test_a_listing_is_found_by_key_in_any_case_and_by_variant():
+    index = wire.by_key(wire.v1_entries(V1))
+
+    assert index["acme/tiny-4b"] is index["acme/tiny-4b@q4_k_m"]
+    assert wire.by_key([Entry("Acme/BIG")])["acme/big"].key == "Acme/BIG"
+
+
+def test_a_variant_never_hides_a_model_of_that_key():
+    index = wire.by_key([Entry("a", aliases=("b",)), Entry("b")])
+
+    assert index["b"].key == "b"
+
+
+def test_a_v0_listing_is_read_with_its_copies_and_what_is_loading():
+    rows = [
+        v0_row("a", "loaded", loaded_context_length=8192),
+        v0_row("a:2", "loaded"),
+        v0_row("b", "loading"),
+        v0_row("c:2", "loaded"),
+        v0_row("c"),
+        v0_row("d", "not-loaded", type="embeddings"),
+        v0_row("odd:7", "loaded"),
+    ]
+
+    assert wire.v0_entries({"data": rows}) == [
+        Entry("a", "llm", None, (Instance("a", 8192), Instance("a:2")), False),
+        Entry("b", "llm", None, (), True),
+        Entry("c", "llm", None, (Instance("c:2"),), False),
+        Entry("d", "embedding", None, (), False),
+        Entry("odd:7", "llm", None, (Instance("odd:7"),), False),
+    ]
+
+
+@pytest.mark.parametrize("state", ["unloading", "Loaded", "", "sleeping", "error"])
+def test_anything_but_loaded_is_not_ready(state: str):
+    if state == "":
+        with pytest.raises(Unexpected):
+            wire.v0_entries({"data": [v0_row("a", state)]})
+    else:
+        assert wire.v0_entries({"data": [v0_row("a", state)]})[0].instances == ()
+
+
+def test_what_is_loading_is_added_to_a_listing_that_does_not_tell():
+    newer = [Entry("A"), Entry("b"), Entry("c")]
+    older = wire.v0_entries({"data": [v0_row("a", "loading"), v0_row("b")]})
+
+    assert [e.loading for e in wire.with_loading(newer, older)] == [True, False, None]
+
+
+MISSHAPEN: list[Any] = [
+    None,
+    [],
+    "x",
+    3,
+    {},
+    {"models": None},
+    {"models": {}},
+    {"models": [1]},
+    {"models": [{}]},
+    {"models": [{"key": "a"}]},
+    {"models": [{"key": "", "loaded_instances": []}]},
+    {"models": [{"key": 3, "loaded_instances": []}]},
+    {"models": [{"key": "a", "loaded_instances": [{}]}]},
+    {"models": [{"key": "a", "loaded_instances": ["a"]}]},
+    {"data": None},
+    {"data": [{"id": "a"}]},
+    {"data": [{"id": None, "state": "loaded"}]},
+    {"data": [{"id": "a", "state": 3}]},
+]
+
+
+@pytest.mark.parametrize("answer", MISSHAPEN)
+def test_a_listing_of_another_shape_is_never_an_empty_listing(answer: Any):
+    for read in (wire.v1_entries, wire.v0_entries):
+        with pytest.raises(Unexpected):
+            read(answer)
+
+
+@pytest.mark.parametrize("size", [True, -5, 0, "big", 1.5, None, [], {}])
+def test_an_odd_size_is_no_size(size: Any):
+    row = {
+        "key": "a",
+        "loaded_instances": [{"id": "a", "config": {"context_length": size}}],
+        "size_bytes": size,
+    }
+
+    assert wire.v1_entries({"models": [row]}) == [Entry("a", instances=(Instance("a"),))]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+ROWS = st.lists(
+    st.fixed_dictionaries(
+        {}, optional=dict.fromkeys(("key", "id", "state", "loaded_instances", "variants"), JSON)
+    ),
+    max_size=3,
+)
+
+
+@given(answer=JSON | st.fixed_dictionaries({"models": ROWS, "data": ROWS}))
+def test_any_json_is_read_or_refused(answer: Any):
+    for read in (wire.v1_entries, wire.v0_entries, wire.openai_entries, wire.loaded):
+        with suppress(Unexpected):
+            read(answer)
+    for status in (200, 400, 500):
+        error = wire.refusal(status, answer)
+        assert error is None or (str(error) and "\n" not in str(error))
+    wire.answered_by(answer)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"", "answered with nothing"),
+        (b'{"models":[{"key":"a"', "something that is not whole JSON (21 bytes)"),
+        (b"<!DOCTYPE html><html>", "HTML"),
+        (b"  <HTML>", "HTML"),
+        (b"\x00\xff\xfe", "not whole JSON"),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", "not whole JSON"),
+        (b"[" * 100_000, "not whole JSON"),
+        (b"9" * 10_000, "not whole JSON"),
+    ],
+)
+def test_what_is_no_json_is_said_without_being_quoted(body: bytes, said: str):
+    with pytest.raises(Unexpected, match="GET /x") as caught:
+        wire.decode(body, "GET /x was asked; it")
+
+    assert said in str(caught.value)
+    assert "OpenSSH" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "reason", "message"),
+    [
+        (200, {"error": "Unexpected endpoint or method. (GET /x)"}, Reason.UNKNOWN_ROUTE, None),
+        (404, {"detail": "Not Found"}, Reason.UNKNOWN_ROUTE, "Not Found"),
+        (405, {}, Reason.UNKNOWN_ROUTE, "HTTP 405"),
+        (400, {"error": "The model has crashed without additional information."}, Reason.CRASHED, None),
+        (400, {"error": "Model was unloaded while the request was still in queue.."}, Reason.UNLOADED, None),
+        (400, {"error": {"message": "Model unloaded."}}, Reason.UNLOADED, "Model unloaded."),
+        (400, {"error": {"message": "Model reloaded."}}, Reason.UNLOADED, None),
+        (
+            500,
+            {"error": {"type": "model_load_failed", "message": "Error: insufficient system resources"}},
+            Reason.RESOURCES,
+            None,
+        ),
+        (500, {"error": {"type": "model_load_failed", "message": "it broke"}}, Reason.LOAD_FAILED, "it broke"),
+        (404, {"error": {"message": "Failed to load", "code": "model_not_found"}}, Reason.LOAD_FAILED, None),
+        (400, {"error": {"message": "Which?", "code": "model_not_found"}}, Reason.UNKNOWN_MODEL, "Which?"),
+        (400, {"error": {"code": "invalid_api_key", "message": "Malformed"}}, Reason.UNAUTHORIZED, "Malformed"),
+        (400, {"error": {"code": "unrecognized_keys", "message": "Unrecognized key(s): 'ttl'"}}, Reason.OTHER, None),
+        (200, {"error": {"message": "", "type": "internal_error"}}, Reason.OTHER, "HTTP 200 internal_error"),
+        (500, {"error": None}, Reason.OTHER, "HTTP 500"),
+        (500, [1, 2], Reason.OTHER, "HTTP 500"),
+        (503, "text", Reason.OTHER, "HTTP 503"),
+    ],
+)  # fmt: skip
+def test_errors_are_read_in_every_layout_and_classified_by_their_text(
+    status: int, answer: Any, reason: Reason, message: str | None
+):
+    error = wire.refusal(status, answer)
+
+    assert isinstance(error, Refused)
+    assert (error.reason, error.status) == (reason, status)
+    assert message is None or str(error) == message
+
+
+@pytest.mark.parametrize("answer", [{"data": []}, {"error": None}, {"error": ""}, {"error": {}}, [], None])
+def test_an_answer_without_an_error_is_no_refusal(answer: Any):
+    assert wire.refusal(200, answer) is None
+
+
+def test_foreign_text_becomes_one_line_of_bounded_length():
+    cleaned = wire.clean("a\r\nb\x00\x1b[31m\u2028\ud800" + "x" * 10_000)
+
+    assert cleaned.startswith("a b [31m x")
+    assert len(cleaned) == wire.MESSAGE_MAX
+    cleaned.encode()
+
+
+@pytest.mark.parametrize("seconds", [None, True, "7", -1, float("nan"), 1e9, []])
+def test_an_odd_load_time_is_none(seconds: Any):
+    assert wire.loaded({"instance_id": "a", "load_time_seconds": seconds}) == wire.Loaded("a", None)
+
+
+def test_a_load_answer_needs_its_instance():
+    assert wire.loaded({"instance_id": "a:2", "load_time_seconds": 7.916}) == wire.Loaded("a:2", 7.916)
+    for answer in ({}, None, [], {"instance_id": 3}, {"instance_id": ""}, {"status": "loaded"}):
+        with pytest.raises(Unexpected):
+            wire.loaded(answer)
+
+
+def test_a_ping_is_the_smallest_request_of_its_kind():
+    chat = {"model": "a:2", "messages": [{"role": "user", "content": "."}], "max_tokens": 1, "stream": False}
+
+    assert wire.ping("llm", "a:2", Tier.V1) == ("/v1/chat/completions", {**chat, "temperature": 0})
+    assert wire.ping("llm", "a:2", Tier.OPENAI) == ("/v1/chat/completions", chat)
+    assert wire.ping("embedding", "e", Tier.V0, 86400.0) == (
+        "/v1/embeddings",
+        {"model": "e", "input": ".", "ttl": 86400},
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "tier", "own"),
+    [
+        ("acme/tiny", Tier.V1, True),
+        ("ACME/tiny", Tier.V1, True),
+        ("acme/tiny:2", Tier.V1, False),
+        ("acme/tiny-4b", Tier.V1, False),
+        (None, Tier.V1, False),
+        (None, Tier.OPENAI, True),
+        ("/models/acme/tiny@main", Tier.OPENAI, True),
+        ("qwen", Tier.OPENAI, False),
+    ],
+)
+def test_an_answer_counts_only_from_the_model_that_was_asked(name: str | None, tier: Tier, own: bool):
+    assert wire.is_answer_of(name, ["acme/tiny"], tier) is own
+
+
+def test_what_we_send_is_json():
+    for kind in ("llm", "embedding"):
+        for tier in Tier:
+            body = wire.ping(kind, "a", tier)[1]
+
+            assert json.loads(json.dumps(body)) == body
+            assert body["model"] == "a"

@@ -1,0 +1,79 @@
+"""What docs/prompts.md shows is what happens."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.kit import PROJECT
+from tests.kit.live import DaemonProcess, SimulatorProcess, ending, environment, settings
+
+DOCS = (PROJECT / "docs" / "prompts.md").read_text()
+ADDRESS = "http://127.0.0.1:1235"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", DOCS, re.MULTILINE | re.DOTALL)
+
+
+def run(folder: Path, *words: str) -> str:
+    done = subprocess.run(
+        words, cwd=folder, env=environment(), capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def documented(tmp_path: Path, url: str) -> DaemonProcess:
+    return DaemonProcess(tmp_path, settings(url) + blocks("toml")[0])
+
+
+def test_the_python_example_runs(tmp_path: Path) -> None:
+    simulated = SimulatorProcess(tmp_path, "medicine-llm:2s")
+    with ending(simulated):
+        running = documented(tmp_path, simulated.url)
+        with ending(running):
+            listen = running.events("daemon.started")[0]["listen"]
+            program = blocks("python")[0].replace(ADDRESS, listen)
+            said = run(tmp_path, sys.executable, "-W", "error", "-c", program)
+
+    assert "Loading medicine-llm: " in said
+    assert "This answer comes from a simulator" in said
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_curl_examples_run_and_answer_as_shown(tmp_path: Path) -> None:
+    simulated = SimulatorProcess(tmp_path, "medicine-llm:100ms")
+    with ending(simulated):
+        running = documented(tmp_path, simulated.url)
+        with ending(running):
+            listen = running.events("daemon.started")[0]["listen"]
+            execute, others = (text.replace(ADDRESS, listen) for text in blocks("sh")[:2])
+            stream = run(tmp_path, "sh", "-c", execute)
+            answers = [run(tmp_path, "sh", "-c", line) for line in others.splitlines()]
+    shown = [json.loads(line) for line in blocks("json")[1].splitlines()]
+
+    events = [json.loads(line[6:]) for line in stream.splitlines() if line.startswith("data: ")]
+    documented_events = re.findall(r"^data: (.*)$", DOCS, re.MULTILINE)
+    fields = {event["type"]: list(event) for event in map(json.loads, documented_events)}
+    assert events[-1]["type"] == "done"
+    assert {event["type"]: list(event) for event in events} == {
+        kind: names for kind, names in fields.items() if kind in {event["type"] for event in events}
+    }
+    assert json.loads(answers[0]) == shown[0]
+    assert json.loads(answers[1])["data"].keys() == shown[1]["data"].keys()
+
+
+def test_every_code_that_is_shown_is_one_that_the_program_knows() -> None:
+    files = [*(PROJECT / "keepalive" / "prompts").glob("*.py"), PROJECT / "keepalive" / "proxy.py"]
+    source = "".join(file.read_text() for file in files)
+    rows = re.findall(r"^\| [45]\d\d.*? \| (.*?) \|", DOCS, re.MULTILINE)
+    codes = {code for row in rows for code in re.findall(r"`(\w+)`", row)}
+    codes |= {"timeout", "upstream_unreachable", "upstream_timeout", "upstream_cut", "upstream_error"}
+
+    assert len(codes) > 10
+    assert {code for code in codes if f'"{code}"' not in source} == set()

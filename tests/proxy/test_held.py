@@ -1,0 +1,449 @@
+"""A request for a model that is not warm waits behind one load, and is told so."""
+
+import asyncio
+import contextlib
+import itertools
+import json
+import time
+
+import pytest
+
+from keepalive.core.errors import NotWarm
+from keepalive.core.facts import InstanceLost, ModelId, RequestEnded, RequestStarted
+from keepalive.http1 import Limits
+from keepalive.proxy.proxy import Address, Heartbeat
+from tests.kit.fronted import (
+    CHAT_BODY,
+    CHAT_STREAM,
+    Keep,
+    Upstream,
+    ask,
+    chat,
+    fronted,
+    get,
+    leave,
+    post,
+    raw,
+    says,
+    split_answer,
+    without_comments,
+)
+
+BEAT = 0.1
+
+
+def cold(**how):
+    keep = Keep()
+    keep.add("m", state="cold", **how)
+    return keep
+
+
+class Watching:
+    """A caller that notes when which bytes came."""
+
+    def __init__(self, port):
+        self.port = port
+        self.began = 0.0
+        self.arrivals = []
+
+    async def call(self, data):
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        self.began = time.monotonic()
+        writer.write(data)
+        while more := await reader.read(65536):
+            self.arrivals.append((time.monotonic() - self.began, more))
+        writer.close()
+        return split_answer(b"".join(data for _, data in self.arrivals))
+
+
+async def test_a_hundred_streams_meet_a_cold_model_and_share_one_load():
+    keep = cold(load_seconds=0.6, eta=0.5)
+    async with fronted(says(CHAT_STREAM), keep=keep, heartbeat=BEAT) as (front, upstream):
+        callers = [Watching(front.port) for _ in range(100)]
+        answers = await asyncio.gather(*(caller.call(chat()) for caller in callers))
+
+        assert keep.models[ModelId("local", "m")].loads == 1
+        assert len(upstream.requests) == 100
+        for caller, (status, headers, body) in zip(callers, answers, strict=True):
+            assert status == 200
+            assert headers[b"content-type"] == b"text/event-stream"
+            assert headers[b"x-keepalive-model-state"] in (b"cold", b"loading")
+            assert caller.arrivals[0][0] < 0.25
+            assert body.count(b": keepalive model=m state=loading") >= 3
+            assert b"eta=0.5" in body
+            assert without_comments(body) == CHAT_BODY
+        seen = await front.last()
+        assert (seen.outcome, seen.start) == ("ok", "cold")
+        assert 0.4 < seen.wait_seconds < 2
+        assert seen.first_token_seconds > 0.4
+
+
+async def test_nothing_is_forwarded_before_the_model_is_warm():
+    keep = cold(load_seconds=0.3)
+    async with fronted(says(CHAT_STREAM), keep=keep, heartbeat=BEAT) as (front, upstream):
+        call = asyncio.create_task(ask(front.port, chat()))
+        await asyncio.sleep(0.2)
+        before = len(upstream.requests)
+        waiting = front.proxy.waiting
+        await call
+
+        assert (before, waiting) == (0, 1)
+        facts = keep.models[ModelId("local", "m")].facts
+        assert [type(fact) for fact in facts] == [RequestStarted, RequestEnded]
+        assert facts[1].answered
+
+
+async def test_the_first_comment_comes_at_once_and_the_others_every_heartbeat():
+    keep = cold(load_seconds=1.05)
+    async with fronted(says(CHAT_STREAM), keep=keep, heartbeat=0.2) as (front, _):
+        caller = Watching(front.port)
+        await caller.call(chat())
+
+        times = [at for at, data in caller.arrivals if b": keepalive" in data]
+        assert times[0] < 0.1
+        assert 5 <= len(times) <= 7
+        assert all(0.12 < b - a < 0.35 for a, b in itertools.pairwise(times))
+
+
+async def test_reasoning_is_visible_text():
+    keep = cold(load_seconds=0.3)
+    async with fronted(says(CHAT_STREAM), keep=keep, heartbeat=BEAT, heartbeat_mode=Heartbeat.REASONING) as (
+        front,
+        _,
+    ):
+        _, _, body = await ask(front.port, chat())
+
+        first = json.loads(body.split(b"\n\n")[0].removeprefix(b"data: "))
+        assert "m is" in first["choices"][0]["delta"]["reasoning_content"]
+        assert body.endswith(CHAT_BODY)
+
+
+async def test_off_says_nothing_until_the_upstream_answers_and_keeps_its_status():
+    keep = cold(load_seconds=0.3)
+    refusal = b"HTTP/1.1 418 I'm a teapot\r\nContent-Length: 2\r\n\r\n{}"
+    async with fronted(says(refusal), keep=keep, heartbeat=BEAT, heartbeat_mode=Heartbeat.OFF) as (front, _):
+        caller = Watching(front.port)
+        status, _, body = await caller.call(chat())
+
+        assert (status, body) == (418, b"{}")
+        assert caller.arrivals[0][0] > 0.25
+
+
+async def test_a_request_chooses_its_own_heartbeat():
+    keep = cold(load_seconds=0.3)
+    async with fronted(says(CHAT_STREAM), keep=keep, heartbeat=BEAT) as (front, upstream):
+        _, headers, body = await ask(front.port, chat("m", "X-Keepalive-Heartbeat: off"))
+
+        assert body == CHAT_BODY
+        assert b"x-keepalive-heartbeat" not in upstream.requests[0].headers
+        assert float(headers[b"server-timing"].split(b"wait;dur=")[1].split(b",")[0]) > 200
+
+
+async def test_not_streaming_is_held_without_a_byte_and_then_served():
+    keep = cold(load_seconds=0.3)
+    answer = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
+    async with fronted(says(answer), keep=keep, heartbeat=BEAT) as (front, _upstream):
+        caller = Watching(front.port)
+        status, headers, body = await caller.call(chat(stream=False))
+
+        assert (status, body) == (200, b"{}")
+        assert caller.arrivals[0][0] > 0.25
+        assert headers[b"x-keepalive-model-state"] == b"cold"
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/v1/chat/completions", ["error", "message"]),
+        ("/v1/completions", ["error", "message"]),
+        ("/v1/embeddings", ["error", "message"]),
+        ("/v1/responses", ["error", "message"]),
+        ("/v1/messages", ["error", "message"]),
+        ("/api/v1/chat", ["error", "message"]),
+    ],
+)
+async def test_not_ready_in_time_is_503_in_the_layout_of_the_route(path, message):
+    keep = cold(load_seconds=60, eta=41.2, reason="it is large", max_wait=0.2)
+    async with fronted(keep=keep) as (front, upstream):
+        status, headers, body = await ask(front.port, post(path, b'{"model":"M"}'))
+
+        assert status == 503
+        assert headers[b"retry-after"] == b"42"
+        text = json.loads(body)
+        for key in message:
+            text = text[key]
+        assert text == "m is loading and did not get warm in time: it is large"
+        assert upstream.requests == []
+        seen = await front.last()
+        assert (seen.outcome, seen.status) == ("timeout", 503)
+
+
+async def test_prefer_wait_lowers_the_wait_and_never_raises_it():
+    keep = cold(load_seconds=60, max_wait=0.5)
+    async with fronted(keep=keep) as (front, _):
+        began = time.monotonic()
+        status, _, _ = await ask(front.port, chat("m", "Prefer: respond-async, wait=0", stream=False))
+        quick = time.monotonic() - began
+        began = time.monotonic()
+        await ask(front.port, chat("m", "Prefer: wait=100", stream=False))
+
+        assert status == 503
+        assert quick < 0.3
+        assert time.monotonic() - began < 2
+
+
+async def test_a_stream_that_waited_in_vain_ends_with_an_error_event():
+    keep = cold(load_seconds=60, max_wait=0.3)
+    async with fronted(keep=keep, heartbeat=BEAT) as (front, _):
+        status, _, body = await ask(front.port, chat())
+
+        assert status == 200
+        error = json.loads(without_comments(body).removeprefix(b"data: "))["error"]
+        assert error["code"] == "model_not_ready"
+        assert (await front.last()).outcome == "timeout"
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+async def test_a_load_that_failed_is_said_with_its_reason(streaming):
+    keep = cold(load_seconds=0.1, fails=NotWarm("not enough memory", retry_after=33))
+    async with fronted(keep=keep, heartbeat=BEAT) as (front, upstream):
+        status, headers, body = await ask(front.port, chat(stream=streaming))
+
+        assert b"not enough memory" in body
+        assert upstream.requests == []
+        if not streaming:
+            assert (status, headers[b"retry-after"]) == (503, b"33")
+
+
+async def test_the_load_goes_on_when_the_last_who_waited_has_left():
+    keep = cold(load_seconds=0.4)
+    async with fronted(says(CHAT_STREAM), keep=keep, heartbeat=BEAT) as (front, upstream):
+        _, writer = await asyncio.open_connection("127.0.0.1", front.port)
+        writer.write(chat())
+        await asyncio.sleep(0.15)
+        assert front.proxy.waiting == 1
+        writer.close()
+        left = time.monotonic()
+        while front.proxy.waiting:
+            await asyncio.sleep(0.001)
+
+        assert time.monotonic() - left < 0.1
+        await asyncio.sleep(0.4)
+        assert keep.view(ModelId("local", "m")).state == "warm"
+        assert keep.models[ModelId("local", "m")].loads == 1
+        assert upstream.requests == []
+        assert (await front.last()).outcome == "client_gone"
+
+
+async def test_many_wait_some_leave_some_are_impatient_and_the_rest_is_served():
+    keep = cold(load_seconds=1.8)
+    async with fronted(says(CHAT_STREAM), keep=keep, heartbeat=BEAT) as (front, upstream):
+
+        async def leaver():
+            _, writer = await asyncio.open_connection("127.0.0.1", front.port)
+            writer.write(chat())
+            await asyncio.sleep(0.5)
+            writer.close()
+
+        impatient = [ask(front.port, chat("m", "Prefer: wait=1", stream=False)) for _ in range(20)]
+        patient = [ask(front.port, chat()) for _ in range(80)]
+        answers = await asyncio.gather(*impatient, *patient, *(leaver() for _ in range(100)))
+
+        assert [answer[0] for answer in answers[:20]] == [503] * 20
+        assert [without_comments(answer[2]) for answer in answers[20:100]] == [CHAT_BODY] * 80
+        assert keep.models[ModelId("local", "m")].loads == 1
+        assert len(upstream.requests) == 80
+
+
+async def test_a_warm_model_that_thinks_for_long_is_waited_for_with_comments():
+    async def script(asking):
+        await asyncio.sleep(0.5)
+        await asking.send(CHAT_STREAM)
+
+    keep = Keep()
+    keep.add("m")
+    async with fronted(script, keep=keep, heartbeat=BEAT) as (front, _):
+        status, headers, body = await ask(front.port, chat())
+
+        assert status == 200
+        assert headers[b"x-keepalive-model-state"] == b"warm"
+        assert body.count(b": keepalive model=m state=warm") >= 3
+        assert without_comments(body) == CHAT_BODY
+
+
+async def test_heartbeats_stand_between_events_only_even_when_the_upstream_stops_inside_one():
+    async def script(asking):
+        half = len(CHAT_STREAM) // 2 - 20
+        await asking.send(CHAT_STREAM[:half])
+        await asyncio.sleep(0.35)
+        await asking.send(CHAT_STREAM[half:])
+
+    keep = Keep()
+    keep.add("m")
+    async with fronted(script, keep=keep, heartbeat=BEAT) as (front, _):
+        _, _, body = await ask(front.port, chat())
+
+        assert body.count(b": keepalive") >= 2
+        assert without_comments(body) == CHAT_BODY
+
+
+async def test_models_that_nobody_keeps_pass_untouched_and_without_heartbeats():
+    async def script(asking):
+        await asyncio.sleep(0.3)
+        await asking.send(CHAT_STREAM)
+
+    async with fronted(script, keep=cold(load_seconds=60), heartbeat=BEAT) as (front, _):
+        _, headers, body = await ask(front.port, chat("other"))
+
+        assert body == CHAT_BODY
+        assert b"x-keepalive-model-state" not in headers
+
+
+async def test_looking_does_not_load():
+    keep = cold(load_seconds=60)
+    async with fronted(keep=keep) as (front, _):
+        body = b'{"model":"m"}'
+        for method in ("GET", "HEAD", "OPTIONS", "PUT", "DELETE"):
+            await raw(front.port, post("/v1/chat/completions", body).replace(b"POST", method.encode(), 1))
+        await ask(front.port, get("/v1/models"))
+
+        assert keep.warm_asked == 0
+
+
+async def test_a_large_body_with_its_model_at_the_end_is_understood_and_forwarded_unchanged():
+    keep = cold(load_seconds=0.2)
+    image = b"iVBOR" * 4_000_000
+    body = b'{"messages":[{"role":"user","content":"%b"}],"stream":true,"model":"m"}' % image
+    async with fronted(says(CHAT_STREAM), keep=keep, heartbeat=BEAT) as (front, upstream):
+        _, _, answer = await ask(front.port, post("/v1/chat/completions", body))
+
+        assert without_comments(answer) == CHAT_BODY
+        assert upstream.bodies == [body]
+
+
+async def test_the_last_of_two_model_keys_counts():
+    keep = cold(load_seconds=60, max_wait=0.1)
+    async with fronted(keep=keep) as (front, upstream):
+        status, _, _ = await ask(front.port, post("/v1/embeddings", b'{"model":"x","input":"a","model":"m"}'))
+
+        assert status == 503
+        assert upstream.requests == []
+
+
+async def test_a_compressed_body_cannot_hide_its_model():
+    import gzip
+
+    keep = cold(load_seconds=60, max_wait=0.1)
+    async with fronted(keep=keep) as (front, upstream):
+        body = gzip.compress(b'{"model":"m"}')
+        status, _, _ = await ask(front.port, post("/v1/embeddings", body, "Content-Encoding: gzip"))
+
+        assert status == 415
+        assert upstream.requests == []
+
+
+async def test_the_sum_of_all_held_bodies_is_capped():
+    keep = cold(load_seconds=60)
+    async with fronted(keep=keep, kept_bytes=100_000) as (front, _):
+        body = b'{"model":"m","input":"%b"}' % (b"x" * 60_000)
+        _, writer = await asyncio.open_connection("127.0.0.1", front.port)
+        writer.write(post("/v1/embeddings", body))
+        while not front.proxy.waiting:
+            await asyncio.sleep(0.01)
+        status, headers, _ = await ask(front.port, post("/v1/embeddings", body))
+        writer.close()
+
+        assert (status, headers[b"retry-after"]) == (503, b"1")
+
+
+@pytest.mark.parametrize("how", ["close", "half-close", "reset"])
+async def test_a_caller_that_sent_too_much_ahead_is_still_seen_to_leave(how):
+    # Its socket is not being read any more when it leaves.
+    keep = cold(load_seconds=60)
+    async with fronted(keep=keep, limits=Limits(tick=0.02, ahead_bytes=1000)) as (front, _):
+        _, writer = await asyncio.open_connection("127.0.0.1", front.port)
+        writer.write(chat(stream=False) + b"x" * 30_000)
+        while not front.proxy.waiting:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        leave(writer, how)
+        left = time.monotonic()
+        while front.proxy.waiting and time.monotonic() < left + 2:
+            await asyncio.sleep(0.001)
+
+        assert time.monotonic() - left < 0.1
+        writer.close()
+
+
+async def test_a_model_on_two_upstreams_is_asked_where_it_is_warm_and_conversations_stay():
+    keep = Keep()
+    keep.add("m", upstream="local", state="cold", load_seconds=60)
+    keep.add("m", upstream="other", state="warm")
+    async with fronted(says(CHAT_STREAM), keep=keep) as (front, upstream):
+        other = Upstream(says(CHAT_STREAM))
+        await other.start()
+        front.proxy.configure(
+            front.proxy.settings.__class__(
+                upstreams={
+                    "local": Address(f"http://127.0.0.1:{upstream.port}"),
+                    "other": Address(f"http://127.0.0.1:{other.port}"),
+                },
+                limits=front.proxy.settings.limits,
+            )
+        )
+        await ask(front.port, chat())
+        keep.models[ModelId("local", "m")].state = "warm"
+        await ask(front.port, chat())
+        stayed = (len(upstream.requests), len(other.requests))
+        keep.models[ModelId("other", "m")].state = "loading"
+        await ask(front.port, chat())
+        moved = (len(upstream.requests), len(other.requests))
+        await other.stop()
+
+        assert stayed == (0, 2)
+        assert moved == (1, 2)
+
+
+async def test_before_the_first_byte_a_dead_upstream_is_left_for_the_next():
+    keep = Keep()
+    keep.add("m", upstream="dead")
+    keep.add("m", upstream="local")
+    async with fronted(says(CHAT_STREAM), keep=keep) as (front, upstream):
+        front.proxy.configure(
+            front.proxy.settings.__class__(
+                upstreams={
+                    "dead": Address("http://127.0.0.1:9"),
+                    "local": Address(f"http://127.0.0.1:{upstream.port}"),
+                },
+                limits=front.proxy.settings.limits,
+            )
+        )
+        status, _, body = await ask(front.port, chat())
+
+        assert (status, body) == (200, CHAT_BODY)
+        facts = keep.models[ModelId("dead", "m")].facts
+        assert [type(fact) for fact in facts] == [RequestStarted, RequestEnded, InstanceLost]
+        assert not facts[1].answered
+
+
+async def test_what_measures_may_fail_and_the_stream_does_not_notice(monkeypatch):
+    class Broken:
+        def __init__(self, *args):
+            self.first_token_seconds = None
+
+        def feed(self, now, data):
+            raise RuntimeError("a bug")
+
+    monkeypatch.setattr("keepalive.proxy.proxy.Meter", Broken)
+    keep = Keep()
+    keep.add("m")
+    async with fronted(says(CHAT_STREAM), keep=keep) as (front, _):
+
+        def broken(record):
+            raise RuntimeError("a bug")
+
+        front.proxy.seen = broken
+        with contextlib.suppress(TimeoutError):
+            status, _, body = await ask(front.port, chat())
+
+        assert (status, body) == (200, CHAT_BODY)

@@ -1,0 +1,36 @@
+"""What passes through, unchanged."""
+
+from tests.kit.fronted import (
+    CHAT_BODY,
+    CHAT_STREAM,
+    Keep,
+    ask,
+    chat,
+    fronted,
+    get,
+    says,
+)
+
+
+async def test_a_get_passes():
+    async with fronted() as (front, upstream):
+        status, headers, body = await ask(front.port, get("/v1/models?x=%E9&y", "X-Mine: 1"))
+
+        assert (status, body) == (200, b"fine")
+        assert headers[b"content-type"] == b"text/plain"
+        assert upstream.requests[0].head.startswith(b"GET /v1/models?x=%E9&y HTTP/1.1\r\n")
+        assert upstream.requests[0].headers[b"x-mine"] == b"1"
+        assert b"connection" not in upstream.requests[0].headers
+
+
+async def test_a_stream_of_a_warm_model_passes_byte_for_byte():
+    keep = Keep()
+    keep.add("m")
+    async with fronted(says(CHAT_STREAM), keep=keep) as (front, _):
+        status, headers, body = await ask(front.port, chat())
+
+        assert (status, body) == (200, CHAT_BODY)
+        assert headers[b"x-keepalive-model-state"] == b"warm"
+        assert b"wait;dur=0.0" in headers[b"server-timing"]
+        seen = await front.last()
+        assert (seen.outcome, seen.start, seen.route, seen.status) == ("ok", "warm", "chat", 200)
