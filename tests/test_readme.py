@@ -5,7 +5,7 @@ import re
 from typer.testing import CliRunner
 
 from keepalive import config
-from keepalive.cli import app
+from keepalive.cli.app import app
 from keepalive.core.lifecycle import diagram
 from tests.kit import PROJECT
 
@@ -42,7 +42,7 @@ def test_every_command_explains_itself() -> None:
 
 
 def test_the_metrics_of_its_query_exist() -> None:
-    source = (PROJECT / "keepalive" / "metrics.py").read_text()
+    source = (PROJECT / "keepalive" / "observers" / "metrics.py").read_text()
     named = {name for query in blocks("promql") for name in re.findall(r"keepalive_\w+", query)}
 
     assert named == {"keepalive_proxy_wait_seconds_sum"}

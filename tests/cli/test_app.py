@@ -19,7 +19,7 @@ import pytest
 from typer.testing import CliRunner
 
 from keepalive import __version__
-from keepalive.cli import app as cli
+from keepalive.cli.app import app as cli
 from tests.kit.live import (
     KEEPALIVE,
     DaemonProcess,

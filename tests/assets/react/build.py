@@ -13,15 +13,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.kit import PROJECT
+
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 PACKAGE = HERE / "package.json"
 INSTALL_SECONDS = 90.0
 
 
 def snippets(language: str) -> list[str]:
     """The blocks of docs/browser.md in one language."""
-    text = (ROOT / "docs" / "browser.md").read_text()
+    text = (PROJECT / "docs" / "browser.md").read_text()
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
@@ -29,7 +30,7 @@ def bundle(folder: Path) -> bytes:
     """The application as one script. Skips where it cannot be built."""
     modules = packages()
     shutil.copytree(HERE / "src", folder, dirs_exist_ok=True)
-    shutil.copy(ROOT / "keepalive" / "assets" / "keepalive.js", folder)
+    shutil.copy(PROJECT / "keepalive" / "assets" / "keepalive.js", folder)
     for block in snippets("js") + snippets("jsx"):
         if named := re.match(r"// (\S+\.jsx?)\n", block):
             (folder / named[1]).write_text(block)
