@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 TESTABLE := $(VENV)/.installed-test
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-setup bench schema clean python
+.PHONY: help demo test check test-setup bench schema clean python
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -16,11 +16,14 @@ help:  ## Show this list
 demo: $(INSTALLED)  ## Watch keepalive work, against a simulated LM Studio; Ctrl-C ends it
 	@$(BIN)/keepalive demo
 
-test: $(TESTABLE)  ## Check style and types, run every test
+test: $(TESTABLE) check  ## Check style and types, run every test (minutes; ends with what was skipped, why, and the slowest)
+	$(BIN)/pytest --numprocesses=auto --dist=loadgroup
+
+check: $(TESTABLE)  ## Check style, types and who imports whom (seconds)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest --quiet tests/test_house.py
 
 test-setup: python  ## Install the real inference server that some tests skip without (more than 1 GB)
 	$(PYTHON) tests/kit/real_server.py install

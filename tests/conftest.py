@@ -1,4 +1,8 @@
-"""A test file that says `BOTH_LOOPS = True` has each of its tests run on asyncio's own loop and on uvloop."""
+"""How the tests run: beside each other, the same ones each time, and on which loop.
+
+A test file that says `BOTH_LOOPS = True` has each of its tests run on asyncio's own loop and on uvloop. Tests that
+share something that costs time to set up, or must not meet, name it: `pytest.mark.xdist_group("a browser")`.
+"""
 
 import asyncio
 import os
@@ -25,3 +29,14 @@ def pytest_asyncio_loop_factories(config, item):
     if uvloop is not None and module is not None and getattr(module.obj, "BOTH_LOOPS", False):
         factories["uvloop"] = uvloop.new_event_loop
     return factories
+
+
+def pytest_xdist_auto_num_workers(config):
+    """More than cores: most tests wait for processes and sockets, not for the processor."""
+    return 3 * (os.cpu_count() or 1)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """What has to run on one worker comes first, so that no worker is left with it when the others are done."""
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
