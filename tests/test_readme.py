@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from keepalive import config
 from keepalive.cli.app import app
-from keepalive.core.lifecycle import diagram
+from keepalive.core.states import diagram
 from tests.kit import PROJECT
 
 README = (PROJECT / "README.md").read_text()

@@ -20,7 +20,7 @@ from urllib.request import urlopen
 import pytest
 
 from keepalive.core.facts import Tier
-from keepalive.core.lifecycle import Cause
+from keepalive.core.records import Cause
 from keepalive.lmstudio import wire
 from tests.kit.real_server import RealServer, make_model, started, why_not
 

@@ -9,8 +9,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from keepalive import __version__
+from keepalive.core.explain import eta, explain
 from keepalive.core.facts import ModelId
-from keepalive.core.lifecycle import Model, Snapshot, State, Upstream, eta, explain
+from keepalive.core.records import Model, Snapshot, Upstream
+from keepalive.core.states import State
 from keepalive.observers.history import Story
 
 Json = dict[str, Any]

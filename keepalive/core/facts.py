@@ -1,7 +1,7 @@
 """What can happen.
 
 A fact says what was seen or done, in the past tense, with the monotonic time `at` which it was known.
-Whoever sees something reports a fact; only `lifecycle.apply` decides what follows from it. No fact carries
+Whoever sees something reports a fact; only `apply` decides what follows from it. No fact carries
 a prompt, an answer or a token.
 """
 

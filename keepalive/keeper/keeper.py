@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from keepalive.core.actions import Action, Load, Refresh, SendPing, SkipPing, Unload
+from keepalive.core.apply import apply
 from keepalive.core.errors import (
     Cut,
     NotWarm,
@@ -46,25 +48,11 @@ from keepalive.core.facts import (
     WaitStarted,
     fold_key,
 )
-from keepalive.core.lifecycle import (
-    BACKOFF_FIRST,
-    Action,
-    Load,
-    Model,
-    Policy,
-    Refresh,
-    SendPing,
-    SkipPing,
-    Snapshot,
-    State,
-    Unload,
-    Upstream,
-    UpstreamState,
-    apply,
-    apply_upstream,
-    blocked_by,
-    plan,
-)
+from keepalive.core.moves import BACKOFF_FIRST
+from keepalive.core.plan import blocked_by, plan
+from keepalive.core.records import Model, Policy, Snapshot, Upstream, UpstreamState
+from keepalive.core.states import State
+from keepalive.core.upstreams import apply_upstream
 
 # LM Studio calls further copies of a model `key:2`, `key:3`, …
 COPY_NUMBER = re.compile(r":[0-9]+$")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from keepalive.core.errors import KeepaliveError
 from keepalive.core.facts import Fact, LoadRemembered, ModelId
-from keepalive.core.lifecycle import Model, Upstream
+from keepalive.core.records import Model, Upstream
 
 ENTRY_MAX = 64 * 1024
 # No load takes a day. A file that says so is damaged, and would keep the model from being loaded.

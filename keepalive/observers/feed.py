@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from keepalive.core.facts import Fact
-from keepalive.core.lifecycle import Model, Upstream
+from keepalive.core.records import Model, Upstream
 
 Json = Mapping[str, Any]
 

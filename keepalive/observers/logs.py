@@ -32,7 +32,8 @@ from keepalive.core.facts import (
     PingOutcome,
     UnloadEnded,
 )
-from keepalive.core.lifecycle import Model, State, Upstream, UpstreamState
+from keepalive.core.records import Model, Upstream, UpstreamState
+from keepalive.core.states import State
 
 # At 300 bytes a line about 3 MB, when nobody reads.
 LINES_WAITING = 10_000

@@ -29,7 +29,8 @@ from prometheus_client.registry import Collector
 
 from keepalive import __version__
 from keepalive.core.facts import Fact, LoadEnded, LoadOutcome, ModelId, PingEnded, PingOutcome
-from keepalive.core.lifecycle import Cause, Model, Snapshot, State, Upstream, UpstreamState
+from keepalive.core.records import Cause, Model, Snapshot, Upstream, UpstreamState
+from keepalive.core.states import State
 
 # A load takes 5 s to more than 120 s, and is given up on after 15 minutes.
 LOAD_BUCKETS = (1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 45.0, 60.0, 90.0, 120.0, 180.0, 300.0, 600.0, 900.0)

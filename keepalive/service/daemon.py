@@ -27,7 +27,8 @@ from keepalive.core.facts import (
     WindowClosed,
     WindowOpened,
 )
-from keepalive.core.lifecycle import Policy, State, UpstreamState
+from keepalive.core.records import Policy, UpstreamState
+from keepalive.core.states import State
 from keepalive.keeper.keeper import Keep, Keeper, Server
 from keepalive.keeper.ledger import Ledger
 from keepalive.keeper.schedule import Schedule

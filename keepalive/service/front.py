@@ -16,8 +16,8 @@ from keepalive import prompts
 from keepalive.config import Address as Listen
 from keepalive.config import Config
 from keepalive.core.errors import KeepaliveError
+from keepalive.core.explain import eta
 from keepalive.core.facts import ModelFact, ModelId, WarmAsked
-from keepalive.core.lifecycle import eta
 from keepalive.http1 import Exchange, Limits, Listener, bind, serve
 from keepalive.keeper.keeper import Keeper
 from keepalive.observers import logs

@@ -18,7 +18,7 @@ from aiohttp import web
 from keepalive.admin.server import Access, Admin, is_known_host, server
 from keepalive.admin.server import server as admin
 from keepalive.core.facts import ListingStarted, ModelId
-from keepalive.core.lifecycle import Upstream
+from keepalive.core.records import Upstream
 from keepalive.observers import feed, logs
 from keepalive.observers.feed import Feed
 from tests.kit.live import ask, asked, raw, until

@@ -7,7 +7,7 @@ from math import inf
 from keepalive import __version__
 from keepalive.admin.status import document, is_ready, story_document, utc
 from keepalive.core.facts import Instance, LoadOutcome, ModelId, PingOutcome, Tier
-from keepalive.core.lifecycle import (
+from keepalive.core.records import (
     Cause,
     Eviction,
     Model,
@@ -15,10 +15,10 @@ from keepalive.core.lifecycle import (
     Ping,
     Policy,
     Snapshot,
-    State,
     Upstream,
     UpstreamState,
 )
+from keepalive.core.states import State
 from keepalive.observers.history.story import Changed, Evicted, Loaded, Pinged, Story, Waited
 
 GEMMA = ModelId("local", "gemma")

@@ -10,7 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from keepalive.core.actions import Action, Load, Refresh, SendPing, SkipPing, Unload
+from keepalive.core.apply import apply
 from keepalive.core.errors import Reason
+from keepalive.core.explain import eta, explain
 from keepalive.core.facts import (
     ClockJumped,
     Entry,
@@ -43,31 +46,10 @@ from keepalive.core.facts import (
     WindowOpened,
     fold_key,
 )
-from keepalive.core.lifecycle import (
-    TABLE,
-    Action,
-    Cause,
-    Eviction,
-    IllegalMove,
-    Load,
-    Model,
-    Policy,
-    Refresh,
-    SendPing,
-    Sign,
-    SkipPing,
-    State,
-    Unload,
-    Upstream,
-    UpstreamState,
-    apply,
-    apply_upstream,
-    blocked_by,
-    diagram,
-    eta,
-    explain,
-    plan,
-)
+from keepalive.core.plan import blocked_by, plan
+from keepalive.core.records import Cause, Eviction, Model, Policy, Upstream, UpstreamState
+from keepalive.core.states import TABLE, IllegalMove, Sign, State, diagram
+from keepalive.core.upstreams import apply_upstream
 
 GEMMA = ModelId("local", "gemma")
 QWEN = ModelId("local", "qwen")

@@ -12,19 +12,31 @@ from typing import Any
 
 import pytest
 
-from keepalive.core import lifecycle
+from keepalive.core import apply as applying
+from keepalive.core import calls, listings
+from keepalive.core import plan as planning
+from keepalive.core.actions import Unload
 from keepalive.core.errors import Reason
+from keepalive.core.explain import explain
 from keepalive.core.facts import (
     Fact,
     ListingFailed,
+    LoadEnded,
+    LoadOutcome,
     ModelId,
+    PingEnded,
+    PingOutcome,
+    PingStarted,
     ReleaseAsked,
+    RequestEnded,
     RequestStarted,
     Trouble,
+    UnloadStarted,
     WarmAsked,
     WindowClosed,
 )
-from keepalive.core.lifecycle import IllegalMove, Model, Policy, State, Upstream, UpstreamState, explain
+from keepalive.core.records import Model, Policy, Upstream, UpstreamState
+from keepalive.core.states import IllegalMove, State
 from keepalive.keeper.keeper import Keep, Keeper, Server
 from keepalive.lmstudio.client import Client
 from keepalive.simulator.models import SimModel
@@ -188,7 +200,7 @@ def test_a_model_in_use_is_unloaded_only_once_its_users_have_left():
         world.record(ReleaseAsked, ModelId("local", "a"))
         await asyncio.sleep(300)
         still = events(site, "unloaded")
-        world.record(lambda at, m: lifecycle.RequestEnded(at, m, True), ModelId("local", "a"))
+        world.record(lambda at, m: RequestEnded(at, m, True), ModelId("local", "a"))
         await asyncio.sleep(100)
         await world.kill()
         return still, site
@@ -485,7 +497,7 @@ def test_an_illegal_move_of_ours_ends_the_run():
         identity = ModelId("local", "a")
         keeper.configure([Server("local", client)], [Keep(identity, POLICY)])
         with pytest.raises(IllegalMove):
-            keeper.record(lifecycle.PingStarted(1.0, identity))
+            keeper.record(PingStarted(1.0, identity))
         await client.close()
 
     run_virtually(go)
@@ -588,7 +600,7 @@ def test_a_model_removed_in_the_moment_of_its_ping_ends_nothing():
 
         class Removes:
             def observe(self, fact: Fact, before: object, after: object) -> None:
-                if isinstance(fact, lifecycle.PingStarted):
+                if isinstance(fact, PingStarted):
                     asyncio.get_running_loop().call_soon(keeper_of.configure, servers(world), [])
 
         keeper_of._observers = [*keeper_of._observers, Removes()]
@@ -650,46 +662,46 @@ def test_the_scenario_breaks_no_promise_as_it_is():
 
 
 def p1(patch: pytest.MonkeyPatch) -> None:
-    ended = lifecycle._load_ended
+    ended = calls.load_ended
 
-    def fail(model: Model, fact: lifecycle.LoadEnded) -> Model:
-        unknown = fact.outcome is lifecycle.LoadOutcome.UNKNOWN
-        return ended(model, replace(fact, outcome=lifecycle.LoadOutcome.FAILED) if unknown else fact)
+    def fail(model: Model, fact: LoadEnded) -> Model:
+        unknown = fact.outcome is LoadOutcome.UNKNOWN
+        return ended(model, replace(fact, outcome=LoadOutcome.FAILED) if unknown else fact)
 
-    patch.setitem(lifecycle._CHANGES, lifecycle.LoadEnded, fail)  # type: ignore[arg-type]
+    patch.setitem(applying.CHANGES, LoadEnded, fail)  # type: ignore[arg-type]
 
 
 def p2(patch: pytest.MonkeyPatch) -> None:
     due = lambda m, now: m.needed and m.state is State.COLD and not m.calling  # noqa: E731
     started = lambda m, fact: replace(m, pinging=True)  # noqa: E731
-    patch.setattr(lifecycle, "_ping_is_due", due)
-    patch.setitem(lifecycle._CHANGES, lifecycle.PingStarted, started)  # type: ignore[arg-type]
+    patch.setattr(planning, "_ping_is_due", due)
+    patch.setitem(applying.CHANGES, PingStarted, started)  # type: ignore[arg-type]
 
 
 def p3(patch: pytest.MonkeyPatch) -> None:
     def unloads(upstream: Upstream, models: list[Model], now: float) -> list[Any]:
-        idle = [m for m in models if not m.needed and m.instances and lifecycle._is_unloadable(m, now)]
-        return [(m, lifecycle.Unload(m.id, m.instances[0].id)) for m in idle]
+        idle = [m for m in models if not m.needed and m.instances and planning._is_unloadable(m, now)]
+        return [(m, Unload(m.id, m.instances[0].id)) for m in idle]
 
     started = lambda m, fact: replace(m, unloading=True)  # noqa: E731
-    patch.setattr(lifecycle, "_unloads", unloads)
-    patch.setitem(lifecycle._CHANGES, lifecycle.UnloadStarted, started)  # type: ignore[arg-type]
+    patch.setattr(planning, "_unloads", unloads)
+    patch.setitem(applying.CHANGES, UnloadStarted, started)  # type: ignore[arg-type]
 
 
 def p5(patch: pytest.MonkeyPatch) -> None:
-    ended = lifecycle._ping_ended
+    ended = calls.ping_ended
 
-    def dead(model: Model, fact: lifecycle.PingEnded) -> Model:
-        if fact.outcome is lifecycle.PingOutcome.TIMEOUT:
-            fact = replace(fact, outcome=lifecycle.PingOutcome.ERROR, why=Reason.CRASHED)
+    def dead(model: Model, fact: PingEnded) -> Model:
+        if fact.outcome is PingOutcome.TIMEOUT:
+            fact = replace(fact, outcome=PingOutcome.ERROR, why=Reason.CRASHED)
         return ended(model, fact)
 
-    patch.setitem(lifecycle._CHANGES, lifecycle.PingEnded, dead)  # type: ignore[arg-type]
+    patch.setitem(applying.CHANGES, PingEnded, dead)  # type: ignore[arg-type]
 
 
 def p6(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(lifecycle, "_resolve", lambda model, pending, at, told: None)
-    patch.setattr(lifecycle, "_present", lambda model, at, entry: model)
+    patch.setattr(listings, "_resolve", lambda model, pending, at, told: None)
+    patch.setattr(listings, "_present", lambda model, at, entry: model)
 
 
 @pytest.mark.parametrize(

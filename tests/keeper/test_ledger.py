@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from keepalive.core.apply import apply
 from keepalive.core.facts import (
     Entry,
     Instance,
@@ -24,7 +25,7 @@ from keepalive.core.facts import (
     Trouble,
     UpstreamFact,
 )
-from keepalive.core.lifecycle import Model, apply
+from keepalive.core.records import Model
 from keepalive.keeper.ledger import Ledger, LedgerError
 
 GEMMA = ModelId("local", "gemma")

@@ -16,9 +16,13 @@ from typing import Any
 
 import pytest
 
-from keepalive.core import lifecycle
-from keepalive.core.facts import Listed, LoadEnded, LoadOutcome, ModelId, UnloadStarted
-from keepalive.core.lifecycle import Model, Policy, State, Unload
+from keepalive.core import apply as applying
+from keepalive.core import calls, listings, moves
+from keepalive.core import plan as planning
+from keepalive.core.actions import Unload
+from keepalive.core.facts import Listed, LoadEnded, LoadOutcome, ModelId, PingStarted, UnloadStarted
+from keepalive.core.records import Model, Policy
+from keepalive.core.states import State
 from keepalive.keeper import keeper
 from keepalive.keeper.keeper import Keep
 from keepalive.simulator.models import SimModel
@@ -168,29 +172,29 @@ def test_killed_at_any_step_and_started_again_it_loads_nothing_twice(
 
 
 def loads_without_a_listing(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(lifecycle, "_is_fresh", lambda upstream, model, now: True)
+    patch.setattr(planning, "_is_fresh", lambda upstream, model, now: True)
 
 
 def believes_stale_listings(patch: pytest.MonkeyPatch) -> None:
-    listed = lifecycle._listed
+    listed = listings.listed
 
     def believe(model: Model, fact: Listed) -> Model:
         after = listed(replace(model, asked=-1.0, touched_at=-1.0), fact)
         return replace(after, touched_at=model.touched_at)
 
-    patch.setitem(lifecycle._CHANGES, Listed, believe)  # type: ignore[arg-type]
-    patch.setattr(lifecycle, "_is_fresh", lambda u, m, now: now - u.answered_at <= lifecycle.FRESH)
+    patch.setitem(applying.CHANGES, Listed, believe)  # type: ignore[arg-type]
+    patch.setattr(planning, "_is_fresh", lambda u, m, now: now - u.answered_at <= planning.FRESH)
 
 
 def takes_no_answer_for_a_failure(patch: pytest.MonkeyPatch) -> None:
-    ended = lifecycle._load_ended
+    ended = calls.load_ended
 
     def fail(model: Model, fact: LoadEnded) -> Model:
         if fact.outcome is LoadOutcome.UNKNOWN:
             fact = replace(fact, outcome=LoadOutcome.FAILED)
         return ended(model, fact)
 
-    patch.setitem(lifecycle._CHANGES, LoadEnded, fail)  # type: ignore[arg-type]
+    patch.setitem(applying.CHANGES, LoadEnded, fail)  # type: ignore[arg-type]
 
 
 def pings_what_is_absent(patch: pytest.MonkeyPatch) -> None:
@@ -198,24 +202,24 @@ def pings_what_is_absent(patch: pytest.MonkeyPatch) -> None:
         due = model.ping_at is None or now >= model.ping_at
         return model.needed and not model.calling and due and model.state is State.COLD
 
-    patch.setattr(lifecycle, "_ping_is_due", is_due)
+    patch.setattr(planning, "_ping_is_due", is_due)
     started = lambda model, fact: replace(model, pinging=True)  # noqa: E731
-    patch.setitem(lifecycle._CHANGES, lifecycle.PingStarted, started)  # type: ignore[arg-type]
+    patch.setitem(applying.CHANGES, PingStarted, started)  # type: ignore[arg-type]
 
 
 def unloads_what_is_not_ours(patch: pytest.MonkeyPatch) -> None:
     def unloads(upstream: object, models: list[Model], now: float) -> list[tuple[Model, Unload]]:
-        idle = [m for m in models if not m.needed and m.instances and lifecycle._is_unloadable(m, now)]
+        idle = [m for m in models if not m.needed and m.instances and planning._is_unloadable(m, now)]
         return [(m, Unload(m.id, m.instances[0].id)) for m in idle]
 
-    patch.setattr(lifecycle, "_unloads", unloads)
+    patch.setattr(planning, "_unloads", unloads)
     started = lambda model, fact: replace(model, unloading=True)  # noqa: E731
-    patch.setitem(lifecycle._CHANGES, UnloadStarted, started)  # type: ignore[arg-type]
+    patch.setitem(applying.CHANGES, UnloadStarted, started)  # type: ignore[arg-type]
 
 
 def never_backs_off(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(lifecycle, "_backoff", lambda failures: 0.5)
-    patch.setattr(lifecycle, "BACKOFF_MAX", 0.5)
+    patch.setattr(moves, "BACKOFF_MAX", 0.5)
+    patch.setattr(calls, "BACKOFF_MAX", 0.5)
 
 
 def forgets_its_load_in_a_restart(patch: pytest.MonkeyPatch) -> None:
@@ -224,34 +228,36 @@ def forgets_its_load_in_a_restart(patch: pytest.MonkeyPatch) -> None:
 
 def unloads_what_is_in_use(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Model, "needed", property(lambda model: model.wanted))
-    patch.setattr(lifecycle, "LINGER", 0.0)
+    patch.setattr(planning, "LINGER", 0.0)
     patch.setattr(
-        lifecycle,
+        planning,
         "_is_unloadable",
         lambda model, now: not model.calling and not model.wanted and (model.retry_at or 0.0) <= now,
     )
 
 
 def displaces_what_is_not_ours(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(lifecycle, "blocked_by", lambda upstream, models, model: None)
+    patch.setattr(planning, "blocked_by", lambda upstream, models, model: None)
 
 
 def waits_for_ever(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(lifecycle, "_resolve", lambda model, pending, at, told: None)
+    patch.setattr(listings, "_resolve", lambda model, pending, at, told: None)
 
 
 def forgets_the_lag_of_the_listing(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(lifecycle, "LISTING_LAG", 0.0)
+    patch.setattr(calls, "LISTING_LAG", 0.0)
+    patch.setattr(listings, "LISTING_LAG", 0.0)
 
 
 def lists_twice_at_once(patch: pytest.MonkeyPatch) -> None:
-    plan = lifecycle.plan
+    plan = planning.plan
     patch.setattr(keeper, "plan", lambda u, models, now: plan(replace(u, listing=False), models, now))
 
 
 def forgets_why(patch: pytest.MonkeyPatch) -> None:
-    move = lifecycle._move
-    patch.setattr(lifecycle, "_move", lambda model, sign, at, reason: move(model, sign, at, None))
+    move = moves.move
+    for place in (moves, listings, calls, applying):
+        patch.setattr(place, "move", lambda model, sign, at, reason: move(model, sign, at, None))
 
 
 PLANTED: list[tuple[Callable[[pytest.MonkeyPatch], None], str, tuple[str, ...]]] = [

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from keepalive.core import lifecycle
+from keepalive.core.apply import apply
 from keepalive.core.facts import (
     ClockJumped,
     Fact,
@@ -40,7 +40,10 @@ from keepalive.core.facts import (
     WindowClosed,
     WindowOpened,
 )
-from keepalive.core.lifecycle import Model, Policy, State, Upstream, apply
+from keepalive.core.moves import BACKOFF_MAX
+from keepalive.core.plan import blocked_by
+from keepalive.core.records import LISTING_LAG, Model, Policy, Upstream
+from keepalive.core.states import State
 from keepalive.keeper.keeper import Keep, Keeper, Server
 from keepalive.lmstudio.client import Client
 from keepalive.simulator.exchange import Cut, Refusal, Request
@@ -382,7 +385,7 @@ class Judge:
         hidden = not site.studio.faults.flag("v0_shows_loading") or site.studio.tier == "openai"
         if (site.name, ident) not in self.ours:
             self.counted["raced: somebody else loaded it meanwhile"] += 1
-        elif stuck and hidden and age >= lifecycle.LISTING_LAG:
+        elif stuck and hidden and age >= LISTING_LAG:
             self.counted["given up: a load that never ends, unseen"] += 1
         else:
             self.fail(
@@ -890,7 +893,7 @@ class World:
             upstream = next(u for u in snapshot.upstreams if u.name == site.name)
             models = snapshot.of(site.name)
             wanted = [m for m in models if m.wanted]
-            blocked = {m.id: lifecycle.blocked_by(upstream, models, m) for m in wanted}
+            blocked = {m.id: blocked_by(upstream, models, m) for m in wanted}
             for model in wanted:
                 if model.state is not State.WARM and not (
                     blocked[model.id] and self.rightly_blocked(site, model, wanted)
@@ -920,7 +923,7 @@ class World:
             self.check()
         await adversary
         longest = max(k.policy.load_timeout for k in self.keeps)
-        await self.settle(2 * longest + 2 * lifecycle.BACKOFF_MAX + 1500.0)
+        await self.settle(2 * longest + 2 * BACKOFF_MAX + 1500.0)
         await self.kill()
         self.check_reports()
         if self.judge.broken:

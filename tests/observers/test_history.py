@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from keepalive.core.apply import apply
+from keepalive.core.explain import eta
 from keepalive.core.facts import (
     Entry,
     Fact,
@@ -33,7 +35,8 @@ from keepalive.core.facts import (
     WaitEnded,
     WaitStarted,
 )
-from keepalive.core.lifecycle import Cause, Model, State, apply, eta
+from keepalive.core.records import Cause, Model
+from keepalive.core.states import State
 from keepalive.observers.history import History, writer
 from keepalive.observers.history.store import APPLICATION, BOUNDS, VERSION, Past, Place, Store
 from keepalive.observers.history.story import (

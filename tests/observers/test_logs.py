@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from keepalive.core.apply import apply
 from keepalive.core.facts import (
     ClockJumped,
     Entry,
@@ -37,7 +38,8 @@ from keepalive.core.facts import (
     UnloadEnded,
     UnloadStarted,
 )
-from keepalive.core.lifecycle import Model, Upstream, apply, apply_upstream
+from keepalive.core.records import Model, Upstream
+from keepalive.core.upstreams import apply_upstream
 from keepalive.observers import logs
 from tests.kit.live import environment, wait_until
 

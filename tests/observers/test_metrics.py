@@ -7,6 +7,7 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
+from keepalive.core.apply import apply
 from keepalive.core.facts import (
     Entry,
     Fact,
@@ -23,7 +24,8 @@ from keepalive.core.facts import (
     Tier,
     Trouble,
 )
-from keepalive.core.lifecycle import Model, Snapshot, Upstream, apply, apply_upstream
+from keepalive.core.records import Model, Snapshot, Upstream
+from keepalive.core.upstreams import apply_upstream
 from keepalive.observers.metrics import LOAD_BUCKETS, PING_BUCKETS, Metrics
 
 GEMMA = ModelId("local", "gemma")

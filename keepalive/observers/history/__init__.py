@@ -17,7 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from keepalive.core.facts import ClockJumped, Fact, ModelId
-from keepalive.core.lifecycle import Model, State, Upstream
+from keepalive.core.records import Model, Upstream
+from keepalive.core.states import State
 from keepalive.observers.history.store import Past, Place
 from keepalive.observers.history.story import OFF, Changed, Entry, Story, entries
 from keepalive.observers.history.writer import Writer

@@ -20,7 +20,8 @@ from typing import NamedTuple, TypeVar
 
 from keepalive.core.errors import KeepaliveError
 from keepalive.core.facts import LoadOutcome, PingOutcome
-from keepalive.core.lifecycle import LOADS_REMEMBERED, Cause, State
+from keepalive.core.records import LOADS_REMEMBERED, Cause
+from keepalive.core.states import State
 from keepalive.observers.history.story import (
     CHANGES_MAX,
     DAY,

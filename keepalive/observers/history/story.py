@@ -11,7 +11,8 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from keepalive.core.facts import Fact, LoadEnded, LoadOutcome, PingEnded, PingOutcome, WaitEnded
-from keepalive.core.lifecycle import Cause, Model, State
+from keepalive.core.records import Cause, Model
+from keepalive.core.states import State
 
 HOUR = 3600.0
 DAY = 24 * HOUR

@@ -1,0 +1,38 @@
+"""What can be done. An action says it in the imperative, as a fact says in the past tense what came of it."""
+
+from dataclasses import dataclass
+
+from keepalive.core.facts import ModelId
+
+
+@dataclass(frozen=True, slots=True)
+class Refresh:
+    """List what the upstream has. `loading`: somebody needs to know what is being loaded, too."""
+
+    upstream: str
+    loading: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    model: ModelId
+
+
+@dataclass(frozen=True, slots=True)
+class SendPing:
+    model: ModelId
+    instance_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class SkipPing:
+    model: ModelId
+
+
+@dataclass(frozen=True, slots=True)
+class Unload:
+    model: ModelId
+    instance_id: str
+
+
+Action = Refresh | Load | SendPing | SkipPing | Unload

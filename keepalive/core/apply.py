@@ -1,0 +1,104 @@
+"""What happened, folded into the record of a model: which change each kind of fact makes.
+
+The world may surprise us and never raises; a move of our own that the table does not know is a bug and does.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from math import inf
+
+from keepalive.core import calls, listings
+from keepalive.core.errors import Reason
+from keepalive.core.facts import (
+    ClockJumped,
+    Fact,
+    InstanceLost,
+    Listed,
+    ListingFailed,
+    LoadEnded,
+    LoadRemembered,
+    LoadsRecalled,
+    LoadStarted,
+    PingEnded,
+    PingStarted,
+    ReleaseAsked,
+    RequestEnded,
+    RequestStarted,
+    UnloadEnded,
+    UnloadStarted,
+    WaitEnded,
+    WaitStarted,
+    WarmAsked,
+    WindowClosed,
+    WindowOpened,
+)
+from keepalive.core.moves import move, proved
+from keepalive.core.records import LOADS_REMEMBERED, Cause, Model
+from keepalive.core.states import Sign, State
+
+
+def apply(model: Model, fact: Fact) -> Model:
+    """The record of `model` after `fact`. Total: every state meets every fact."""
+    change = CHANGES.get(type(fact))
+    return change(model, fact) if change else model
+
+
+def _window(model: Model, *, is_open: bool) -> Model:
+    return replace(model, windowed=True, window_open=is_open, asked_for=None)
+
+
+def _warm_asked(model: Model) -> Model:
+    # A person asks: he may know that what held us off is mended.
+    due = None if model.ping_at is None else -inf
+    return replace(model, asked_for=True, retry_at=None, failures=0, ping_at=due)
+
+
+def _request_ended(model: Model, fact: RequestEnded) -> Model:
+    model = replace(model, in_flight=max(0, model.in_flight - 1), used_at=fact.at)
+    if not fact.answered:
+        return model
+    model = replace(model, active_at=fact.at)
+    if model.calling:
+        return model
+    # The due time stays, so that the ping that this request makes needless is seen and counted as skipped.
+    return replace(proved(model, fact.at), ping_at=model.ping_at)
+
+
+def _instance_lost(model: Model, fact: InstanceLost) -> Model:
+    # It was a call as well as one of ours: no listing from before it may lead to a ping, which would load it.
+    model = replace(model, touched_at=fact.at)
+    if fact.why is Reason.CRASHED:
+        model = replace(model, suspected=Cause.CRASH)
+    if model.state is not State.WARM:
+        return model
+    return move(replace(model, ping_at=fact.at), Sign.DISPROVED, fact.at, fact.message)
+
+
+CHANGES: Mapping[type[Fact], Callable[..., Model]] = {
+    Listed: listings.listed,
+    ListingFailed: listings.listing_failed,
+    # An answer to a question from before the jump may be as old as the machine slept.
+    # LM Studio's idle timers go by the wall clock.
+    ClockJumped: lambda model, fact: replace(
+        model, touched_at=fact.at, used_at=model.used_at - max(0.0, fact.seconds)
+    ),
+    LoadStarted: calls.load_started,
+    LoadEnded: calls.load_ended,
+    LoadRemembered: calls.load_remembered,
+    LoadsRecalled: lambda model, fact: replace(
+        model, recent_loads=(*fact.seconds, *model.recent_loads)[-LOADS_REMEMBERED:]
+    ),
+    PingStarted: calls.ping_started,
+    PingEnded: calls.ping_ended,
+    UnloadStarted: calls.unload_started,
+    UnloadEnded: calls.unload_ended,
+    WindowOpened: lambda model, _: _window(model, is_open=True),
+    WindowClosed: lambda model, _: _window(model, is_open=False),
+    WarmAsked: lambda model, _: _warm_asked(model),
+    ReleaseAsked: lambda model, _: replace(model, asked_for=False),
+    WaitStarted: lambda model, _: replace(model, waiting=model.waiting + 1),
+    WaitEnded: lambda model, _: replace(model, waiting=max(0, model.waiting - 1)),
+    RequestStarted: lambda model, _: replace(model, in_flight=model.in_flight + 1),
+    RequestEnded: _request_ended,
+    InstanceLost: _instance_lost,
+}

@@ -1,0 +1,152 @@
+"""What came of our own calls for a model: its loads, its pings, its unloads.
+
+A load whose end we did not see is `pending`, not failed: until the listing resolves it, no other may begin.
+A call that must not be made is a bug of ours, and raises.
+"""
+
+from dataclasses import replace
+
+from keepalive.core.errors import Reason
+from keepalive.core.facts import (
+    LoadEnded,
+    LoadOutcome,
+    LoadRemembered,
+    LoadStarted,
+    PingEnded,
+    PingOutcome,
+    PingStarted,
+    UnloadEnded,
+    UnloadStarted,
+)
+from keepalive.core.moves import BACKOFF_MAX, absent, backoff, failed, move, proved
+from keepalive.core.records import LISTING_LAG, LOADS_REMEMBERED, Cause, Model, Pending, Ping
+from keepalive.core.states import IllegalMove, Sign, State
+
+
+def load_started(model: Model, fact: LoadStarted) -> Model:
+    if model.calling or model.pending or model.instances:
+        raise IllegalMove(f"{model.id}: a load though one is under way, or an instance is there")
+    model = move(model, Sign.LOAD_STARTED, fact.at, None)
+    return replace(model, load_started=fact.at, retry_at=None)
+
+
+def load_remembered(model: Model, fact: LoadRemembered) -> Model:
+    until = fact.started + _longest_load(model, fact.expected)
+    pending = Pending(since=fact.started, until=until, alive_at=fact.at)
+    return replace(
+        model,
+        pending=pending,
+        tells_loading=fact.tells_loading,
+        reason="an earlier life of the daemon had begun to load it",
+    )
+
+
+def load_ended(model: Model, fact: LoadEnded) -> Model:
+    started = model.load_started if model.load_started is not None else fact.at
+    model = replace(model, load_started=None, touched_at=fact.at)
+    if fact.outcome is LoadOutcome.OK:
+        return _loaded(model, fact, started)
+    if fact.outcome is LoadOutcome.UNKNOWN:
+        return _unanswered(model, fact, started)
+    model = failed(model, fact.at, fact.message or "the load failed")
+    if fact.outcome is LoadOutcome.REFUSED:
+        # Memory does not come back by asking: bug reports show guardrails refusing in a tight loop.
+        model = replace(model, retry_at=fact.at + BACKOFF_MAX)
+    return model
+
+
+def _loaded(model: Model, fact: LoadEnded, started: float) -> Model:
+    took = fact.seconds if fact.seconds is not None else fact.elapsed
+    model = replace(
+        model,
+        loads=model.loads + 1,
+        recent_loads=(*model.recent_loads, took)[-LOADS_REMEMBERED:],
+        ours=model.ours | {fact.instance_id} if fact.instance_id else model.ours,
+    )
+    if model.blind:
+        return proved(model, fact.at)
+    until = fact.at + LISTING_LAG
+    pending = Pending(started, until, alive_at=fact.at, loaded=True, proved=fact.proved)
+    reason = f"loaded in {took:.1f} s; waiting for LM Studio to list it"
+    return move(replace(model, pending=pending), Sign.SEEN_LOADING, fact.at, reason)
+
+
+def _unanswered(model: Model, fact: LoadEnded, started: float) -> Model:
+    message = fact.message or "no answer to the load"
+    span = _longest_load(model, max(model.recent_loads, default=None))
+    if fact.at - started >= span:
+        span = 2 * (fact.at - started)
+    failures = model.failures + 1
+    model = replace(
+        model,
+        pending=Pending(since=started, until=started + span, alive_at=fact.at),
+        failures=failures,
+        failure=message,
+        retry_at=fact.at + backoff(failures),
+    )
+    return move(model, Sign.SEEN_LOADING, fact.at, f"{message}; it may still be loading")
+
+
+def _longest_load(model: Model, expected: float | None) -> float:
+    """Seconds from its start after which an unseen load is given up, the lag of the listing included."""
+    return (expected * 2 if expected is not None else model.policy.load_timeout) + LISTING_LAG
+
+
+def ping_started(model: Model, fact: PingStarted) -> Model:
+    if model.calling or not (model.instances or (model.blind and model.state is State.WARM)):
+        raise IllegalMove(f"{model.id}: a ping though nothing is loaded, or a call is under way")
+    return replace(model, pinging=True)
+
+
+def ping_ended(model: Model, fact: PingEnded) -> Model:
+    policy, at = model.policy, fact.at
+    if fact.outcome is PingOutcome.SKIPPED:
+        last = at if model.in_flight else model.active_at
+        return replace(model, ping_at=last + policy.ping_interval, vouched_at=model.active_at)
+    ping = Ping(at, fact.outcome, fact.seconds)
+    model = replace(model, pinging=False, touched_at=at, used_at=at, last_ping=ping, busy=False)
+    if fact.outcome is PingOutcome.OK:
+        return proved(replace(model, pinged_at=at), at)
+    message = fact.message or "it did not answer the ping as it should"
+    if fact.outcome is PingOutcome.TIMEOUT:
+        # A question for the listing, not a verdict: it may be generating for somebody else.
+        again = at + min(policy.ping_interval, max(policy.ping_timeout, policy.refresh_interval))
+        return replace(model, ping_at=again, busy=True, reason=message)
+    if fact.outcome is PingOutcome.ERROR and fact.why is None:
+        # The connection failed, not the model: the listing tells more.
+        return replace(model, ping_at=at + policy.refresh_interval, reason=message)
+    return _disproved(model, at, message, fact.why)
+
+
+def _disproved(model: Model, at: float, message: str, why: Reason | None) -> Model:
+    failures = model.failures + 1
+    # A token does not become right by asking again.
+    retry_at = at + (BACKOFF_MAX if why is Reason.UNAUTHORIZED else backoff(failures))
+    model = replace(
+        model,
+        failures=failures,
+        failure=message,
+        retry_at=retry_at,
+        ping_at=retry_at,
+        crashed=why is Reason.CRASHED,
+        suspected=Cause.CRASH if why is Reason.CRASHED else model.suspected,
+    )
+    return move(model, Sign.DISPROVED, at, message)
+
+
+def unload_started(model: Model, fact: UnloadStarted) -> Model:
+    if model.calling or fact.instance_id not in model.ours:
+        raise IllegalMove(f"{model.id}: unloading {fact.instance_id}, which is not ours")
+    return replace(model, unloading=True)
+
+
+def unload_ended(model: Model, fact: UnloadEnded) -> Model:
+    model = replace(model, unloading=False, touched_at=fact.at)
+    if fact.message is not None:
+        failures = model.failures + 1
+        retry_at = fact.at + backoff(failures)
+        failure = f"could not unload it: {fact.message}"
+        return replace(model, failures=failures, failure=failure, retry_at=retry_at, reason=failure)
+    left = tuple(i for i in model.instances if i.id != fact.instance_id)
+    model = replace(model, instances=left, ours=model.ours - {fact.instance_id}, warm_since=None)
+    return model if left else absent(model, fact.at, None)

@@ -1,0 +1,42 @@
+"""What to say about a model: why it is not warm, and when it should be."""
+
+from collections.abc import Iterable, Sequence
+from statistics import median
+
+from keepalive.core.plan import blocked_by, is_loading
+from keepalive.core.records import Model, Upstream
+from keepalive.core.states import State
+
+
+def eta(model: Model, siblings: Iterable[Model], now: float) -> float | None:
+    """Seconds until the load under way should be done; 0 when it is overdue, None when nothing is known.
+
+    From this model's own past loads; before the first, from its size and how fast its siblings on the same
+    upstream came into memory.
+    """
+    since = model.loading_since
+    if since is None:
+        return None
+    expected = model.expected_load
+    if expected is None and model.size_bytes:
+        rates = [s.size_bytes / took for s in siblings if s.size_bytes and (took := s.expected_load)]
+        expected = model.size_bytes / median(rates) if rates else None
+    return None if expected is None else max(0.0, expected - (now - since))
+
+
+def explain(upstream: Upstream, models: Sequence[Model], model: Model, now: float) -> str | None:
+    """Why this model is not warm, in a sentence; for a warm one what is odd about it, or None."""
+    if model.state is State.WARM:
+        if len(model.instances) > 1:
+            return f"{len(model.instances)} copies are in memory"
+        return model.reason
+    if model.state is State.COLD and not model.needed:
+        return "released by hand" if model.asked_for is False else "outside its window"
+    if model.state is State.COLD and model.listed:
+        blocked = blocked_by(upstream, models, model)
+        if blocked:
+            return blocked
+        other = next((m for m in models if is_loading(m)), None)
+        if other and other is not model:
+            return f"waits for its turn: {other.id.key} is loading"
+    return model.reason

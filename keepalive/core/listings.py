@@ -1,0 +1,172 @@
+"""What a listing says of a model, or that there was none.
+
+An observation counts from when it was *asked*. One asked before our last call for a model had ended says
+nothing about that model.
+"""
+
+from dataclasses import replace
+from difflib import get_close_matches
+from itertools import islice
+from math import inf
+
+from keepalive.core.evictions import count_eviction, why_missing
+from keepalive.core.facts import Entry, Listed, ListingFailed, Tier, Trouble, fold_key
+from keepalive.core.moves import absent, failed, move, proved
+from keepalive.core.records import LISTING_LAG, Cause, Model, Pending
+from keepalive.core.states import Sign, State
+
+# Comparing a key with each of a hundred thousand listed ones would hold up everything else for seconds.
+SUGGESTED_FROM = 1000
+
+
+def listed(model: Model, fact: Listed) -> Model:
+    if fact.asked <= max(model.asked, model.touched_at):
+        return model  # older than what we know, or asked while our own call was changing it
+    before = model
+    model = replace(model, asked=fact.asked, blind=fact.tier is Tier.OPENAI, beside=fact.resident)
+    entry = fact.entries.get(fold_key(model.id.key))
+    if model.blind:
+        return _listed_blind(model, fact)
+    if entry is None:
+        model = replace(model, listed=False, nearest=_nearest(model.id.key, fact))
+        return _missing(model, fact.at, why_missing(before, fact, told=True), told=True)
+    model = replace(
+        model,
+        listed=True,
+        nearest=(),
+        kind=entry.kind,
+        size_bytes=entry.size_bytes,
+        tells_loading=model.tells_loading or entry.loading is True,
+    )
+    if entry.instances:
+        return _present(model, fact.at, entry)
+    told = entry.loading is not None
+    cause = why_missing(before, fact, told=told)
+    if entry.loading:
+        return _seen_loading(model, fact.at, cause)
+    return _missing(model, fact.at, cause, told=told)
+
+
+def _nearest(key: str, fact: Listed) -> tuple[str, ...]:
+    keys = {entry.key: None for entry in islice(fact.entries.values(), SUGGESTED_FROM)}
+    return tuple(get_close_matches(key, keys, n=3, cutoff=0.4))
+
+
+def _listed_blind(model: Model, fact: Listed) -> Model:
+    """Here a listing says no more than that somebody answers: only pings show what is loaded."""
+    model = replace(model, listed=True, nearest=(), instances=(), ours=frozenset())
+    if model.calling:
+        return model
+    if model.pending is not None:
+        return _missing(model, fact.at, Cause.UNKNOWN, told=False)
+    if model.state in (State.COLD, State.BACKOFF):
+        return model
+    if model.state is State.WARM and (model.in_flight or fact.at <= model.proof_expires):
+        return model
+    reason = "this server does not show what is loaded; only a request can tell"
+    return absent(model, fact.at, reason)
+
+
+def _present(model: Model, at: float, entry: Entry) -> Model:
+    known = {instance.id for instance in entry.instances}
+    appeared, pending = not model.instances, model.pending
+    model = _appeared(model, at) if appeared else _still_there(model)
+    model = replace(model, instances=entry.instances, ours=model.ours & known, pending=None, seen_at=at)
+    if pending and pending.proved:
+        return proved(model, at)
+    if model.load_started is not None:
+        return model  # somebody else's copy came first; ours is still on its way
+    if not model.needed:
+        reason = None if model.state is State.WARM else "loaded, but not wanted now"
+        return move(model, Sign.UNASKED, at, reason)
+    reason = "loaded; has not answered a ping yet" if appeared else model.reason
+    if appeared and model.state is State.BACKOFF:
+        return move(model, Sign.UNASKED, at, reason)
+    return move(model, Sign.PRESENT, at, reason)
+
+
+def _appeared(model: Model, at: float) -> Model:
+    # Whoever loaded it has mended what held us off; it has yet to answer.
+    return replace(
+        model,
+        retry_at=None,
+        crashed=False,
+        busy=False,
+        ping_at=at,
+        used_at=at,
+        survived=0.0,
+        suspected=None,
+    )
+
+
+def _still_there(model: Model) -> Model:
+    # What has crashed may stay listed; a server that was gone came back with its models.
+    suspected = model.suspected if model.suspected is Cause.CRASH else None
+    idle = 0.0 if model.in_flight or model.calling else model.asked - model.used_at
+    return replace(model, suspected=suspected, survived=max(model.survived, idle))
+
+
+def _seen_loading(model: Model, at: float, cause: Cause) -> Model:
+    if model.load_started is not None:
+        return model
+    pending = model.pending or Pending(since=at, until=at, alive_at=at, ours=False)
+    pending = replace(pending, seen=True, alive_at=at, until=max(pending.until, at + LISTING_LAG))
+    reason = "LM Studio is still loading it" if pending.ours else "somebody else is loading it"
+    return move(replace(count_eviction(model, at, cause), pending=pending), Sign.SEEN_LOADING, at, reason)
+
+
+def _missing(model: Model, at: float, cause: Cause, *, told: bool) -> Model:
+    """The listing shows no instance. `told`: it would have shown a load in progress as such."""
+    if model.load_started is not None or model.pending is not None:
+        # What is gone now is another's copy, which was there beside our load.
+        model = replace(model, instances=())
+    if model.load_started is not None:
+        return model
+    if model.pending is not None:
+        resolved = _resolve(model, model.pending, at, told=told)
+        reason = model.reason if model.state is State.LOADING else "an earlier load may still be under way"
+        return resolved or move(model, Sign.SEEN_LOADING, at, reason)
+    evicted = bool(model.instances)
+    model = count_eviction(model, at, cause)
+    return absent(model, at, "LM Studio no longer has it in memory" if evicted else None)
+
+
+def _resolve(model: Model, pending: Pending, at: float, *, told: bool) -> Model | None:
+    """What became of a load that is not listed; None while it is too early to say."""
+    if pending.loaded:
+        if at < pending.until:
+            return None
+        return failed(
+            replace(model, pending=None),
+            at,
+            f"LM Studio said that it had loaded it, but did not list it for {LISTING_LAG:.0f} s",
+        )
+    # It is no longer seen loading, and not yet listed: failed, or loaded a moment ago.
+    over = told and (pending.seen or model.tells_loading) and at >= pending.alive_at + LISTING_LAG
+    if not over and at < pending.until:
+        return None
+    model = replace(model, pending=None)
+    if not pending.ours:
+        return absent(model, at, None)
+    return absent(model, at, "its last load came to nothing")
+
+
+def listing_failed(model: Model, fact: ListingFailed) -> Model:
+    if fact.asked <= model.asked:
+        return model
+    if fact.trouble in (Trouble.TIMEOUT, Trouble.BAD_ANSWER):
+        # It may be busy, or lie: no verdict, until a claim would be older than we allow.
+        if model.state is State.UNKNOWN:
+            return replace(model, reason=fact.message)
+        if model.state is not State.WARM or model.in_flight or fact.at <= model.proof_expires:
+            return model
+    if fact.trouble in (Trouble.REFUSED, Trouble.UNREACHABLE):
+        # Behind a broken network anything may happen to what has an idle timer.
+        gone = fact.trouble is Trouble.REFUSED or model.ours
+        model = replace(model, suspected=model.suspected or (Cause.RESTART if gone else Cause.UNKNOWN))
+    if fact.trouble is Trouble.REFUSED:
+        # The program is gone, and with it its loads; what is found later is not ours, though named alike.
+        # (`lms server stop` closes the port too, and goes on loading: then the next listing shows it.)
+        model = replace(model, pending=None, ours=frozenset())
+    model = replace(model, busy=False, ping_at=-inf)  # to be proved again as soon as it is seen
+    return move(model, Sign.UNREACHABLE, fact.at, fact.message)

@@ -1,0 +1,61 @@
+"""The moves that more than one kind of fact leads to: to another state, and to what goes with it."""
+
+from dataclasses import replace
+
+from keepalive.core.records import Model
+from keepalive.core.states import TABLE, IllegalMove, Sign, State
+
+BACKOFF_FIRST = 5.0
+BACKOFF_MAX = 300.0
+# A model that held this long is stable: losing it afterwards is a new story, not a repetition.
+STABLE = 300.0
+
+
+def move(model: Model, sign: Sign, at: float, reason: str | None) -> Model:
+    state = TABLE[model.state][sign]
+    if state is None:
+        raise IllegalMove(f"{model.id}: {sign} in state {model.state}")
+    return replace(model, state=state, since=at if state != model.state else model.since, reason=reason)
+
+
+def backoff(failures: int) -> float:
+    return min(BACKOFF_FIRST * 2.0 ** min(failures - 1, 16), BACKOFF_MAX)
+
+
+def proved(model: Model, at: float) -> Model:
+    """The model itself answered, to a ping or to a user."""
+    if not model.instances and not model.blind:
+        return model  # an answer of something no longer listed: the listing decides
+    warm_since = model.warm_since if model.state is State.WARM else None
+    stable = warm_since is not None and at - warm_since >= STABLE
+    model = replace(
+        model,
+        pending=None,
+        seen_at=at,
+        used_at=at,
+        suspected=None,
+        warm_since=at if warm_since is None else warm_since,
+        failures=0 if stable else model.failures,
+        retry_at=None,
+        ping_at=at + model.policy.ping_interval,
+        crashed=False,
+        busy=False,
+    )
+    return move(model, Sign.PROVED, at, None)
+
+
+def failed(model: Model, at: float, message: str) -> Model:
+    failures = model.failures + 1
+    retry_at = at + backoff(failures)
+    model = replace(model, failures=failures, failure=message, retry_at=retry_at, warm_since=None)
+    return move(model, Sign.LOAD_FAILED, at, message)
+
+
+def absent(model: Model, at: float, reason: str | None) -> Model:
+    model = replace(model, instances=(), ours=frozenset(), busy=False, crashed=False, ping_at=None)
+    if not model.listed:
+        near = f"; listed are {', '.join(model.nearest)}" if model.nearest else ""
+        return move(model, Sign.ABSENT, at, f"LM Studio does not list this key{near}")
+    if model.retry_at is not None and model.retry_at > at:
+        return move(model, Sign.HELD_OFF, at, model.failure or reason)
+    return move(model, Sign.ABSENT, at, reason)

@@ -1,0 +1,169 @@
+"""What to do now, on one upstream, by what is known of it and its models.
+
+A load, a ping or an unload needs knowledge no older than `FRESH`: each is preceded by a listing.
+"""
+
+from collections.abc import Sequence
+from math import inf
+
+from keepalive.core.actions import Action, Load, Refresh, SendPing, SkipPing, Unload
+from keepalive.core.facts import Tier, fold_key
+from keepalive.core.records import Model, Upstream, UpstreamState
+from keepalive.core.states import State
+
+# A listing this old may still lead to a load or a ping: it is the race with other clients that we accept,
+# and in practice the plan runs in the same breath as the listing that it rests on.
+FRESH = 1.0
+# How often an unresolved load is looked at.
+PENDING_POLL = 2.0
+# A released model that served a user this recently is not unloaded under his feet.
+LINGER = 60.0
+# LM Studio answers four requests for a model at once by default; more pings than that would queue.
+PINGS_AT_ONCE = 4
+
+
+def plan(upstream: Upstream, models: Sequence[Model], now: float) -> list[Action]:
+    """What to do now on one upstream, given all of its models.
+
+    Carried out and reported as facts, a plan leaves nothing of itself in the next plan.
+    """
+    actions: list[Action] = [SkipPing(m.id) for m in models if _ping_is_due(m, now) and _is_in_use(m)]
+    stale = False
+    calls = _unloads(upstream, models, now) + _loads(upstream, models, now) + _pings(models, now)
+    for model, action in calls:
+        # What has just gone may be coming back already, by somebody else's request.
+        seen = upstream.sees_loading or not isinstance(action, Load)
+        if seen and _is_fresh(upstream, model, now):
+            actions.append(action)
+        else:
+            stale = True
+    if not upstream.listing and _refresh_is_due(upstream, models, now, stale=stale):
+        actions.append(Refresh(upstream.name, loading=any(_may_be_loading(m) for m in models)))
+    return actions
+
+
+def _is_fresh(upstream: Upstream, model: Model, now: float) -> bool:
+    return (
+        upstream.state is UpstreamState.UP
+        and now - upstream.answered_at <= FRESH
+        and upstream.asked > model.touched_at
+    )
+
+
+def _refresh_is_due(upstream: Upstream, models: Sequence[Model], now: float, *, stale: bool) -> bool:
+    if now >= upstream.due_at:
+        return True
+    if upstream.failures:
+        return False  # it is down or refuses us: its own pace
+    if stale:
+        return True
+    pending = any(m.pending is not None and m.load_started is None for m in models)
+    return pending and now >= upstream.answered_at + PENDING_POLL
+
+
+def _may_be_loading(model: Model) -> bool:
+    return (
+        model.pending is not None or model.load_started is not None or (model.needed and not model.instances)
+    )
+
+
+def is_loading(model: Model) -> bool:
+    return model.load_started is not None or (model.pending is not None and model.pending.ours)
+
+
+def _loads(upstream: Upstream, models: Sequence[Model], now: float) -> list[tuple[Model, Action]]:
+    slots = upstream.max_loading - sum(map(is_loading, models))
+    if slots <= 0:
+        return []
+    ready = [m for m in models if _is_loadable(m, now) and blocked_by(upstream, models, m) is None]
+    # Somebody waits for the first of these; then the order of the config.
+    ready.sort(key=lambda m: (m.waiting == 0, m.rank))
+    if upstream.tier is Tier.V0 and upstream.displaces is not False:
+        # Each load on demand may push out the one before: see what it does.
+        slots = min(slots, 1 - sum(map(is_loading, models)))
+    return [(m, Load(m.id)) for m in ready[: max(slots, 0)]]
+
+
+def _is_loadable(model: Model, now: float) -> bool:
+    return (
+        model.needed
+        and model.listed
+        and model.state in (State.COLD, State.BACKOFF)
+        and not model.instances
+        and not model.calling
+        and model.pending is None
+        # Nobody fights over memory for nothing. But whoever waits gets the model, however often it was taken.
+        and (model.retry_at is None or now >= model.retry_at or (model.waiting > 0 and model.contested))
+    )
+
+
+def blocked_by(upstream: Upstream, models: Sequence[Model], model: Model) -> str | None:
+    """Why loading this model on demand would push out what must stay; None when nothing does.
+
+    LM Studio 0.3.x loads over HTTP only on demand, and by default keeps one such model: loading another
+    evicts it, even while it generates. Newer versions load explicitly and leave the others alone.
+    """
+    if upstream.tier is not Tier.V0 or upstream.displaces is False:
+        return None
+    ours = {
+        fold_key(m.id.key)
+        for m in models
+        if (m.ours or is_loading(m)) and all(i.id in m.ours for i in m.instances)
+    }
+    foreign = sorted((upstream.resident | upstream.arriving) - ours - {fold_key(model.id.key)})
+    if foreign:
+        return f"loading it on LM Studio 0.3.x could push out {foreign[0]}, which we did not load"
+    if upstream.displaces is None:
+        return None
+    first = min((m for m in models if m.needed and m.listed), key=lambda m: m.rank, default=model)
+    if first is model:
+        return None
+    return f"LM Studio 0.3.x keeps one model at a time here, and {first.id.key} comes first in the config"
+
+
+def _pings(models: Sequence[Model], now: float) -> list[tuple[Model, Action]]:
+    free = PINGS_AT_ONCE - sum(m.pinging for m in models)
+    due = [m for m in models if _ping_is_due(m, now) and not _is_in_use(m)]
+    due.sort(key=lambda m: (m.waiting == 0, m.state is State.WARM, m.rank))
+    return [(m, SendPing(m.id, m.instance_id or m.id.key)) for m in due[: max(free, 0)]]
+
+
+def _ping_is_due(model: Model, now: float) -> bool:
+    return (
+        model.needed
+        and bool(model.instances or (model.blind and model.state is State.WARM))
+        and not model.calling
+        and not _must_unload_crashed(model)
+        and (model.ping_at is None or now >= model.ping_at)
+    )
+
+
+def _is_in_use(model: Model) -> bool:
+    """Users' requests prove a warm model better than a ping, and a ping would get in their way."""
+    if model.state is not State.WARM:
+        return False
+    last_ping = model.last_ping.at if model.last_ping else -inf
+    return model.in_flight > 0 or model.active_at > max(last_ping, model.vouched_at)
+
+
+def _must_unload_crashed(model: Model) -> bool:
+    return model.crashed and model.instance_id in model.ours and not model.blind
+
+
+def _unloads(upstream: Upstream, models: Sequence[Model], now: float) -> list[tuple[Model, Action]]:
+    if upstream.tier is not Tier.V1:
+        return []  # nothing before 0.4 can unload over HTTP: the lease runs out by itself
+    return [
+        (m, Unload(m.id, instance.id))
+        for m in models
+        for instance in [i for i in m.instances if i.id in m.ours][:1]
+        if _is_unloadable(m, now)
+    ]
+
+
+def _is_unloadable(model: Model, now: float) -> bool:
+    if model.calling or model.in_flight or (model.retry_at is not None and now < model.retry_at):
+        return False
+    if model.needed:
+        return _must_unload_crashed(model)
+    return now >= model.active_at + LINGER

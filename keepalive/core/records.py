@@ -1,0 +1,219 @@
+"""What is known: of a model, of an upstream, and of everything at once. All immutable.
+
+Times are seconds of one strictly increasing clock.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from math import inf
+from statistics import median
+
+from keepalive.core.facts import Instance, ModelId, PingOutcome, Tier
+from keepalive.core.states import State
+
+# LM Studio has been seen to list a model only some time after it said that it had loaded it.
+LISTING_LAG = 45.0
+LOADS_REMEMBERED = 5
+
+
+class Cause(StrEnum):
+    """Why a loaded model went missing without us, as far as what was seen decides it."""
+
+    TIMER = "timer"  # it idled for longer than its lease
+    DISPLACED = "displaced"  # a load on demand pushed it out
+    CRASH = "crash"
+    RESTART = "restart"  # LM Studio itself was gone meanwhile
+    BY_HAND = "by_hand"  # a person or another program unloaded it: nothing else explains it
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How one model is kept; all in seconds."""
+
+    refresh_interval: float = 15.0
+    ping_interval: float = 300.0
+    ping_timeout: float = 60.0
+    load_timeout: float = 900.0
+    lease: float = 86400.0  # of what we load on demand
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A load whose end we have not seen: unanswered, cut off, an earlier life's, or somebody else's."""
+
+    since: float
+    until: float  # believed to go on until then, unless a listing resolves it
+    alive_at: float  # when it was last under way, for all we know
+    loaded: bool = False  # it did end, well; only the listing lags
+    proved: bool = False  # and the model has answered
+    seen: bool = False  # a listing showed it in progress
+    ours: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    at: float
+    outcome: PingOutcome
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Eviction:
+    at: float
+    cause: Cause
+    idle_seconds: float  # since it was last known to be used; as a cause, `timer`: its lease is no longer
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """All we know of one model on one upstream."""
+
+    id: ModelId
+    rank: int = 0  # place in the config: the first is the most important
+    policy: Policy = Policy()
+    state: State = State.UNKNOWN
+    since: float = 0.0
+    reason: str | None = "LM Studio has not been asked yet"
+
+    # what is wanted
+    windowed: bool = False
+    window_open: bool = True
+    asked_for: bool | None = None  # by hand: True warm, False released
+    retired: bool = False  # no longer in the config; only still here to be let go
+
+    # what is listed
+    asked: float = -inf  # when the newest listing that counted was asked
+    seen_at: float = -inf  # when an instance was last seen, or last answered
+    listed: bool = True
+    nearest: tuple[str, ...] = ()
+    blind: bool = False  # this upstream cannot say what is loaded
+    kind: str = "llm"
+    size_bytes: int | None = None
+    instances: tuple[Instance, ...] = ()
+    ours: frozenset[str] = frozenset()  # ids of instances that we loaded
+    beside: frozenset[str] = frozenset()  # folded keys of all that the newest listing showed as loaded
+    used_at: float = -inf  # when it was last known to be used, or appeared
+    survived: float = 0.0  # the longest idleness that what is listed now has outlived
+    suspected: Cause | None = None  # what would explain its loss, should the next listing show it missing
+
+    # what we are doing
+    load_started: float | None = None
+    pending: Pending | None = None
+    pinging: bool = False
+    unloading: bool = False
+    touched_at: float = -inf  # when our last call for this model ended
+    tells_loading: bool = False  # a listing has shown a load of this model in progress
+
+    # what came of it
+    warm_since: float | None = None
+    failures: int = 0
+    failure: str | None = None  # what went wrong last
+    retry_at: float | None = None
+    ping_at: float | None = None  # when the next ping is due
+    last_ping: Ping | None = None
+    pinged_at: float = -inf  # when it last answered a ping
+    crashed: bool = False  # the instance that is listed has crashed
+    busy: bool = False  # it did not answer a ping in time, and is listed all the same
+    loads: int = 0
+    evictions: int = 0
+    last_eviction: Eviction | None = None
+    recent_loads: tuple[float, ...] = ()
+
+    # what users do
+    waiting: int = 0
+    in_flight: int = 0
+    active_at: float = -inf  # when a user's request was last answered
+    vouched_at: float = -inf  # the last such answer that stood in for a ping
+
+    @property
+    def wanted(self) -> bool:
+        if self.retired:
+            return False
+        return self.window_open if self.asked_for is None else self.asked_for
+
+    @property
+    def needed(self) -> bool:
+        return self.wanted or (not self.retired and (self.waiting > 0 or self.in_flight > 0))
+
+    @property
+    def calling(self) -> bool:
+        """Whether a call of ours for this model is under way."""
+        return self.load_started is not None or self.pinging or self.unloading
+
+    @property
+    def contested(self) -> bool:
+        """It was taken from us, and no call of ours has ended since: what holds it off is no failure of its own."""
+        lost = self.last_eviction
+        return lost is not None and lost.cause is not Cause.CRASH and self.touched_at <= lost.at
+
+    @property
+    def instance_id(self) -> str | None:
+        """The instance that we address: ours before another's, the oldest first."""
+        ids = [instance.id for instance in self.instances]
+        return next((i for i in ids if i in self.ours), ids[0] if ids else None)
+
+    @property
+    def loading_since(self) -> float | None:
+        if self.load_started is not None:
+            return self.load_started
+        return self.pending.since if self.pending and not self.pending.loaded else None
+
+    @property
+    def expected_load(self) -> float | None:
+        """Seconds that its past loads took; None before the first."""
+        return median(self.recent_loads) if self.recent_loads else None
+
+    @property
+    def proof_expires(self) -> float:
+        """Until when `warm` may be claimed though nothing is heard."""
+        policy = self.policy
+        return self.seen_at + policy.refresh_interval + policy.ping_interval
+
+
+class UpstreamState(StrEnum):
+    UNKNOWN = "unknown"
+    UP = "up"
+    DOWN = "down"
+    UNAUTHORIZED = "unauthorized"
+
+
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """All we know of one LM Studio server."""
+
+    name: str
+    refresh_interval: float = 15.0
+    max_loading: int = 1
+    auto_evict: bool | None = None  # as configured: whether a load on demand pushes out another
+    state: UpstreamState = UpstreamState.UNKNOWN
+    since: float = 0.0
+    tier: Tier | None = None
+    error: str | None = None
+    failures: int = 0
+    listing: bool = False  # one is under way
+    asked: float = -inf
+    answered_at: float = -inf
+    due_at: float = -inf
+    resident: frozenset[str] = frozenset()  # folded keys of what is loaded, managed or not
+    arriving: frozenset[str] = frozenset()  # and of what is being loaded
+    sees_loading: bool = False  # the newest listing was asked for that, too
+    evicts: bool | None = None  # as seen, where it is not configured
+    on_trial: frozenset[str] = frozenset()  # resident before our load on demand: do they survive it?
+    trial_over_at: float | None = None  # when that load ended; a listing asked later is the verdict
+
+    @property
+    def displaces(self) -> bool | None:
+        return self.evicts if self.auto_evict is None else self.auto_evict
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Everything that is known, at one instant of the keeper's clock."""
+
+    now: float
+    upstreams: tuple[Upstream, ...]
+    models: tuple[Model, ...]
+
+    def of(self, upstream: str) -> tuple[Model, ...]:
+        return tuple(m for m in self.models if m.id.upstream == upstream)

@@ -1,0 +1,106 @@
+"""What happened, folded into the record of an upstream."""
+
+from dataclasses import replace
+from math import inf
+
+from keepalive.core.facts import (
+    ClockJumped,
+    Fact,
+    InstanceLost,
+    Listed,
+    ListingFailed,
+    ListingStarted,
+    LoadEnded,
+    LoadOutcome,
+    LoadStarted,
+    PingEnded,
+    PingOutcome,
+    Tier,
+    Trouble,
+    UnloadEnded,
+    WarmAsked,
+)
+from keepalive.core.moves import BACKOFF_MAX
+from keepalive.core.records import Upstream, UpstreamState
+
+DOWN_AFTER_TIMEOUTS = 3
+REFRESH_MAX = 60.0
+
+
+def apply_upstream(upstream: Upstream, fact: Fact) -> Upstream:
+    """The record of `upstream` after `fact`, be it about the upstream or about one of its models."""
+    match fact:
+        case ListingStarted():
+            return replace(upstream, listing=True)
+        case Listed():
+            return _upstream_listed(upstream, fact)
+        case ListingFailed():
+            return _upstream_failed(upstream, fact)
+        case ClockJumped():
+            # Whatever we knew is as old as the machine slept: look before anything else is decided.
+            return replace(upstream, answered_at=-inf, due_at=-inf)
+        case LoadEnded():
+            trial = upstream.on_trial if fact.outcome is LoadOutcome.OK else frozenset[str]()
+            return replace(upstream, due_at=-inf, on_trial=trial, trial_over_at=fact.at)
+        case LoadStarted():
+            on_demand = upstream.tier is Tier.V0 and upstream.auto_evict is None
+            trial = upstream.resident if on_demand else frozenset[str]()
+            return replace(upstream, on_trial=trial, trial_over_at=None)
+        case PingEnded(outcome=outcome) if outcome not in (PingOutcome.OK, PingOutcome.SKIPPED):
+            return replace(upstream, due_at=min(upstream.due_at, fact.at))
+        case UnloadEnded() | InstanceLost():
+            return replace(upstream, due_at=min(upstream.due_at, fact.at))
+        case WarmAsked():
+            return replace(upstream, due_at=-inf)
+        case _:
+            return upstream
+
+
+def _upstream_listed(upstream: Upstream, fact: Listed) -> Upstream:
+    if fact.asked <= upstream.asked:
+        return replace(upstream, listing=False)
+    evicts, trial = upstream.evicts, upstream.on_trial
+    if trial and upstream.trial_over_at is not None and fact.asked > upstream.trial_over_at:
+        # We loaded one on demand beside others: either they are still there, or it pushed them out.
+        evicts, trial = not trial <= fact.resident, frozenset()
+    return replace(
+        upstream,
+        listing=False,
+        state=UpstreamState.UP,
+        since=fact.at if upstream.state is not UpstreamState.UP else upstream.since,
+        tier=fact.tier,
+        error=None,
+        failures=0,
+        asked=fact.asked,
+        answered_at=fact.at,
+        due_at=fact.at + upstream.refresh_interval,
+        resident=fact.resident,
+        arriving=fact.arriving,
+        sees_loading=fact.loading,
+        evicts=evicts if fact.tier is Tier.V0 else None,
+        on_trial=trial,
+    )
+
+
+def _upstream_failed(upstream: Upstream, fact: ListingFailed) -> Upstream:
+    failures = upstream.failures + 1
+    state, wait = UpstreamState.DOWN, upstream.refresh_interval
+    if fact.trouble is Trouble.UNAUTHORIZED:
+        state, wait = UpstreamState.UNAUTHORIZED, BACKOFF_MAX
+    else:
+        wait = min(wait * 2.0 ** min(failures - 1, 16), max(wait, REFRESH_MAX))
+        if fact.trouble is Trouble.TIMEOUT and upstream.state is UpstreamState.UP:
+            # A busy server answers late. One late answer is no outage.
+            state = UpstreamState.DOWN if failures >= DOWN_AFTER_TIMEOUTS else UpstreamState.UP
+    return replace(
+        upstream,
+        listing=False,
+        state=state,
+        since=fact.at if state is not upstream.state else upstream.since,
+        error=fact.message,
+        failures=failures,
+        answered_at=-inf,
+        due_at=fact.at + wait,
+        evicts=None if fact.trouble is Trouble.REFUSED else upstream.evicts,
+        on_trial=frozenset(),
+    )
