@@ -60,8 +60,9 @@ def _statements(text: str) -> Iterator[tuple[int, str]]:
     yield first, text[start:]
 
 
-def _keys(table: dict[str, Any]) -> Iterator[Key]:
+def _keys(table: dict[str, Any], deep: int = 40) -> Iterator[Key]:
+    """Down to where nobody writes any more: a.a.a.a… may go on for as long as the file is."""
     for name, value in table.items():
         yield (name,)
-        if isinstance(value, dict):
-            yield from ((name, *inner) for inner in _keys(value))
+        if isinstance(value, dict) and deep:
+            yield from ((name, *inner) for inner in _keys(value, deep - 1))
