@@ -12,6 +12,8 @@ Rules of this folder:
     checks     what no table can see by itself
     tables     every key with its type, its default and its help
     values     readers of single values
+    addresses  the same for what is a place on the net
+    ping       the same for a ping of one's own
     lines      where in the text a key stands
     mistakes   what is told to a person
 
@@ -20,6 +22,7 @@ Rules of this folder:
 May import: core.
 """
 
+from keepalive.config.addresses import Address
 from keepalive.config.mistakes import ConfigError, Mistake
 from keepalive.config.reading import find, load, parse, read
 from keepalive.config.schema import schema
@@ -32,13 +35,15 @@ from keepalive.config.tables import (
     History,
     Kept,
     Model,
+    Ping,
     Prompt,
     Server,
     Upstream,
 )
-from keepalive.config.values import Address, seconds, written
+from keepalive.config.values import seconds, written
 
 __all__ = [
     "LOAD_FIELDS", "AccessKey", "Address", "Auth", "Config", "ConfigError", "Defaults", "History", "Kept",
-    "Mistake", "Model", "Prompt", "Server", "Upstream", "find", "load", "parse", "read", "schema", "seconds", "written",
+    "Mistake", "Model", "Ping", "Prompt", "Server", "Upstream",
+    "find", "load", "parse", "read", "schema", "seconds", "written",
 ]  # fmt: skip

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 from urllib.parse import urlsplit
 
+from keepalive.config.addresses import Address
 from keepalive.config.mistakes import Key, dotted, nearest, one_of, shown
-from keepalive.config.tables import AccessKey, Config, Model, Table, Upstream, timing
-from keepalive.config.values import Address, written
+from keepalive.config.tables import AccessKey, Config, Defaults, Model, Table, Upstream, timing
+from keepalive.config.values import written
 
 T = TypeVar("T", bound=Table)
 Found = Iterator[tuple[Key, str]]
@@ -26,7 +27,10 @@ class Checks:
         yield from self._addresses()
         yield from self._upstreams()
         yield from self._models()
+        yield from self._aliases()
+        yield from self._default_model()
         yield from self._leases()
+        yield from self._silences()
         yield from self._prompts()
         yield from self._auth()
 
@@ -48,7 +52,7 @@ class Checks:
     def _upstreams(self) -> Found:
         yield from self._repeated(("upstreams",), "name", self.config.upstreams)
         # Two names for one server would load everything twice on it.
-        yield from self._repeated(("upstreams",), "url", self.config.upstreams, _address)
+        yield from self._repeated(("upstreams",), "url", self.config.upstreams, _server)
         for number, upstream in enumerate(self.config.upstreams):
             if upstream.api_token_env and upstream.api_token_file:
                 message = "stands beside api_token_env, and a token has one place; leave one of them out"
@@ -68,8 +72,7 @@ class Checks:
                 yield key, f"{shown(value)} is the {name} of {other} too; write another one"
 
     def _models(self) -> Found:
-        names = [upstream.name for upstream in self.config.upstreams]
-        sound = not any(key[::2] == ("upstreams", "name") for key in self.wrong)
+        names, sound = self._upstream_names()
         taken: dict[tuple[str, str], int] = {}
         for number, model in enumerate(self.config.models):
             place, key = ("models", number, "upstream"), ("models", number, "key")
@@ -90,6 +93,84 @@ class Checks:
                     kept = f"{shown(model.key)} is already kept on {shown(name)} by models[{first}]"
                     yield key, f"{kept}; leave one of them out"
 
+    def _upstream_names(self) -> tuple[list[str], bool]:
+        """And whether they are all sound."""
+        names = [upstream.name for upstream in self.config.upstreams]
+        return names, not any(key[::2] == ("upstreams", "name") for key in self.wrong)
+
+    def _aliases(self) -> Found:
+        """A name means one model. On another upstream it may be that of another one, as a key may."""
+        every = self._keys()
+        keys = {key: number for number, key in reversed(every)}
+        own_key = set(every)
+        taken: dict[tuple[str, str], int] = {}
+        for number, model in enumerate(self.config.models):
+            own: set[str] = set()
+            homes = self._homes(number, model) if model.aliases else ()
+            for position, alias in enumerate(model.aliases):
+                place, name, said = ("models", number, "aliases", position), alias.lower(), shown(alias)
+                if (number, name) in own_key:
+                    yield place, f"{said} is its key, by which it is found already; leave it out"
+                elif name in keys:
+                    yield place, f"{said} is the key of models[{keys[name]}], which comes first; leave it out"
+                elif name in own:
+                    yield place, f"{said} stands there twice; leave one of them out"
+                else:
+                    for home in homes:
+                        first = taken.setdefault((home, name), number)
+                        if first != number:
+                            other = f"models[{first}] on {shown(home)}"
+                            yield place, f"{said} is an alias of {other} too; leave one of them out"
+                            break
+                own.add(name)
+
+    def _keys(self) -> list[tuple[int, str]]:
+        """The keys that are sound, in the letter case in which they are compared."""
+        models = enumerate(self.config.models)
+        return [(n, model.key.lower()) for n, model in models if ("models", n, "key") not in self.wrong]
+
+    def _homes(self, number: int, model: Model) -> list[str]:
+        """The upstreams that keep it, as far as that is known."""
+        names, sound = self._upstream_names()
+        if not sound or ("models", number, "upstream") in self.wrong:
+            return []
+        if not model.upstream:
+            return names if len(names) == 1 else []
+        return [name for name in model.upstream if name in names]
+
+    def _default_model(self) -> Found:
+        name, place = self.config.server.default_model, ("server", "default_model")
+        models = self.config.models
+        keys = {key for _, key in self._keys()}
+        aliases = {alias.lower() for model in models for alias in model.aliases}
+        if name is None or place in self.wrong or name.lower() in keys | aliases:
+            return
+        key, _, variant = name.lower().rpartition("@")
+        if variant and key in keys:
+            return
+        known = [n for model in models for n in (model.key, *model.aliases) if n.lower() in keys | aliases]
+        near = nearest(name, known) or nearest(name.rpartition("@")[0], known)
+        # A model whose key or aliases are wrong may be the one that is meant.
+        torn = any(key[:1] == ("models",) and key[2:3] in ((), ("key",), ("aliases",)) for key in self.wrong)
+        if near or (known and not torn):
+            advice = shown(near) if near else f"a key or an alias of one of them, such as {shown(known[0])}"
+            yield place, f"{shown(name)} is none of [[models]]; write {advice}"
+
+    def _silences(self) -> Found:
+        """An answer is not given up before its caller was told even once that it has fallen silent."""
+        heartbeat = self.config.server.heartbeat
+        tables: dict[Key, Defaults | Model] = {("defaults",): self.config.defaults}
+        tables |= {("models", number): model for number, model in enumerate(self.config.models)}
+        for key, table in tables.items():
+            place, silence = (*key, "stall_timeout"), table.stall_timeout
+            # What nobody wrote is no mistake of anybody, also beside a heartbeat of an hour.
+            said = "stall_timeout" in table.model_fields_set
+            if not said or place in self.wrong or ("server", "heartbeat") in self.wrong:
+                continue
+            if isinstance(silence, float) and silence < heartbeat:
+                least = f'write "{written(heartbeat)}" or more, or "off"'
+                yield place, f'"{written(silence)}" is below server.heartbeat; {least}'
+
     def _leases(self) -> Found:
         """A lease that ends before the next ping lets go of the very model it was meant to hold."""
         names = ("lease", "ping_interval", "ping_timeout")
@@ -109,11 +190,12 @@ class Checks:
         yield from self._repeated(("prompts",), "id", self.config.prompts)
         models = enumerate(self.config.models)
         keys = [model.key for number, model in models if ("models", number, "key") not in self.wrong]
+        called = {alias.lower(): model.key for model in self.config.models for alias in model.aliases}
         for number, prompt in enumerate(self.config.prompts):
             key = ("prompts", number, "model")
             if prompt.model in keys or key in self.wrong:
                 continue
-            near, value = nearest(prompt.model, keys), shown(prompt.model)
+            near, value = nearest(called.get(prompt.model.lower(), prompt.model), keys), shown(prompt.model)
             # A model whose key is wrong may be the one that is meant.
             if near or (keys and len(keys) == len(self.config.models)):
                 advice = f"write {shown(near)}" if near else f"add [[models]] with key = {value}"
@@ -135,6 +217,11 @@ def _address(upstream: Upstream) -> Address:
     parts = urlsplit(upstream.url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     return Address(_plain(parts.hostname or ""), port)
+
+
+def _server(upstream: Upstream) -> object:
+    # Under two paths of one host stand two servers.
+    return _address(upstream), urlsplit(upstream.url).path
 
 
 def _collide(ours: Address, other: Address) -> bool:

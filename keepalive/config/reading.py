@@ -163,18 +163,23 @@ class _Reading:
 
     def _set(self, key: Key, value: object) -> bool:
         here: Any = self.data
-        for part, following in pairwise(key):
+        for depth, (part, following) in enumerate(pairwise(key), 1):
             if isinstance(here, list):
                 here += [{}] if part == len(here) else []
                 if int(part) >= len(here):
                     return False
-            elif part not in here:
+            elif part not in here or self._gives_way(key[:depth], here[part]):
                 here[part] = [] if isinstance(following, int) else {}
             here = here[part]
             if not isinstance(here, list if isinstance(following, int) else dict):
                 return False
         here[key[-1]] = value
         return True
+
+    def _gives_way(self, key: Key, value: object) -> bool:
+        """Whether a word of the file stands where a table may stand as well, of which a variable now says a part."""
+        is_either = len(key) > 1 and _header(key) is not None and isinstance(key[-1], str)
+        return is_either and isinstance(value, str) and key not in self.variables
 
     # The tables
 
@@ -200,8 +205,8 @@ class _Reading:
 
     def _repair(self, key: Key) -> None:
         """Puts something sound in the place of what is wrong, so that the rest can be compared."""
-        if isinstance(key[-1], int) and not _header(key):
-            key = key[:-1]  # one text of a list: the list goes
+        while len(key) > 1 and not _header(key[:-1] if isinstance(key[-1], str) else key):
+            key = key[:-1]  # a piece of a value, such as one text of a list: the value goes
             self.wrong.add(key)
         *path, last = key
         here: Any = self.data
@@ -237,7 +242,7 @@ def _explained(detail: ErrorDetails) -> str:
     # Who writes a key of [auth] in the wrong way writes the secret itself.
     value = "this" if key[0] == "auth" else shown(detail["input"])
     kind, name, header = _table_at(key[:-1]), str(key[-1]), _header(key)
-    example = json.dumps(_example(kind.model_fields.get(name)), ensure_ascii=False)
+    example = _as_toml(_example(kind.model_fields.get(name)))
     match detail["type"]:
         case "extra_forbidden":
             return _unknown(kind, name, detail["input"])
@@ -279,6 +284,12 @@ def _table_at(key: Key) -> type[Table]:
 
 def _example(info: FieldInfo | None) -> Any:
     return info.examples[0] if info and info.examples else 1
+
+
+def _as_toml(value: object) -> str:
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{key} = {_as_toml(inner)}' for key, inner in value.items())} }}"
+    return json.dumps(value, ensure_ascii=False)
 
 
 # What LM Studio and other programs call it.

@@ -6,8 +6,9 @@ from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
+from keepalive.config.addresses import Address
 from keepalive.config.tables import Config
-from keepalive.config.values import Address, written
+from keepalive.config.values import written
 
 
 class _AsWritten(GenerateJsonSchema):

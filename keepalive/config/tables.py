@@ -7,14 +7,15 @@ from datetime import tzinfo
 from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tzlocal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema
 
-from keepalive.config import values
-from keepalive.config.mistakes import shown
-from keepalive.config.values import Address, seconds
+from keepalive.config import addresses, ping, values
+from keepalive.config.addresses import Address
+from keepalive.config.mistakes import nearest, shown
+from keepalive.config.values import seconds
 from keepalive.core.window import Window
 
 
@@ -46,17 +47,23 @@ def _written_as(pattern: str) -> WithJsonSchema:
 
 _TEXT = WithJsonSchema({"type": "string"})
 _DURATION = _written_as(values.DURATION_PATTERN)
+_DURATION_OR_OFF = _written_as(rf"(off|{values.DURATION_PATTERN})")
 
 # Bounds keep out what cannot be meant; tests and demos live at the lower ends.
 Interval = Annotated[float, _duration("10ms", "7d"), _DURATION]
 Timeout = Annotated[float, _duration("10ms", "1d"), _DURATION]
 Patience = Annotated[float, _duration("0s", "1d"), _DURATION]
+Silence = Annotated[
+    float | Literal["off"],
+    PlainValidator(partial(values.read_duration_or_off, low="10ms", high="1d")),
+    _DURATION_OR_OFF,
+]
 # A listing is cheap for LM Studio and not free: ten in a second is where looking becomes load.
 Refresh = Annotated[float, _duration("100ms", "1h"), _DURATION]
 Lease = Annotated[float, _duration("1s", "365d"), _DURATION]
 Size = Annotated[int, PlainValidator(values.read_size), _written_as(values.SIZE_PATTERN)]
-Listen = Annotated[Address, PlainValidator(values.read_address), _written_as(values.ADDRESS_PATTERN)]
-Url = Annotated[str, _text(values.read_url), _written_as(values.URL_PATTERN)]
+Listen = Annotated[Address, PlainValidator(addresses.read_address), _written_as(addresses.ADDRESS_PATTERN)]
+Url = Annotated[str, _text(addresses.read_url), _written_as(addresses.URL_PATTERN)]
 Zone = Annotated[str, _text(values.read_zone_name)]
 Span = Annotated[Window, _text(values.read_window), _TEXT]
 Directory = Annotated[Path, _text(values.read_directory), _TEXT]
@@ -68,8 +75,8 @@ File = Annotated[
 Name = Annotated[str, _text(values.read_name)]
 Line = Annotated[str, _text(values.read_line)]
 Template = Annotated[str, _text(values.read_template)]
-HostName = Annotated[str, _text(values.read_host_name)]
-WebOrigin = Annotated[str, _text(values.read_origin)]
+HostName = Annotated[str, _text(addresses.read_host_name)]
+WebOrigin = Annotated[str, _text(addresses.read_origin)]
 Variable = Annotated[str, _secret_place("variable", r"[A-Za-z_]\w{0,127}", "LM_API_TOKEN"), _TEXT]
 SecretFile = Annotated[str, _secret_place("file", r".*\S.*", "/etc/keepalive/lm_token"), _TEXT]
 Credential = Annotated[str, _secret_place("credential", r"[A-Za-z0-9][\w.-]{0,62}", "ward-3"), _TEXT]
@@ -85,6 +92,11 @@ Many = Annotated[
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
 ]
 Tables = Annotated[tuple[T, ...], Field(strict=False)]
+Unlisted = Annotated[Literal["pass"], BeforeValidator(values.read_unlisted)]
+Route = Annotated[str, _text(ping.read_path), _written_as("/.*")]
+Body = Annotated[
+    Mapping[str, Any], PlainValidator(ping.read_body, json_schema_input_type=dict[str, Any] | str)
+]
 
 
 class Table(BaseModel):
@@ -120,8 +132,16 @@ class Server(Table):
     """The IANA time zone in which windows are read. Default: the one of this machine."""
     allowed_hosts: Many[HostName] = Field((), examples=["llm.example.org"])
     """Names under which callers reach this daemon, besides IP addresses and localhost."""
-    allowed_origins: Many[WebOrigin] = Field((), examples=["https://chat.example.org"])
-    """Web pages of other sites that may send requests, by origin."""
+    allowed_origins: Many[WebOrigin] = Field((), examples=["https://chat.example.org", "app://obsidian.md"])
+    """Web pages of other sites, and programs with a browser inside, that may send requests, by origin."""
+    default_model: Line | None = Field(None, examples=["qwen/qwen3-4b-2507"])
+    """What a request means that names no model, or one that no upstream lists: a key or an alias of
+    [[models]], or key@variant. Default: LM Studio decides."""
+    unlisted: Unlisted = "pass"
+    """Models that LM Studio lists and this file does not: pass leaves them to LM Studio."""
+    loads: Literal["join", "pass"] = "join"
+    """What becomes of a caller's POST /api/v1/models/load for a model that is kept: it joins the one load, or
+    is passed on, and LM Studio makes one more copy."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """The least severe line that is written to the log."""
     log_format: Literal["auto", "json", "console"] = "auto"
@@ -144,7 +164,7 @@ class Upstream(Table):
     name: Name = "local"
     """What models, metrics and logs call this server."""
     url: Url = Field(examples=["http://127.0.0.1:1234"])
-    """Where it listens, without "/v1"."""
+    """Where it listens, without "/v1"; with the path in front of that, where it is published under one."""
     api_token_env: Variable | None = Field(None, examples=["LM_API_TOKEN"])
     """The environment variable that holds its API token."""
     api_token_file: SecretFile | None = Field(None, examples=["/etc/keepalive/lm_token"])
@@ -174,6 +194,28 @@ class Defaults(Table):
     """How long a request is held for a model that is not ready."""
     lease: Lease = seconds("24h")
     """LM Studio 0.3: how long a model that we load may idle before LM Studio drops it."""
+    stall_timeout: Silence = seconds("15m")
+    """How long an answer that has begun may fall silent before it is given up; off: for ever."""
+
+
+class Ping(Table):
+    """The request that proves that a model answers, where the usual one cannot."""
+
+    path: Route = Field(examples=["/v1/rerank"])
+    """Where it is sent, by POST."""
+    body: Body = Field(examples=[ping.EXAMPLE])
+    """What it says, as a table or as the text of a JSON object; keepalive adds the model."""
+
+
+def _read_ping(value: object) -> object:
+    if value in ("auto", "off"):
+        return value
+    if isinstance(value, dict):
+        return Ping.model_validate(value)
+    words = {"auto": "auto", "off": "off", "true": "auto", "false": "off", "none": "off"}
+    near = nearest(str(value), words)
+    advice = f'"{words[near]}"' if near else '"auto" or "off", or { path = "/v1/rerank", body = { … } }'
+    raise ValueError(f"{shown(value)} is not known; write {advice}")
 
 
 class Model(Table):
@@ -181,12 +223,20 @@ class Model(Table):
 
     key: Line = Field(examples=["qwen/qwen3-4b-2507"])
     """The key that LM Studio lists for the model."""
+    aliases: Many[Line] = Field((), examples=["gpt-4o-mini"])
+    """Further names by which callers may ask for it."""
     upstream: Many[Name] | None = Field(None, examples=["local"])
     """The upstream that keeps it, or a list of them. Default: the only one."""
     window: Span | None = Field(None, examples=["Mon-Fri 08:00-19:00"])
     """When it is wanted. Default: always."""
-    kind: Literal["llm", "embedding"] | None = Field(None, examples=["llm"])
+    kind: Literal["llm", "embedding", "reranker"] | None = Field(None, examples=["llm"])
     """What it is. Default: what LM Studio says."""
+    ping: Annotated[
+        Literal["auto", "off"] | Ping,
+        PlainValidator(_read_ping, json_schema_input_type=Literal["auto", "off"] | Ping),
+    ] = "auto"
+    """How it is made to answer: auto: by what its kind answers; off: never, so that its being listed is all that
+    is known; or a request of your own."""
     context_length: Count | None = Field(None, examples=[8192])
     """Given to LM Studio when it loads: how many tokens the context holds."""
     eval_batch_size: Count | None = Field(None, examples=[512])
@@ -208,6 +258,8 @@ class Model(Table):
     max_wait: Patience | None = Field(None, examples=["10m"])
     """For this model, instead of [defaults]."""
     lease: Lease | None = Field(None, examples=["24h"])
+    """For this model, instead of [defaults]."""
+    stall_timeout: Silence | None = Field(None, examples=["15m"])
     """For this model, instead of [defaults]."""
 
 
@@ -260,15 +312,18 @@ class Kept:
 
     upstream: str
     key: str
+    aliases: tuple[str, ...]
     kind: str | None
     window: Window | None
     load_fields: Mapping[str, int | bool] = field(hash=False)
+    ping: Literal["auto", "off"] | Ping = field(hash=False)
     refresh_interval: float
     ping_interval: float
     ping_timeout: float
     load_timeout: float
     max_wait: float
     lease: float
+    stall_timeout: float | None  # None: silence has no end
 
 
 class Config(Table):
@@ -291,13 +346,18 @@ class Config(Table):
 
     def _kept(self, model: Model, upstream: str) -> Kept:
         load_fields = model.model_dump(include=set(LOAD_FIELDS), exclude_none=True)
+        time: dict[str, Any] = {
+            name: None if value == "off" else value for name, value in timing(self.defaults, model).items()
+        }
         return Kept(
             upstream=upstream,
             key=model.key,
+            aliases=model.aliases,
             kind=model.kind,
             window=model.window,
             load_fields=MappingProxyType(load_fields),
-            **timing(self.defaults, model),
+            ping=model.ping,
+            **time,
         )
 
     @cached_property
@@ -306,8 +366,8 @@ class Config(Table):
         return zoneinfo.ZoneInfo(self.server.timezone) if self.server.timezone else tzlocal.get_localzone()
 
 
-def timing(defaults: Defaults, model: Model | None = None) -> dict[str, float]:
-    """The defaults with what the model says instead."""
+def timing(defaults: Defaults, model: Model | None = None) -> dict[str, Any]:
+    """The defaults with what the model says instead: seconds, or "off" where that may stand."""
     own = model.model_dump(include=set(Defaults.model_fields), exclude_none=True) if model else {}
     return defaults.model_dump() | own
 
@@ -318,6 +378,7 @@ SECTIONS: Mapping[str, type[Table]] = {
     "[[upstreams]]": Upstream,
     "[defaults]": Defaults,
     "[[models]]": Model,
+    "[models.ping]": Ping,
     "[[prompts]]": Prompt,
     "[auth]": Auth,
     "[[auth.client_keys]]": AccessKey,

@@ -1,9 +1,7 @@
 """Readers of single values: text of the file in, what we use out. ValueError says what to write instead."""
 
-import ipaddress
 import re
 import zoneinfo
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -20,27 +18,11 @@ _UNIT_WORD = re.compile(r"([dhms])(?:ays?|(?:ou)?rs?|in(?:ute)?s?|ec(?:ond)?s?)(
 _SIZES = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _SIZE = re.compile(rf"(\d{{1,12}})({'|'.join(_SIZES)})", re.ASCII)
 
-_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]*):(\d{1,5})", re.ASCII)
-_ORIGIN = re.compile(r"https?://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::(\d{1,5}))?", re.ASCII)
-_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9.])?", re.ASCII)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
 
 # Looser than the readers, because the engines of some editors know no lookahead.
 DURATION_PATTERN = r"(\d+(\.\d+)?(ms|[smhd]))+"
 SIZE_PATTERN = _SIZE.pattern
-ADDRESS_PATTERN = _ADDRESS.pattern
-URL_PATTERN = r"https?://[^/?#@\s]+/?"
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where to listen. An empty host is every interface, port 0 is any free one."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 def seconds(text: str) -> float:
@@ -77,6 +59,22 @@ def read_duration(value: object, low: str, high: str) -> float:
     raise ValueError(f"{shown(value)} is no duration; {advice}")
 
 
+def read_duration_or_off(value: object, low: str, high: str) -> float | Literal["off"]:
+    if value == "off":
+        return "off"
+    try:
+        return read_duration(value, low, high)
+    except ValueError as error:
+        raise ValueError(f'{error}, or "off"') from None
+
+
+def read_unlisted(value: object) -> object:
+    # The documents of the next release are read before it is installed.
+    if value == "auto":
+        raise ValueError('"auto" is not there yet; write "pass", which leaves these models to LM Studio')
+    return value
+
+
 def read_size(value: object) -> int:
     found = _SIZE.fullmatch(value) if isinstance(value, str) else None
     if found is None:
@@ -85,44 +83,6 @@ def read_size(value: object) -> int:
     if not 2**10 <= size <= 2**34:
         raise ValueError(f'{shown(value)} is out of range; write a size from "1KiB" to "16GiB"')
     return size
-
-
-def read_address(value: object) -> Address:
-    found = _ADDRESS.fullmatch(value) if isinstance(value, str) else None
-    if found and (not found[1] or _is_host(found[1])) and int(found[2]) < 2**16:
-        return Address(found[1].strip("[]"), int(found[2]))
-    text = shown(value).strip('"')
-    if text.isdecimal() and int(text) < 2**16:
-        advice = f'write "127.0.0.1:{text}", or ":{text}" for every interface'
-    elif _is_host(text):
-        advice = f'write "{text}:1235"'
-    else:
-        advice = 'write one such as "127.0.0.1:1235", "[::1]:1235", or ":1235" for every interface'
-    raise ValueError(f"{shown(value)} is not host and port; {advice}")
-
-
-def read_url(value: str) -> str:
-    """An upstream, as scheme://host[:port] in lower case and without a slash at its end."""
-    if "@" in value:
-        raise ValueError("holds credentials, which do not stand here; write api_token_env or api_token_file")
-    return _origin(value, "http", "http://127.0.0.1:1234")
-
-
-def read_origin(value: str) -> str:
-    if value == "*":
-        raise ValueError('"*" would let every web page load models; name each origin by itself')
-    return _origin(value, "https", "https://chat.example.org")
-
-
-def _origin(value: str, scheme: str, example: str) -> str:
-    plain = value.lower().removesuffix("/")
-    if not _is_origin(plain):
-        # People leave the scheme out, or write more behind the port.
-        found = re.match(r"(?:(https?)://)?([^/?#\s]+)", plain)
-        meant = f"{found[1] or scheme}://{found[2]}" if found else ""
-        advice = short(meant) if _is_origin(meant) else example
-        raise ValueError(f'{shown(value)} is not scheme, host and port; write "{advice}"')
-    return plain
 
 
 def read_window(value: str) -> Window:
@@ -155,12 +115,6 @@ def read_file(value: object) -> Path | Literal[False]:
         advice = 'write one such as "/var/lib/keepalive/history.db", or false for none'
         raise ValueError(f'{shown(value)} is no path of a file from "/"; {advice}')
     return Path(value)
-
-
-def read_host_name(value: str) -> str:
-    if not _is_host(value):
-        raise ValueError(f'{shown(value)} is no host name; write one such as "llm.example.org"')
-    return value.lower()
 
 
 def read_name(value: str) -> str:
@@ -199,20 +153,3 @@ def read_secret_place(value: object, *, what: str, pattern: str, example: str) -
             f'is not the name of a {what}; write one such as "{example}", never the secret itself'
         )
     return value
-
-
-def _is_host(host: str) -> bool:
-    """A name, an IPv4 address or an IPv6 address in brackets."""
-    # 127.0.0.300 looks like a name to a resolver and then costs a lookup that nobody understands.
-    if host.startswith("[") or re.fullmatch(r"[0-9.]+", host):
-        try:
-            version = ipaddress.ip_address(host.strip("[]")).version
-        except ValueError:
-            return False
-        return version == (6 if host.startswith("[") else 4)
-    return _HOST.fullmatch(host) is not None and ".." not in host
-
-
-def _is_origin(text: str) -> bool:
-    found = _ORIGIN.fullmatch(text)
-    return found is not None and _is_host(found[1]) and 0 < int(found[2] or 80) < 2**16

@@ -16,29 +16,18 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from keepalive import config
-from keepalive.config import Address, Config, ConfigError, Kept, Mistake, lines, reading
+from keepalive.config import Address, Config, ConfigError, Kept, Mistake, Ping, lines, reading
 from keepalive.config.tables import SECTIONS
 from keepalive.core.errors import KeepaliveError
 from keepalive.core.window import parse as parse_window
 from tests.kit import PROJECT
+from tests.kit.configs import MODEL, mistakes, parse
 
 SHIPPED = (PROJECT / "config.toml").read_text(encoding="utf-8")
 # A "#" with a setting or a header right behind it is a setting; one with a space is prose.
 EVERYTHING = re.sub(r"(?m)^#(?=[a-z\[])", "", SHIPPED)
 
-MODEL = '[[models]]\nkey = "gemma"\n'
 CANARY = "sk-lm-canary00:abcdefghijklmnopqrst"
-
-
-def parse(text: str, environ: Mapping[str, str] | None = None) -> Config:
-    return config.parse(text, "config.toml", environ or {})
-
-
-def mistakes(text: str, environ: Mapping[str, str] | None = None) -> list[str]:
-    """The report, line by line, without the name of the file."""
-    with pytest.raises(ConfigError) as raised:
-        parse(text, environ)
-    return [line.removeprefix("config.toml:") for line in str(raised.value).splitlines()]
 
 
 # --- A good config ---
@@ -51,15 +40,18 @@ def test_one_model_is_a_whole_config() -> None:
         Kept(
             upstream="local",
             key="gemma",
+            aliases=(),
             kind=None,
             window=None,
             load_fields={},
+            ping="auto",
             refresh_interval=15.0,
             ping_interval=300.0,
             ping_timeout=60.0,
             load_timeout=900.0,
             max_wait=600.0,
             lease=86400.0,
+            stall_timeout=900.0,
         ),
     )
 
@@ -76,9 +68,13 @@ def test_a_model_overrides_the_defaults_which_override_ours() -> None:
         [defaults]
         ping_interval = "200ms"
         max_wait = "0s"
+        stall_timeout = "1h"
 
         [[models]]
         key = "gemma"
+        aliases = ["gpt-4o-mini", "local-model"]
+        ping = "off"
+        stall_timeout = "off"
         context_length = 8192
         flash_attention = false
         window = "Mon-Fri 08:00-19:00"
@@ -91,15 +87,18 @@ def test_a_model_overrides_the_defaults_which_override_ours() -> None:
         Kept(
             upstream="local",
             key="gemma",
+            aliases=("gpt-4o-mini", "local-model"),
             kind="embedding",
             window=parse_window("Mon-Fri 08:00-19:00"),
             load_fields={"context_length": 8192, "flash_attention": False},
+            ping="off",
             refresh_interval=15.0,
             ping_interval=0.2,
             ping_timeout=60.0,
             load_timeout=900.0,
             max_wait=5400.0,
             lease=86400.0,
+            stall_timeout=None,
         ),
     )
 
@@ -296,8 +295,8 @@ content = "Explain {{{{topic}}."
         '3: server.heartbeat: 5 has no unit; write "5s" or "5m"',
         '4: server.log_level: "warn" is not known; write "warning"',
         '5: server.timezone: "Lisbon" is no known time zone; write "Europe/Lisbon"',
-        '9: upstreams[0].url: "http://10.0.0.1:1234/v1" is not scheme, host and port; '
-        'write "http://10.0.0.1:1234"',
+        '9: upstreams[0].url: "http://10.0.0.1:1234/v1" ends in a path of LM Studio itself, '
+        'which keepalive adds; write "http://10.0.0.1:1234"',
         "10: upstreams[0].api_token: is unknown; write api_token_env",
         '13: upstreams[1].url: "10.0.0.2:1234" is not scheme, host and port; write "http://10.0.0.2:1234"',
         '17: models[0].upstream: "gpo" is no upstream; write "gpu"',
@@ -348,7 +347,7 @@ def test_a_mistake_tells_its_parts() -> None:
         ("flash_attention = 1", "1 is neither true nor false; write one of them, without quotes"),
         ('flash_attention = "True"', '"True" is neither true nor false; write one of them, without quotes'),
         ('kind = "LLM"', '"LLM" is not known; write "llm"'),
-        ('kind = "vision"', '"vision" is not known; write "llm" or "embedding"'),
+        ('kind = "vision"', '"vision" is not known; write "llm" or "embedding" or "reranker"'),
         ('window = "Mon-Fri"', '"Mon-Fri" has no times; write "Mon-Fri 00:00-24:00"'),
         ("window = 08:00:00", "08:00:00 is no text; write it in quotes"),
         ('upstream = "lokal"', '"lokal" is no upstream; write "local"'),
@@ -356,13 +355,20 @@ def test_a_mistake_tells_its_parts() -> None:
         ('ttl = "1h"', "is unknown; write lease"),
         ('url = "http://x"', "is unknown here; write it below [[upstreams]]"),
         (
+            'stall_timeout = "never"',
+            '"never" is no duration; write one such as "500ms", "30s", "5m" or "1h30m", or "off"',
+        ),
+        ('stall_timeout = "90"', '"90" has no unit; write "90s" or "90m", or "off"'),
+        ('stall_timeout = "2d"', '"2d" is out of range; write one from "10ms" to "1d", or "off"'),
+        ("aliases = 1", '1 is no list; write one such as ["gpt-4o-mini"]'),
+        (
             'lease = "6m"',
             'a lease of 6m ends within ping_interval and ping_timeout; write lease = "12m"',
         ),
     ],
 )
 def test_a_model_with_a_mistake(line: str, message: str) -> None:
-    key = line.partition(" = ")[0] + ("[0]" if message.startswith("never") else "")
+    key = line.partition(" = ")[0]
 
     assert mistakes(f"{MODEL}{line}\n") == [f"3: models[0].{key}: {message}"]
 
@@ -426,6 +432,17 @@ def test_a_model_with_a_mistake(line: str, message: str) -> None:
             'allowed_origins = ["*"]',
             '"*" would let every web page load models; name each origin by itself',
         ),
+        (
+            'unlisted = "auto"',
+            '"auto" is not there yet; write "pass", which leaves these models to LM Studio',
+        ),
+        ('unlisted = "keep"', '"keep" is not known; write "pass"'),
+        ('loads = "refuse"', '"refuse" is not known; write "join" or "pass"'),
+        ("default_model = 1", "1 is no text; write it in quotes"),
+        (
+            'default_model = " a"',
+            '" a" is not one line; write 1 to 256 characters, no space around them',
+        ),
         ("log_format = 1", '1 is not known; write "auto" or "json" or "console"'),
         ('ping_interval = "5m"', "is unknown here; write it below [defaults] or [[models]]"),
     ],
@@ -446,11 +463,12 @@ def test_a_server_with_a_mistake(line: str, message: str) -> None:
         ("ftp://box:1234", '"ftp://box:1234" is not scheme, host and port; write "http://127.0.0.1:1234"'),
         (
             "http://box:1234/v1",
-            '"http://box:1234/v1" is not scheme, host and port; write "http://box:1234"',
+            '"http://box:1234/v1" ends in a path of LM Studio itself, which keepalive adds; '
+            'write "http://box:1234"',
         ),
         (
             "http://box?x=1",
-            '"http://box?x=1" is not scheme, host and port; write "http://box"',
+            '"http://box?x=1" has a query; write "http://box"',
         ),
         (
             "http://me:hunter2@box:1234",
@@ -647,6 +665,12 @@ g = 2
     }
 
 
+def test_keys_may_lie_as_deep_in_each_other_as_they_like() -> None:
+    (said,) = mistakes(f"{MODEL}{'a.' * 1500}a = 1\n")
+
+    assert said == "3: models[0].a: is unknown; write one of " + ", ".join(config.Model.model_fields)
+
+
 def test_windows_line_ends_do_not_move_lines() -> None:
     assert mistakes('[[models]]\r\nkey = "a"\r\n\r\nx = 1\r\n') == [
         "4: models[0].x: is unknown; write one of " + ", ".join(config.Model.model_fields)
@@ -663,13 +687,23 @@ def test_every_setting_can_come_from_the_environment() -> None:
             "KEEPALIVE_SERVER__LISTEN": ":80",
             "KEEPALIVE_SERVER__ALLOWED_HOSTS": "a.example, b.example",
             "KEEPALIVE_SERVER__ALLOWED_ORIGINS": '["https://a.example"]',
+            "KEEPALIVE_SERVER__DEFAULT_MODEL": "c@q4_k_m",
+            "KEEPALIVE_SERVER__UNLISTED": "pass",
+            "KEEPALIVE_SERVER__LOADS": "pass",
             "KEEPALIVE_UPSTREAMS__0__URL": "http://10.0.0.1:1234",
             "KEEPALIVE_UPSTREAMS__0__AUTO_EVICT": "true",
             "KEEPALIVE_DEFAULTS__PING_INTERVAL": "200ms",
+            "KEEPALIVE_DEFAULTS__STALL_TIMEOUT": "off",
             "KEEPALIVE_MODELS__0__KEY": '"1234"',
             "KEEPALIVE_MODELS__0__CONTEXT_LENGTH": "8192",
             "KEEPALIVE_MODELS__1__KEY": "b",
             "KEEPALIVE_MODELS__1__UPSTREAM": "local",
+            "KEEPALIVE_MODELS__1__ALIASES": "gpt-4o-mini, local-model",
+            "KEEPALIVE_MODELS__2__KEY": "c",
+            "KEEPALIVE_MODELS__2__KIND": "reranker",
+            "KEEPALIVE_MODELS__2__STALL_TIMEOUT": "1m",
+            "KEEPALIVE_MODELS__2__PING__PATH": "/v1/rerank",
+            "KEEPALIVE_MODELS__2__PING__BODY": '{"query": "q", "top_n": null}',
             "KEEPALIVE_PROMPTS__0__ID": "28",
             "KEEPALIVE_PROMPTS__0__TITLE": "a",
             "KEEPALIVE_PROMPTS__0__MODEL": "b",
@@ -690,7 +724,12 @@ def test_every_setting_can_come_from_the_environment() -> None:
     assert [(kept.key, kept.ping_interval, dict(kept.load_fields)) for kept in found.kept] == [
         ("1234", 0.2, {"context_length": 8192}),
         ("b", 0.2, {}),
+        ("c", 0.2, {}),
     ]
+    assert (found.server.default_model, found.server.loads) == ("c@q4_k_m", "pass")
+    assert [kept.aliases for kept in found.kept] == [(), ("gpt-4o-mini", "local-model"), ()]
+    assert [kept.stall_timeout for kept in found.kept] == [None, None, 60.0]
+    assert found.kept[2].ping == Ping(path="/v1/rerank", body={"query": "q", "top_n": None})
     assert [prompt.id for prompt in found.prompts] == [28]
     assert [access.env for access in found.auth.client_keys] == ["KEEPALIVE_WARD"]
 
@@ -987,9 +1026,9 @@ def test_any_damage_is_a_config_or_a_report(start: int, length: int, put: str) -
 
 variables = st.sampled_from(
     [
-        "__".join(
-            ["KEEPALIVE_" + header.strip("[]").replace(".", "__"), *["0"] * ("[[" in header), name]
-        ).upper()
+        "__".join(["KEEPALIVE_" + header.strip("[]").replace(".", "__"), *["0"] * ("[[" in header), name])
+        .upper()
+        .replace("MODELS__PING", "MODELS__0__PING")
         for header, table in SECTIONS.items()
         for name in table.model_fields
     ]
@@ -1032,6 +1071,7 @@ def test_every_commented_out_setting_of_the_shipped_config_works() -> None:
         ("local", "qwen/qwen3-4b-2507"),
         ("local", "text-embedding-nomic-embed-text-v1.5"),
         ("gpu", "text-embedding-nomic-embed-text-v1.5"),
+        ("local", "qwen3-reranker-0.6b"),
     ]
 
 
@@ -1043,6 +1083,7 @@ def test_the_shipped_config_shows_every_setting() -> None:
         config.Upstream: shown["upstreams"],
         config.Defaults: [shown["defaults"]],
         config.Model: shown["models"],
+        config.Ping: [model["ping"] for model in shown["models"] if isinstance(model.get("ping"), dict)],
         config.Prompt: shown["prompts"],
         config.AccessKey: shown["auth"]["client_keys"] + shown["auth"]["admin_keys"],
         config.Auth: [shown["auth"]],
@@ -1055,7 +1096,7 @@ def test_the_shipped_config_shows_every_setting() -> None:
 
 def test_the_defaults_in_the_shipped_config_are_those_of_the_code() -> None:
     found = parse(EVERYTHING)
-    examples = {"timezone", "state_dir", "path", "api_token_env", "auto_evict", "url"}
+    examples = {"timezone", "state_dir", "path", "api_token_env", "auto_evict", "url", "default_model"}
     differing = {
         name
         for shown, default in (
@@ -1094,6 +1135,11 @@ def test_the_schema_accepts_what_the_code_accepts() -> None:
         "[server]\nheartbeat = 5",
         "[defaults]\nmax_wait = '5'",
         "[[models]]\nkind = 'llm'",
+        "[server]\nunlisted = 'auto'",
+        "[[models]]\nkey = 'a'\nping = 'on'",
+        "[[models]]\nkey = 'a'\nping = { path = '/x' }",
+        "[[models]]\nkey = 'a'\nping = { path = 'x', body = {} }",
+        "[[models]]\nkey = 'a'\nstall_timeout = 'never'",
     ],
 )
 def test_the_schema_refuses_what_the_code_refuses(text: str) -> None:
