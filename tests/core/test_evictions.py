@@ -1,0 +1,269 @@
+"""A model that went missing: why, and how soon it is loaded again."""
+
+from dataclasses import replace
+
+import pytest
+
+from keepalive.core.actions import Load
+from keepalive.core.errors import Reason
+from keepalive.core.facts import (
+    ClockJumped,
+    Fact,
+    InstanceLost,
+    LoadStarted,
+    PingEnded,
+    PingOutcome,
+    PingStarted,
+    ReleaseAsked,
+    RequestEnded,
+    RequestStarted,
+    Tier,
+    Trouble,
+    UnloadEnded,
+    UnloadStarted,
+)
+from keepalive.core.records import Cause, Eviction, Model
+from keepalive.core.states import State
+from tests.kit.models import (
+    GEMMA,
+    POLICY,
+    Box,
+    a_model,
+    after,
+    box,
+    entry,
+    failed,
+    listed,
+    load_ended,
+    ours,
+    refused,
+    warm,
+)
+
+
+def test_a_warm_model_that_goes_missing_is_an_eviction_and_is_loaded_again_at_once():
+    state = box(
+        listed(1, entry("gemma", "gemma")), PingStarted(2, GEMMA), PingEnded(3, GEMMA, PingOutcome.OK)
+    )
+    state.see(listed(20, entry("gemma")))
+
+    assert state[GEMMA].state is State.COLD
+    assert state[GEMMA].evictions == 1
+    assert state[GEMMA].reason == "LM Studio no longer has it in memory"
+    assert state.plan(20.1) == [Load(GEMMA)]
+
+
+GONE = (PingOutcome.ERROR, 0.1, "it is gone")
+
+
+@pytest.mark.parametrize("why", [Reason.CRASHED, Reason.UNLOADED])
+def test_a_stable_model_is_loaded_again_at_once_when_a_ping_was_the_first_to_miss_it(why: Reason):
+    state = Box(ours()).see(PingStarted(400, GEMMA), PingEnded(401, GEMMA, *GONE, why))
+    state.see(listed(402, entry("gemma")))
+
+    assert (state[GEMMA].evictions, state[GEMMA].failures) == (1, 0)
+    assert state.plan(402.1) == [Load(GEMMA)]
+
+
+def test_a_stable_model_is_loaded_again_at_once_when_a_user_was_the_first_to_miss_it():
+    state = Box(ours(failures=3)).see(listed(400, entry("gemma", "gemma")), InstanceLost(401, GEMMA, "gone"))
+    state.see(listed(402, entry("gemma")))
+
+    assert state.plan(402.1) == [Load(GEMMA)]
+
+
+def test_a_model_that_did_not_hold_waits_when_a_ping_was_the_first_to_miss_it():
+    state = Box(ours()).see(PingStarted(20, GEMMA), PingEnded(21, GEMMA, *GONE, Reason.CRASHED))
+    state.see(listed(400, entry("gemma")))
+
+    assert (state[GEMMA].failures, state[GEMMA].retry_at) == (2, 405)
+
+
+def test_a_model_that_is_lost_again_and_again_is_loaded_less_and_less_often():
+    model, waits, at = warm(), [], 10.0
+    for _ in range(9):
+        model = after(model, listed(at, entry("gemma")))
+        waits.append(None if model.retry_at is None else model.retry_at - at)
+        model = after(
+            model,
+            listed(at + 400, entry("gemma", "gemma")),
+            PingStarted(at + 401, GEMMA),
+            PingEnded(at + 402, GEMMA, PingOutcome.OK),
+        )
+        at += 410
+
+    assert waits == [None, 5, 10, 20, 40, 80, 160, 300, 300]
+
+
+def test_a_model_that_held_five_minutes_is_a_new_story_when_it_is_lost():
+    model = after(warm(failures=6), listed(400, entry("gemma")))
+
+    assert (model.failures, model.retry_at) == (0, None)
+
+
+MISSING = entry("gemma", loading=False)
+LLAMA = entry("llama", "llama", loading=False)
+
+
+def cause_of(model: Model, *facts: Fact) -> Cause | None:
+    """Of the one eviction that these facts are."""
+    model = after(model, *facts)
+    assert model.evictions == 1
+    return model.last_eviction.cause if model.last_eviction else None
+
+
+def on_demand(**policy: float) -> Model:
+    """Loaded by us on LM Studio 0.3.x, and listed: warm since 10."""
+    return after(
+        a_model(policy=replace(POLICY, **policy)),
+        listed(1, MISSING, tier=Tier.V0),
+        LoadStarted(2, GEMMA),
+        load_ended(10, proved=True),
+        listed(11, entry("gemma", "gemma"), tier=Tier.V0),
+    )
+
+
+def pinged(at: float, outcome: PingOutcome = PingOutcome.OK, why: Reason | None = None) -> list[Fact]:
+    return [PingStarted(at, GEMMA), PingEnded(at + 1, GEMMA, outcome, 1.0, why=why)]
+
+
+def quiet(*span: int) -> list[Fact]:
+    """It is listed every 15 s, and nobody asks anything of it."""
+    return [listed(at, entry("gemma", "gemma", loading=False)) for at in range(*span, 15)]
+
+
+def test_a_model_that_we_loaded_by_a_call_has_no_timer_and_is_not_displaced_so_somebody_unloaded_it():
+    assert cause_of(ours(), listed(20, entry("gemma"))) is Cause.BY_HAND
+    assert cause_of(ours(), *quiet(15, 9000), listed(9000, entry("gemma"))) is Cause.BY_HAND
+    assert cause_of(ours(), listed(20, entry("gemma"), LLAMA)) is Cause.BY_HAND
+    assert cause_of(ours(), InstanceLost(19, GEMMA, "Model unloaded.", Reason.UNLOADED), listed(20)) is (
+        Cause.BY_HAND
+    )
+
+
+def test_when_of_several_models_none_is_left_it_may_have_been_a_restart_that_nobody_saw():
+    both = listed(15, entry("gemma", "gemma"), LLAMA)
+
+    assert cause_of(ours(), both, listed(20, entry("gemma"), entry("llama"))) is Cause.UNKNOWN
+    assert cause_of(ours(), both, listed(20, entry("gemma"), LLAMA)) is Cause.BY_HAND
+
+
+def test_a_crash_is_what_a_ping_or_a_user_was_told_of():
+    by_ping = pinged(20, PingOutcome.ERROR, Reason.CRASHED)
+    by_user = InstanceLost(20, GEMMA, "the model has crashed", Reason.CRASHED)
+
+    assert cause_of(ours(), *by_ping, listed(22, entry("gemma"))) is Cause.CRASH
+    assert cause_of(warm(), by_user, listed(22, MISSING, LLAMA)) is Cause.CRASH
+    assert cause_of(ours(), by_user, listed(22, entry("gemma", "gemma")), listed(40)) is Cause.CRASH
+    assert cause_of(ours(), by_user, refused(21), listed(40, entry("gemma"))) is Cause.CRASH
+
+
+def test_a_crash_that_was_followed_by_an_answer_explains_nothing_any_more():
+    told = pinged(20, PingOutcome.ERROR, Reason.CRASHED)
+
+    assert cause_of(ours(), *told, *pinged(30), listed(40, entry("gemma"))) is Cause.BY_HAND
+
+
+@pytest.mark.parametrize("trouble", [Trouble.REFUSED, Trouble.UNREACHABLE])
+def test_a_server_that_was_gone_meanwhile_has_been_restarted(trouble: Trouble):
+    assert cause_of(ours(), failed(20, trouble), listed(40, entry("gemma"))) is Cause.RESTART
+    assert cause_of(ours(), failed(20, trouble), listed(40, MISSING, LLAMA)) is Cause.RESTART
+
+
+def test_behind_a_network_that_was_cut_an_idle_timer_may_have_run_out():
+    cut = failed(20, Trouble.UNREACHABLE)
+
+    assert cause_of(warm(), refused(20), listed(40, MISSING)) is Cause.RESTART
+    assert cause_of(warm(), cut, listed(4000, MISSING)) is Cause.UNKNOWN
+
+
+def test_a_server_that_came_back_with_its_models_was_not_restarted():
+    model = after(ours(), failed(20, Trouble.UNREACHABLE), listed(40, entry("gemma", "gemma")))
+
+    assert cause_of(model, listed(60, entry("gemma"))) is Cause.BY_HAND
+
+
+@pytest.mark.parametrize("trouble", [Trouble.TIMEOUT, Trouble.BAD_ANSWER, Trouble.UNAUTHORIZED])
+def test_a_listing_that_failed_otherwise_is_no_restart(trouble: Trouble):
+    assert cause_of(ours(), failed(20, trouble), listed(40, entry("gemma"))) is Cause.BY_HAND
+
+
+def test_on_demand_one_model_pushes_out_another_by_being_loaded():
+    there = listed(20, MISSING, LLAMA, tier=Tier.V0)
+    on_its_way = listed(20, MISSING, entry("llama", loading=True), tier=Tier.V0)
+
+    assert cause_of(on_demand(), there) is Cause.DISPLACED
+    assert cause_of(on_demand(), on_its_way) is Cause.DISPLACED
+    assert cause_of(warm(), listed(20, entry("gemma"), LLAMA)) is Cause.DISPLACED
+
+
+def test_what_was_there_before_has_pushed_out_nothing():
+    model = after(on_demand(), listed(15, entry("gemma", "gemma"), LLAMA, tier=Tier.V0))
+
+    assert cause_of(model, listed(20, MISSING, LLAMA, tier=Tier.V0)) is Cause.BY_HAND
+
+
+def test_a_timer_took_what_idled_as_long_as_its_lease():
+    model = after(on_demand(lease=600.0), listed(611, MISSING, tier=Tier.V0))
+
+    assert model.last_eviction == Eviction(at=611, cause=Cause.TIMER, idle_seconds=600)
+
+
+def test_a_lease_that_we_asked_for_may_have_been_cut_short():
+    model = after(on_demand(), listed(90, MISSING, tier=Tier.V0))
+
+    assert model.last_eviction == Eviction(at=90, cause=Cause.UNKNOWN, idle_seconds=79)
+
+
+def test_what_somebody_else_loaded_may_have_any_lease_of_a_minute_or_more():
+    model = after(warm(), *quiet(15, 120), listed(120, entry("gemma")))
+    early = after(warm(), *quiet(15, 60), listed(62, entry("gemma")))
+
+    assert model.last_eviction == Eviction(at=120, cause=Cause.TIMER, idle_seconds=117)
+    assert early.last_eviction == Eviction(at=62, cause=Cause.UNKNOWN, idle_seconds=59)
+
+
+def test_no_timer_takes_what_has_idled_longer_before():
+    model = after(warm(), *quiet(15, 300), *pinged(300), *quiet(305, 400))
+
+    assert cause_of(model, listed(400, MISSING)) is Cause.BY_HAND
+
+
+def test_a_listing_that_does_not_show_loads_cannot_rule_out_that_one_displaced_it():
+    model = after(warm(), *quiet(15, 300), *pinged(300), *quiet(305, 400))
+
+    assert cause_of(model, listed(400, entry("gemma"))) is Cause.UNKNOWN
+
+
+def test_a_model_at_work_is_not_idle():
+    model = after(warm(), RequestStarted(10, GEMMA), *quiet(15, 300), RequestEnded(300, GEMMA, answered=True))
+    working = after(warm(), RequestStarted(10, GEMMA), *quiet(15, 300))
+
+    assert (model.survived, model.used_at) == (0.0, 300)
+    assert after(working, listed(300, entry("gemma"))).last_eviction == Eviction(300, Cause.UNKNOWN, 0.0)
+
+
+def test_a_machine_that_slept_was_idle_all_the_while():
+    model = after(warm(), ClockJumped(20, "local", 7200.0), listed(21, entry("gemma")))
+    set_back = after(warm(), ClockJumped(20, "local", -7200.0), listed(21, entry("gemma")))
+
+    assert model.last_eviction == Eviction(at=21, cause=Cause.TIMER, idle_seconds=7218)
+    assert set_back.last_eviction == Eviction(at=21, cause=Cause.UNKNOWN, idle_seconds=18)
+
+
+def test_a_copy_that_comes_later_has_its_own_story():
+    model = after(warm(), *quiet(15, 300), listed(300, entry("gemma")), *quiet(310, 400))
+
+    assert (model.survived, model.used_at, model.suspected) == (pytest.approx(74.99), 310, None)
+
+
+def test_what_we_unload_is_no_eviction():
+    model = after(
+        ours(),
+        ReleaseAsked(20, GEMMA),
+        UnloadStarted(21, GEMMA, "gemma"),
+        UnloadEnded(22, GEMMA, "gemma"),
+        listed(23, entry("gemma")),
+    )
+
+    assert (model.evictions, model.last_eviction) == (0, None)
