@@ -1,5 +1,8 @@
 """What came of our loads, pings and unloads, and of those whose end nobody saw."""
 
+import contextlib
+from dataclasses import replace
+
 import pytest
 
 from keepalive.core.actions import Load, Refresh, SendPing, Unload
@@ -7,6 +10,7 @@ from keepalive.core.apply import apply
 from keepalive.core.errors import Reason
 from keepalive.core.explain import eta
 from keepalive.core.facts import (
+    Instance,
     LoadOutcome,
     LoadRemembered,
     LoadStarted,
@@ -17,6 +21,7 @@ from keepalive.core.facts import (
     UnloadEnded,
     UnloadStarted,
 )
+from keepalive.core.records import Cause, Model, Pending, Ping, Policy
 from keepalive.core.states import IllegalMove, State
 from tests.kit.models import (
     GEMMA,
@@ -24,12 +29,14 @@ from tests.kit.models import (
     a_model,
     after,
     box,
+    changed,
     cold,
     entry,
     found,
     listed,
     load_ended,
     ours,
+    tried,
     unanswered,
     warm,
 )
@@ -167,3 +174,317 @@ def test_an_unload_that_fails_is_tried_again_later_and_says_so():
 
     assert early == []
     assert state.plan(86.6) == [Unload(GEMMA, "gemma")]
+
+
+# --- each call, and all that it leaves ------------------------------------------------------------
+
+
+def test_a_load_that_begins_ends_what_held_it_off():
+    before = tried(State.BACKOFF, instances=(), pending=None)
+
+    assert changed(before, apply(before, LoadStarted(50, GEMMA))) == {
+        "state": State.LOADING,
+        "since": 50,
+        "reason": None,
+        "load_started": 50,
+        "retry_at": None,
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pinging": True},
+        {"pending": Pending(since=1.0, until=9.0, alive_at=1.0)},
+        {"instances": (Instance("gemma"),)},
+    ],
+)
+def test_no_load_begins_beside_another_call_an_unseen_load_or_an_instance(changes: dict[str, object]):
+    told = "gemma on local: a load though one is under way, or an instance is there"
+
+    with pytest.raises(IllegalMove, match=f"^{told}$"):
+        apply(replace(cold(), **changes), LoadStarted(99, GEMMA))  # type: ignore[arg-type]
+
+
+def test_a_load_of_an_earlier_life_is_believed_to_go_on_for_as_long_as_it_may_take():
+    known = apply(a_model(), LoadRemembered(1, GEMMA, started=-20.0, expected=30.0, tells_loading=True))
+    unknown = apply(a_model(), LoadRemembered(1, GEMMA, started=-20.0, expected=None))
+
+    assert changed(a_model(), known) == {
+        "pending": Pending(since=-20.0, until=85.0, alive_at=1),
+        "tells_loading": True,
+        "reason": "an earlier life of the daemon had begun to load it",
+    }
+    assert unknown.pending == Pending(since=-20.0, until=925.0, alive_at=1)
+
+
+def loading(**changes: object) -> Model:
+    return tried(State.LOADING, instances=(), pending=None, load_started=30.0, **changes)
+
+
+def test_a_load_that_ended_well_is_ours_and_has_still_to_be_listed():
+    before = loading(ours=frozenset({"gemma:2"}), recent_loads=(1.0, 2.0, 3.0, 4.0, 5.0), loads=7)
+
+    assert changed(before, apply(before, load_ended(50, seconds=7.94, proved=True))) == {
+        "reason": "loaded in 7.9 s; waiting for LM Studio to list it",
+        "load_started": None,
+        "touched_at": 50,
+        "loads": 8,
+        "recent_loads": (2.0, 3.0, 4.0, 5.0, 7.94),
+        "ours": {"gemma", "gemma:2"},
+        "pending": Pending(since=30.0, until=95.0, alive_at=50, loaded=True, proved=True),
+    }
+
+
+def test_a_load_is_timed_by_our_own_clock_where_lm_studio_does_not_say():
+    model = apply(loading(), load_ended(50, elapsed=20.0, seconds=None, instance_id=None))
+
+    assert (model.recent_loads, model.ours) == ((20.0,), {"gemma"})
+    assert model.pending is not None
+    assert model.pending.proved is False
+    assert apply(loading(), load_ended(50, seconds=0.0)).recent_loads == (0.0,)
+
+
+def test_a_load_that_is_not_known_to_have_begun_began_when_it_ended():
+    model = apply(loading(), load_ended(50))
+    unknown = apply(replace(loading(), load_started=None), load_ended(50))
+    at_first = apply(replace(loading(), load_started=0.0), load_ended(50))
+
+    assert [m.pending.since for m in (model, unknown, at_first) if m.pending] == [30.0, 50, 0.0]
+
+
+def test_where_nothing_is_listed_a_load_that_ended_well_has_answered():
+    model = apply(loading(blind=True), load_ended(50))
+
+    assert (model.state, model.pending, model.ping_at) == (State.WARM, None, 350)
+
+
+def test_a_load_without_an_answer_may_go_on_and_counts_as_a_failure():
+    before = loading()
+
+    assert changed(before, apply(before, load_ended(50, LoadOutcome.UNKNOWN, message="it was cut"))) == {
+        "reason": "it was cut; it may still be loading",
+        "load_started": None,
+        "touched_at": 50,
+        "pending": Pending(since=30.0, until=30.0 + 900.0 + 45.0, alive_at=50),
+        "failures": 3,
+        "failure": "it was cut",
+        "retry_at": 70.0,
+    }
+    assert apply(before, load_ended(50, LoadOutcome.UNKNOWN)).reason == (
+        "no answer to the load; it may still be loading"
+    )
+
+
+@pytest.mark.parametrize(
+    ("at", "until"),
+    [
+        (134.9, 30.0 + 105.0),  # twice the longest of its loads, and the lag
+        (135.0, 30.0 + 210.0),  # it has taken as long already: as long again
+        (230.0, 30.0 + 400.0),
+    ],
+)
+def test_an_unseen_load_that_has_outlasted_what_was_known_is_given_twice_that_time(at: float, until: float):
+    model = apply(loading(recent_loads=(20.0, 30.0)), load_ended(at, LoadOutcome.UNKNOWN))
+
+    assert model.pending == Pending(since=30.0, until=pytest.approx(until), alive_at=at)
+
+
+def test_a_load_that_failed_says_why_and_is_tried_again():
+    before = loading()
+
+    assert changed(before, apply(before, load_ended(50, LoadOutcome.FAILED, message="no such file"))) == {
+        "state": State.BACKOFF,
+        "since": 50,
+        "reason": "no such file",
+        "load_started": None,
+        "touched_at": 50,
+        "failures": 3,
+        "failure": "no such file",
+        "retry_at": 70.0,
+        "warm_since": None,
+    }
+    assert apply(before, load_ended(50, LoadOutcome.FAILED)).reason == "the load failed"
+
+
+def test_a_ping_is_under_way_from_its_beginning():
+    before = tried(State.WARM)
+
+    assert changed(before, apply(before, PingStarted(50, GEMMA))) == {"pinging": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "allowed"),
+    [
+        ({"blind": True, "state": State.WARM}, True),
+        ({"blind": True, "state": State.COLD}, False),
+        ({"blind": False, "state": State.WARM}, False),
+        ({"instances": (Instance("gemma"),), "state": State.COLD}, True),
+        ({"instances": (Instance("gemma"),), "unloading": True}, False),
+        ({"blind": True, "state": State.WARM, "pinging": True}, False),
+    ],
+)
+def test_only_what_is_there_is_pinged_and_beside_no_other_call(changes: dict[str, object], allowed: bool):
+    told = "gemma on local: a ping though nothing is loaded, or a call is under way"
+    before = a_model(**changes)
+
+    with contextlib.nullcontext() if allowed else pytest.raises(IllegalMove, match=f"^{told}$"):
+        apply(before, PingStarted(99, GEMMA))
+
+
+def pinging(state: State = State.WARM, **changes: object) -> Model:
+    return tried(state, pinging=True, pending=None, **changes)
+
+
+def test_a_ping_that_users_made_needless_is_due_an_interval_after_them():
+    idle = tried(State.WARM, active_at=40.0)
+    busy = tried(State.WARM, active_at=40.0, in_flight=1)
+    skipped = PingEnded(50, GEMMA, PingOutcome.SKIPPED)
+
+    assert changed(idle, apply(idle, skipped)) == {"ping_at": 340.0, "vouched_at": 40.0}
+    assert changed(busy, apply(busy, skipped)) == {"ping_at": 350.0, "vouched_at": 40.0}
+
+
+def test_a_ping_that_was_answered_proves_the_model():
+    model = apply(pinging(), PingEnded(50, GEMMA, PingOutcome.OK, 0.2))
+
+    assert changed(pinging(), model) == {
+        "reason": None,
+        "pinging": False,
+        "touched_at": 50,
+        "used_at": 50,
+        "seen_at": 50,
+        "last_ping": Ping(50, PingOutcome.OK, 0.2),
+        "pinged_at": 50,
+        "ping_at": 350.0,
+        "retry_at": None,
+        "suspected": None,
+        "crashed": False,
+        "busy": False,
+    }
+
+
+def test_a_ping_without_an_answer_leaves_all_but_the_question():
+    model = apply(pinging(busy=False), PingEnded(50, GEMMA, PingOutcome.TIMEOUT, 60.0, "no answer in 60 s"))
+
+    assert changed(pinging(busy=False), model) == {
+        "reason": "no answer in 60 s",
+        "pinging": False,
+        "touched_at": 50,
+        "used_at": 50,
+        "last_ping": Ping(50, PingOutcome.TIMEOUT, 60.0),
+        "ping_at": 110.0,
+        "busy": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("refresh", "timeout", "interval", "again"),
+    [(15.0, 60.0, 300.0, 110.0), (90.0, 60.0, 300.0, 140.0), (15.0, 60.0, 30.0, 80.0)],
+)
+def test_a_ping_without_an_answer_is_repeated_after_its_own_time_and_no_later_than_the_next(
+    refresh: float, timeout: float, interval: float, again: float
+):
+    policy = Policy(refresh_interval=refresh, ping_timeout=timeout, ping_interval=interval)
+    model = apply(pinging(policy=policy), PingEnded(50, GEMMA, PingOutcome.TIMEOUT))
+
+    assert (model.ping_at, model.reason) == (again, "it did not answer the ping as it should")
+
+
+def test_a_ping_whose_connection_broke_is_repeated_after_the_next_listing():
+    model = apply(pinging(), PingEnded(50, GEMMA, PingOutcome.ERROR, 1.0, "it broke off"))
+
+    assert changed(pinging(), model) == {
+        "reason": "it broke off",
+        "pinging": False,
+        "touched_at": 50,
+        "used_at": 50,
+        "last_ping": Ping(50, PingOutcome.ERROR, 1.0),
+        "ping_at": 65.0,
+        "busy": False,
+    }
+
+
+def test_an_answer_that_is_none_disproves_the_model():
+    before = pinging(suspected=Cause.RESTART)
+    model = apply(before, PingEnded(50, GEMMA, PingOutcome.WRONG_MODEL, 1.0, "qwen answered"))
+
+    assert changed(before, model) == {
+        "state": State.BACKOFF,
+        "since": 50,
+        "reason": "qwen answered",
+        "failures": 3,
+        "failure": "qwen answered",
+        "retry_at": 70.0,
+        "ping_at": 70.0,
+        "pinging": False,
+        "touched_at": 50,
+        "used_at": 50,
+        "last_ping": Ping(50, PingOutcome.WRONG_MODEL, 1.0),
+        "busy": False,
+        "crashed": False,
+    }
+
+
+def test_a_ping_that_tells_of_a_crash_makes_it_a_suspect():
+    model = apply(
+        pinging(crashed=False, suspected=None), PingEnded(50, GEMMA, PingOutcome.ERROR, why=Reason.CRASHED)
+    )
+
+    assert (model.crashed, model.suspected, model.retry_at) == (True, Cause.CRASH, 70.0)
+
+
+def test_an_unload_is_under_way_from_its_beginning():
+    before = tried(State.WARM)
+
+    assert changed(before, apply(before, UnloadStarted(50, GEMMA, "gemma"))) == {"unloading": True}
+
+
+@pytest.mark.parametrize(("instance", "busy"), [("gemma:2", False), ("gemma", True)])
+def test_only_what_is_ours_is_unloaded_and_beside_no_other_call(instance: str, busy: bool):
+    with pytest.raises(IllegalMove, match=f"^gemma on local: unloading {instance}, which is not ours$"):
+        apply(tried(State.WARM, pinging=busy), UnloadStarted(99, GEMMA, instance))
+
+
+def test_what_is_unloaded_is_gone_at_once():
+    before = tried(State.WARM, unloading=True, retry_at=None)
+
+    assert changed(before, apply(before, UnloadEnded(50, GEMMA, "gemma"))) == {
+        "state": State.COLD,
+        "since": 50,
+        "reason": None,
+        "unloading": False,
+        "touched_at": 50,
+        "instances": (),
+        "ours": frozenset(),
+        "warm_since": None,
+        "ping_at": None,
+        "crashed": False,
+        "busy": False,
+    }
+
+
+def test_another_copy_stays_when_one_is_unloaded():
+    copies = (Instance("gemma:2"), Instance("gemma"))
+    before = tried(State.WARM, unloading=True, instances=copies, ours=frozenset({"gemma", "gemma:2"}))
+
+    assert changed(before, apply(before, UnloadEnded(50, GEMMA, "gemma"))) == {
+        "unloading": False,
+        "touched_at": 50,
+        "instances": (Instance("gemma:2"),),
+        "ours": {"gemma:2"},
+        "warm_since": None,
+    }
+
+
+def test_an_unload_that_failed_leaves_it_there_and_is_tried_again():
+    before = tried(State.WARM, unloading=True)
+
+    assert changed(before, apply(before, UnloadEnded(50, GEMMA, "gemma", "HTTP 500"))) == {
+        "reason": "could not unload it: HTTP 500",
+        "unloading": False,
+        "touched_at": 50,
+        "failures": 3,
+        "failure": "could not unload it: HTTP 500",
+        "retry_at": 70.0,
+    }

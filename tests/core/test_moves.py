@@ -1,8 +1,83 @@
-"""What several kinds of fact lead to: how long it waits, and from when on it is warm."""
+"""What several kinds of fact lead to: another state, and what goes with it."""
+
+from math import inf
+
+import pytest
 
 from keepalive.core.errors import Reason
 from keepalive.core.facts import PingEnded, PingOutcome, PingStarted
-from tests.kit.models import GEMMA, after, ours
+from keepalive.core.moves import absent, backoff, failed, move, proved
+from keepalive.core.states import IllegalMove, Sign, State
+from tests.kit.models import GEMMA, a_model, after, changed, cold, ours, tried, warm
+
+# --- from state to state --------------------------------------------------------------------------
+
+
+def test_a_move_says_where_it_leads_since_when_and_why():
+    model = move(cold(), Sign.SEEN_LOADING, 50.0, "somebody loads it")
+
+    assert changed(cold(), model) == {"state": State.LOADING, "since": 50.0, "reason": "somebody loads it"}
+
+
+def test_a_move_that_leads_nowhere_else_has_a_new_reason_and_the_old_time():
+    model = move(warm(), Sign.PRESENT, 50.0, "it is busy")
+
+    assert changed(warm(), model) == {"reason": "it is busy"}
+
+
+def test_a_move_that_the_table_does_not_know_says_which():
+    with pytest.raises(IllegalMove, match=r"^gemma on local: we load it in state warm$"):
+        move(warm(), Sign.LOAD_STARTED, 50.0, None)
+
+
+def test_it_waits_5_seconds_after_the_first_failure_doubling_to_300():
+    assert [backoff(failures) for failures in range(1, 9)] == [5, 10, 20, 40, 80, 160, 300, 300]
+    assert backoff(100_000) == 300
+
+
+# --- it answered ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", [State.UNKNOWN, State.LOADING, State.BACKOFF])
+def test_an_answer_makes_it_warm_and_ends_what_held_it_off(state: State):
+    model = proved(tried(state), 50.0)
+
+    assert changed(tried(state), model) == {
+        "state": State.WARM,
+        "since": 50.0,
+        "reason": None,
+        "pending": None,
+        "seen_at": 50.0,
+        "used_at": 50.0,
+        "suspected": None,
+        "warm_since": 50.0,
+        "retry_at": None,
+        "ping_at": 350.0,
+        "crashed": False,
+        "busy": False,
+    }
+
+
+def test_a_model_that_has_been_warm_for_five_minutes_is_forgiven_its_failures():
+    early, later = proved(tried(State.WARM), 302.9), proved(tried(State.WARM), 303.0)
+
+    assert (early.failures, early.warm_since, early.since) == (2, 3.0, 20.0)
+    assert (later.failures, later.warm_since, later.since) == (0, 3.0, 20.0)
+
+
+def test_time_in_which_it_was_not_warm_counts_for_nothing():
+    model = proved(tried(State.BACKOFF), 1000.0)
+
+    assert (model.failures, model.warm_since) == (2, 1000.0)
+
+
+def test_an_answer_of_what_is_no_longer_listed_proves_nothing():
+    assert proved(cold(), 50.0) == cold()
+    assert proved(cold(blind=True), 50.0) == cold()
+
+
+def test_where_nothing_is_listed_an_answer_is_all_the_proof_there_is():
+    assert proved(a_model(blind=True), 50.0).state is State.WARM
 
 
 def test_a_ping_that_failed_in_between_begins_the_five_minutes_anew():
@@ -17,3 +92,55 @@ def test_a_ping_that_failed_in_between_begins_the_five_minutes_anew():
     )
 
     assert (model.warm_since, model.failures) == (330, 3)
+
+
+# --- its load failed ------------------------------------------------------------------------------
+
+
+def test_a_failed_load_is_one_failure_more_and_says_when_it_is_tried_again():
+    model = failed(tried(State.LOADING), 50.0, "no memory")
+
+    assert changed(tried(State.LOADING), model) == {
+        "state": State.BACKOFF,
+        "since": 50.0,
+        "reason": "no memory",
+        "failures": 3,
+        "failure": "no memory",
+        "retry_at": 70.0,
+        "warm_since": None,
+    }
+
+
+# --- it is not there ------------------------------------------------------------------------------
+
+
+def test_what_is_not_there_is_cold_and_has_nothing_to_be_pinged():
+    model = absent(tried(State.WARM, retry_at=None), 50.0, "it is gone")
+
+    assert changed(tried(State.WARM, retry_at=None), model) == {
+        "state": State.COLD,
+        "since": 50.0,
+        "reason": "it is gone",
+        "instances": (),
+        "ours": frozenset(),
+        "busy": False,
+        "crashed": False,
+        "ping_at": None,
+    }
+
+
+def test_what_is_not_there_is_held_off_until_its_time_and_says_what_went_wrong():
+    early, then = absent(tried(State.WARM), 89.9, "it is gone"), absent(tried(State.WARM), 90.0, "it is gone")
+
+    assert (early.state, early.reason) == (State.BACKOFF, "it went wrong before")
+    assert (then.state, then.reason) == (State.COLD, "it is gone")
+    assert absent(tried(State.WARM, failure=None), 50.0, "it is gone").reason == "it is gone"
+
+
+def test_a_key_that_is_not_listed_is_cold_whatever_it_waited_for():
+    model = absent(tried(State.WARM, retry_at=inf, listed=False, nearest=("gemma2", "jemma")), 50.0, "gone")
+    alone = absent(tried(State.WARM, listed=False), 50.0, "gone")
+
+    assert model.state is State.COLD
+    assert model.reason == "LM Studio does not list this key; listed are gemma2, jemma"
+    assert alone.reason == "LM Studio does not list this key"

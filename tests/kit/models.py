@@ -1,6 +1,6 @@
 """Models as the facts left them: in each state, fed one by one or as the keeper feeds them."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from keepalive.core.actions import Action
 from keepalive.core.apply import apply
@@ -38,7 +38,8 @@ from keepalive.core.facts import (
     fold_key,
 )
 from keepalive.core.plan import plan
-from keepalive.core.records import Model, Policy, Upstream
+from keepalive.core.records import Cause, Model, Pending, Policy, Upstream
+from keepalive.core.states import State
 from keepalive.core.upstreams import apply_upstream
 
 GEMMA = ModelId("local", "gemma")
@@ -109,6 +110,30 @@ def unanswered(**changes: object) -> Model:
     return after(
         cold(**changes), LoadStarted(2, GEMMA), load_ended(10, LoadOutcome.UNKNOWN, message="it was cut")
     )
+
+
+def tried(state: State, **changes: object) -> Model:
+    """An instance of ours is there, and there is a trace of everything that can have gone wrong before."""
+    went_wrong: dict[str, object] = {
+        "failures": 2,
+        "failure": "it went wrong before",
+        "retry_at": 90.0,
+        "ping_at": 80.0,
+        "crashed": True,
+        "busy": True,
+        "suspected": Cause.CRASH,
+        "pending": Pending(since=1.0, until=99.0, alive_at=2.0),
+        "warm_since": 3.0,
+        "reason": "it went wrong",
+    }
+    there = {"instances": (Instance("gemma"),), "ours": frozenset({"gemma"}), "state": state, "since": 20.0}
+    return a_model(**{**went_wrong, **there, **changes})
+
+
+def changed(before: Model | Upstream, after: Model | Upstream) -> dict[str, object]:
+    """What differs in the record, and nothing else does."""
+    pairs = {f.name: (getattr(before, f.name), getattr(after, f.name)) for f in fields(before)}
+    return {name: new for name, (old, new) in pairs.items() if new != old}
 
 
 class Box:

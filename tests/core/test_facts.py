@@ -1,0 +1,80 @@
+"""What can happen, in the words by which the rest of the world knows it."""
+
+import pytest
+
+from keepalive.core.facts import (
+    Entry,
+    Instance,
+    Listed,
+    LoadEnded,
+    LoadOutcome,
+    LoadRemembered,
+    ModelId,
+    PingEnded,
+    PingOutcome,
+    Tier,
+    Trouble,
+    UnloadEnded,
+    fold_key,
+)
+from tests.kit.models import GEMMA, entry, listed
+
+
+def test_a_model_is_called_by_its_key_and_its_upstream():
+    assert str(ModelId("local", "acme/gemma")) == "acme/gemma on local"
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (Tier, ["v1", "v0", "openai"]),
+        (Trouble, ["refused", "unreachable", "timeout", "unauthorized", "bad_answer"]),
+        (LoadOutcome, ["ok", "failed", "refused", "unknown"]),
+        (PingOutcome, ["ok", "error", "timeout", "wrong_model", "skipped"]),
+    ],
+)
+def test_kinds_and_outcomes_go_by_the_words_that_metrics_logs_and_records_of_the_past_know(
+    kind: type, words: list[str]
+):
+    assert list(kind) == words
+
+
+def test_a_listing_says_what_is_loaded_and_what_is_being_loaded_in_folded_keys():
+    rows = entry("Acme/Gemma", "gemma"), entry("QWEN", loading=True), entry("llama", loading=False)
+    both = entry("phi", "phi", loading=True)
+    fact = listed(1.0, *rows, both)
+
+    assert fact.resident == {"acme/gemma", "phi"}
+    assert fact.arriving == {"qwen", "phi"}
+
+
+def test_a_listing_is_told_without_its_entries():
+    assert repr(Listed(1.0, "local", 0.5, Tier.V1, {"gemma": entry("gemma", "gemma")})) == (
+        "Listed(at=1.0, upstream='local', asked=0.5, tier=<Tier.V1: 'v1'>, loading=True)"
+    )
+
+
+def test_what_is_not_said_is_not_known():
+    assert Instance("gemma") == Instance(id="gemma", context_length=None)
+    assert Entry("gemma") == Entry(
+        key="gemma", kind="llm", size_bytes=None, instances=(), loading=None, aliases=()
+    )
+    assert LoadEnded(1.0, GEMMA, LoadOutcome.OK, 2.0) == LoadEnded(
+        at=1.0,
+        model=GEMMA,
+        outcome=LoadOutcome.OK,
+        elapsed=2.0,
+        seconds=None,
+        instance_id=None,
+        proved=False,
+        message=None,
+    )
+    assert LoadRemembered(1.0, GEMMA, 0.0, None).tells_loading is False
+    assert PingEnded(1.0, GEMMA, PingOutcome.OK) == PingEnded(
+        at=1.0, model=GEMMA, outcome=PingOutcome.OK, seconds=0.0, message=None, why=None
+    )
+    assert UnloadEnded(1.0, GEMMA, "gemma").message is None
+
+
+def test_keys_are_folded_as_lm_studio_folds_them():
+    assert fold_key("Acme/GEMMA-Straße") == "acme/gemma-strasse"
