@@ -110,7 +110,7 @@ def model_document(
         else {"at": at(last.at), "outcome": last.outcome.value, "seconds": round(last.seconds, 3)},
         "next_ping_at": at(_next_ping(model, now)),
         "retry_at": at(model.retry_at),
-        "reason": explain(upstream, siblings, model, now),
+        "reason": explain(upstream, siblings, model),
     }
 
 

@@ -24,7 +24,7 @@ def eta(model: Model, siblings: Iterable[Model], now: float) -> float | None:
     return None if expected is None else max(0.0, expected - (now - since))
 
 
-def explain(upstream: Upstream, models: Sequence[Model], model: Model, now: float) -> str | None:
+def explain(upstream: Upstream, models: Sequence[Model], model: Model) -> str | None:
     """Why this model is not warm, in a sentence; for a warm one what is odd about it, or None."""
     if model.state is State.WARM:
         if len(model.instances) > 1:

@@ -1,5 +1,7 @@
 """What happened, folded into the record of a model: every state meets every fact."""
 
+from math import inf
+
 import pytest
 
 from keepalive.core.actions import Load, Refresh
@@ -7,11 +9,15 @@ from keepalive.core.apply import apply
 from keepalive.core.errors import Reason
 from keepalive.core.explain import explain
 from keepalive.core.facts import (
+    ClockJumped,
     Fact,
     InstanceLost,
     LoadOutcome,
+    LoadsRecalled,
     LoadStarted,
     ReleaseAsked,
+    RequestEnded,
+    RequestStarted,
     WaitEnded,
     WaitStarted,
     WarmAsked,
@@ -19,7 +25,7 @@ from keepalive.core.facts import (
     WindowOpened,
 )
 from keepalive.core.plan import plan
-from keepalive.core.records import Upstream
+from keepalive.core.records import Cause, Upstream
 from keepalive.core.states import IllegalMove, State
 from keepalive.core.upstreams import apply_upstream
 from tests.kit.models import (
@@ -27,12 +33,15 @@ from tests.kit.models import (
     OUR_MOVES,
     Box,
     box,
+    changed,
+    cold,
     entry,
     every_fact,
     every_model,
     listed,
     load_ended,
     ours,
+    tried,
     warm,
 )
 
@@ -51,7 +60,7 @@ def test_every_state_meets_every_fact(name: str):
         assert result.in_flight >= 0
         assert result.reason or result.state not in (State.UNKNOWN, State.BACKOFF), f"{name}: {fact}"
         assert plan(Upstream("local"), [result], 1001.0) is not None
-        assert explain(Upstream("local"), [result], result, 1001.0) or result.state is not State.BACKOFF
+        assert explain(Upstream("local"), [result], result) or result.state is not State.BACKOFF
 
 
 def test_a_fact_of_an_unknown_kind_changes_nothing():
@@ -90,7 +99,7 @@ def test_a_model_released_by_hand_stays_so_until_its_window_next_opens():
     state = box(ReleaseAsked(1, GEMMA), listed(3, entry("gemma")))
 
     assert state.plan(3.1) == []
-    assert explain(state.upstream, [state[GEMMA]], state[GEMMA], 3.1) == "released by hand"
+    assert explain(state.upstream, [state[GEMMA]], state[GEMMA]) == "released by hand"
     assert state.see(WindowOpened(4, GEMMA), listed(5, entry("gemma"))).plan(5.1) == [Load(GEMMA)]
 
 
@@ -111,3 +120,120 @@ def test_a_waiting_request_makes_an_unwanted_model_needed():
 
     assert state.plan(3.1) == [Load(GEMMA)]
     assert state.see(WaitEnded(4, GEMMA, 2.0, False), listed(5, entry("gemma"))).plan(5.1) == []
+
+
+# --- each fact, and all that it leaves ------------------------------------------------------------
+
+
+def test_a_window_ends_what_was_said_by_hand():
+    before = tried(State.WARM, asked_for=False, window_open=False)
+
+    assert changed(before, apply(before, WindowOpened(50, GEMMA))) == {
+        "windowed": True,
+        "window_open": True,
+        "asked_for": None,
+    }
+    assert changed(before, apply(before, WindowClosed(50, GEMMA))) == {"windowed": True, "asked_for": None}
+    assert changed(warm(), apply(warm(), WindowClosed(50, GEMMA))) == {"windowed": True, "window_open": False}
+
+
+def test_who_asks_by_hand_may_know_that_it_is_mended():
+    before = tried(State.BACKOFF)
+
+    assert changed(before, apply(before, WarmAsked(50, GEMMA))) == {
+        "asked_for": True,
+        "retry_at": None,
+        "failures": 0,
+        "ping_at": -inf,
+    }
+    assert apply(cold(), WarmAsked(50, GEMMA)).ping_at is None
+
+
+def test_who_releases_by_hand_changes_only_what_is_wanted():
+    assert changed(warm(), apply(warm(), ReleaseAsked(50, GEMMA))) == {"asked_for": False}
+
+
+def test_who_waits_is_counted():
+    before = warm(waiting=3)
+
+    assert changed(before, apply(before, WaitStarted(50, GEMMA))) == {"waiting": 4}
+    assert changed(before, apply(before, WaitEnded(50, GEMMA, 1.0, True))) == {"waiting": 2}
+    assert apply(warm(), WaitEnded(50, GEMMA, 1.0, True)).waiting == 0
+
+
+def test_requests_are_counted():
+    before = warm(in_flight=3)
+
+    assert changed(before, apply(before, RequestStarted(50, GEMMA))) == {"in_flight": 4}
+    assert changed(before, apply(before, RequestEnded(50, GEMMA, answered=False))) == {
+        "in_flight": 2,
+        "used_at": 50,
+    }
+    assert apply(warm(), RequestEnded(50, GEMMA, answered=False)).in_flight == 0
+
+
+def test_a_request_that_was_answered_proves_the_model_and_leaves_the_ping_due():
+    before = tried(State.BACKOFF, in_flight=1)
+
+    assert changed(before, apply(before, RequestEnded(50, GEMMA, answered=True))) == {
+        "state": State.WARM,
+        "since": 50,
+        "reason": None,
+        "in_flight": 0,
+        "used_at": 50,
+        "active_at": 50,
+        "seen_at": 50,
+        "warm_since": 50,
+        "pending": None,
+        "retry_at": None,
+        "suspected": None,
+        "crashed": False,
+        "busy": False,
+    }
+
+
+def test_a_request_that_was_answered_beside_a_call_of_ours_proves_nothing_about_its_outcome():
+    before = tried(State.BACKOFF, pinging=True)
+
+    assert changed(before, apply(before, RequestEnded(50, GEMMA, answered=True))) == {
+        "used_at": 50,
+        "active_at": 50,
+    }
+
+
+def test_what_a_request_lost_is_not_warm_and_is_asked_at_once():
+    before = tried(State.WARM, suspected=None)
+
+    assert changed(before, apply(before, InstanceLost(50, GEMMA, "Model unloaded.", Reason.UNLOADED))) == {
+        "state": State.BACKOFF,
+        "since": 50,
+        "reason": "Model unloaded.",
+        "touched_at": 50,
+        "ping_at": 50,
+    }
+
+
+def test_what_a_request_was_told_of_a_model_that_is_not_warm_is_only_remembered():
+    before = tried(State.LOADING, suspected=None)
+
+    assert changed(before, apply(before, InstanceLost(50, GEMMA, "crashed", Reason.CRASHED))) == {
+        "touched_at": 50,
+        "suspected": Cause.CRASH,
+    }
+
+
+def test_a_clock_that_jumped_ahead_let_the_model_idle_and_one_set_back_did_not():
+    before = warm(used_at=3.0)
+
+    assert changed(before, apply(before, ClockJumped(50, "local", 60.0))) == {
+        "touched_at": 50,
+        "used_at": -57.0,
+    }
+    assert changed(before, apply(before, ClockJumped(50, "local", -60.0))) == {"touched_at": 50}
+
+
+def test_loads_of_earlier_lives_come_before_those_of_this_one_and_five_count():
+    before = cold(recent_loads=(5.0, 6.0))
+    model = apply(before, LoadsRecalled(50, GEMMA, (1.0, 2.0, 3.0, 4.0)))
+
+    assert changed(before, model) == {"recent_loads": (2.0, 3.0, 4.0, 5.0, 6.0)}

@@ -2,9 +2,12 @@
 
 from dataclasses import replace
 
+import pytest
+
 from keepalive.core.explain import eta, explain
-from keepalive.core.facts import LoadStarted, ModelId
-from keepalive.core.records import Upstream
+from keepalive.core.facts import LoadStarted, ModelId, Tier
+from keepalive.core.records import Pending, Upstream
+from keepalive.core.states import State
 from tests.kit.models import GEMMA, QWEN, a_model, after, cold, entry, listed, ours, warm
 
 
@@ -12,7 +15,7 @@ def test_several_copies_are_said_and_the_oldest_of_ours_is_addressed():
     model = after(ours(), listed(20, entry("gemma", "gemma:2", "gemma")))
 
     assert model.instance_id == "gemma"
-    assert explain(Upstream("local"), [model], model, 21) == "2 copies are in memory"
+    assert explain(Upstream("local"), [model], model) == "2 copies are in memory"
 
 
 def test_the_eta_comes_from_past_loads():
@@ -32,6 +35,20 @@ def test_before_its_first_load_the_eta_comes_from_its_size_and_the_others_speed(
     assert eta(model, [model, *others], 12) == 10.0
 
 
+def test_the_speed_of_the_others_is_known_from_those_that_have_a_size_and_were_loaded():
+    model = replace(after(cold(), LoadStarted(2, GEMMA)), size_bytes=4_000)
+    measured = a_model(QWEN, size_bytes=1_000, recent_loads=(10.0,))
+    others = [
+        a_model(ModelId("local", "c"), recent_loads=(1.0,)),
+        a_model(ModelId("local", "d"), size_bytes=9_000),
+        a_model(ModelId("local", "e"), size_bytes=9_000, recent_loads=(0.0,)),
+    ]
+
+    assert eta(model, [model, *others, measured], 2) == 40.0
+    assert eta(model, [model, *others], 2) is None
+    assert eta(replace(model, recent_loads=(7.0,)), [model, measured], 2) == 7.0
+
+
 def test_an_eta_is_never_invented():
     loading = after(cold(), LoadStarted(2, GEMMA))
 
@@ -41,4 +58,60 @@ def test_an_eta_is_never_invented():
 
 
 def test_a_warm_model_needs_no_explanation():
-    assert explain(Upstream("local"), [warm()], warm(), 4) is None
+    assert explain(Upstream("local"), [warm()], warm()) is None
+
+
+# --- why it is not warm ---------------------------------------------------------------------------
+
+UP = Upstream("local")
+
+
+def test_a_warm_model_says_what_is_odd_about_it():
+    model = replace(warm(), reason="no answer in 60 s")
+
+    assert explain(UP, [model], model) == "no answer in 60 s"
+
+
+def test_what_nobody_wants_says_who_does_not():
+    assert explain(UP, [], cold(window_open=False)) == "outside its window"
+    assert explain(UP, [], cold(asked_for=False)) == "released by hand"
+
+
+def test_what_has_to_wait_says_for_which():
+    model, other = cold(), a_model(QWEN, load_started=1.0)
+
+    assert explain(UP, [a_model(ModelId("local", "c")), other, model], model) == (
+        "waits for its turn: qwen is loading"
+    )
+
+
+def test_what_is_not_listed_waits_for_nothing():
+    unlisted = replace(cold(), listed=False, reason="LM Studio does not list this key")
+
+    assert explain(UP, [unlisted, a_model(QWEN, load_started=1.0)], unlisted) == (
+        "LM Studio does not list this key"
+    )
+
+
+def test_a_model_does_not_wait_for_its_own_load():
+    pending = Pending(since=1.0, until=9.0, alive_at=1.0)
+    model = replace(cold(), pending=pending, reason="an earlier life began to load it")
+
+    assert explain(UP, [model], model) == "an earlier life began to load it"
+
+
+@pytest.mark.parametrize("state", [State.UNKNOWN, State.LOADING, State.BACKOFF])
+def test_a_model_that_is_not_cold_has_a_reason_of_its_own(state: State):
+    model = a_model(state=state, reason="its own", window_open=False)
+    foreign = replace(UP, tier=Tier.V0, resident=frozenset({"llama"}))
+
+    assert explain(foreign, [model, a_model(QWEN, load_started=1.0)], model) == "its own"
+
+
+def test_what_must_not_push_out_another_says_so_before_it_speaks_of_its_turn():
+    model = cold()
+    foreign = replace(UP, tier=Tier.V0, resident=frozenset({"llama"}))
+
+    assert explain(foreign, [model, a_model(QWEN, load_started=1.0)], model) == (
+        "loading it on LM Studio 0.3.x could push out llama, which we did not load"
+    )

@@ -124,7 +124,7 @@ def test_models_are_loaded_one_after_the_other_in_the_order_of_the_config():
     assert state.plan(1.1) == [Load(QWEN)]
     state.see(LoadStarted(1.2, QWEN), listed(2, entry("gemma"), entry("qwen")))
     assert state.plan(2.1) == []
-    assert explain(state.upstream, list(state.models.values()), state[GEMMA], 2.1) == (
+    assert explain(state.upstream, list(state.models.values()), state[GEMMA]) == (
         "waits for its turn: qwen is loading"
     )
 
@@ -237,7 +237,7 @@ def test_outside_its_window_a_model_is_not_loaded():
     state = box(listed(1, entry("gemma")), WindowClosed(1.05, GEMMA))
 
     assert state.plan(1.1) == []
-    assert explain(state.upstream, [state[GEMMA]], state[GEMMA], 1.1) == "outside its window"
+    assert explain(state.upstream, [state[GEMMA]], state[GEMMA]) == "outside its window"
     assert state.see(WindowOpened(1.2, GEMMA)).plan(1.3) == [Load(GEMMA)]
 
 
@@ -292,7 +292,7 @@ def test_an_instance_that_we_did_not_load_is_never_displaced():
     state = old(listed(1, *rows, tier=OLD))
 
     assert state.plan(1.1) == []
-    assert explain(state.upstream, list(state.models.values()), state[GEMMA], 1.1) == (
+    assert explain(state.upstream, list(state.models.values()), state[GEMMA]) == (
         "loading it on LM Studio 0.3.x could push out llama, which we did not load"
     )
     assert old(listed(1, *rows, tier=OLD), auto_evict=False).plan(1.1) == [Load(GEMMA), Load(QWEN)]

@@ -1,10 +1,27 @@
 """What is known of an upstream: how it answers, and whether a load on demand displaces."""
 
 from dataclasses import replace
+from math import inf
+
+import pytest
 
 from keepalive.core.actions import Load, Refresh
 from keepalive.core.explain import explain
-from keepalive.core.facts import ClockJumped, LoadStarted, Trouble
+from keepalive.core.facts import (
+    ClockJumped,
+    Fact,
+    InstanceLost,
+    ListingStarted,
+    LoadOutcome,
+    LoadStarted,
+    PingEnded,
+    PingOutcome,
+    RequestStarted,
+    Tier,
+    Trouble,
+    UnloadEnded,
+    WarmAsked,
+)
 from keepalive.core.records import Upstream, UpstreamState
 from keepalive.core.states import State
 from keepalive.core.upstreams import apply_upstream
@@ -13,9 +30,11 @@ from tests.kit.models import (
     OLD,
     QWEN,
     Box,
+    changed,
     entry,
     failed,
     listed,
+    load_ended,
     loaded_on_demand,
     nothing,
     old,
@@ -87,7 +106,7 @@ def test_mutual_eviction_is_recognised_and_the_first_listed_model_wins():
     assert state.upstream.displaces is True
     assert again == [Load(GEMMA)]
     assert state.plan(22.1) == []
-    assert explain(state.upstream, list(state.models.values()), state[QWEN], 22.1) == (
+    assert explain(state.upstream, list(state.models.values()), state[QWEN]) == (
         "LM Studio 0.3.x keeps one model at a time here, and gemma comes first in the config"
     )
 
@@ -116,3 +135,194 @@ def test_a_server_that_starts_to_evict_is_recognised_although_it_did_not_before(
     loaded_on_demand(state, QWEN, 401, "qwen")
 
     assert state.upstream.displaces is True
+
+
+# --- each fact, and all that it leaves ------------------------------------------------------------
+
+
+def asked_long_ago(state: UpstreamState = UpstreamState.DOWN, **changes: object) -> Upstream:
+    """It has been in trouble, and a listing is under way."""
+    trouble: dict[str, object] = {
+        "state": state,
+        "since": 5.0,
+        "error": "it was away",
+        "failures": 2,
+        "listing": True,
+        "asked": 40.0,
+        "answered_at": 41.0,
+        "due_at": 70.0,
+    }
+    return Upstream("local", **{**trouble, **changes})  # type: ignore[arg-type]
+
+
+def test_one_listing_is_under_way_at_a_time():
+    assert changed(Upstream("local"), apply_upstream(Upstream("local"), ListingStarted(1, "local"))) == {
+        "listing": True
+    }
+
+
+def test_a_listing_ends_all_trouble_and_says_what_is_there():
+    rows = entry("gemma", "gemma"), entry("Qwen", loading=True)
+
+    assert changed(asked_long_ago(), apply_upstream(asked_long_ago(), listed(50, *rows, asked=49.0))) == {
+        "listing": False,
+        "state": UpstreamState.UP,
+        "since": 50,
+        "tier": Tier.V1,
+        "error": None,
+        "failures": 0,
+        "asked": 49.0,
+        "answered_at": 50,
+        "due_at": 65.0,
+        "resident": {"gemma"},
+        "arriving": {"qwen"},
+        "sees_loading": True,
+    }
+
+
+def test_an_upstream_that_stays_up_is_up_since_the_first_answer():
+    assert apply_upstream(asked_long_ago(UpstreamState.UP), listed(50)).since == 5.0
+
+
+def test_a_listing_as_old_as_the_one_it_knows_only_ends():
+    late = listed(50, entry("gemma", "gemma"), asked=40.0)
+
+    assert changed(asked_long_ago(), apply_upstream(asked_long_ago(), late)) == {"listing": False}
+
+
+def test_a_closed_port_is_down_and_what_listens_there_next_has_to_show_anew_whether_it_evicts():
+    before = asked_long_ago(UpstreamState.UP, evicts=True, on_trial=frozenset({"gemma"}))
+
+    assert changed(before, apply_upstream(before, failed(50, Trouble.REFUSED, "nothing listens"))) == {
+        "listing": False,
+        "state": UpstreamState.DOWN,
+        "since": 50,
+        "error": "nothing listens",
+        "failures": 3,
+        "answered_at": -inf,
+        "due_at": 110.0,
+        "evicts": None,
+        "on_trial": frozenset(),
+    }
+
+
+@pytest.mark.parametrize("trouble", [Trouble.UNREACHABLE, Trouble.BAD_ANSWER, Trouble.TIMEOUT])
+def test_after_any_other_trouble_it_is_the_same_program(trouble: Trouble):
+    upstream = apply_upstream(asked_long_ago(evicts=True), failed(50, trouble))
+
+    assert (upstream.evicts, upstream.state, upstream.since) == (True, UpstreamState.DOWN, 5.0)
+
+
+def test_a_late_answer_is_forgiven_only_where_others_came_in_time():
+    late = failed(50, Trouble.TIMEOUT)
+
+    assert apply_upstream(asked_long_ago(UpstreamState.UP, failures=0), late).state is UpstreamState.UP
+    assert apply_upstream(asked_long_ago(UpstreamState.UP, failures=0), late).since == 5.0
+    assert apply_upstream(Upstream("local"), late).state is UpstreamState.DOWN
+    assert apply_upstream(
+        asked_long_ago(UpstreamState.UP, failures=0), failed(50, Trouble.BAD_ANSWER)
+    ).state is (UpstreamState.DOWN)
+
+
+def test_an_upstream_that_is_asked_seldom_is_not_asked_more_often_when_it_is_down():
+    seldom = apply_upstream(Upstream("local", refresh_interval=90.0), refused(10))
+    for_long = apply_upstream(Upstream("local", failures=100_000), refused(10))
+
+    assert (seldom.due_at, for_long.due_at) == (100, 70)
+    assert apply_upstream(seldom, refused(100)).due_at == 190
+
+
+def test_after_a_clock_jump_no_answer_counts():
+    before = asked_long_ago()
+
+    assert changed(before, apply_upstream(before, ClockJumped(50, "local", 60.0))) == {
+        "answered_at": -inf,
+        "due_at": -inf,
+    }
+
+
+@pytest.mark.parametrize(
+    ("tier", "auto_evict", "tried"),
+    [
+        (Tier.V0, None, {"gemma"}),
+        (Tier.V0, True, set()),
+        (Tier.V0, False, set()),
+        (Tier.V1, None, set()),
+        (Tier.OPENAI, None, set()),
+    ],
+)
+def test_a_load_on_demand_tries_what_is_resident_unless_the_config_says_what_happens(
+    tier: Tier, auto_evict: bool | None, tried: set[str]
+):
+    before = asked_long_ago(
+        tier=tier,
+        auto_evict=auto_evict,
+        resident=frozenset({"gemma"}),
+        trial_over_at=3.0,
+        on_trial=frozenset({"qwen"}),
+    )
+
+    assert changed(before, apply_upstream(before, LoadStarted(50, QWEN))) == {
+        "on_trial": tried,
+        "trial_over_at": None,
+    }
+
+
+@pytest.mark.parametrize("outcome", LoadOutcome)
+def test_a_load_that_ended_is_looked_at_and_is_no_trial_unless_it_loaded(outcome: LoadOutcome):
+    before = asked_long_ago(on_trial=frozenset({"gemma"}))
+    ended = {"due_at": -inf, "trial_over_at": 50}
+    stopped = {} if outcome is LoadOutcome.OK else {"on_trial": frozenset()}
+
+    assert changed(before, apply_upstream(before, load_ended(50, outcome))) == {**ended, **stopped}
+
+
+def test_the_verdict_of_a_trial_is_a_listing_asked_after_it():
+    trial = asked_long_ago(UpstreamState.UP, tier=Tier.V0, on_trial=frozenset({"gemma"}), trial_over_at=50.0)
+    gone, there = entry("gemma"), entry("gemma", "gemma")
+    early = apply_upstream(trial, listed(51, gone, asked=50.0, tier=Tier.V0))
+
+    assert (early.evicts, early.on_trial) == (None, {"gemma"})
+    for row, evicts in ((gone, True), (there, False)):
+        late = apply_upstream(trial, listed(51, row, entry("qwen", "qwen"), asked=50.1, tier=Tier.V0))
+        assert (late.evicts, late.on_trial) == (evicts, frozenset())
+
+
+def test_a_listing_without_a_trial_leaves_the_verdict():
+    before = asked_long_ago(tier=Tier.V0, evicts=True, trial_over_at=45.0)
+
+    assert apply_upstream(before, listed(50, tier=Tier.V0)).evicts is True
+
+
+def test_what_replaced_an_old_server_has_no_verdict():
+    assert apply_upstream(asked_long_ago(tier=Tier.V0, evicts=True), listed(50)).evicts is None
+
+
+LOOK = [
+    PingEnded(50, GEMMA, PingOutcome.ERROR),
+    PingEnded(50, GEMMA, PingOutcome.TIMEOUT),
+    PingEnded(50, GEMMA, PingOutcome.WRONG_MODEL),
+    UnloadEnded(50, GEMMA, "gemma"),
+    InstanceLost(50, GEMMA, "gone"),
+]
+
+
+@pytest.mark.parametrize("fact", LOOK, ids=lambda fact: type(fact).__name__)
+def test_what_may_have_changed_it_makes_it_due_at_once(fact: Fact):
+    assert changed(asked_long_ago(), apply_upstream(asked_long_ago(), fact)) == {"due_at": 50}
+    assert apply_upstream(asked_long_ago(due_at=45.0), fact).due_at == 45.0
+
+
+@pytest.mark.parametrize("outcome", [PingOutcome.OK, PingOutcome.SKIPPED])
+def test_a_ping_that_went_well_asks_for_no_look(outcome: PingOutcome):
+    assert apply_upstream(asked_long_ago(), PingEnded(50, GEMMA, outcome)) == asked_long_ago()
+
+
+def test_who_asks_for_a_model_by_hand_has_it_looked_for_now():
+    before = asked_long_ago()
+
+    assert changed(before, apply_upstream(before, WarmAsked(50, GEMMA))) == {"due_at": -inf}
+
+
+def test_no_other_fact_is_about_an_upstream():
+    assert apply_upstream(asked_long_ago(), RequestStarted(50, GEMMA)) == asked_long_ago()
