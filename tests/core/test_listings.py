@@ -1,12 +1,24 @@
 """What a listing says: found, missing, being loaded, too old to count, or none at all."""
 
 from dataclasses import replace
+from math import inf
 
 import pytest
 
 from keepalive.core.actions import Load, SendPing
 from keepalive.core.apply import apply
-from keepalive.core.facts import ClockJumped, LoadOutcome, LoadRemembered, LoadStarted, ModelId, Tier, Trouble
+from keepalive.core.facts import (
+    ClockJumped,
+    Entry,
+    Instance,
+    LoadOutcome,
+    LoadRemembered,
+    LoadStarted,
+    ModelId,
+    Tier,
+    Trouble,
+)
+from keepalive.core.records import Cause, Eviction, Model, Pending
 from keepalive.core.states import State
 from tests.kit.models import (
     GEMMA,
@@ -15,6 +27,7 @@ from tests.kit.models import (
     a_model,
     after,
     box,
+    changed,
     cold,
     entry,
     every_model,
@@ -24,6 +37,7 @@ from tests.kit.models import (
     load_ended,
     ours,
     refused,
+    tried,
     unanswered,
     warm,
 )
@@ -265,3 +279,394 @@ def test_on_a_server_without_residency_an_old_proof_is_no_proof():
 
     assert state[GEMMA].state is State.COLD
     assert state[GEMMA].reason == "this server does not show what is loaded; only a request can tell"
+
+
+# --- each listing, and all that it leaves ---------------------------------------------------------
+
+LLAMA = entry("llama", "llama")
+PENDING = Pending(since=1.0, until=99.0, alive_at=2.0)
+SEEN = replace(PENDING, seen=True)
+
+
+def test_a_listing_says_what_a_model_is_and_what_is_loaded_beside_it():
+    row = Entry("gemma", kind="embedding", size_bytes=7, loading=False)
+    before = replace(cold(), listed=False, nearest=("jemma",), blind=True)
+
+    assert changed(before, apply(before, listed(50, row, LLAMA, asked=49))) == {
+        "asked": 49,
+        "blind": False,
+        "listed": True,
+        "nearest": (),
+        "kind": "embedding",
+        "size_bytes": 7,
+        "beside": {"llama"},
+    }
+
+
+def test_a_listing_that_once_showed_a_load_is_known_to_show_them():
+    silent = after(a_model(), listed(1, entry("gemma")), listed(2, entry("gemma", loading=False)))
+    told = after(silent, listed(3, entry("gemma", loading=True)), listed(4, entry("gemma")))
+
+    assert (silent.tells_loading, told.tells_loading) == (False, True)
+
+
+def test_a_key_that_is_not_listed_is_like_any_of_which_it_may_be_a_part():
+    before = a_model(ModelId("local", "gemma-3"))
+    model = apply(before, listed(50, entry("google/gemma-3-12b"), entry("llama"), asked=49))
+
+    assert changed(before, model) == {
+        "state": State.COLD,
+        "since": 50,
+        "reason": "LM Studio does not list this key; listed are google/gemma-3-12b",
+        "asked": 49,
+        "listed": False,
+        "nearest": ("google/gemma-3-12b",),
+    }
+
+
+def test_a_key_that_is_gone_from_the_listing_is_not_being_loaded():
+    evicted = after(found(), listed(3, LLAMA))
+    idled_longer = replace(found(), survived=9.0, beside=frozenset({"gemma", "llama"}))
+    by_hand = after(idled_longer, listed(2.5, LLAMA))
+    given_up = after(a_model(pending=SEEN, state=State.LOADING), listed(47, LLAMA))
+
+    assert evicted.last_eviction == Eviction(3, Cause.DISPLACED, 2)
+    assert by_hand.last_eviction == Eviction(2.5, Cause.BY_HAND, 1.5)
+    assert (given_up.state, given_up.pending) == (State.COLD, None)
+
+
+# --- found ----------------------------------------------------------------------------------------
+
+
+def test_what_has_just_appeared_has_still_to_answer_and_begins_a_story_of_its_own():
+    before = tried(State.BACKOFF, instances=(), survived=5.0, ours=frozenset({"gemma", "gemma:9"}))
+
+    assert changed(before, apply(before, listed(50, entry("gemma", "gemma", "gemma:2"), asked=49))) == {
+        "state": State.UNKNOWN,
+        "since": 50,
+        "reason": "loaded; has not answered a ping yet",
+        "asked": 49,
+        "beside": {"gemma"},
+        "instances": (Instance("gemma"), Instance("gemma:2")),
+        "ours": {"gemma"},
+        "pending": None,
+        "seen_at": 50,
+        "used_at": 50,
+        "ping_at": 50,
+        "retry_at": None,
+        "crashed": False,
+        "busy": False,
+        "survived": 0.0,
+        "suspected": None,
+    }
+
+
+def test_what_is_still_there_keeps_its_troubles():
+    before = tried(State.BACKOFF, used_at=40.0)
+
+    assert changed(before, apply(before, listed(50, entry("gemma", "gemma"), asked=49))) == {
+        "asked": 49,
+        "beside": {"gemma"},
+        "pending": None,
+        "seen_at": 50,
+        "survived": 9.0,
+    }
+
+
+@pytest.mark.parametrize("suspected", [Cause.RESTART, Cause.UNKNOWN])
+def test_what_is_still_there_was_not_restarted(suspected: Cause):
+    model = apply(tried(State.WARM, suspected=suspected), listed(50, entry("gemma", "gemma")))
+
+    assert model.suspected is None
+
+
+@pytest.mark.parametrize("work", [{"in_flight": 1}, {"pinging": True}, {"unloading": True}])
+def test_what_is_at_work_does_not_idle(work: dict[str, object]):
+    idle = tried(State.WARM, used_at=40.0, survived=3.0)
+
+    assert apply(idle, listed(50, entry("gemma", "gemma"), asked=49)).survived == 9.0
+    assert apply(replace(idle, **work), listed(50, entry("gemma", "gemma"), asked=49)).survived == 3.0  # type: ignore[arg-type]
+
+
+def test_a_load_that_answered_is_warm_when_it_is_listed():
+    before = tried(State.LOADING, instances=(), pending=replace(PENDING, loaded=True, proved=True))
+    model = apply(before, listed(50, entry("gemma", "gemma")))
+
+    assert (model.state, model.warm_since, model.pending, model.ping_at) == (State.WARM, 50, None, 350)
+
+
+def test_a_load_that_turns_up_is_loading_until_it_answers():
+    model = apply(unanswered(), listed(60, entry("gemma", "gemma")))
+
+    assert (model.state, model.reason) == (State.LOADING, "loaded; has not answered a ping yet")
+
+
+def test_anothers_copy_beside_our_load_leaves_it_under_way():
+    before = replace(cold(), state=State.LOADING, load_started=2.0, reason=None)
+    model = apply(before, listed(50, entry("gemma", "gemma")))
+
+    assert (model.state, model.reason, model.load_started) == (State.LOADING, None, 2.0)
+    assert model.instances == (Instance("gemma"),)
+
+
+@pytest.mark.parametrize(
+    ("state", "then", "reason"),
+    [
+        (State.WARM, State.WARM, None),
+        (State.BACKOFF, State.UNKNOWN, "loaded, but not wanted now"),
+        (State.LOADING, State.UNKNOWN, "loaded, but not wanted now"),
+    ],
+)
+def test_what_nobody_wants_need_not_answer(state: State, then: State, reason: str | None):
+    model = apply(tried(state, window_open=False), listed(50, entry("gemma", "gemma")))
+
+    assert (model.state, model.reason) == (then, reason)
+
+
+def test_what_is_still_there_and_did_not_answer_as_it_should_stays_as_it_is():
+    model = apply(tried(State.BACKOFF), listed(50, entry("gemma", "gemma")))
+
+    assert (model.state, model.reason) == (State.BACKOFF, "it went wrong")
+
+
+# --- being loaded ---------------------------------------------------------------------------------
+
+
+def test_somebody_elses_load_may_take_the_place_of_what_was_there():
+    before = tried(State.WARM, pending=None, suspected=None, evictions=4, used_at=40.0, warm_since=None)
+
+    assert changed(before, apply(before, listed(50, entry("gemma", loading=True), asked=49))) == {
+        "state": State.LOADING,
+        "since": 50,
+        "reason": "somebody else is loading it",
+        "asked": 49,
+        "tells_loading": True,
+        "pending": Pending(since=50, until=95, alive_at=50, seen=True, ours=False),
+        "instances": (),
+        "ours": frozenset(),
+        "busy": False,
+        "evictions": 5,
+        "last_eviction": Eviction(50, Cause.BY_HAND, 10.0),
+        "failures": 3,
+        "failure": "it went missing 3 times in a row without holding 300 s",
+        "retry_at": 60.0,
+    }
+
+
+def test_our_load_that_is_seen_is_believed_for_as_long_as_it_was_and_for_the_lag_at_least():
+    before = a_model(state=State.LOADING, pending=PENDING)
+    early = apply(before, listed(50, entry("gemma", loading=True)))
+    late = apply(before, listed(60, entry("gemma", loading=True)))
+
+    assert early.reason == "LM Studio is still loading it"
+    assert early.pending == Pending(since=1.0, until=99.0, alive_at=50, seen=True)
+    assert late.pending == Pending(since=1.0, until=105.0, alive_at=60, seen=True)
+
+
+def test_a_load_that_we_see_ourselves_needs_no_listing():
+    before = replace(cold(), state=State.LOADING, load_started=2.0, reason=None)
+
+    assert changed(before, apply(before, listed(50, entry("gemma", loading=True), asked=49))) == {
+        "asked": 49,
+        "tells_loading": True,
+    }
+
+
+# --- missing --------------------------------------------------------------------------------------
+
+
+def test_what_is_gone_beside_our_load_was_anothers_and_is_no_eviction():
+    before = tried(State.LOADING, pending=None, load_started=2.0)
+
+    assert changed(before, apply(before, listed(50, entry("gemma"), asked=49))) == {
+        "asked": 49,
+        "instances": (),
+    }
+
+
+def test_a_load_that_nobody_saw_end_makes_what_is_not_listed_loading():
+    before = a_model(pending=PENDING)
+    again = apply(replace(before, state=State.LOADING, reason="it was cut"), listed(50, entry("gemma")))
+
+    assert changed(before, apply(before, listed(50, entry("gemma"), asked=49))) == {
+        "state": State.LOADING,
+        "since": 50,
+        "reason": "an earlier load may still be under way",
+        "asked": 49,
+    }
+    assert (again.state, again.reason) == (State.LOADING, "it was cut")
+
+
+def test_a_model_that_was_there_says_that_it_no_longer_is_and_one_that_was_not_says_nothing():
+    assert apply(warm(), listed(50, entry("gemma"))).reason == "LM Studio no longer has it in memory"
+    assert apply(a_model(), listed(50, entry("gemma"))).reason is None
+
+
+def resolved(pending: Pending, at: float, *, loading: bool | None = False, **changes: object) -> Model:
+    before = a_model(state=State.LOADING, reason="it was cut", pending=pending, **changes)
+    return apply(before, listed(at, entry("gemma", loading=loading)))
+
+
+def test_a_load_that_ended_well_is_waited_for_until_the_lag_is_over():
+    loaded = Pending(since=1.0, until=50.0, alive_at=5.0, loaded=True)
+    model = resolved(loaded, 50)
+
+    assert resolved(loaded, 49.9).pending == loaded
+    assert (model.state, model.pending, model.failures, model.retry_at) == (State.BACKOFF, None, 1, 55)
+    assert model.reason == "LM Studio said that it had loaded it, but did not list it for 45 s"
+
+
+def test_an_unseen_load_is_given_up_when_its_time_is_over():
+    assert resolved(PENDING, 98.9).pending == PENDING
+    assert changed(PENDING_GONE, resolved(PENDING, 99)) == {}
+    assert resolved(replace(PENDING, ours=False), 99).reason is None
+
+
+PENDING_GONE = replace(
+    a_model(), state=State.COLD, since=99, reason="its last load came to nothing", asked=98.99
+)
+
+
+def test_a_load_that_was_seen_and_is_not_seen_any_more_is_over_when_the_lag_is():
+    assert resolved(SEEN, 46.9).pending == SEEN
+    assert resolved(SEEN, 47).pending is None
+
+
+def test_where_loads_are_shown_one_that_never_was_is_over_as_well():
+    assert resolved(PENDING, 47).pending == PENDING
+    assert resolved(PENDING, 47, tells_loading=True).pending is None
+
+
+def test_a_listing_that_does_not_show_loads_says_nothing_of_one_that_was_seen():
+    assert resolved(SEEN, 47, loading=None).pending == SEEN
+    assert resolved(SEEN, 47, loading=None, tells_loading=True).pending == SEEN
+
+
+# --- where nothing is shown -----------------------------------------------------------------------
+
+
+def blindly(before: Model, at: float = 50) -> Model:
+    return apply(before, listed(at, entry("gemma"), asked=49, tier=Tier.OPENAI))
+
+
+def test_a_server_that_shows_nothing_takes_nothing_away_from_a_proof():
+    before = tried(State.WARM, pending=None, listed=False, nearest=("jemma",))
+
+    assert changed(before, blindly(replace(before, seen_at=-265.0))) == {
+        "seen_at": -265.0,
+        "asked": 49,
+        "blind": True,
+        "listed": True,
+        "nearest": (),
+        "instances": (),
+        "ours": frozenset(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "then"),
+    [
+        ({"seen_at": -265.0}, State.WARM),
+        ({"seen_at": -265.1}, State.COLD),
+        ({"seen_at": -265.1, "in_flight": 1}, State.WARM),
+        ({"seen_at": -265.1, "pinging": True}, State.WARM),
+        ({"state": State.UNKNOWN}, State.COLD),
+        ({"state": State.UNKNOWN, "pinging": True}, State.UNKNOWN),
+        ({"state": State.UNKNOWN, "in_flight": 1}, State.COLD),
+        ({"state": State.BACKOFF}, State.BACKOFF),
+    ],
+)
+def test_a_server_that_shows_nothing_is_believed_for_as_long_as_a_proof_is_good(
+    changes: dict[str, object], then: State
+):
+    before = tried(State.WARM, pending=None, retry_at=None)
+
+    assert blindly(replace(before, **changes)).state is then  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("state", [State.COLD, State.BACKOFF])
+def test_a_server_that_shows_nothing_has_nothing_new_to_say_of_what_is_not_there(state: State):
+    assert blindly(tried(state, pending=None)).reason == "it went wrong"
+
+
+def test_a_server_that_shows_nothing_says_so():
+    assert blindly(a_model()).reason == ("this server does not show what is loaded; only a request can tell")
+
+
+def test_on_a_server_that_shows_nothing_a_load_is_waited_for():
+    assert blindly(a_model(pending=PENDING)).reason == "an earlier load may still be under way"
+    assert blindly(a_model(pending=SEEN, state=State.LOADING)).pending == SEEN
+    assert blindly(a_model(pending=PENDING, state=State.LOADING), at=99).state is State.COLD
+
+
+# --- none at all ----------------------------------------------------------------------------------
+
+
+def test_a_program_that_is_gone_took_its_loads_and_its_instances_with_it():
+    before = tried(State.WARM, suspected=None)
+
+    assert changed(before, apply(before, failed(50, Trouble.REFUSED, "nothing listens"))) == {
+        "state": State.UNKNOWN,
+        "since": 50,
+        "reason": "nothing listens",
+        "suspected": Cause.RESTART,
+        "pending": None,
+        "ours": frozenset(),
+        "busy": False,
+        "ping_at": -inf,
+    }
+
+
+def test_behind_a_broken_way_everything_may_still_be_there():
+    before = tried(State.WARM, suspected=None)
+    found_there = replace(before, ours=frozenset())
+
+    assert changed(before, apply(before, failed(50, Trouble.UNREACHABLE, "no way"))) == {
+        "state": State.UNKNOWN,
+        "since": 50,
+        "reason": "no way",
+        "suspected": Cause.RESTART,
+        "busy": False,
+        "ping_at": -inf,
+    }
+    assert apply(found_there, failed(50, Trouble.UNREACHABLE)).suspected is Cause.UNKNOWN
+    assert apply(found_there, failed(50, Trouble.REFUSED)).suspected is Cause.RESTART
+
+
+def test_what_was_suspected_before_the_server_was_gone_is_suspected_still():
+    for trouble in (Trouble.REFUSED, Trouble.UNREACHABLE):
+        assert apply(tried(State.WARM), failed(50, trouble)).suspected is Cause.CRASH
+
+
+def test_who_wants_another_token_says_nothing_of_a_restart():
+    before = tried(State.WARM, suspected=None)
+
+    assert changed(before, apply(before, failed(50, Trouble.UNAUTHORIZED, "wants a token"))) == {
+        "state": State.UNKNOWN,
+        "since": 50,
+        "reason": "wants a token",
+        "busy": False,
+        "ping_at": -inf,
+    }
+
+
+@pytest.mark.parametrize("trouble", [Trouble.TIMEOUT, Trouble.BAD_ANSWER])
+def test_who_does_not_list_is_no_judge_of_what_is_not_warm(trouble: Trouble):
+    for state in (State.COLD, State.LOADING, State.BACKOFF):
+        assert apply(tried(state), failed(5000, trouble)) == tried(state)
+    unknown = apply(tried(State.UNKNOWN), failed(5000, trouble, "too late"))
+
+    assert changed(tried(State.UNKNOWN), unknown) == {"reason": "too late"}
+
+
+def test_who_does_not_list_for_too_long_leaves_nothing_to_be_claimed():
+    before = tried(State.WARM, seen_at=0.0)
+
+    assert apply(before, failed(315, Trouble.TIMEOUT)) == before
+    assert changed(before, apply(before, failed(315.1, Trouble.TIMEOUT, "too late"))) == {
+        "state": State.UNKNOWN,
+        "since": 315.1,
+        "reason": "too late",
+        "busy": False,
+        "ping_at": -inf,
+    }
