@@ -6,9 +6,11 @@ import pytest
 
 from keepalive.core.actions import Load
 from keepalive.core.errors import Reason
+from keepalive.core.evictions import count_eviction, why_missing
 from keepalive.core.facts import (
     ClockJumped,
     Fact,
+    Instance,
     InstanceLost,
     LoadStarted,
     PingEnded,
@@ -31,12 +33,14 @@ from tests.kit.models import (
     a_model,
     after,
     box,
+    changed,
     entry,
     failed,
     listed,
     load_ended,
     ours,
     refused,
+    tried,
     warm,
 )
 
@@ -267,3 +271,140 @@ def test_what_we_unload_is_no_eviction():
     )
 
     assert (model.evictions, model.last_eviction) == (0, None)
+
+
+# --- the rule by itself ---------------------------------------------------------------------------
+
+
+def foreign(**changes: object) -> Model:
+    """Somebody else's, last used at 100; beside it is a llama."""
+    there = {"instances": (Instance("gemma"),), "beside": frozenset({"gemma", "llama"}), "used_at": 100.0}
+    return a_model(**{**there, **changes})
+
+
+def own(**changes: object) -> Model:
+    return foreign(ours=frozenset({"gemma"}), policy=replace(POLICY, lease=600.0), **changes)
+
+
+def test_what_was_not_there_is_not_missing():
+    assert why_missing(foreign(instances=(), suspected=Cause.CRASH), listed(200), told=True) is Cause.UNKNOWN
+
+
+def test_what_was_suspected_before_explains_it():
+    for cause in (Cause.CRASH, Cause.RESTART, Cause.UNKNOWN):
+        assert why_missing(foreign(suspected=cause), listed(200, LLAMA), told=True) is cause
+
+
+def test_only_where_every_copy_is_ours_and_was_loaded_by_a_call_nothing_else_can_have_taken_it():
+    copies = {"instances": (Instance("gemma"), Instance("gemma:2")), "survived": 900.0}
+    newcomer = entry("phi", "phi")
+
+    assert why_missing(own(), listed(200, LLAMA, newcomer), told=False) is Cause.BY_HAND
+    assert why_missing(own(**copies), listed(200, LLAMA, newcomer), told=False) is Cause.DISPLACED
+    assert why_missing(own(), listed(200, LLAMA, newcomer, tier=Tier.V0), told=True) is Cause.DISPLACED
+
+
+def test_a_server_that_holds_nothing_any_more_may_have_been_restarted_unless_it_held_only_this():
+    alone = own(beside=frozenset({"gemma"}))
+
+    assert why_missing(own(), listed(200), told=False) is Cause.UNKNOWN
+    assert why_missing(own(), listed(200, LLAMA), told=False) is Cause.BY_HAND
+    assert why_missing(alone, listed(200), told=False) is Cause.BY_HAND
+
+
+def test_what_came_with_the_loss_displaced_it():
+    coming = entry("phi", loading=True)
+
+    assert why_missing(foreign(), listed(200, LLAMA, entry("phi", "phi")), told=True) is Cause.DISPLACED
+    assert why_missing(foreign(), listed(200, LLAMA, coming), told=True) is Cause.DISPLACED
+    assert why_missing(foreign(survived=100.0), listed(200, LLAMA), told=True) is Cause.BY_HAND
+
+
+@pytest.mark.parametrize(
+    ("at", "survived", "told", "cause"),
+    [
+        (160.0, 0.0, True, Cause.TIMER),
+        (160.0, 59.5, True, Cause.TIMER),
+        (160.0, 60.0, True, Cause.BY_HAND),
+        (159.5, 0.0, True, Cause.UNKNOWN),  # no timer is so short, and what it had survived is shorter
+        (159.5, 59.5, True, Cause.BY_HAND),
+        (159.5, 59.5, False, Cause.UNKNOWN),
+        (100.0, 0.0, True, Cause.BY_HAND),
+    ],
+)
+def test_anothers_timer_is_of_a_minute_or_more_and_longer_than_what_it_survived(
+    at: float, survived: float, told: bool, cause: Cause
+):
+    assert why_missing(foreign(survived=survived), listed(at, LLAMA), told=told) is cause
+
+
+@pytest.mark.parametrize(
+    ("at", "survived", "cause"),
+    [
+        (700.0, 0.0, Cause.TIMER),
+        (699.9, 0.0, Cause.UNKNOWN),  # its lease may have been cut short
+        (160.0, 0.0, Cause.BY_HAND),
+        (160.1, 0.0, Cause.UNKNOWN),
+        (300.0, 200.0, Cause.BY_HAND),
+        (300.1, 200.0, Cause.UNKNOWN),
+        (900.0, 800.0, Cause.BY_HAND),
+    ],
+)
+def test_our_own_timer_is_our_lease(at: float, survived: float, cause: Cause):
+    assert why_missing(own(survived=survived), listed(at, LLAMA, tier=Tier.V0), told=True) is cause
+
+
+# --- what it costs --------------------------------------------------------------------------------
+
+
+def test_an_eviction_is_counted_and_the_first_is_mended_at_once():
+    before = tried(State.WARM, failures=0, warm_since=48.0, evictions=4, used_at=40.0)
+
+    assert changed(before, count_eviction(before, 50.0, Cause.BY_HAND)) == {
+        "evictions": 5,
+        "last_eviction": Eviction(50.0, Cause.BY_HAND, 10.0),
+        "instances": (),
+        "ours": frozenset(),
+        "busy": False,
+        "suspected": None,
+        "failures": 1,
+        "failure": "it went missing 1 times in a row without holding 300 s",
+        "retry_at": None,
+        "warm_since": None,
+    }
+
+
+def test_what_was_not_there_is_no_eviction():
+    assert count_eviction(tried(State.WARM, instances=()), 50.0, Cause.BY_HAND) == tried(
+        State.WARM, instances=()
+    )
+
+
+@pytest.mark.parametrize(
+    ("state", "warm_since", "at", "failures"),
+    [
+        (State.WARM, 3.0, 302.9, 3),
+        (State.WARM, 3.0, 303.0, 0),
+        (State.WARM, None, 900.0, 3),
+        (State.BACKOFF, 3.0, 900.0, 3),  # it held from 3 to 20
+        (State.BACKOFF, -280.0, 900.0, 0),
+        (State.BACKOFF, -279.9, 900.0, 3),
+    ],
+)
+def test_what_held_five_minutes_while_it_was_warm_is_a_new_story(
+    state: State, warm_since: float | None, at: float, failures: int
+):
+    model = count_eviction(tried(state, warm_since=warm_since), at, Cause.UNKNOWN)
+
+    assert model.failures == failures
+    assert model.retry_at == (None if failures == 0 else at + 10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "idle"),
+    [({}, 10.0), ({"in_flight": 1}, 0.0), ({"pinging": True}, 0.0), ({"used_at": 60.0}, 0.0)],
+)
+def test_what_was_at_work_when_it_was_lost_had_not_idled(changes: dict[str, object], idle: float):
+    model = count_eviction(tried(State.WARM, **{"used_at": 40.0, **changes}), 50.0, Cause.UNKNOWN)
+
+    assert model.last_eviction == Eviction(50.0, Cause.UNKNOWN, idle)
