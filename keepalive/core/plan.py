@@ -73,8 +73,6 @@ def is_loading(model: Model) -> bool:
 
 def _loads(upstream: Upstream, models: Sequence[Model], now: float) -> list[tuple[Model, Action]]:
     slots = upstream.max_loading - sum(map(is_loading, models))
-    if slots <= 0:
-        return []
     ready = [m for m in models if _is_loadable(m, now) and blocked_by(upstream, models, m) is None]
     # Somebody waits for the first of these; then the order of the config.
     ready.sort(key=lambda m: (m.waiting == 0, m.rank))
@@ -147,7 +145,7 @@ def _is_in_use(model: Model) -> bool:
 
 
 def _must_unload_crashed(model: Model) -> bool:
-    return model.crashed and model.instance_id in model.ours and not model.blind
+    return model.crashed and model.instance_id in model.ours
 
 
 def _unloads(upstream: Upstream, models: Sequence[Model], now: float) -> list[tuple[Model, Action]]:

@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from keepalive.core.actions import Load, Refresh, SendPing, SkipPing, Unload
+from keepalive.core.actions import Action, Load, Refresh, SendPing, SkipPing, Unload
 from keepalive.core.errors import Reason
 from keepalive.core.explain import explain
 from keepalive.core.facts import (
+    Instance,
     ListingStarted,
     LoadOutcome,
     LoadStarted,
@@ -18,14 +19,15 @@ from keepalive.core.facts import (
     ReleaseAsked,
     RequestEnded,
     RequestStarted,
+    Tier,
     UnloadEnded,
     UnloadStarted,
     WaitStarted,
     WindowClosed,
     WindowOpened,
 )
-from keepalive.core.plan import plan
-from keepalive.core.records import Upstream
+from keepalive.core.plan import blocked_by, plan
+from keepalive.core.records import Cause, Eviction, Model, Pending, Ping, Upstream, UpstreamState
 from keepalive.core.states import State
 from keepalive.core.upstreams import apply_upstream
 from tests.kit.models import (
@@ -317,3 +319,392 @@ def test_an_old_server_is_never_asked_to_unload():
     )
 
     assert not [a for a in state.plan(99.1) if isinstance(a, Unload)]
+
+
+# --- each rule by itself, at its edges ------------------------------------------------------------
+
+LLAMA = ModelId("local", "llama")
+ONE, TWO = Instance("gemma"), Instance("gemma:2")
+PENDING = Pending(since=1.0, until=999.0, alive_at=2.0)
+
+
+def up(**changes: object) -> Upstream:
+    """Listed at 50, and due again at 65."""
+    listed_now: dict[str, object] = {
+        "state": UpstreamState.UP,
+        "tier": Tier.V1,
+        "asked": 50.0,
+        "answered_at": 50.0,
+        "due_at": 65.0,
+        "sees_loading": True,
+    }
+    return Upstream("local", **{**listed_now, **changes})  # type: ignore[arg-type]
+
+
+def absent(identity: ModelId = GEMMA, **changes: object) -> Model:
+    return a_model(identity, **{"state": State.COLD, "touched_at": 40.0, **changes})
+
+
+def there(identity: ModelId = GEMMA, **changes: object) -> Model:
+    """Warm, and to be pinged since 50."""
+    known = {"state": State.WARM, "instances": (Instance(identity.key),), "ping_at": 50.0, "touched_at": 40.0}
+    return a_model(identity, **{**known, **changes})
+
+
+LOOK = Refresh("local", loading=True)
+
+
+@pytest.mark.parametrize(
+    ("upstream", "now", "planned"),
+    [
+        (up(), 50.0, Load(GEMMA)),
+        (up(), 51.0, Load(GEMMA)),
+        (up(), 51.1, LOOK),
+        (up(state=UpstreamState.DOWN), 50.5, LOOK),
+        (up(asked=40.0), 50.5, LOOK),
+        (up(asked=40.1), 50.5, Load(GEMMA)),
+        (up(sees_loading=False), 50.5, LOOK),
+    ],
+)
+def test_a_load_rests_on_a_good_listing_of_the_last_second_asked_since_our_last_call(
+    upstream: Upstream, now: float, planned: Action
+):
+    assert plan(upstream, [absent()], now) == [planned]
+
+
+def test_a_ping_needs_no_listing_of_what_is_being_loaded():
+    assert plan(up(sees_loading=False), [there()], 50.5) == [SendPing(GEMMA, "gemma")]
+
+
+def test_nothing_is_asked_while_a_listing_is_under_way():
+    assert plan(up(listing=True), [absent()], 70.0) == []
+    assert plan(up(listing=True), [], 70.0) == []
+
+
+def test_a_listing_is_due_when_its_time_has_come():
+    assert plan(up(), [], 64.9) == []
+    assert plan(up(), [], 65.0) == [Refresh("local")]
+
+
+def test_a_server_in_trouble_is_asked_at_its_own_pace_whatever_is_wanted():
+    assert plan(up(failures=1), [absent(), a_model(QWEN, pending=PENDING)], 64.9) == []
+    assert plan(up(failures=1), [absent()], 65.0) == [LOOK]
+
+
+@pytest.mark.parametrize(
+    ("models", "now", "planned"),
+    [
+        ([there(pending=PENDING, ping_at=99.0)], 51.9, []),
+        ([there(pending=PENDING, ping_at=99.0), there(QWEN, ping_at=99.0)], 52.0, [LOOK]),
+        ([there(ping_at=99.0)], 52.0, []),
+        ([absent(load_started=3.0)], 52.0, []),
+        ([absent(load_started=3.0, pending=PENDING)], 52.0, []),
+    ],
+)
+def test_a_load_whose_end_nobody_saw_is_looked_for_every_two_seconds(
+    models: list[Model], now: float, planned: list[Action]
+):
+    assert plan(up(), models, now) == planned
+
+
+@pytest.mark.parametrize(
+    ("model", "loading"),
+    [
+        (absent(), True),
+        (absent(window_open=False), False),
+        (there(), False),
+        (there(pending=PENDING), True),
+        (absent(window_open=False, load_started=3.0), True),
+    ],
+)
+def test_it_is_asked_what_is_being_loaded_where_it_matters(model: Model, loading: bool):
+    quiet = there(QWEN, ping_at=99.0)
+
+    assert plan(up(), [quiet, model], 65.0)[-1] == Refresh("local", loading=loading)
+
+
+# --- loads ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "loaded"),
+    [
+        ({}, True),
+        ({"state": State.BACKOFF}, True),
+        ({"state": State.UNKNOWN}, False),
+        ({"state": State.LOADING}, False),
+        ({"window_open": False}, False),
+        ({"listed": False}, False),
+        ({"instances": (ONE,), "ping_at": 99.0}, False),
+        ({"pinging": True}, False),
+        ({"unloading": True}, False),
+        ({"pending": replace(PENDING, ours=False)}, False),
+        ({"retry_at": 50.5}, True),
+        ({"retry_at": 50.6}, False),
+        ({"retry_at": 99.0, "waiting": 1}, False),
+    ],
+)
+def test_only_what_is_wanted_absent_and_held_off_by_nothing_is_loaded(
+    changes: dict[str, object], loaded: bool
+):
+    assert (Load(GEMMA) in plan(up(), [absent(**changes)], 50.5)) is loaded
+
+
+def test_only_who_waits_may_fight_for_what_was_taken():
+    taken = absent(retry_at=99.0, last_eviction=Eviction(45.0, Cause.BY_HAND, 0.0))
+
+    assert plan(up(), [taken], 50.5) == []
+    assert plan(up(), [replace(taken, waiting=1)], 50.5) == [Load(GEMMA)]
+
+
+@pytest.mark.parametrize(
+    ("other", "loaded"),
+    [
+        (absent(QWEN, load_started=3.0), False),
+        (absent(QWEN, pending=PENDING), False),
+        (absent(QWEN, pending=replace(PENDING, ours=False)), True),
+        (there(QWEN, ping_at=99.0), True),
+    ],
+)
+def test_each_load_of_ours_takes_a_place_and_no_other_does(other: Model, loaded: bool):
+    assert (Load(GEMMA) in plan(up(), [absent(), other], 50.5)) is loaded
+
+
+def test_more_loads_under_way_than_the_config_allows_leave_no_place():
+    under_way = [absent(ModelId("local", key), load_started=3.0) for key in "abc"]
+
+    assert plan(up(max_loading=2), [absent(rank=9), absent(QWEN, rank=1), *under_way], 50.5) == []
+
+
+def test_who_is_waited_for_comes_first_and_then_the_order_of_the_config():
+    third, first, second = absent(GEMMA, rank=2), absent(QWEN, rank=3, waiting=2), absent(LLAMA, rank=1)
+
+    assert plan(up(max_loading=2), [third, first, second], 50.5) == [Load(QWEN), Load(LLAMA)]
+
+
+def test_of_loads_on_demand_there_is_one_at_a_time_unless_they_are_known_to_bear_each_other():
+    models = [absent(), absent(QWEN, rank=1)]
+    loading = absent(LLAMA, rank=2, load_started=3.0)
+
+    assert plan(up(tier=Tier.V0, max_loading=3), models, 50.5) == [Load(GEMMA)]
+    assert plan(up(tier=Tier.V0, max_loading=3), [*models, loading], 50.5) == []
+    assert plan(up(tier=Tier.V0, max_loading=3, evicts=False), models, 50.5) == [Load(GEMMA), Load(QWEN)]
+    assert plan(up(tier=Tier.V0, max_loading=1, evicts=False), models, 50.5) == [Load(GEMMA)]
+
+
+# --- what a load on demand could push out ---------------------------------------------------------
+
+DISPLACING = "loading it on LM Studio 0.3.x could push out gemma, which we did not load"
+
+
+def on_demand(*resident: str, **changes: object) -> Upstream:
+    return up(tier=Tier.V0, resident=frozenset(resident), **changes)
+
+
+@pytest.mark.parametrize(
+    ("resident", "blocked"),
+    [
+        (there(ours=frozenset({"gemma"})), None),
+        (there(), DISPLACING),
+        (absent(load_started=3.0), None),
+        (absent(pending=PENDING), None),
+        (absent(pending=replace(PENDING, ours=False)), DISPLACING),
+        (absent(), DISPLACING),
+        (there(instances=(ONE, TWO), ours=frozenset({"gemma", "gemma:2"})), None),
+        (there(instances=(ONE, TWO), ours=frozenset({"gemma"})), DISPLACING),
+        (there(load_started=3.0), DISPLACING),
+    ],
+)
+def test_only_what_is_ours_alone_may_be_pushed_out(resident: Model, blocked: str | None):
+    model = absent(QWEN)
+
+    assert blocked_by(on_demand("gemma"), [resident, model], model) == blocked
+
+
+def test_what_stands_in_the_way_is_said_by_the_first_of_its_names_and_is_never_the_model_itself():
+    model = absent(QWEN)
+
+    assert blocked_by(on_demand("qwen"), [model], model) is None
+    assert blocked_by(on_demand("phi", "llama", "qwen"), [model], model) == (
+        "loading it on LM Studio 0.3.x could push out llama, which we did not load"
+    )
+    assert blocked_by(on_demand(arriving=frozenset({"llama"})), [model], model) == (
+        "loading it on LM Studio 0.3.x could push out llama, which we did not load"
+    )
+
+
+def test_nothing_is_pushed_out_by_a_newer_server_or_by_one_that_is_known_to_keep_all():
+    model = absent(QWEN)
+
+    assert blocked_by(up(resident=frozenset({"gemma"})), [model], model) is None
+    assert blocked_by(on_demand("gemma", evicts=False), [model], model) is None
+
+
+@pytest.mark.parametrize(
+    ("first", "blocked"),
+    [
+        (absent(rank=1), True),
+        (absent(rank=9), False),
+        (absent(rank=1, window_open=False), False),
+        (absent(rank=1, listed=False), False),
+    ],
+)
+def test_where_one_model_is_kept_it_is_the_first_that_is_needed_and_listed(first: Model, blocked: bool):
+    model = absent(QWEN, rank=5)
+    reason = "LM Studio 0.3.x keeps one model at a time here, and gemma comes first in the config"
+
+    assert blocked_by(on_demand(evicts=True), [model, first], model) == (reason if blocked else None)
+    assert blocked_by(on_demand(), [model, first], model) is None
+
+
+def test_a_model_that_nobody_needs_is_not_blocked_by_itself():
+    model = absent(window_open=False)
+
+    assert blocked_by(on_demand(evicts=True), [model], model) is None
+
+
+# --- pings ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "pinged"),
+    [
+        ({}, True),
+        ({"ping_at": 50.5}, True),
+        ({"ping_at": 50.6}, False),
+        ({"ping_at": None}, True),
+        ({"window_open": False}, False),
+        ({"instances": ()}, False),
+        ({"unloading": True}, False),
+        ({"pinging": True}, False),
+        ({"state": State.UNKNOWN}, True),
+        ({"crashed": True}, True),
+        ({"crashed": True, "ours": frozenset({"gemma"})}, False),
+        ({"ours": frozenset({"gemma"})}, True),
+        ({"state": State.BACKOFF, "in_flight": 1}, True),
+    ],
+)
+def test_only_what_is_there_needed_and_due_is_pinged(changes: dict[str, object], pinged: bool):
+    assert (SendPing(GEMMA, "gemma") in plan(up(), [there(**changes)], 50.5)) is pinged
+
+
+@pytest.mark.parametrize("state", State)
+def test_where_nothing_is_listed_what_is_warm_is_pinged_by_its_key(state: State):
+    model = there(instances=(), blind=True, state=state, retry_at=99.0)
+
+    assert plan(up(), [model], 50.5) == ([SendPing(GEMMA, "gemma")] if state is State.WARM else [])
+
+
+def test_a_ping_goes_to_our_own_copy():
+    model = there(instances=(ONE, TWO), ours=frozenset({"gemma:2"}))
+
+    assert plan(up(), [model], 50.5) == [SendPing(GEMMA, "gemma:2")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "skipped"),
+    [
+        ({"in_flight": 1}, True),
+        ({"active_at": 45.0}, True),
+        ({"active_at": 45.0, "last_ping": Ping(44.9, PingOutcome.OK, 0.1)}, True),
+        ({"active_at": 45.0, "last_ping": Ping(45.0, PingOutcome.OK, 0.1)}, False),
+        ({"active_at": 45.0, "vouched_at": 45.0}, False),
+        ({"active_at": 45.0, "vouched_at": 44.9}, True),
+        ({"last_ping": Ping(44.9, PingOutcome.OK, 0.1)}, False),
+        ({"active_at": 45.0, "state": State.UNKNOWN}, False),
+    ],
+)
+def test_a_users_answer_stands_in_for_the_one_ping_after_it(changes: dict[str, object], skipped: bool):
+    expected = SkipPing(GEMMA) if skipped else SendPing(GEMMA, "gemma")
+
+    assert plan(up(), [there(**changes)], 50.5) == [expected]
+
+
+def test_pings_under_way_leave_room_for_the_others_of_four():
+    under_way = [there(ModelId("local", key), pinging=True) for key in "abc"]
+    more = [there(ModelId("local", key), pinging=True) for key in "de"]
+    due = [there(), there(QWEN, rank=1)]
+
+    assert plan(up(), [*due, *under_way], 50.5) == [SendPing(GEMMA, "gemma")]
+    assert plan(up(), [*due, *under_way, *more[:1]], 50.5) == []
+    assert plan(up(), [*due, *under_way, *more], 50.5) == []
+
+
+def test_pings_go_first_to_whom_somebody_waits_for_then_to_what_is_not_warm_then_by_the_config():
+    a, b, c, d, e = (ModelId("local", key) for key in "abcde")
+    models = [
+        there(a, rank=0),
+        there(b, rank=4),
+        there(c, rank=3, state=State.UNKNOWN),
+        there(d, rank=2, state=State.UNKNOWN),
+        there(e, rank=5, waiting=2),
+    ]
+
+    assert [action.model.key for action in plan(up(), models, 50.5)] == ["e", "d", "c", "a"]  # type: ignore[union-attr]
+
+
+# --- unloads --------------------------------------------------------------------------------------
+
+OURS = frozenset({"gemma", "gemma:2"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "unloaded"),
+    [
+        ({}, True),
+        ({"window_open": True}, False),
+        ({"window_open": True, "crashed": True}, True),
+        ({"window_open": True, "crashed": True, "ours": frozenset()}, False),
+        ({"ours": frozenset()}, False),
+        ({"in_flight": 1}, False),
+        ({"crashed": True, "in_flight": 1}, False),
+        ({"retired": True}, True),
+        ({"retired": True, "in_flight": 1}, False),
+        ({"pinging": True}, False),
+        ({"unloading": True}, False),
+        ({"retry_at": 100.5}, True),
+        ({"retry_at": 100.6}, False),
+        ({"active_at": 40.5}, True),
+        ({"active_at": 40.6}, False),
+    ],
+)
+def test_only_what_is_ours_and_idle_and_wanted_by_nobody_is_unloaded(
+    changes: dict[str, object], unloaded: bool
+):
+    before: dict[str, object] = {"window_open": False, "ours": OURS, "ping_at": 999.0}
+    planned = plan(up(asked=100.0, answered_at=100.0, due_at=115.0), [there(**{**before, **changes})], 100.5)
+
+    assert planned == ([Unload(GEMMA, "gemma")] if unloaded else [])
+
+
+def test_copies_are_unloaded_one_after_the_other_and_only_ours():
+    foreign = Instance("gemma:9")
+    model = there(window_open=False, instances=(foreign, ONE, TWO), ours=OURS)
+
+    assert plan(up(), [model], 50.5) == [Unload(GEMMA, "gemma")]
+
+
+@pytest.mark.parametrize("tier", [Tier.V0, Tier.OPENAI])
+def test_an_older_server_is_never_asked_to_unload(tier: Tier):
+    assert plan(up(tier=tier), [there(window_open=False, ours=OURS)], 50.5) == []
+
+
+# --- together -------------------------------------------------------------------------------------
+
+
+def test_what_is_skipped_and_what_is_done_come_before_what_is_asked():
+    phi = ModelId("local", "phi")
+    models = [
+        absent(rank=1),
+        there(QWEN, in_flight=1),
+        there(LLAMA, rank=2),
+        there(phi, window_open=False, ours=frozenset({"phi"})),
+    ]
+
+    assert plan(up(due_at=50.0), models, 50.5) == [
+        SkipPing(QWEN),
+        Unload(phi, "phi"),
+        Load(GEMMA),
+        SendPing(LLAMA, "llama"),
+        Refresh("local", loading=True),
+    ]
