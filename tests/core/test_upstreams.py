@@ -288,6 +288,12 @@ def test_the_verdict_of_a_trial_is_a_listing_asked_after_it():
         assert (late.evicts, late.on_trial) == (evicts, frozenset())
 
 
+def test_a_trial_is_passed_by_what_was_there_even_where_the_new_one_has_gone_again():
+    trial = asked_long_ago(UpstreamState.UP, tier=Tier.V0, on_trial=frozenset({"gemma"}), trial_over_at=45.0)
+
+    assert apply_upstream(trial, listed(50, entry("gemma", "gemma"), tier=Tier.V0)).evicts is False
+
+
 def test_a_listing_without_a_trial_leaves_the_verdict():
     before = asked_long_ago(tier=Tier.V0, evicts=True, trial_over_at=45.0)
 
