@@ -16,7 +16,6 @@ bounds it is the time of the processor, not of the clock: a fault that turns a l
 import argparse
 import ast
 import contextlib
-import difflib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -114,10 +113,7 @@ class Planter:
     def offset(self, line: int, column: int) -> int:
         return sum(map(len, self.lines[: line - 1])) + column
 
-    def put(self, node: ast.AST, new: str) -> tuple[int, int, str]:
-        assert isinstance(node, (ast.expr, ast.stmt, ast.keyword))
-        assert node.end_lineno is not None
-        assert node.end_col_offset is not None
+    def put(self, node: ast.expr | ast.stmt | ast.keyword, new: str) -> tuple[int, int, str]:
         start = self.offset(node.lineno, node.col_offset)
         return start, self.offset(node.end_lineno, node.end_col_offset), new
 
@@ -127,12 +123,14 @@ class Planter:
         for change in self.of(node):
             yield inside, *change
         for name, value in ast.iter_fields(node):
-            if name in ("annotation", "returns", "decorator_list", "bases", "type_params"):
+            # Not what only a reader of types sees, not the pieces of a text, and no docstring.
+            if name in ("annotation", "returns", "decorator_list", "bases") or isinstance(
+                node, ast.JoinedStr
+            ):
                 continue
             for child in value if isinstance(value, list) else [value]:
-                # Not docstrings, and not what only a reader of types sees.
-                plain = isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant)
-                if isinstance(child, ast.AST) and not plain and not isinstance(child, ast.FormattedValue):
+                text = isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant)
+                if isinstance(child, ast.AST) and not text:
                     yield from self.changes(child, inside)
 
     def of(self, node: ast.AST) -> Iterator[tuple[int, int, str]]:
@@ -150,11 +148,10 @@ class Planter:
             case ast.UnaryOp(_, operand):
                 yield self.put(node, f"({ast.unparse(operand)})")
             case ast.BinOp(left, op, right) if type(op) in COUNTED:
-                yield self.put(node, f"({ast.unparse(left)}) {COUNTED[type(op)]} ({ast.unparse(right)})")
+                yield self.put(node, f"(({ast.unparse(left)}) {COUNTED[type(op)]} ({ast.unparse(right)}))")
             case ast.IfExp(test, body, orelse):
-                yield self.put(
-                    node, f"({ast.unparse(orelse)}) if {ast.unparse(test)} else ({ast.unparse(body)})"
-                )
+                swapped = f"({ast.unparse(orelse)}) if {ast.unparse(test)} else ({ast.unparse(body)})"
+                yield self.put(node, f"({swapped})")
             case ast.If(test) | ast.While(test):
                 yield self.put(test, f"not ({ast.unparse(test)})")
             case ast.comprehension(ifs=[test, *_]):
@@ -165,7 +162,7 @@ class Planter:
                 for keyword in keywords:
                     start, end, _ = self.put(keyword, "")
                     rest = b"".join(self.lines)[end:]
-                    comma = len(rest) - len(rest.lstrip(b", \n")) if rest.lstrip()[:1] == b"," else 0
+                    comma = rest.index(b",") + 1 if rest.lstrip().startswith(b",") else 0
                     yield start, end + comma, ""
             case ast.Constant(bool(value)):
                 yield self.put(node, str(not value))
@@ -186,10 +183,6 @@ class Planter:
                     other_names = [n for n in names if n != name]
                     if isinstance(cell, ast.Name) and other_names:
                         yield self.put(cell, other_names[0])
-            case ast.FunctionDef(body=body) | ast.AsyncFunctionDef(body=body):
-                last = body[-1]
-                if isinstance(last, ast.Return) and not is_none(last.value):
-                    yield self.put(last, "return None")
             case ast.Return(value) if not is_none(value):
                 yield self.put(node, "pass")
             case ast.Assign() | ast.AugAssign() | ast.Expr() | ast.Raise() | ast.Continue() | ast.Break():
@@ -201,11 +194,11 @@ def is_none(value: ast.expr | None) -> bool:
 
 
 def mutants(path: str) -> list[Mutant]:
-    source = (PROJECT / path).read_text()
-    planter, found, seen = Planter(source), [], set()
+    source = (PROJECT / path).read_bytes()
+    lines, found, seen = source.decode().split("\n"), [], set()
+    planter = Planter(source.decode())
     for inside, start, end, new in planter.changes(planter.tree):
-        data = source.encode()
-        changed = (data[:start] + new.encode() + data[end:]).decode()
+        changed = (source[:start] + new.encode() + source[end:]).decode()
         if changed in seen:
             continue
         seen.add(changed)
@@ -213,12 +206,17 @@ def mutants(path: str) -> list[Mutant]:
             compile(changed, path, "exec")
         except SyntaxError:
             continue
-        lines = list(difflib.ndiff(source.splitlines(), changed.splitlines()))
-        removed = tuple(line[2:].strip() for line in lines if line.startswith("- "))
-        added = tuple(line[2:].strip() for line in lines if line.startswith("+ "))
-        line = data[:start].count(b"\n") + 1
-        found.append(Mutant(path, line, inside or "(module)", changed, removed, added))
+        first, after = source[:start].count(b"\n"), source[end:].count(b"\n")
+        removed, added = lines[first : len(lines) - after], changed.split("\n")[first:]
+        added = added[: len(added) - after]
+        found.append(
+            Mutant(path, first + 1, inside or "(module)", changed, stripped(removed), stripped(added))
+        )
     return found
+
+
+def stripped(lines: Sequence[str]) -> tuple[str, ...]:
+    return tuple(line.strip() for line in lines if line.strip())
 
 
 # --- which are seen -----------------------------------------------------------------------------------
