@@ -32,7 +32,7 @@ from typing import Any, Final, Self
 import aiohttp
 
 from keepalive.core.errors import KeepaliveError
-from keepalive.protocols import routes, sse
+from keepalive.protocols import answers, sse, words
 
 #: Of an answer that is no stream.
 ANSWER_BYTES: Final = 4 * 1024 * 1024
@@ -217,7 +217,7 @@ class Client:
             try:
                 async for item in items:
                     if isinstance(item, sse.Comment):
-                        heartbeat = routes.read_heartbeat(item.text)
+                        heartbeat = words.read_heartbeat(item.text)
                         if heartbeat is not None and heartbeat.state != "warm":
                             yield _loading(heartbeat)
                         continue
@@ -312,7 +312,7 @@ class Client:
     ) -> Any:
         async with self._answer(method, path, body, headers or {}) as answer:
             read = await _read(answer)
-            if answer.status != 200 or routes.chat_error(read).error is not None:
+            if answer.status != 200 or answers.chat_error(read).error is not None:
                 raise _refusal(answer, read)
         with _readable():
             return json.loads(read)["data"]
@@ -348,15 +348,15 @@ def _event(data: str) -> Event | None:
                 return None
 
 
-def _delta(data: str) -> routes.Delta:
+def _delta(data: str) -> answers.Delta:
     with _readable():
-        delta = routes.chat_delta(data)
+        delta = answers.chat_delta(data)
     if delta.error is not None:
         raise AnswerFailed(delta.error, delta.code)
     return delta
 
 
-def _loading(heartbeat: routes.Heartbeat) -> ModelLoading:
+def _loading(heartbeat: words.Heartbeat) -> ModelLoading:
     to_go, elapsed = heartbeat.eta, heartbeat.elapsed
     return ModelLoading(
         f"{heartbeat.model} is {heartbeat.state}", elapsed, None if to_go is None else elapsed + to_go
@@ -365,7 +365,7 @@ def _loading(heartbeat: routes.Heartbeat) -> ModelLoading:
 
 def _refusal(answer: aiohttp.ClientResponse, body: bytes) -> RequestRefused:
     """What an answer says that is not the one asked for: in the layout of the daemon, of OpenAI, or of neither."""
-    told = routes.chat_error(body)
+    told = answers.chat_error(body)
     after = answer.headers.get("Retry-After", "")
     return RequestRefused(
         told.error or f"the answer is {answer.status} {answer.reason or ''}".rstrip(),

@@ -13,9 +13,11 @@ from collections.abc import Sequence
 import uvloop
 from prometheus_client import Counter, Histogram
 
+from keepalive.core.callers import Seen
 from keepalive.core.facts import Fact, ModelId
+from keepalive.core.keeping import View
 from keepalive.http1 import bind, serve
-from keepalive.proxy.proxy import Address, Proxy, Seen, Settings, View
+from keepalive.proxy import Address, Proxy, Settings
 
 BENCH = ModelId("local", "bench")
 

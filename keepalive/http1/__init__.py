@@ -1,19 +1,31 @@
 """HTTP/1.1 over sockets, both sides: callers' exchanges in, upstreams' replies out.
 
-    heads      the grammar of heads, and what is refused        pure
-    bodies     bodies in chunks (llhttp)                         pure
-    listener   callers: connections, exchanges, limits, leaving
-    upstream   upstreams: connections, replies, complete or cut
-    ticker     one coarse clock for all of them
-    watch      callers that leave while their socket is not read
+    heads       the grammar of heads, and what is refused       pure
+    bodies      bodies in chunks (llhttp)                        pure
+    limits      what a caller, and an upstream, may cost
+
+    listener    callers: who is accepted, and how that ends
+    connection  one caller's connection: its requests, one at a time
+    exchange    one request and the answer to it
+    watch       callers that leave while their socket is not read
+
+    pool        upstreams: a request goes out on a connection, kept or new
+    dial        reaching an upstream, and why it cannot be reached
+    link        one connection to it
+    reply       its answer, complete or cut
+    tunnel      two connections that have become one
+
+    ticker      one coarse clock for all of them
 
 Decisions about models are made in `proxy`; here it is decided what may go over the wire.
 
 May import: core.
 """
 
+from keepalive.http1.exchange import Caller, Exchange
 from keepalive.http1.heads import (
     CHUNKED,
+    NO_STORE,
     BadHead,
     Headers,
     ReplyHead,
@@ -25,13 +37,16 @@ from keepalive.http1.heads import (
     values,
 )
 from keepalive.http1.limits import Limits
-from keepalive.http1.listener import Exchange, Listener, bind, serve
+from keepalive.http1.listener import Listener, bind, serve
+from keepalive.http1.pool import Pool
+from keepalive.http1.reply import Reply
 from keepalive.http1.ticker import Ticker
-from keepalive.http1.upstream import Pool, Reply
 
 __all__ = [
     "CHUNKED",
+    "NO_STORE",
     "BadHead",
+    "Caller",
     "Exchange",
     "Headers",
     "Limits",

@@ -23,6 +23,9 @@ _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]{2,45}\]|[0-9A-Za-z._~!$&'()*+,;=%-]*)(?::
 UNTIL_CLOSE = -2
 CHUNKED = -1
 
+#: Of an answer of our own: it is for this caller, now, and is what we say it is.
+NO_STORE: Headers = [(b"Cache-Control", b"no-store"), (b"X-Content-Type-Options", b"nosniff")]
+
 _HOP_BY_HOP = frozenset(
     [b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade"]
 )
@@ -161,17 +164,35 @@ def request_head(reader: HeadReader) -> RequestHead:
     if version not in (b"1.1", b"1.0"):
         raise BadHead(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
     head = RequestHead(method, target, reader.headers, int(version[2:]))
+    _refuse_target(method, target)
+    _refuse_host(head)
+    head.body = _request_body(head)
+    head.expects = _expects(head)
+    protocols = values(head.headers, b"upgrade")
+    if len(protocols) == 1 and head.minor == 1 and b"upgrade" in listed(head.headers, b"connection"):
+        head.upgrade = protocols[0]
+    return head
+
+
+def _refuse_target(method: bytes, target: bytes) -> None:
     # No absolute form: that is how one speaks to a forward proxy, and joining it to anything is how requests
     # are sent to hosts nobody configured.
     if not (target.startswith(b"/") or (target == b"*" and method == b"OPTIONS")):
         raise BadHead(400, "the request target is not a path")
     if b"#" in target:
         raise BadHead(400, "the request target holds a fragment")
+
+
+def _refuse_host(head: RequestHead) -> None:
     hosts = values(head.headers, b"host")
     if len(hosts) != 1 and not (head.minor == 0 and not hosts):
         raise BadHead(400, "there must be one Host header")
     if hosts and not _HOST.fullmatch(hosts[0]):
         raise BadHead(400, "the Host header is malformed")
+
+
+def _request_body(head: RequestHead) -> int:
+    """The length of the body, or CHUNKED: never both, and never a guess."""
     codings = values(head.headers, b"transfer-encoding")
     lengths = values(head.headers, b"content-length")
     if codings:
@@ -179,18 +200,18 @@ def request_head(reader: HeadReader) -> RequestHead:
             raise BadHead(400, "Transfer-Encoding cannot stand beside Content-Length or in HTTP/1.0")
         if len(codings) > 1 or codings[0].lower() != b"chunked":
             raise BadHead(501, "the only transfer coding here is chunked")
-        head.body = CHUNKED
-    elif lengths:
-        head.body = _length(lengths)
+        return CHUNKED
+    return _length(lengths) if lengths else 0
+
+
+def _expects(head: RequestHead) -> bool:
+    """Whether the caller waits for 100 before it sends its body."""
     expectations = values(head.headers, b"expect")
-    if expectations and head.minor == 1:
-        if len(expectations) > 1 or expectations[0].lower() != b"100-continue":
-            raise BadHead(417, "the only expectation met here is 100-continue")
-        head.expects = True
-    protocols = values(head.headers, b"upgrade")
-    if len(protocols) == 1 and head.minor == 1 and b"upgrade" in listed(head.headers, b"connection"):
-        head.upgrade = protocols[0]
-    return head
+    if not expectations or head.minor != 1:
+        return False
+    if len(expectations) > 1 or expectations[0].lower() != b"100-continue":
+        raise BadHead(417, "the only expectation met here is 100-continue")
+    return True
 
 
 def reply_head(reader: HeadReader, method: bytes) -> ReplyHead:

@@ -13,7 +13,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any
 
 from prometheus_client import (
     CollectorRegistry,
@@ -28,6 +28,7 @@ from prometheus_client.metrics_core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from keepalive import __version__
+from keepalive.core.callers import Seen
 from keepalive.core.facts import Fact, LoadEnded, LoadOutcome, ModelId, PingEnded, PingOutcome
 from keepalive.core.records import Cause, Model, Snapshot, Upstream, UpstreamState
 from keepalive.core.states import State
@@ -238,29 +239,6 @@ def _escaped(value: str) -> str:
     return value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
 
 
-class Passed(Protocol):
-    """What `proxy` says of a request that is over."""
-
-    @property
-    def model(self) -> ModelId | None: ...
-    @property
-    def route(self) -> str: ...
-    @property
-    def outcome(self) -> str: ...
-    @property
-    def start(self) -> str | None: ...
-    @property
-    def wait_seconds(self) -> float: ...
-    @property
-    def first_token_seconds(self) -> float | None: ...
-    @property
-    def seconds(self) -> float: ...
-    @property
-    def gaps(self) -> Sequence[int]: ...
-    @property
-    def gap_seconds(self) -> float: ...
-
-
 class ProxyMetrics:
     """What users' requests felt. `waiting` and `in_progress` are read when somebody scrapes.
 
@@ -310,17 +288,17 @@ class ProxyMetrics:
         self._gaps = _Gaps(gap_bounds)
         registry.register(self._gaps)
 
-    def count(self, passed: Passed) -> None:
+    def count(self, seen: Seen) -> None:
         # A name that a caller made up must not become a series.
-        model = passed.model.key if passed.model is not None else "other"
-        self._requests.labels(model, passed.route, passed.outcome).inc()
-        self._duration.labels(model).observe(passed.seconds)
-        if passed.start == "cold":
-            self._wait.labels(model).observe(passed.wait_seconds)
-        if passed.first_token_seconds is not None:
-            self._first.labels(model, passed.start or "warm").observe(passed.first_token_seconds)
-        if passed.gaps:
-            self._gaps.add(model, passed.gaps, passed.gap_seconds)
+        model = seen.model.key if seen.model is not None else "other"
+        self._requests.labels(model, seen.route, seen.outcome).inc()
+        self._duration.labels(model).observe(seen.seconds)
+        if seen.start == "cold":
+            self._wait.labels(model).observe(seen.wait_seconds)
+        if seen.first_token_seconds is not None:
+            self._first.labels(model, seen.start or "warm").observe(seen.first_token_seconds)
+        if seen.gaps:
+            self._gaps.add(model, seen.gaps, seen.gap_seconds)
 
 
 class _Gaps(Collector):

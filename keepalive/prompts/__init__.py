@@ -13,7 +13,7 @@ Rules of this folder:
     stream   one answer: what the proxy takes for its caller
     api      the routes: who may ask, what is read, warming up
 
-May import: proxy, protocols, http1, config, assets, core.
+May import: protocols, http1, config, assets, core.
 """
 
 from keepalive.prompts.api import PATHS, Prompts

@@ -6,13 +6,14 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final, NamedTuple, Protocol, TypeVar
 
 from keepalive import assets
+from keepalive.core.callers import Key, Outcome, Seen
 from keepalive.core.errors import NotWarm
 from keepalive.core.facts import ModelId
+from keepalive.core.keeping import Keeping
 from keepalive.http1 import Exchange, Headers, RequestHead, Ticker, preferred_wait, values
 from keepalive.prompts.asked import Refusal, Settings, read_order, read_warmup, variables
 from keepalive.prompts.stream import Forward, Stream, Visit, milliseconds, view_of
 from keepalive.protocols.routes import PROMPTS
-from keepalive.proxy.proxy import Keeping, Key, Outcome, Seen
 
 #: Of the bodies that are being read, together.
 READING_BYTES: Final = 128 * 1024 * 1024

@@ -10,9 +10,9 @@ from typing import Final, NoReturn
 
 from keepalive.config import Prompt
 from keepalive.config.mistakes import dotted, nearest, shown
+from keepalive.core.callers import Outcome
 from keepalive.core.facts import ModelId
 from keepalive.http1 import Headers
-from keepalive.proxy.proxy import Outcome
 
 #: A prompt is text. A body larger than this takes noticeable time to be read, and nothing streams meanwhile.
 BODY_BYTES: Final = 16 * 1024 * 1024

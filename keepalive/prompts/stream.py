@@ -6,11 +6,14 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from keepalive.core.callers import Key
 from keepalive.core.facts import ModelId
-from keepalive.http1 import BadHead, Exchange, Headers, Reply, RequestHead, Ticker, values
+from keepalive.core.keeping import Keeping, View
+from keepalive.http1 import NO_STORE, BadHead, Caller, Exchange, Headers, Reply, RequestHead, Ticker, values
 from keepalive.prompts.asked import Order, Refusal, encode
-from keepalive.protocols import routes, sse
-from keepalive.proxy.proxy import NO_STORE, Caller, Keeping, Key, View
+from keepalive.protocols import sse
+from keepalive.protocols.answers import chat_delta, chat_error
+from keepalive.protocols.routes import PROMPTS, Route
 
 #: `model_loading` is said at most so often.
 LOADING_SECONDS: Final = 1.0
@@ -33,7 +36,7 @@ _PASSED_ON: Final = frozenset(
 class Forward(Protocol):
     """The proxy."""
 
-    def __call__(self, caller: Caller, route: routes.Route, /) -> Awaitable[None]: ...
+    def __call__(self, caller: Caller, route: Route, /) -> Awaitable[None]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,7 @@ class Stream:
             async with asyncio.timeout_at(deadline) as self._limit:
                 # Runs when the proxy first waits for something: what it refuses at once keeps its true status.
                 asyncio.get_running_loop().call_soon(self._begin)
-                await forward(self, routes.PROMPTS)
+                await forward(self, PROMPTS)
         except TimeoutError:
             view = self._view()
             state = f"; {self._key} is {view.state}" if view.state != "warm" else ""
@@ -173,7 +176,7 @@ class Stream:
     def _hear(self, data: str) -> None:
         """One event of the upstream, or of the proxy."""
         try:
-            delta = routes.chat_delta(data)
+            delta = chat_delta(data)
         except ValueError:
             self._fail(502, "the upstream sent an event that cannot be read", "upstream_error")
             return
@@ -294,7 +297,7 @@ class Stream:
     def finish(self) -> None:
         self.finished = True
         if self._status:
-            told = routes.chat_error(self._plain)
+            told = chat_error(self._plain)
             status = self._status if self._status >= 400 else 502
             message = told.error or f"the upstream answered {self._status} without events"
             self._fail(status, message, told.code or f"upstream_{self._status}")
@@ -306,7 +309,7 @@ class Stream:
     def answer(self, status: int, headers: Headers, body: bytes) -> None:
         """The proxy's own words: it refuses."""
         self.started = self.finished = True
-        told = routes.chat_error(body)
+        told = chat_error(body)
         ours = {b"content-type", *(name.lower() for name, _ in NO_STORE)}
         kept = [pair for pair in headers if pair[0].lower() not in ours]
         self._fail(status, told.error or "refused", told.code or "refused", kept)

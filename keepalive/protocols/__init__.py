@@ -1,4 +1,14 @@
-"""What is spoken on LM Studio's routes: which route, which model, how it streams and how it says no. Pure.
+"""What is spoken on LM Studio's routes, and nothing of who speaks it. Pure.
+
+    routes     which route a request is for
+    asked      which model its body names, and which conversation it goes on with
+    toplevel   the top level of a JSON object that is too large to be parsed
+    json_text  JSON as LM Studio's runtime reads it
+    words      what is ours to say: errors and heartbeats, in the layout of the route
+    answers    what an answer says: errors, and the events of a chat
+    lost       answers that say that the model went away
+    sse        server-sent events: where one ends, what it says, how one is written
+    meter      what a user felt of a stream, told from its events
 
 May import: core.
 """

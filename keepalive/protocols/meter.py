@@ -8,7 +8,8 @@ import re
 from bisect import bisect_left
 from typing import Final
 
-from keepalive.protocols.routes import Protocol, error_message
+from keepalive.protocols.answers import error_message
+from keepalive.protocols.routes import Protocol
 
 #: Upper bounds, in seconds, of the gaps between events; one more bucket holds the rest.
 GAP_BOUNDS: Final = (
@@ -112,7 +113,7 @@ class Meter:
         #: The route's own sign that the answer is whole was seen, or it knows none. An answer that is over
         #: without it was cut, however properly its body ended.
         self.ended: bool = protocol not in _END
-        #: The data of an error event, for `routes.looks_lost`; never for a log.
+        #: The data of an error event, for `looks_lost`; never for a log.
         self.error: bytes | None = None
 
         self._sent_at = sent_at

@@ -1,4 +1,21 @@
 """The way of a caller's request: who may ask, which model it waits for, and its answer, byte for byte.
 
+    proxy      one request's way, on one screen
+    access     who may ask: keys, Host, Origin
+    body       what was asked, kept while it waits
+    homes      where each conversation was last
+    patience   heartbeats, while it waits
+    call       the request to the upstream, and its answer back
+    upstreams  the connections to each, and what is sent on them
+    relay      the hot path: an answer's bytes
+    answer     what is ours to say to the caller
+    account    what is measured
+    settings   what the proxy is told to do
+
 May import: protocols, http1, core.
 """
+
+from keepalive.proxy.proxy import Proxy
+from keepalive.proxy.settings import Address, Heartbeat, Settings
+
+__all__ = ["Address", "Heartbeat", "Proxy", "Settings"]

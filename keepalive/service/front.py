@@ -15,15 +15,17 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from keepalive import prompts
 from keepalive.config import Address as Listen
 from keepalive.config import Config
+from keepalive.core.callers import Key, Outcome, Seen
 from keepalive.core.errors import KeepaliveError
 from keepalive.core.explain import eta
 from keepalive.core.facts import ModelFact, ModelId, WarmAsked
+from keepalive.core.keeping import View
 from keepalive.http1 import Exchange, Limits, Listener, bind, serve
 from keepalive.keeper.keeper import Keeper
 from keepalive.observers import logs
 from keepalive.observers.metrics import Metrics, ProxyMetrics
 from keepalive.protocols.meter import GAP_BOUNDS
-from keepalive.proxy.proxy import Address, Heartbeat, Key, Outcome, Proxy, Seen, Settings, View
+from keepalive.proxy import Address, Heartbeat, Proxy, Settings
 
 # Kept free for the admin address, for listings and pings, and for what Python opens by itself.
 FILES_RESERVED = 256

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from keepalive.http1 import Limits, Listener, bind, serve
-from keepalive.http1.listener import Exchange
+from keepalive.http1.exchange import Exchange
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: here\r\n\r\n"
 

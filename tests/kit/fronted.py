@@ -7,10 +7,12 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from keepalive.core.callers import Seen
 from keepalive.core.errors import NotWarm
 from keepalive.core.facts import Fact, ModelId, fold_key
+from keepalive.core.keeping import View
 from keepalive.http1 import Limits, Listener, bind, serve
-from keepalive.proxy.proxy import Address, Proxy, Seen, Settings, View
+from keepalive.proxy import Address, Proxy, Settings
 
 Script = Callable[["Asking"], Awaitable[None]]
 
@@ -272,7 +274,7 @@ async def _epilogue(front: Front, upstream: Upstream) -> None:
         while front.proxy.in_progress or front.proxy.waiting or front.keep.waiting:
             await asyncio.sleep(0.005)
     assert not front.proxy.calls
-    assert front.proxy.kept_bytes == 0
+    assert front.proxy.room.taken == 0
     assert len(front.proxy.ticker) == 0
     async with asyncio.timeout(3):
         while front.listener.connections:

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from keepalive.client import Chunk, Client, Done, ModelLoading
 from keepalive.config import Prompt
+from keepalive.core.callers import Key, Outcome
 from keepalive.core.errors import NotWarm
 from keepalive.core.facts import ModelId, WarmAsked
 from keepalive.prompts import PATHS, Prompts, Settings
 from keepalive.prompts.asked import Order, Refusal, read_order
-from keepalive.proxy.proxy import Key, Outcome
 from keepalive.service.daemon import Daemon
 from keepalive.simulator.models import SimModel
 from keepalive.simulator.studio import Studio

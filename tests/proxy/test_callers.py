@@ -10,9 +10,10 @@ import time
 
 import pytest
 
+from keepalive.core.callers import Key
 from keepalive.core.facts import ModelId, RequestEnded
 from keepalive.http1 import Limits
-from keepalive.proxy.proxy import Address, Key
+from keepalive.proxy import Address
 from tests.kit.fronted import (
     CHAT_BODY,
     CHAT_STREAM,

@@ -235,7 +235,7 @@ async def test_the_native_route_ends_with_its_error_event_and_no_chat_end():
 
 
 async def test_reasoning_heartbeats_are_read_as_reasoning():
-    from keepalive.proxy.proxy import Heartbeat
+    from keepalive.proxy import Heartbeat
 
     keep = model(state="cold", load_seconds=0.2)
     async with fronted(says(CHAT_STREAM), keep=keep, heartbeat=0.1, heartbeat_mode=Heartbeat.REASONING) as (

@@ -10,7 +10,7 @@ import pytest
 
 from keepalive.core.facts import InstanceLost, ModelId, RequestEnded
 from keepalive.http1 import Limits
-from keepalive.proxy.proxy import Address
+from keepalive.proxy import Address
 from tests.kit import DATA
 from tests.kit.fronted import (
     CHAT_BODY,
@@ -210,7 +210,7 @@ async def test_u4_idle_connections_that_are_closed_as_we_send_cost_no_caller_any
 
 
 async def test_u4_connections_are_reused_and_given_up_after_four_seconds(monkeypatch):
-    monkeypatch.setattr("keepalive.http1.upstream.IDLE_SECONDS", 0.2)
+    monkeypatch.setattr("keepalive.http1.pool.IDLE_SECONDS", 0.2)
     async with fronted() as (front, upstream):
         for _ in range(5):
             await ask(front.port, get("/a"))
@@ -682,7 +682,7 @@ async def test_u29_the_second_address_of_a_name_is_tried():
     upstreams = {"local": Address(f"http://localhost:{upstream.port}")}
     async with fronted(upstreams=upstreams) as (front, _):
         loop = asyncio.get_running_loop()
-        pool = front.proxy.pools["local"]
+        pool = front.proxy.upstreams.pools["local"]
 
         async def two_addresses(*args, **kwargs):
             return [

@@ -11,7 +11,7 @@ import pytest
 from keepalive.core.errors import NotWarm
 from keepalive.core.facts import InstanceLost, ModelId, RequestEnded, RequestStarted
 from keepalive.http1 import Limits
-from keepalive.proxy.proxy import Address, Heartbeat
+from keepalive.proxy import Address, Heartbeat
 from tests.kit.fronted import (
     CHAT_BODY,
     CHAT_STREAM,
@@ -434,7 +434,7 @@ async def test_what_measures_may_fail_and_the_stream_does_not_notice(monkeypatch
         def feed(self, now, data):
             raise RuntimeError("a bug")
 
-    monkeypatch.setattr("keepalive.proxy.proxy.Meter", Broken)
+    monkeypatch.setattr("keepalive.proxy.call.Meter", Broken)
     keep = Keep()
     keep.add("m")
     async with fronted(says(CHAT_STREAM), keep=keep) as (front, _):

@@ -11,7 +11,7 @@ import subprocess
 
 import pytest
 
-from keepalive.proxy.proxy import Address
+from keepalive.proxy import Address
 from keepalive.simulator.models import SimModel
 from tests.kit import live
 from tests.kit.fronted import (

@@ -6,7 +6,7 @@ import hashlib
 import pytest
 
 from keepalive.http1 import Limits
-from keepalive.proxy.proxy import Address
+from keepalive.proxy import Address
 from tests.kit.fronted import Keep, fronted, get, raw, says, split_answer
 
 websockets = pytest.importorskip("websockets")

@@ -1,0 +1,406 @@
+"""One caller's connection: heads and bodies in, one exchange at a time.
+
+An exchange runs as one task. When the caller leaves (FIN, a half-close counts; RST), or turns out to have
+sent nonsense, that task is cancelled at that instant, whatever it waits for: `gone` and `refused` tell which.
+"""
+
+import asyncio
+import contextlib
+import logging
+import socket
+import struct
+from collections.abc import Awaitable
+from typing import Protocol, cast
+
+from keepalive.http1.bodies import Chunks
+from keepalive.http1.exchange import REASONS, Exchange
+from keepalive.http1.heads import (
+    CHUNKED,
+    BadHead,
+    Headers,
+    HeadReader,
+    request_head,
+    request_reader,
+    write_head,
+)
+from keepalive.http1.limits import Limits
+from keepalive.http1.reply import Reply
+from keepalive.http1.ticker import Ticker
+from keepalive.http1.tunnel import Tunnel, pause, resume
+from keepalive.http1.watch import Watch
+
+log = logging.getLogger("keepalive.http1")
+
+# In the end, a caller who was only just accepted gets this long to say what is wanted.
+LAST_REQUESTS = 0.5
+_RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset
+
+
+class Handler(Protocol):
+    def __call__(self, exchange: "Exchange", /) -> Awaitable[None]: ...
+
+
+class Refusal(Protocol):
+    """Words an answer to bytes that never became a request: its headers and body."""
+
+    def __call__(self, status: int, message: str, /) -> tuple[Headers, bytes]: ...
+
+
+class Owner(Protocol):
+    """Who accepted it: a `Listener`."""
+
+    handler: Handler
+    refusal: Refusal
+    loop: asyncio.AbstractEventLoop
+    limits: Limits
+    ticker: Ticker
+    watch: Watch
+    connections: "set[Connection]"
+    closing: bool  # what is under way may end, and nothing begins
+    refusals: int  # answers to bytes that never became a request
+
+    def forget(self, connection: "Connection", /) -> None: ...
+
+
+class Connection(asyncio.Protocol):
+    """One caller's connection: heads and bodies in, bytes out, and who is let go when."""
+
+    __slots__ = (
+        "_chunks",
+        "_deadline",
+        "_exchange",
+        "_fresh",
+        "_invited",
+        "_left",
+        "_lingering",
+        "_reader",
+        "_rest",
+        "_running",
+        "_tunnel",
+        "_unread",
+        "_window_bytes",
+        "_window_ends",
+        "_wire_bytes",
+        "ending",
+        "listener",
+        "task",
+        "transport",
+        "write_paused",
+    )
+
+    transport: asyncio.Transport
+
+    def __init__(self, listener: Owner) -> None:
+        self.listener = listener
+        self.write_paused = False
+        self.ending = False  # this exchange is the last one on this connection
+        self._fresh = True  # nothing was asked on it yet
+        self._reader: HeadReader | None = None
+        self._deadline = 0.0
+        self._exchange: Exchange | None = None
+        self.task: asyncio.Task[None] | None = None
+        self._running = False
+        self._left = 0
+        self._chunks: Chunks | None = None
+        self._wire_bytes = 0
+        self._window_bytes = 0
+        self._window_ends = 0.0
+        self._invited = False
+        self._rest = b""
+        self._unread = False
+        self._lingering = False
+        self._tunnel: Tunnel | None = None
+
+    # --- from the transport -----------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+        self.listener.connections.add(self)
+        self.listener.ticker.add(self)
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        if self._tunnel is not None:
+            self._tunnel.upstream.write(data)
+        elif self._lingering:
+            pass
+        elif self._exchange is None:
+            self._read_head(data)
+        else:
+            if not self._exchange.body_came:
+                data = self._read_body(self._exchange, data)
+            if data:
+                self._rest += data
+                if len(self._rest) > self.listener.limits.ahead_bytes:
+                    self._stop_reading()
+
+    def eof_received(self) -> bool:
+        if self._tunnel is not None:
+            return self._tunnel.half_closed(self._tunnel.upstream)
+        self._leave()
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._read_watched()
+        self.listener.forget(self)
+        if self._tunnel is not None:
+            # Who goes first is no matter here: it is how tunnels end.
+            self._tunnel.close()
+            if self._exchange is not None:
+                self._exchange.gone = True
+            if not self._tunnel.ended.done():
+                self._tunnel.ended.set_result(None)
+        self._leave()
+
+    def pause_writing(self) -> None:
+        self.write_paused = True
+        if self._tunnel is not None:
+            pause(self._tunnel.upstream)
+        elif self._exchange is not None:
+            self._exchange.pause()
+
+    def resume_writing(self) -> None:
+        self.write_paused = False
+        if self._tunnel is not None:
+            resume(self._tunnel.upstream)
+        elif self._exchange is not None:
+            self._exchange.resume()
+
+    def tick(self, now: float) -> None:
+        if self._exchange is None:
+            if now < self._deadline:
+                return
+            if self._lingering or self._reader is None or not self._reader.begun:
+                self.transport.abort()
+            else:
+                self._refuse(BadHead(408, "the head did not come in time"))
+        elif not self._exchange.body_came and self._invited and not self._unread and now >= self._window_ends:
+            limits = self.listener.limits
+            if self._window_bytes < limits.body_rate * limits.body_window:
+                self._cut_short(BadHead(408, "the body comes too slowly"))
+            self._window_bytes = 0
+            self._window_ends = now + limits.body_window
+
+    # --- the request ------------------------------------------------------------------------------
+
+    def _await_head(self) -> None:
+        limits = self.listener.limits
+        self._reader = request_reader(limits.head_bytes)
+        self._deadline = self.listener.loop.time() + limits.header_timeout
+
+    def _read_head(self, data: bytes) -> None:
+        reader = self._reader
+        assert reader is not None
+        try:
+            rest = reader.feed(data)
+            if rest is None:
+                return
+            head = request_head(reader)
+            if head.body > self.listener.limits.body_bytes:
+                raise BadHead(413, f"the body is larger than {self.listener.limits.body_bytes} bytes")
+        except BadHead as bad:
+            self._refuse(bad)
+            return
+        self._reader = None
+        self._fresh = False
+        self._left = max(head.body, 0)
+        self._chunks = Chunks() if head.body == CHUNKED else None
+        self._wire_bytes = 0
+        self._invited = False
+        exchange = self._exchange = Exchange(self, head)
+        self.task = self.listener.loop.create_task(self._run(exchange))
+        if rest:
+            self.data_received(rest)
+
+    def _read_body(self, exchange: Exchange, data: bytes) -> bytes:
+        """Takes the body's part of `data`; returns what stands behind it."""
+        limits = self.listener.limits
+        self._window_bytes += len(data)
+        after = b""
+        if self._chunks is None:
+            piece = data
+            if len(data) > self._left:
+                piece, after = data[: self._left], data[self._left :]
+            self._left -= len(piece)
+            exchange.body_came = not self._left
+        else:
+            self._wire_bytes += len(data)
+            if self._wire_bytes > limits.body_bytes:
+                self._cut_short(BadHead(413, f"the body is larger than {limits.body_bytes} bytes"))
+                return b""
+            try:
+                piece = self._chunks.feed(data)
+            except BadHead as bad:
+                self._cut_short(bad)
+                return b""
+            if self._chunks.done:
+                exchange.body_came = True
+                # Where in `data` the body ended is not known, so a request behind it cannot be told from it.
+                self.ending = self.ending or self._chunks.followed
+                self._chunks = None
+        exchange.take(piece)
+        if exchange.awaited:
+            exchange.wake()
+        elif exchange.kept_bytes > limits.ahead_bytes and not exchange.body_came:
+            self._stop_reading()
+        return after
+
+    def invite(self) -> None:
+        """Somebody waits for the body: from now on it has to come, and `Expect: 100-continue` is met."""
+        exchange = self._exchange
+        if self._invited or exchange is None:
+            return
+        self._invited = True
+        self._window_bytes = 0
+        self._window_ends = self.listener.loop.time() + self.listener.limits.body_window
+        if exchange.head.expects and not exchange.kept_bytes and not exchange.started:
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _stop_reading(self) -> None:
+        if not self._unread and not self.transport.is_closing():
+            self._unread = True
+            self.transport.pause_reading()
+            sock = self.transport.get_extra_info("socket")
+            if sock is not None:
+                self.listener.watch.add(sock, self._vanish)
+
+    def _read_watched(self) -> None:
+        if self._unread:
+            self._unread = False
+            sock = self.transport.get_extra_info("socket")
+            if sock is not None:
+                self.listener.watch.discard(sock)
+
+    def read_on(self) -> None:
+        if self._unread and len(self._rest) <= self.listener.limits.ahead_bytes:
+            self._read_watched()
+            if not self.transport.is_closing():
+                self.transport.resume_reading()
+                self._window_bytes = 0
+                self._window_ends = self.listener.loop.time() + self.listener.limits.body_window
+
+    # --- the exchange -----------------------------------------------------------------------------
+
+    async def _run(self, exchange: Exchange) -> None:
+        self._running = True
+        try:
+            if not exchange.gone and exchange.refused is None:
+                await self.listener.handler(exchange)
+        except asyncio.CancelledError:
+            if exchange.refused is None and not exchange.gone:
+                self._settle(exchange)
+                raise
+        except Exception as error:  # noqa: BLE001  a bug costs this request and no other
+            # The text of an error may quote a caller's bytes, so where it happened has to do.
+            place = error.__traceback__
+            while place is not None and place.tb_next is not None:
+                place = place.tb_next
+            where = f"{place.tb_frame.f_code.co_filename}:{place.tb_lineno}" if place is not None else "?"
+            log.error("http1.handler_failed", extra={"error": type(error).__name__, "where": where})
+        self._settle(exchange)
+
+    def _settle(self, exchange: Exchange) -> None:
+        """After the handler: the connection waits for its next request, or ends."""
+        self._exchange = None
+        self.task = None
+        self._running = False
+        exchange.on_pause = exchange.on_resume = None
+        if exchange.gone or self.transport.is_closing():
+            self.transport.abort()
+        elif exchange.refused is not None and not exchange.started:
+            self._refuse(exchange.refused)
+        elif not exchange.started:
+            self._refuse(BadHead(500, "the proxy failed"))
+        elif not exchange.finished:
+            self.reset()
+        elif self.ending or self.listener.closing:
+            self._part()
+        else:
+            self._await_head()
+            rest, self._rest = self._rest, b""
+            self.read_on()
+            if rest:
+                self._read_head(rest)
+
+    def _refuse(self, bad: BadHead) -> None:
+        """Answers what is no request, and ends the connection."""
+        headers, body = self.listener.refusal(bad.status, bad.text)
+        headers = [*headers, (b"Content-Length", b"%d" % len(body)), (b"Connection", b"close")]
+        line = b"HTTP/1.1 %d %b" % (bad.status, REASONS.get(bad.status, b""))
+        self.transport.write(write_head(line, headers) + body)
+        self.listener.refusals += 1
+        self._part(unfinished=True)
+
+    def _part(self, *, unfinished: bool = False) -> None:
+        """Ends the connection. What the caller still sends is read, or a reset would overtake the answer."""
+        self._exchange = None
+        self._reader = None
+        self._lingering = True
+        self._rest = b""
+        self._deadline = self.listener.loop.time() + self.listener.limits.linger
+        if not (unfinished or self._left or self._chunks is not None or self._unread):
+            self.transport.close()
+            return
+        self.read_on()
+        with contextlib.suppress(OSError):  # the caller may be gone already
+            self.transport.write_eof()
+
+    def _leave(self) -> None:
+        """The caller has left: by FIN, half-close or reset."""
+        exchange = self._exchange
+        if exchange is not None and not exchange.gone:
+            exchange.gone = True
+            self._interrupt(exchange)
+
+    def _interrupt(self, exchange: Exchange) -> None:
+        # A task that is cancelled before its first step never takes one, so that one looks for itself.
+        if self.task is not None and self._running and not exchange.finished:
+            self.task.cancel()
+
+    def _vanish(self) -> None:
+        """The caller left while its bytes were not being read."""
+        self._unread = False
+        self.transport.abort()
+        self._leave()
+
+    def _cut_short(self, bad: BadHead) -> None:
+        """The request turned out to be none while its exchange runs."""
+        exchange = self._exchange
+        if exchange is not None and exchange.refused is None and not exchange.gone:
+            exchange.refuse(bad)
+            self.ending = True
+            self._interrupt(exchange)
+
+    def reset(self) -> None:
+        sock = self.transport.get_extra_info("socket")
+        if sock is not None and not self.transport.is_closing():
+            # Without it an HTTP/1.0 caller, for whom the end of the connection is the end of the body, would
+            # take a truncated answer for a whole one.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        self.transport.abort()
+
+    async def join(self, reply: Reply) -> None:
+        """Tunnels until both directions have ended."""
+        rest, self._rest = self._rest, b""
+        tunnel = reply.hand_over(self.transport)
+        self._tunnel = tunnel
+        self.ending = True
+        self.read_on()
+        if rest:
+            tunnel.upstream.write(rest)
+        try:
+            await tunnel.ended
+        finally:
+            tunnel.close()
+
+    def shut_idle(self) -> None:
+        """Closes the connection if no request is being read or answered on it.
+
+        One that was only just accepted is owed an answer: its request is on the way.
+        """
+        if self._exchange is not None or self._lingering:
+            return
+        if self._fresh or (self._reader is not None and self._reader.begun):
+            self._deadline = min(self._deadline, self.listener.loop.time() + LAST_REQUESTS)
+        else:
+            self.transport.close()

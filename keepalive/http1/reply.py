@@ -1,0 +1,119 @@
+"""An upstream's answer, as whoever asked has it in hand.
+
+An answer is either complete or cut; nothing here makes the one look like the other. Closing a reply that is
+not complete closes its connection at once, which is how the upstream is told to stop.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol
+
+from keepalive.core.errors import Cut
+from keepalive.http1.heads import ReplyHead
+from keepalive.http1.tunnel import Tunnel, pause, resume
+
+#: Of an answer that nobody takes yet.
+AHEAD_BYTES = 65_536
+
+
+class Source(Protocol):
+    """The connection that it comes from."""
+
+    transport: asyncio.Transport
+
+    def let_go(self, reply: "Reply", /) -> None:
+        """Nobody wants more of it."""
+
+    def tunnel_to(self, client: asyncio.Transport, first: bytes, /) -> Tunnel: ...
+
+
+class Reply:
+    """An upstream's answer: its head, then its body as it comes. `close` it in any case."""
+
+    __slots__ = ("_ended", "_link", "_parts", "_parts_bytes", "complete", "cut", "head", "sink")
+
+    def __init__(self, link: Source, head: ReplyHead) -> None:
+        self.head = head
+        #: The whole body has come.
+        self.complete = False
+        #: The connection, or the framing, broke before the end of the body.
+        self.cut = False
+        self._link: Source | None = link
+        self._parts: list[bytes] = []
+        self._parts_bytes = 0
+        self.sink: Callable[[bytes], None] | None = None
+        self._ended: asyncio.Future[None] | None = None
+
+    def pour(self, sink: Callable[[bytes], None]) -> None:
+        """From now on calls `sink` with the bytes of the body: at once with what is there, then as they come.
+
+        `sink` runs inside the reading of the socket: it must be quick and must not raise.
+        """
+        self.sink = sink
+        if self._parts:
+            parts, self._parts = self._parts, []
+            sink(b"".join(parts) if len(parts) > 1 else parts[0])
+        if self._parts_bytes > AHEAD_BYTES:
+            self.resume()
+
+    async def ended(self) -> bool:
+        """Waits for the end of the body; True when it was complete, False when it was cut."""
+        while not (self.complete or self.cut):
+            self._ended = asyncio.get_running_loop().create_future()
+            await self._ended
+        return self.complete
+
+    async def read(self, limit: int) -> bytes:
+        """The body until its end, or until `limit` bytes have come: `complete` and `cut` tell which."""
+        taken = bytearray()
+        while not (self.complete or self.cut) and self._parts_bytes < limit:
+            self._ended = asyncio.get_running_loop().create_future()
+            await self._ended
+        for part in self._parts:
+            taken += part
+        self._parts.clear()
+        return bytes(taken)
+
+    def pause(self) -> None:
+        if self._link is not None:
+            pause(self._link.transport)
+
+    def resume(self) -> None:
+        if self._link is not None:
+            resume(self._link.transport)
+
+    def close(self) -> None:
+        """No more of it is wanted. What was taken whole leaves its connection to the next request."""
+        link, self._link = self._link, None
+        self.sink = None
+        self._parts.clear()
+        if link is not None:
+            link.let_go(self)
+
+    def hand_over(self, client: asyncio.Transport) -> Tunnel:
+        """Joins this connection, which answered 101, to `client`."""
+        link, self._link = self._link, None
+        if link is None or link.transport.is_closing():
+            raise Cut("the upstream closed the connection that it had agreed to upgrade")
+        return link.tunnel_to(client, b"".join(self._parts))
+
+    # --- from the connection ----------------------------------------------------------------------
+
+    def take(self, data: bytes) -> None:
+        if self.sink is not None:
+            self.sink(data)
+            return
+        self._parts.append(data)
+        before, self._parts_bytes = self._parts_bytes, self._parts_bytes + len(data)
+        if before <= AHEAD_BYTES < self._parts_bytes and self._ended is None:
+            self.pause()
+        elif self._ended is not None and not self._ended.done():
+            self._ended.set_result(None)
+
+    def end(self, *, complete: bool) -> None:
+        if self.complete or self.cut:
+            return
+        self.complete = complete
+        self.cut = not complete
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_result(None)

@@ -1,0 +1,26 @@
+"""JSON as LM Studio's runtime reads it, which forgives more than Python does, and less."""
+
+import json
+from typing import Final
+
+
+def text(body: bytes) -> str:
+    """The characters of a body, in whichever encoding."""
+    # Bytes that are no characters are replaced, as LM Studio's runtime does: they do not make a body invalid.
+    return body.decode(json.detect_encoding(body), "replace")
+
+
+def _refuse(constant: str) -> object:
+    raise ValueError(f"{constant} is not JSON")
+
+
+# Python reads no integer of thousands of digits, JavaScript does; so every number is a float here.
+JSON: Final = json.JSONDecoder(parse_int=float, parse_constant=_refuse)
+
+
+def parsed(raw: bytes) -> object:
+    """One value; None for what is none."""
+    try:
+        return JSON.decode(raw.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return None

@@ -1,0 +1,53 @@
+"""Answers that say that the model went away."""
+
+from dataclasses import dataclass
+from typing import Final
+
+from keepalive.core.errors import Reason
+from keepalive.protocols.answers import error_message
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """An answer that says the model is not there any more.
+
+    `message` is ours, not the answer's. `retryable`: refused before anything was generated.
+    """
+
+    reason: Reason
+    message: str
+    retryable: bool
+
+
+# LM Studio's status codes do not tell these apart, its words do; the first that occurs counts.
+_LOST: Final = (
+    ("the model has crashed", Lost(Reason.CRASHED, "the model has crashed", retryable=False)),
+    (
+        "model was unloaded while the request was still in queue",
+        Lost(Reason.UNLOADED, "the model was unloaded while requests were waiting for it", retryable=True),
+    ),
+    (
+        "model unloaded",
+        Lost(Reason.UNLOADED, "the model was unloaded in the middle of an answer", retryable=False),
+    ),
+    (
+        "model is unloaded",
+        Lost(Reason.UNLOADED, "the model was unloaded in the middle of an answer", retryable=False),
+    ),
+    ("model reloaded", Lost(Reason.UNLOADED, "the model was reloaded under a request", retryable=True)),
+    ("no models loaded", Lost(Reason.UNLOADED, "no model is loaded", retryable=True)),
+)
+
+
+def looks_lost(status: int, body: bytes) -> Lost | None:
+    """Whether an error says that the model went away. `body` is that of an answer, or an error event's data.
+
+    A 200 counts only with an `error` in it: an answer may well speak about crashes.
+    """
+    message = error_message(body)
+    if message is None and status >= 400:
+        message = body[:4096].decode("utf-8", "replace")
+    if message is None:
+        return None
+    message = message.casefold()
+    return next((lost for words, lost in _LOST if words in message), None)

@@ -1,0 +1,127 @@
+"""What is ours to say to a caller, in the words of its route: how it says no, and how it asks for patience."""
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from keepalive.protocols import sse
+from keepalive.protocols.routes import Protocol, Route
+
+# --- how it says no --------------------------------------------------------------------------------
+
+
+def error_body(route: Route, status: int, message: str, code: str) -> bytes:
+    """A JSON body in the layout of `route`: send it as `application/json`."""
+    if route.protocol is Protocol.PLAIN:
+        return _json({"error": message})
+    return _json(_error(route.protocol, status, message, code))
+
+
+def error_event(route: Route, message: str, code: str) -> bytes:
+    """The end of a stream that failed, so that the official client of `route` raises.
+
+    It has to stand at an event boundary, and nothing follows it but the proper end of the body: no `[DONE]`,
+    no `message_stop`, no `chat.end`, because a client that waits only for those would think the answer whole.
+    """
+    body = _error(route.protocol, 500, message, code)
+    match route.protocol:
+        case Protocol.RESPONSES:
+            # The documented event is flat, and what makes OpenAI's own client raise is `error`: both, then.
+            body = {
+                "type": "error",
+                "code": code,
+                "message": message,
+                "param": None,
+                "sequence_number": 0,
+            } | body
+            return sse.encode(_json(body).decode(), event="error")
+        case Protocol.MESSAGES:
+            return sse.encode(_json(body).decode(), event="error")
+        case Protocol.NATIVE:
+            return sse.encode(_json({"type": "error"} | body).decode(), event="error")
+        case _:
+            return sse.encode(_json(body).decode())
+
+
+_ANTHROPIC_TYPES: Final = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+def _error(protocol: Protocol, status: int, message: str, code: str) -> dict[str, object]:
+    if protocol is Protocol.MESSAGES:
+        kind = _ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
+        return {"type": "error", "error": {"type": kind, "message": message}}
+    if protocol is Protocol.NATIVE:
+        kind = "internal_error" if status >= 500 else "invalid_request"
+        return {"error": {"type": kind, "message": message, "code": code}}
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+# --- how it asks for patience ----------------------------------------------------------------------
+
+_SPACE_OR_CONTROL: Final = re.compile(r"[\x00-\x20\x7f-\xa0\u2028\u2029]+")
+
+
+def heartbeat_comment(model: str, state: str, elapsed: float, eta: float | None) -> bytes:
+    """A comment that every SSE reader skips; seconds, `eta` those still to go."""
+    # The model's name is the client's own words here: it must not be able to end the line.
+    name = _SPACE_OR_CONTROL.sub("_", model)
+    to_go = "" if eta is None else f" eta={eta:.1f}"
+    return sse.encode_comment(f"keepalive model={name} state={state} elapsed={elapsed:.1f}{to_go}")
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """What such a comment says."""
+
+    model: str
+    state: str
+    elapsed: float
+    eta: float | None
+
+
+_HEARTBEAT: Final = re.compile(r"keepalive model=(\S+) state=(\w+) elapsed=(\d+\.\d)(?: eta=(\d+\.\d))?")
+
+
+def read_heartbeat(comment: str) -> Heartbeat | None:
+    """The same, from the text of a comment; None for somebody else's."""
+    found = _HEARTBEAT.fullmatch(comment)
+    if found is None:
+        return None
+    model, state, elapsed, to_go = found.groups()
+    return Heartbeat(model, state, float(elapsed), None if to_go is None else float(to_go))
+
+
+def heartbeat_reasoning(route: Route, model: str, state: str, elapsed: float, eta: float | None) -> bytes:
+    """The same as text that chat programs show as reasoning; a comment where the route knows no such thing.
+
+    Only chat completions take a chunk that belongs to nothing: the others open every stream with an event
+    that may come once, and LM Studio will send it.
+    """
+    if route.protocol is not Protocol.CHAT:
+        return heartbeat_comment(model, state, elapsed, eta)
+    to_go = "" if eta is None else f", about {eta:.0f} s to go"
+    text = f"{model} is {state}: {elapsed:.0f} s so far{to_go}.\n"
+    chunk = {
+        "id": "chatcmpl-keepalive",
+        "object": "chat.completion.chunk",
+        "created": 0,
+        "model": model,
+        # No role: the first chunk of the answer brings it, and some clients join what comes twice.
+        "choices": [{"index": 0, "delta": {"reasoning_content": text}, "finish_reason": None}],
+    }
+    return sse.encode(_json(chunk).decode())

@@ -1,0 +1,68 @@
+"""What is measured of one request while it goes: its caller is told some of it, metrics and the log the rest."""
+
+import asyncio
+
+from keepalive.core.callers import Key, Outcome, Seen
+from keepalive.core.facts import ModelId
+from keepalive.http1 import Headers
+from keepalive.protocols.meter import Meter
+
+
+class Account:
+    """Times are those of the event loop."""
+
+    __slots__ = (
+        "began",
+        "key",
+        "model",
+        "now",
+        "outcome",
+        "route",
+        "sent_at",
+        "state",
+        "status",
+        "waited",
+    )
+
+    def __init__(self, route: str) -> None:
+        self.now = asyncio.get_running_loop().time
+        self.route = route
+        self.began = self.now()
+        self.key: Key | None = None
+        self.model: ModelId | None = None
+        self.state: str | None = None  # of the model, when the request came
+        self.waited = 0.0
+        self.sent_at = 0.0
+        self.status = 0
+        self.outcome = Outcome.UPSTREAM_ERROR
+
+    def headers(self) -> Headers:
+        """What the caller is told of it."""
+        timing = b"wait;dur=%.1f" % (self.waited * 1000)
+        if self.sent_at:
+            timing += b", upstream;dur=%.1f" % ((self.now() - self.sent_at) * 1000)
+        headers = [(b"Server-Timing", timing)]
+        if self.state is not None:
+            headers.append((b"X-Keepalive-Model-State", self.state.encode("ascii", "replace")))
+        return headers
+
+    def seen(self, passed: int, meter: Meter | None) -> Seen:
+        """The same in the end; `passed` are bytes."""
+        start = None
+        if self.state is not None:
+            start = "warm" if self.state == "warm" else "cold"
+        return Seen(
+            model=self.model,
+            route=self.route,
+            key=self.key.name if self.key is not None else None,
+            outcome=self.outcome,
+            status=self.status,
+            start=start,
+            wait_seconds=self.waited,
+            first_token_seconds=meter.first_token_seconds if meter is not None else None,
+            seconds=self.now() - self.began,
+            bytes=passed,
+            events=meter.events if meter is not None else 0,
+            gaps=tuple(meter.gaps) if meter is not None else (),
+            gap_seconds=meter.gap_seconds if meter is not None else 0.0,
+        )

@@ -1,0 +1,123 @@
+"""What a caller is told by us: that events will come, that they still will, or why they will not.
+
+Until the first byte has gone out everything may still be decided. Behind it, whatever is said has to stand where
+an event may, in the words of the route; where none may, the connection is broken, so that nobody takes a part
+for the whole.
+"""
+
+import math
+
+from keepalive.core.callers import Outcome
+from keepalive.core.errors import Cut, TimedOut, Unreachable, UpstreamError
+from keepalive.core.facts import ModelId
+from keepalive.core.keeping import View
+from keepalive.http1 import NO_STORE, Caller, Headers, ReplyHead, end_to_end
+from keepalive.protocols.routes import Route
+from keepalive.protocols.words import error_body, error_event
+from keepalive.proxy.account import Account
+from keepalive.proxy.relay import Events, Whole
+
+_EVENTS: Headers = [
+    (b"Content-Type", b"text/event-stream"),
+    (b"Cache-Control", b"no-cache, no-store"),
+    (b"X-Accel-Buffering", b"no"),
+]
+
+
+class Answer:
+    """The answer to one request, as far as it has come."""
+
+    __slots__ = ("_account", "_caller", "_route", "passed", "promised")
+
+    def __init__(self, caller: Caller, route: Route, account: Account) -> None:
+        self._caller = caller
+        self._route = route
+        self._account = account
+        #: 200 and events were promised before the upstream answered.
+        self.promised = False
+        #: The upstream's answer, once it passes.
+        self.passed: Events | Whole | None = None
+
+    @property
+    def torn(self) -> bool:
+        """The caller has a part of an event: nothing may follow but the rest of it."""
+        return isinstance(self.passed, Events) and self.passed.torn
+
+    def promise(self) -> None:
+        self.promised = True
+        self._account.status = 200
+        self._caller.start(200, [*_EVENTS, *self._account.headers()])
+
+    def begin(self, head: ReplyHead, *, stream: bool) -> None:
+        """The upstream's head becomes ours, if we did not promise one."""
+        if self.promised:
+            return
+        self._account.status = head.status
+        bodiless = self._caller.head.method == b"HEAD" or head.status == 304
+        sized = not (bodiless or stream or head.body < 0 or head.status == 204)
+        without = () if bodiless else (b"content-length",)
+        self._caller.start(
+            head.status,
+            end_to_end(head.headers, without=without) + self._account.headers(),
+            reason=head.reason,
+            length=head.body if sized else None,
+        )
+
+    def cut(self) -> None:
+        """The upstream's answer has broken off."""
+        self._account.outcome = Outcome.CUT
+        if isinstance(self.passed, Events) and not self.passed.torn:
+            self._caller.push(error_event(self._route, "the upstream's answer was cut", "upstream_cut"))
+            self._caller.finish()
+        else:
+            self._caller.abort()
+
+    def fail(
+        self,
+        status: int,
+        message: str,
+        code: str,
+        *,
+        retry_after: float | None = None,
+        outcome: Outcome = Outcome.UPSTREAM_ERROR,
+    ) -> None:
+        """The end, in the way of the route: an error answer, or an error event where events were promised."""
+        caller = self._caller
+        self._account.outcome = outcome
+        if caller.finished or caller.gone:
+            return
+        if not caller.started:
+            self._account.status = status
+            headers = [(b"Content-Type", b"application/json"), *NO_STORE, *self._account.headers()]
+            if retry_after is not None:
+                headers.append((b"Retry-After", b"%d" % max(1, math.ceil(retry_after))))
+            if status == 401:
+                headers.append((b"WWW-Authenticate", b"Bearer"))
+            caller.answer(status, headers, error_body(self._route, status, message, code))
+        elif (self.promised or isinstance(self.passed, Events)) and not self.torn:
+            caller.push(error_event(self._route, message, code))
+            caller.finish()
+        else:
+            caller.abort()
+
+    def not_ready(self, model: ModelId, view: View) -> None:
+        reason = f": {view.reason}" if view.reason else ""
+        self.fail(
+            503,
+            f"{model.key} is {view.state} and did not get warm in time{reason}",
+            "model_not_ready",
+            retry_after=view.eta or view.retry_after or 5,
+            outcome=Outcome.TIMEOUT,
+        )
+
+    def broken(self, error: UpstreamError) -> None:
+        """The upstream gave no answer that could be passed on."""
+        if isinstance(error, TimedOut):
+            self.fail(504, str(error), "upstream_timeout", outcome=Outcome.TIMEOUT)
+        elif isinstance(error, Unreachable) and self._account.model is not None:
+            self.fail(503, str(error), "upstream_unreachable", retry_after=5)
+        elif isinstance(error, Unreachable):
+            self.fail(502, str(error), "upstream_unreachable")
+        else:
+            cut = isinstance(error, Cut)
+            self.fail(502, str(error), "upstream_cut", outcome=Outcome.CUT if cut else Outcome.UPSTREAM_ERROR)

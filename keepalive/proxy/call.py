@@ -1,0 +1,219 @@
+"""One request on its way to an upstream, and the answer on its way back."""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
+
+from keepalive.core.callers import Outcome, Seen
+from keepalive.core.errors import Reason, UpstreamError
+from keepalive.core.facts import InstanceLost, ModelId, RequestEnded, RequestStarted
+from keepalive.core.keeping import Keeping
+from keepalive.http1 import Caller, Reply, Ticker, preferred_wait
+from keepalive.protocols.answers import error_message
+from keepalive.protocols.asked import Asked
+from keepalive.protocols.lost import Lost, looks_lost
+from keepalive.protocols.meter import Meter
+from keepalive.protocols.routes import Route
+from keepalive.proxy.account import Account
+from keepalive.proxy.answer import Answer
+from keepalive.proxy.body import Body, Room
+from keepalive.proxy.patience import Patience
+from keepalive.proxy.relay import Events, Whole
+from keepalive.proxy.settings import Heartbeat, Settings
+from keepalive.proxy.upstreams import Upstreams
+
+#: Of an upstream's error answer: read before it is decided what becomes of it.
+ERROR_BYTES: Final = 65_536
+
+
+class Owner(Protocol):
+    """What all requests share: a `Proxy`."""
+
+    settings: Settings
+    keeping: Keeping
+    upstreams: Upstreams
+    room: Room
+    ticker: Ticker
+    seen: Callable[[Seen], None]
+
+
+class Call:
+    """One request. `close` every reply that `ask` returned, and `end` it in any case."""
+
+    __slots__ = (
+        "_first",
+        "_forwarded",
+        "_owner",
+        "account",
+        "answer",
+        "asked",
+        "body",
+        "caller",
+        "deadline",
+        "patience",
+        "route",
+        "task",
+    )
+
+    def __init__(self, owner: Owner, caller: Caller, route: Route) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self.task = task
+        self.caller = caller
+        self.route = route
+        self.account = Account(route.name)
+        self.answer = Answer(caller, route, self.account)
+        self.patience = Patience(caller, route, self.account, self.answer, owner.keeping, owner.ticker)
+        self.body = Body(owner.room)
+        self.asked = Asked()
+        self.deadline = 0.0
+        self._owner = owner
+        self._forwarded: ModelId | None = None  # told the keeper; its end is still to be told
+        self._first = b""  # of an error answer, read already
+
+    # --- to the upstream --------------------------------------------------------------------------
+
+    def hold(self, models: Sequence[ModelId]) -> None:
+        """The request is for models that we keep: from here on silence is filled."""
+        head, settings, account = self.caller.head, self._owner.settings, self.account
+        views = [self._owner.keeping.view(model) for model in models]
+        best = next((index for index, view in enumerate(views) if view.state == "warm"), 0)
+        account.model, account.state = models[best], views[best].state
+        longest = views[best].max_wait
+        wish = preferred_wait(head.headers)
+        self.deadline = account.began + (longest if wish is None else min(longest, wish))
+        if self.asked.stream and self.route.streams:
+            wanted = (head.get(b"x-keepalive-heartbeat") or b"").decode("latin-1").lower()
+            mode = Heartbeat(wanted) if wanted in set(Heartbeat) else settings.heartbeat_mode
+            self.patience.begin(mode, settings.heartbeat)
+
+    async def ask(self, upstream: str, model: ModelId | None, *, upgrade: bool = False) -> Reply:
+        """Passes the request on; its answer's head."""
+        caller, account = self.caller, self.account
+        if not self.body.data and caller.head.body:
+            # Small bodies come at once; only the others are sent while they come, and cannot be sent again.
+            self.body.data = await caller.read()
+        account.model = model
+        account.sent_at = account.now()
+        if model is not None:
+            self._forwarded = model
+            self._owner.keeping.record(RequestStarted(account.sent_at, model))
+        try:
+            return await self._owner.upstreams.send(
+                upstream,
+                caller,
+                self.body.data,
+                readable=self.asked.stream,  # between the bytes of a compressed stream no heartbeat has a place
+                upgrade=upgrade,
+                once=self.route.changes,  # a load that is sent twice is a second copy in memory
+            )
+        except UpstreamError:
+            self._told(answered=False)
+            raise
+
+    async def read_refusal(self, reply: Reply) -> Lost | None:
+        """Whether this answer says that the model went away; then the keeper knows it too."""
+        if reply.head.status < 400:
+            return None
+        self._first = await reply.read(ERROR_BYTES)
+        return self._look(reply.head.status, self._first)
+
+    def _look(self, status: int, body: bytes) -> Lost | None:
+        lost = looks_lost(status, body)
+        if lost is not None:
+            self.lost(lost.message, lost.reason)
+        return lost
+
+    def lost(self, message: str, why: Reason | None = None) -> None:
+        model = self.account.model
+        if model is not None:
+            self._owner.keeping.record(InstanceLost(self.account.now(), model, message, why))
+
+    def close(self, reply: Reply) -> None:
+        self.caller.on_pause = self.caller.on_resume = None
+        reply.close()
+        self._told(answered=False)
+
+    def _told(self, *, answered: bool) -> None:
+        model, self._forwarded = self._forwarded, None
+        if model is not None:
+            self._owner.keeping.record(RequestEnded(self.account.now(), model, answered))
+
+    # --- back to the caller -----------------------------------------------------------------------
+
+    async def relay(self, reply: Reply) -> None:
+        """The upstream's answer becomes ours, byte for byte."""
+        caller, head = self.caller, reply.head
+        self.body.release()
+        stream = head.stream and head.status == 200 and caller.head.method != b"HEAD"
+        if self.answer.promised and not stream:
+            return await self._explain(reply)
+        self.answer.begin(head, stream=stream)
+        caller.head.headers = head.headers = []  # a stream goes on for long
+        if caller.paused:
+            await caller.drained()
+        caller.on_pause, caller.on_resume = reply.pause, reply.resume
+        return await (self._relay_events(reply) if stream else self._relay_whole(reply))
+
+    async def _relay_events(self, reply: Reply) -> None:
+        account, answer = self.account, self.answer
+        events = Events(self.caller.push, account.now, Meter(self.route.protocol, account.began))
+        answer.passed = events
+        reply.pour(events.take)
+        self.caller.flush()
+        complete = await reply.ended()
+        meter = events.meter
+        error = meter.error if meter is not None else None
+        if not complete:
+            answer.cut()
+        else:
+            events.finish()
+            self.caller.finish()
+            account.outcome = Outcome.OK
+            if meter is not None and not meter.ended:
+                account.outcome = Outcome.CUT if error is None else Outcome.UPSTREAM_ERROR
+        lost = self._look(200, error) if error is not None else None
+        answered = meter is not None and meter.first_token_seconds is not None
+        self._told(answered=answered and lost is None)
+
+    async def _relay_whole(self, reply: Reply) -> None:
+        self.patience.stop()
+        whole = self.answer.passed = Whole(self.caller.push)
+        first, self._first = self._first, b""
+        if first:
+            whole.take(first)
+        reply.pour(whole.take)
+        if not (reply.complete or reply.cut):
+            self.caller.flush()
+        if not await reply.ended():
+            self.answer.cut()
+            return
+        self.caller.finish()
+        status = reply.head.status
+        if status < 400 and not whole.first.lstrip().startswith(b'{"error"'):
+            self.account.outcome = Outcome.OK
+            self._told(answered=status == 200)
+        else:
+            self.account.outcome = Outcome.UPSTREAM_ERROR
+            if status < 400:
+                self._look(status, whole.first)
+
+    async def _explain(self, reply: Reply) -> None:
+        """An answer that is no event stream, to a caller that was promised one."""
+        body = self._first or await reply.read(ERROR_BYTES)
+        status = reply.head.status
+        message = error_message(body)
+        if message is None:
+            message = f"the upstream answered {status} without events"
+        self.answer.fail(502 if status < 400 else status, message, f"upstream_{status}")
+
+    def end(self) -> None:
+        """The request is over, however it went."""
+        self.patience.stop()
+        self.body.release()
+        self._told(answered=False)
+        passed = self.answer.passed
+        meter = passed.meter if isinstance(passed, Events) else None
+        with contextlib.suppress(Exception):
+            self._owner.seen(self.account.seen(passed.bytes if passed is not None else 0, meter))

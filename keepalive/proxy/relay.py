@@ -1,0 +1,83 @@
+"""The hot path: what an upstream's answer is poured into.
+
+Bytes go to the caller first, unchanged, and are looked at afterwards; what looks at them cannot stop them.
+"""
+
+from collections.abc import Callable
+from typing import Final
+
+from keepalive.protocols.meter import Meter
+from keepalive.protocols.sse import Splitter
+
+#: Of an event that is not complete yet: held back, so that what a caller has always ends where an event does.
+HELD_BACK_BYTES: Final = 262_144
+#: Of a body: kept, because an error may stand in it whatever its status says.
+FIRST_BYTES: Final = 4096
+
+Push = Callable[[bytes], None]
+
+
+class Whole:
+    """A body of any kind."""
+
+    __slots__ = ("_push", "bytes", "first")
+
+    def __init__(self, push: Push) -> None:
+        self._push = push
+        self.bytes = 0
+        self.first = b""
+
+    def take(self, data: bytes) -> None:
+        self._push(data)
+        self.bytes += len(data)
+        if len(self.first) < FIRST_BYTES:
+            self.first += data[:FIRST_BYTES]
+
+
+class Events:
+    """A stream of events. What the caller has of it ends where an event does: the upstream may die within one."""
+
+    __slots__ = ("_now", "_push", "_split", "_tail", "bytes", "meter", "torn")
+
+    def __init__(self, push: Push, now: Callable[[], float], meter: Meter) -> None:
+        self._push = push
+        self._now = now
+        self._split = Splitter().feed
+        self._tail = bytearray()
+        self.bytes = 0
+        #: None once it has failed.
+        self.meter: Meter | None = meter
+        #: The caller has a part of an event, because that one was too large to be held back.
+        self.torn = False
+
+    def take(self, data: bytes) -> None:
+        end = self._split(data)
+        if end == len(data) and not self._tail:
+            self._push(data)
+            self.torn = False
+        else:
+            self._take_part(data, end)
+        self.bytes += len(data)
+        meter = self.meter
+        if meter is not None:
+            try:
+                meter.feed(self._now(), data)
+            except Exception:  # noqa: BLE001  a measurement may fail, a stream may not
+                self.meter = None
+
+    def _take_part(self, data: bytes, end: int) -> None:
+        if end:
+            self._tail += memoryview(data)[:end]
+            self._push(bytes(self._tail))
+            self._tail = bytearray(memoryview(data)[end:])
+            self.torn = False
+        else:
+            self._tail += data
+        if len(self._tail) > HELD_BACK_BYTES:
+            self._push(bytes(self._tail))
+            self._tail.clear()
+            self.torn = True
+
+    def finish(self) -> None:
+        """The upstream is through: what it did not end as an event is the caller's, too."""
+        self._push(bytes(self._tail))

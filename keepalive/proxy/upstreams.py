@@ -1,0 +1,79 @@
+"""The upstreams by their names: the connections to each, and what of a caller's request it is sent."""
+
+from keepalive.http1 import Caller, Headers, Pool, Reply, end_to_end
+from keepalive.proxy.settings import Settings
+
+#: What both ends of a tunnel say to each other.
+UPGRADE: Headers = [(b"Connection", b"Upgrade"), (b"Upgrade", b"websocket")]
+
+
+class Upstreams:
+    def __init__(self, settings: Settings) -> None:
+        self.pools: dict[str, Pool] = {}
+        self._settings = settings
+        self._retired: list[Pool] = []
+        self.configure(settings)
+
+    def configure(self, settings: Settings) -> None:
+        before, self._settings = self._settings, settings
+        pools: dict[str, Pool] = {}
+        for name, address in settings.upstreams.items():
+            known = self.pools.get(name)
+            if known is not None and before.upstreams[name].url == address.url:
+                pools[name] = known
+            else:
+                pools[name] = Pool(
+                    address.url,
+                    name=name,
+                    connect_timeout=settings.connect_timeout,
+                    limits=settings.limits,
+                )
+        # What runs on a pool that is not wanted any more runs on; its idle connections end by themselves.
+        self._retired += (pool for pool in self.pools.values() if pool not in pools.values())
+        self._retired = [pool for pool in self._retired if pool.links]
+        self.pools = pools
+
+    @property
+    def default(self) -> str:
+        """The one that serves what is for no model that we keep."""
+        return next(iter(self.pools))
+
+    async def send(
+        self, name: str, caller: Caller, body: bytes, *, readable: bool, upgrade: bool, once: bool
+    ) -> Reply:
+        """Asks what the caller asks; `body` is what has been read of its body. Raises UpstreamError.
+
+        `readable`: its answer must not be compressed. `once`: it must not be sent a second time.
+        """
+        head = caller.head
+        framing = None
+        if body and not caller.body_ended:
+            framing = head.body
+        elif not body and head.method in (b"POST", b"PUT", b"PATCH"):
+            framing = 0
+        return await self.pools[name].send(
+            head.method,
+            head.target,
+            self._headers(name, head.headers, readable=readable) + (UPGRADE if upgrade else []),
+            body,
+            more=None if caller.body_ended else caller.read,
+            framing=framing,
+            upgrade=upgrade,
+            once=once,
+        )
+
+    def _headers(self, name: str, headers: Headers, *, readable: bool) -> Headers:
+        token = self._settings.upstreams[name].token
+        without = [b"host", b"content-length", b"expect", b"x-keepalive-heartbeat"]
+        if self._settings.keys or token is not None:
+            without += [b"authorization", b"x-api-key"]
+        if readable:
+            without.append(b"accept-encoding")
+        kept = end_to_end(headers, without=without)
+        if token is not None:
+            kept.append((b"Authorization", b"Bearer " + token.encode("latin-1")))
+        return kept
+
+    async def close(self) -> None:
+        for pool in [*self.pools.values(), *self._retired]:
+            await pool.close()

@@ -1,0 +1,84 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keepalive.protocols.answers import Delta, chat_delta, chat_error, error_message
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"error":"flat"}', "flat"),
+        (b'{"error":{"message":"nested","code":null}}', "nested"),
+        (b'{"error":{"type":"model_load_failed"}}', "model_load_failed"),
+        (b'{"error":{}}', ""),
+        (b'{"type":"error","message":"responses"}', "responses"),
+        (b'{"type":"response.failed","response":{"error":{"message":"failed"}}}', "failed"),
+        (b'{"type":"response.created","response":{"error":null}}', None),
+        (b'{"message":"hello"}', None),
+        (b'{"error":null}', None),
+        (b'{"error":[1]}', None),
+        (b"[]", None),
+        (b"", None),
+        (b"proxy error: Failed to read connection", None),
+    ],
+)
+def test_the_message_of_an_error_is_found_in_every_layout(body, message):
+    assert error_message(body) == message
+
+
+@pytest.mark.parametrize(
+    ("data", "delta"),
+    [
+        ('{"choices":[{"delta":{"content":"a"},"finish_reason":null}]}', Delta(text="a")),
+        ('{"choices":[{"delta":{"reasoning_content":"a"}}]}', Delta(reasoning="a")),
+        ('{"choices":[{"delta":{"reasoning":"a","content":null}}]}', Delta(reasoning="a")),
+        ('{"choices":[{"delta":{},"finish_reason":"length"}]}', Delta(finished=True)),
+        ("[DONE]", Delta(finished=True, last=True)),
+        ('{"choices":[],"usage":{}}', Delta()),
+        ('{"choices":[{"delta":{"content":[1]}}],"error":null}', Delta()),
+        ('{"choices":{"delta":1}}', Delta()),
+        ('{"choices":[7]}', Delta()),
+        ('{"error":"flat"}', Delta(error="flat")),
+        ('{"error":{"message":"m","code":"c"}}', Delta(error="m", code="c")),
+        ('{"error":{"message":"m","code":7}}', Delta(error="m")),
+        ('{"type":"error","message":"m"}', Delta(error="m")),
+    ],
+)
+def test_an_event_of_a_chat_is_read_for_what_it_says(data, delta):
+    assert chat_delta(data) == delta
+
+
+@pytest.mark.parametrize("data", ["", "{", "7", "null", "[]", '"[DONE]"', "[" * 100_000])
+def test_what_is_no_event_of_a_chat_is_an_error_of_one_kind(data):
+    with pytest.raises(ValueError):
+        chat_delta(data)
+
+
+@given(
+    st.text()
+    | st.recursive(
+        st.none() | st.text(),
+        lambda x: (
+            st.lists(x)
+            | st.dictionaries(
+                st.sampled_from(["choices", "delta", "content", "error", "message", "type", "code"]), x
+            )
+        ),
+    ).map(json.dumps)
+)
+def test_no_event_of_a_chat_raises_anything_else(data):
+    try:
+        found = chat_delta(data)
+    except ValueError:
+        return
+    assert all(isinstance(text, str) for text in (found.text, found.reasoning))
+
+
+def test_an_error_is_read_in_our_layout_too():
+    body = b'{"success":false,"error":{"message":"m","code":"c","field":"f"}}'
+
+    assert chat_error(body) == Delta(error="m", code="c", field="f")
+    assert chat_error(b"<html>") == Delta()

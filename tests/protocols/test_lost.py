@@ -1,0 +1,61 @@
+import pytest
+
+from keepalive.core.errors import Reason
+from keepalive.protocols.lost import looks_lost
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "reason", "retryable"),
+    [
+        (
+            400,
+            b'{"error":"The model has crashed without additional information. (Exit code: null)"}',
+            "crashed",
+            False,
+        ),
+        (500, b'{"error":{"message":"THE MODEL HAS CRASHED"}}', "crashed", False),
+        (200, b'{"error":"The model has crashed"}', "crashed", False),
+        (400, b'{"error":"Model was unloaded while the request was still in queue.."}', "unloaded", True),
+        (400, b'{"error":{"message":"Model unloaded."}}', "unloaded", False),
+        (400, b"Model is unloaded.", "unloaded", False),
+        (400, b'{"error":"Model reloaded."}', "unloaded", True),
+        (
+            404,
+            b'{"error":{"message":"No models loaded. Please load a model in the developer page or use the '
+            b"'lms load' command.\"}}",
+            "unloaded",
+            True,
+        ),
+        (
+            200,
+            b'{"type":"error","error":{"type":"internal_error","message":"Model unloaded."}}',
+            "unloaded",
+            False,
+        ),
+    ],
+)
+def test_answers_that_say_the_model_went_away_are_understood(status, body, reason, retryable):
+    lost = looks_lost(status, body)
+
+    assert lost is not None
+    assert (lost.reason, lost.retryable) == (Reason(reason), retryable)
+    assert looks_lost(status, body.upper()) == lost or b'"ERROR"' in body.upper()
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (200, b'{"choices":[{"message":{"content":"The model has crashed"}}]}'),
+        (200, b"The model has crashed"),
+        (200, b'{"error":null,"output":"Model unloaded."}'),
+        (400, b'{"error":{"message":"Invalid model identifier \\"x\\"."}}'),
+        (400, b'{"error":{"message":"Failed to load model \\"x\\". Error: insufficient system resources"}}'),
+        (400, b'{"error":{"message":"the prompt exceeds the context length"}}'),
+        (500, b"<html>Internal Server Error</html>"),
+        (500, b"\xff\xfe"),
+        (500, b""),
+        (500, b"[" * 100_000),
+    ],
+)
+def test_other_answers_say_nothing_about_the_model(status, body):
+    assert looks_lost(status, body) is None

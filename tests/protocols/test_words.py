@@ -1,0 +1,246 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keepalive.protocols.answers import error_message
+from keepalive.protocols.meter import Meter
+from keepalive.protocols.routes import route_of
+from keepalive.protocols.sse import Comment, Decoder, Event
+from keepalive.protocols.words import (
+    Heartbeat,
+    error_body,
+    error_event,
+    heartbeat_comment,
+    heartbeat_reasoning,
+    read_heartbeat,
+)
+from tests.kit import DATA
+from tests.kit.raw import Close, RawServer, answer, chunked
+
+# --- how it says no --------------------------------------------------------------------------------
+
+ROUTES = {
+    "chat": route_of(b"POST", b"/v1/chat/completions"),
+    "completions": route_of(b"POST", b"/v1/completions"),
+    "responses": route_of(b"POST", b"/v1/responses"),
+    "messages": route_of(b"POST", b"/v1/messages"),
+    "native": route_of(b"POST", b"/api/v1/chat"),
+    "embeddings": route_of(b"POST", b"/v1/embeddings"),
+    "plain": route_of(b"GET", b"/nothing"),
+}
+
+
+def test_errors_have_the_layout_of_their_route():
+    assert error_body(ROUTES["chat"], 503, "not ready", "model_not_ready") == (
+        b'{"error":{"message":"not ready","type":"server_error","param":null,"code":"model_not_ready"}}'
+    )
+    assert error_body(ROUTES["embeddings"], 400, "no", "bad_request") == (
+        b'{"error":{"message":"no","type":"invalid_request_error","param":null,"code":"bad_request"}}'
+    )
+    assert error_body(ROUTES["messages"], 503, "not ready", "model_not_ready") == (
+        b'{"type":"error","error":{"type":"overloaded_error","message":"not ready"}}'
+    )
+    assert error_body(ROUTES["messages"], 401, "no", "invalid_api_key") == (
+        b'{"type":"error","error":{"type":"authentication_error","message":"no"}}'
+    )
+    assert error_body(ROUTES["messages"], 502, "no", "x").startswith(
+        b'{"type":"error","error":{"type":"api_error"'
+    )
+    assert error_body(ROUTES["native"], 503, "not ready", "model_not_ready") == (
+        b'{"error":{"type":"internal_error","message":"not ready","code":"model_not_ready"}}'
+    )
+    assert error_body(ROUTES["native"], 401, "no", "invalid_api_key") == (
+        b'{"error":{"type":"invalid_request","message":"no","code":"invalid_api_key"}}'
+    )
+    assert error_body(ROUTES["plain"], 404, 'no "such"\n', "x") == b'{"error":"no \\"such\\"\\n"}'
+
+
+@pytest.mark.parametrize("name", ROUTES)
+def test_every_error_is_read_back_and_never_looks_like_an_end(name):
+    route = ROUTES[name]
+    words = "it broke: \u2028 [DONE] \ud800\n\ndata: [DONE]\n\n"
+    event = error_event(route, words, "upstream_cut")
+    (item,) = Decoder().feed(event)
+
+    assert isinstance(item, Event)
+    assert error_message(item.data.encode()) == words
+    assert error_message(error_body(route, 502, words, "upstream_cut")) == words
+    meter = Meter(route.protocol, 0)
+    meter.feed(1, event)
+    assert meter.error is not None or not route.streams
+    assert meter.ended is not route.streams
+
+
+def test_error_events_are_those_of_the_protocol():
+    assert error_event(ROUTES["chat"], "cut", "upstream_cut") == (
+        b'data: {"error":{"message":"cut","type":"server_error","param":null,"code":"upstream_cut"}}\n\n'
+    )
+    assert error_event(ROUTES["responses"], "cut", "upstream_cut") == (
+        b'event: error\ndata: {"type":"error","code":"upstream_cut","message":"cut","param":null,'
+        b'"sequence_number":0,"error":{"message":"cut","type":"server_error","param":null,'
+        b'"code":"upstream_cut"}}\n\n'
+    )
+    assert error_event(ROUTES["messages"], "cut", "upstream_cut") == (
+        b'event: error\ndata: {"type":"error","error":{"type":"api_error","message":"cut"}}\n\n'
+    )
+    assert error_event(ROUTES["native"], "cut", "upstream_cut") == (
+        b'event: error\ndata: {"type":"error","error":{"type":"internal_error","message":"cut",'
+        b'"code":"upstream_cut"}}\n\n'
+    )
+
+
+# --- how it asks for patience ----------------------------------------------------------------------
+
+
+def test_heartbeats_are_comments_with_what_is_known():
+    assert heartbeat_comment("acme/tiny", "loading", 12.04, 96.4) == (
+        b": keepalive model=acme/tiny state=loading elapsed=12.0 eta=96.4\n\n"
+    )
+    assert heartbeat_comment("tiny", "cold", 0, None) == b": keepalive model=tiny state=cold elapsed=0.0\n\n"
+
+
+@given(st.text())
+def test_no_name_breaks_out_of_a_heartbeat(name):
+    assert [type(item) for item in Decoder().feed(heartbeat_comment(name, "loading", 1, 2))] == [Comment]
+    assert heartbeat_comment(name, "loading", 1, 2).count(b"\n") == 2
+    assert [
+        type(item) for item in Decoder().feed(heartbeat_reasoning(ROUTES["chat"], name, "loading", 1, 2))
+    ] == [Event]
+
+
+@given(st.text(), st.floats(0, 1e6), st.none() | st.floats(0, 1e6))
+def test_what_a_heartbeat_says_can_be_read_again(name, elapsed, eta):
+    (comment,) = Decoder().feed(heartbeat_comment(f"a{name}", "loading", elapsed, eta))
+    found = read_heartbeat(comment.text)
+
+    assert found is not None
+    assert found.state == "loading"
+    assert found.elapsed == float(f"{elapsed:.1f}")
+    assert found.eta == (None if eta is None else float(f"{eta:.1f}"))
+
+
+def test_the_model_of_a_heartbeat_is_read_and_other_comments_are_nobodys():
+    (comment,) = Decoder().feed(heartbeat_comment("acme/x", "cold", 1.25, None))
+
+    assert read_heartbeat(comment.text) == Heartbeat("acme/x", "cold", 1.2, None)
+    assert read_heartbeat("keep-alive") is None
+    assert read_heartbeat("keepalive model=a state=loading elapsed=1.0 eta=2.0 more") is None
+
+
+def test_visible_heartbeats_are_reasoning_where_the_route_has_it_and_no_token_of_the_answer():
+    (event,) = Decoder().feed(heartbeat_reasoning(ROUTES["chat"], "tiny", "loading", 12.04, 96.4))
+
+    assert isinstance(event, Event)
+    assert json.loads(event.data)["choices"] == [
+        {
+            "index": 0,
+            "delta": {"reasoning_content": "tiny is loading: 12 s so far, about 96 s to go.\n"},
+            "finish_reason": None,
+        }
+    ]
+    for name in ("completions", "responses", "messages", "native"):
+        assert heartbeat_reasoning(ROUTES[name], "tiny", "loading", 1, None) == (
+            heartbeat_comment("tiny", "loading", 1, None)
+        )
+
+
+# --- the official clients ----------------------------------------------------------------------------
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+BEGUN = {
+    "chat": b'data: {"id":"1","object":"chat.completion.chunk","created":1,"model":"m","choices":[{"index":0,'
+    b'"delta":{"role":"assistant","content":"Hel"},"finish_reason":null}]}\n\n',
+    "completions": b'data: {"id":"1","object":"text_completion","created":1,"model":"m","choices":[{'
+    b'"index":0,"text":"Hel","finish_reason":null,"logprobs":null}]}\n\n',
+    "responses": b'event: response.created\ndata: {"type":"response.created","sequence_number":0,"response":{'
+    b'"id":"r","object":"response","status":"in_progress","output":[],"error":null}}\n\n',
+    "messages": b'event: message_start\ndata: {"type":"message_start","message":{"id":"1","type":"message",'
+    b'"role":"assistant","content":[],"model":"m","stop_reason":null,"stop_sequence":null,'
+    b'"usage":{"input_tokens":1,"output_tokens":1}}}\n\n',
+}
+
+
+async def streamed(name: str, port: int) -> list[object]:
+    """All items that the official client of a route makes of the stream which stands at `port`."""
+    if name == "messages":
+        anthropic = pytest.importorskip("anthropic", reason="the anthropic package is not installed")
+        async with anthropic.AsyncAnthropic(
+            base_url=f"http://127.0.0.1:{port}", api_key="k", max_retries=0, timeout=5
+        ) as client:
+            stream = await client.messages.create(
+                model="m", max_tokens=5, messages=[{"role": "user", "content": "hi"}], stream=True
+            )
+            return [item async for item in stream]
+    openai = pytest.importorskip("openai", reason="the openai package is not installed")
+    async with openai.AsyncOpenAI(
+        base_url=f"http://127.0.0.1:{port}/v1", api_key="k", max_retries=0, timeout=5
+    ) as client:
+        if name == "chat":
+            stream = await client.chat.completions.create(
+                model="m", messages=[{"role": "user", "content": "hi"}], stream=True
+            )
+        elif name == "completions":
+            stream = await client.completions.create(model="m", prompt="hi", stream=True)
+        else:
+            stream = await client.responses.create(model="m", input="hi", stream=True)
+        return [item async for item in stream]
+
+
+def api_error(name: str) -> type[Exception]:
+    package = "anthropic" if name == "messages" else "openai"
+    module = pytest.importorskip(package, reason=f"the {package} package is not installed")
+    error: type[Exception] = module.APIError
+    return error
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["while_waiting", "in_the_answer"])
+@pytest.mark.parametrize("name", ["chat", "completions", "responses", "messages"])
+async def test_the_official_client_raises_on_a_stream_that_failed(name, begun):
+    parts = [heartbeat_comment("m", "loading", 1, 2), error_event(ROUTES[name], "it is gone", "upstream_cut")]
+    if begun:
+        parts.insert(1, BEGUN[name])
+    async with RawServer([HEAD + chunked(*parts), Close()]) as server:
+        with pytest.raises(api_error(name), match="it is gone"):
+            await streamed(name, server.port)
+
+
+@pytest.mark.parametrize("name", ["chat", "completions", "responses", "messages"])
+async def test_the_official_client_skips_heartbeats(name):
+    beat = heartbeat_comment("m", "loading", 1, 2)
+    body = (DATA / f"{name}.sse").read_bytes()
+    async with RawServer(
+        [HEAD + chunked(beat, beat, body), Close()], [HEAD + chunked(body), Close()]
+    ) as server:
+        held = await streamed(name, server.port)
+        plain = await streamed(name, server.port)
+
+    assert held == plain
+    assert len(held) >= 4
+
+
+async def test_the_official_client_reads_visible_heartbeats_as_reasoning():
+    beat = heartbeat_reasoning(ROUTES["chat"], "m", "loading", 1, 2)
+    body = (DATA / "chat.sse").read_bytes()
+    async with RawServer([HEAD + chunked(beat, beat, body), Close()]) as server:
+        chunks = await streamed("chat", server.port)
+
+    deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
+    assert (
+        deltas[0].reasoning_content
+        == deltas[1].reasoning_content
+        == "m is loading: 1 s so far, about 2 s to go.\n"
+    )
+    assert "".join(delta.content or "" for delta in deltas).startswith(" mamo garala")
+
+
+@pytest.mark.parametrize("name", ["chat", "completions", "responses", "messages"])
+async def test_the_official_client_raises_on_a_refusal_and_shows_its_message(name):
+    body = error_body(ROUTES[name], 503, "it is loading", "model_not_ready")
+    refusal = answer(body, status=b"503 Service Unavailable")
+    async with RawServer([refusal, Close()]) as server:
+        with pytest.raises(api_error(name), match="it is loading") as raised:
+            await streamed(name, server.port)
+
+    assert raised.value.status_code == 503
