@@ -47,35 +47,39 @@ class Splitter:
             return len(chunk)
         if not chunk:
             return 0
+        begin = 0
         if self._at == _START or self._at == _IN_BOM:
             begin = self._skip_bom(chunk)
             if begin == len(chunk):
-                return begin if self._at != _IN_BOM else 0
-        else:
-            begin = 0
-
-        pair = chunk.rfind(b"\n\n", begin)
-        # One look tells that there is no CR to search for, which is true of all servers we met.
-        if chunk.find(b"\r", max(pair, begin)) >= 0:
-            pair = max(pair, chunk.rfind(b"\n\r", begin), chunk.rfind(b"\r\r", begin))
-        if pair >= 0:
-            end = pair + 2
-        elif chunk[begin] == 0x0A:
-            # After a CR, this LF is the other half of one line end.
-            end = begin if self._at == _LINE or self._at == _CR else begin + 1
-        elif chunk[begin] == 0x0D:
-            end = begin if self._at == _LINE else begin + 1
-        else:
-            end = begin
-        if end and chunk[end - 1] == 0x0D and chunk[end : end + 1] == b"\n":
-            end += 1
-
+                return 0 if self._at == _IN_BOM else begin
+        end = self._last_end(chunk, begin)
         last = chunk[-1]
         if end == len(chunk):
             self._at = _BLANK_CR if last == 0x0D else _BLANK_LF
         else:
             self._at = _LF if last == 0x0A else _CR if last == 0x0D else _LINE
         return end
+
+    def _last_end(self, chunk: bytes, begin: int) -> int:
+        """The offset behind the last empty line from `begin` on, where `_at` stands before it; `begin` if none."""
+        pair = chunk.rfind(b"\n\n", begin)
+        # One look tells that there is no CR to search for, which is true of all servers we met.
+        if chunk.find(b"\r", max(pair, begin)) >= 0:
+            pair = max(pair, chunk.rfind(b"\n\r", begin), chunk.rfind(b"\r\r", begin))
+        end = pair + 2 if pair >= 0 else self._end_at(chunk, begin)
+        if end and chunk[end - 1] == 0x0D and chunk[end : end + 1] == b"\n":
+            end += 1  # the other half of one line end
+        return end
+
+    def _end_at(self, chunk: bytes, begin: int) -> int:
+        """The same where no two line ends stand together: one at `begin` may follow one of the chunk before."""
+        first = chunk[begin]
+        if first == 0x0A:
+            # After a CR, this LF is the other half of one line end.
+            return begin if self._at == _LINE or self._at == _CR else begin + 1
+        if first == 0x0D:
+            return begin if self._at == _LINE else begin + 1
+        return begin
 
     def _skip_bom(self, chunk: bytes) -> int:
         """The offset behind what belongs to a byte order mark; `_at` says what came before that offset."""
