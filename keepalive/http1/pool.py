@@ -22,6 +22,8 @@ from keepalive.http1.ticker import Ticker
 IDLE_SECONDS = 4.0
 #: A kept connection that breaks so soon after a request was written had been closed before it was read.
 STALE_SECONDS = 1.0
+#: A smaller body is copied behind its head, so that both leave in one segment.
+COPIED_BYTES = 65_536
 
 
 class Pool:
@@ -80,16 +82,11 @@ class Pool:
         closed is not an error while the request can be sent again: nobody has read it. What cannot be sent
         again, because of `more` or because it may be done `once` only, gets a connection of its own.
         """
-        if framing is None:
-            framing = len(body) if body else None
-        lines = [(b"Host", self.authority), *headers]
-        if framing == CHUNKED:
-            lines.append((b"Transfer-Encoding", b"chunked"))
-            if body:
-                body = b"%x\r\n%b\r\n" % (len(body), body)
-        elif framing is not None:
-            lines.append((b"Content-Length", b"%d" % framing))
-        head = write_head(b"%b %b%b HTTP/1.1" % (method, self.prefix, target), lines)
+        if framing is None and body:
+            framing = len(body)
+        head = self._head(method, target, headers, framing)
+        if framing == CHUNKED and body:
+            body = _chunk(body)
         alone = once or more is not None
         link = None if alone else self._kept()
         while True:
@@ -98,7 +95,7 @@ class Pool:
             answered = link.ask(method, upgrade=upgrade)
             asked_at = self.loop.time()
             try:
-                if len(body) < 65_536:
+                if len(body) < COPIED_BYTES:
                     link.transport.write(head + body)
                 else:
                     link.transport.write(head)
@@ -114,6 +111,14 @@ class Pool:
             except BaseException:
                 link.let_go(None)
                 raise
+
+    def _head(self, method: bytes, target: bytes, headers: Headers, framing: int | None) -> bytes:
+        lines = [(b"Host", self.authority), *headers]
+        if framing == CHUNKED:
+            lines.append((b"Transfer-Encoding", b"chunked"))
+        elif framing is not None:
+            lines.append((b"Content-Length", b"%d" % framing))
+        return write_head(b"%b %b%b HTTP/1.1" % (method, self.prefix, target), lines)
 
     def keeps(self, head: ReplyHead) -> bool:
         """Whether another request may follow this answer on its connection."""
@@ -176,7 +181,11 @@ async def _upload(link: Link, more: Callable[[], Awaitable[bytes]], *, chunked: 
     while data := await more():
         if link.lost:
             return
-        link.transport.write(b"%x\r\n%b\r\n" % (len(data), data) if chunked else data)
+        link.transport.write(_chunk(data) if chunked else data)
         await link.drained()
     if chunked and not link.lost:
         link.transport.write(b"0\r\n\r\n")
+
+
+def _chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
