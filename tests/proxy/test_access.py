@@ -1,0 +1,75 @@
+import pytest
+
+from keepalive.core.callers import Key
+from keepalive.http1 import RequestHead
+from keepalive.proxy.access import admit
+from keepalive.proxy.settings import Settings
+
+OPEN = Settings({})
+NAMED = Settings({}, allowed_hosts=frozenset(["studio.lan"]), allowed_origins=frozenset(["https://app.lan"]))
+KEYS = (Key("ci", "secret"), Key("desk", "other"))
+LOCKED = Settings({}, keys=KEYS, allowed_origins=frozenset(["https://app.lan"]))
+PUBLIC = Settings({}, loopback=False)
+
+
+def head(*lines: str, method: bytes = b"POST") -> RequestHead:
+    pairs = [line.encode("latin-1").split(b": ", 1) for line in lines]
+    return RequestHead(method, b"/v1/chat/completions", [(name, value) for name, value in pairs])
+
+
+@pytest.mark.parametrize(
+    ("settings", "lines", "code"),
+    [
+        (OPEN, ["Host: localhost:1235"], None),
+        (OPEN, ["Host: 127.0.0.1:1235"], None),
+        (OPEN, ["Host: [::1]:1235"], None),
+        (OPEN, [], None),
+        (OPEN, ["Host: evil.example"], "host"),
+        (OPEN, ["Host: studio.lan"], "host"),
+        (NAMED, ["Host: studio.lan"], None),
+        (OPEN, ["Host: localhost", "Sec-Fetch-Site: same-origin"], None),
+        (OPEN, ["Host: localhost", "Sec-Fetch-Site: none"], None),
+        (OPEN, ["Host: localhost", "Sec-Fetch-Site: cross-site"], "origin"),
+        (OPEN, ["Host: localhost:1235", "Origin: http://localhost:1235"], None),
+        (OPEN, ["Host: localhost:1235", "Origin: http://localhost:1"], "origin"),
+        (OPEN, ["Host: localhost", "Origin: https://app.lan"], "origin"),
+        (NAMED, ["Host: localhost", "Origin: https://app.lan", "Sec-Fetch-Site: cross-site"], None),
+        # Who listens for others and asks for no key has said so; who asks for keys needs nothing else.
+        (PUBLIC, ["Host: evil.example", "Origin: https://evil.example"], None),
+        (LOCKED, ["Host: evil.example", "Authorization: Bearer secret"], None),
+        (LOCKED, ["Host: localhost"], "invalid_api_key"),
+        (LOCKED, ["Host: localhost", "Authorization: Bearer wrong"], "invalid_api_key"),
+        (LOCKED, ["Host: localhost", "Authorization: secret"], "invalid_api_key"),
+    ],
+)
+def test_who_may_ask(settings, lines, code):
+    _, refused = admit(head(*lines), settings)
+
+    assert (refused and refused[2]) == code
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("Authorization: Bearer secret", "ci"),
+        ("authorization: BEARER  other ", "desk"),
+        ("X-Api-Key: other", "desk"),
+    ],
+)
+def test_a_key_is_known_by_its_name(line, name):
+    key, refused = admit(head("Host: localhost", line), LOCKED)
+
+    assert refused is None
+    assert key is not None
+    assert key.name == name
+    assert "secret" not in repr(KEYS)
+
+
+def test_a_preflight_of_an_allowed_page_needs_no_key():
+    asked = ["Host: localhost", "Origin: https://app.lan"]
+
+    assert admit(head(*asked, method=b"OPTIONS"), LOCKED) == (None, None)
+    assert admit(head(*asked), LOCKED)[1] is not None
+    assert (
+        admit(head("Host: localhost", "Origin: https://evil.lan", method=b"OPTIONS"), LOCKED)[1] is not None
+    )
