@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -128,6 +129,7 @@ class Model:
     elapsed: float | None = None
     eta: float | None = None
     load_seconds: float = 0.0
+    loaded: asyncio.Event | None = None  # ends the load, where the test says when
     max_wait: float = 600.0
     fails: NotWarm | None = None
     loads: int = 0
@@ -175,7 +177,7 @@ class Keep:
 
     async def _load(self, it: Model) -> None:
         it.state = "loading"
-        await asyncio.sleep(it.load_seconds)
+        await (asyncio.sleep(it.load_seconds) if it.loaded is None else it.loaded.wait())
         it.state = "cold" if it.fails else "warm"
         it.loading = None
 
@@ -388,6 +390,30 @@ async def raw(port: int, data: bytes, *, drip: int = 0) -> bytes:
 
 async def ask(port: int, data: bytes, *, drip: int = 0) -> tuple[int, dict[bytes, bytes], bytes]:
     return split_answer(await raw(port, data, drip=drip))
+
+
+class Watching:
+    """A caller that notes when which bytes came."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.began = 0.0
+        self.arrivals: list[tuple[float, bytes]] = []
+
+    async def call(self, data: bytes) -> tuple[int, dict[bytes, bytes], bytes]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        self.began = time.monotonic()
+        writer.write(data)
+        while more := await reader.read(65536):
+            self.arrivals.append((time.monotonic() - self.began, more))
+        writer.close()
+        return split_answer(b"".join(data for _, data in self.arrivals))
+
+    async def heard(self, words: bytes, times: int) -> None:
+        """Waits until that has come so often."""
+        async with asyncio.timeout(60):
+            while b"".join(data for _, data in self.arrivals).count(words) < times:
+                await asyncio.sleep(0.01)
 
 
 def without_comments(body: bytes) -> bytes:
