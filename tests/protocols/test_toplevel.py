@@ -2,7 +2,9 @@ import pytest
 
 from keepalive.protocols.toplevel import TopLevel
 
-BODY = rb'{"a": "x\"}", "deep": {"a": [1, "]"], "b": 2}, "b": [true, {"a": 3}], "a": -1.5e3, "\u0062" : "last"}'
+BODY = (
+    rb'{"a": "x\"}", "deep": {"a": [1, "]"], "b": 2}, "b": [true, {"a": 3}], "a": -1.5e3, "\u0062" : "last"}'
+)
 
 
 def walk(body: bytes, cut: int = 0, most: int = 100) -> TopLevel:
@@ -28,7 +30,9 @@ def test_a_value_is_kept_up_to_one_byte_more_than_wanted():
         assert walk(b'{"a": "%b"}' % (b"x" * 50), cut, most=10).values == {"a": b'"' + b"x" * 10}
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b'{"a"', b'{"a":', b'{"a":1', b'{"a":1,', b'{"a":1}}', b"[]", b"1", b"{,}"])
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b'{"a"', b'{"a":', b'{"a":1', b'{"a":1,', b'{"a":1}}', b"[]", b"1", b"{,}"]
+)
 def test_what_is_no_whole_object_is_not_complete(body):
     for cut in range(len(body) + 1):
         assert not walk(body, cut).complete
