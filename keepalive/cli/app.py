@@ -2,13 +2,14 @@
 
 import asyncio
 import http.client
+import io
 import json
 import os
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 from urllib.parse import quote
@@ -62,6 +63,9 @@ KeysArgument = Annotated[
 
 def main() -> None:
     _occupy_standard_streams()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # What a terminal has no letters for, as in a pipe on Windows, becomes a question mark and not an error.
+        sys.stdout.reconfigure(errors="replace")
     app()
 
 
@@ -431,12 +435,7 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def _run(main: Coroutine[Any, Any, None]) -> None:
-    loop: Callable[[], asyncio.AbstractEventLoop] | None = None
-    try:
-        import uvloop
+    from keepalive.service import platform
 
-        loop = uvloop.new_event_loop
-    except ImportError:
-        pass
-    with asyncio.Runner(loop_factory=loop) as runner:
+    with asyncio.Runner(loop_factory=platform.new_event_loop) as runner:
         runner.run(main)

@@ -6,7 +6,6 @@ daemon notices and mends it.
 """
 
 import asyncio
-import socket
 from typing import Any
 
 from rich.console import Console
@@ -16,6 +15,7 @@ from keepalive import config
 from keepalive.admin import words
 from keepalive.cli import view
 from keepalive.core.errors import KeepaliveError
+from keepalive.http1 import bind
 from keepalive.observers import logs
 from keepalive.service.daemon import Daemon
 from keepalive.simulator.models import SimModel
@@ -113,12 +113,12 @@ async def run(console: Console) -> None:
 
 def _free_address(usual: config.Address) -> str:
     """The usual address, or any free port where it is taken."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((usual.host, usual.port))
-        except OSError:
-            return f"{usual.host}:0"
+    try:
+        found = bind(usual.host, usual.port)
+    except OSError:
+        return f"{usual.host}:0"
+    for one in found:
+        one.close()
     return str(usual)
 
 

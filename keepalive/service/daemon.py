@@ -2,7 +2,6 @@
 
 import asyncio
 import secrets
-import signal
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
@@ -38,7 +37,7 @@ from keepalive.observers.dates import Dates
 from keepalive.observers.feed import Feed
 from keepalive.observers.history import History
 from keepalive.observers.metrics import Metrics
-from keepalive.service import systemd, tokens
+from keepalive.service import platform, systemd, tokens
 from keepalive.service.front import Front, StartError, cannot_listen, is_loopback, url_of
 
 # The scheduler runs a job every second. Later than this, something is badly wrong.
@@ -155,10 +154,8 @@ class Daemon:
         return self._stop.is_set()
 
     def watch_signals(self) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.stop)
-        loop.add_signal_handler(signal.SIGHUP, self.reload)
+        ends = dict.fromkeys(("SIGTERM", "SIGINT", "SIGBREAK"), self.stop)
+        platform.watch_signals({**ends, "SIGHUP": self.reload})
 
     def reload(self) -> None:
         """Read the config again. A good one is applied as a difference; a bad one changes nothing."""

@@ -8,7 +8,6 @@ import asyncio
 import errno
 import ipaddress
 import os
-import resource
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
@@ -26,12 +25,14 @@ from keepalive.observers import logs
 from keepalive.observers.metrics import Metrics, ProxyMetrics
 from keepalive.protocols.meter import GAP_BOUNDS
 from keepalive.proxy import Address, Heartbeat, Proxy, Settings
+from keepalive.service import platform
 
 # Kept free for the admin address, for listings and pings, and for what Python opens by itself.
 FILES_RESERVED = 256
 # A request ties up two sockets: its caller's and the upstream's.
 FILES_PER_REQUEST = 2
 CONNECTIONS_MAX = 16_384
+CONNECTIONS_MIN = 16
 # Streams that were ended by us get this long to take the last words.
 LAST_WORDS = 2.0
 
@@ -191,17 +192,17 @@ class Front:
 
 def _limits(settings: Config) -> Limits:
     """What a connection may cost; as many of them as there are files for."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hard:
-        # systemd starts services with 1,024, for the sake of programs that use select(); we do not.
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    room = (hard - FILES_RESERVED) // FILES_PER_REQUEST if hard > 0 else CONNECTIONS_MAX
     server = settings.server
-    return Limits(
+    files = platform.files(FILES_RESERVED + CONNECTIONS_MAX * FILES_PER_REQUEST)
+    room = (files - min(FILES_RESERVED, files // 2)) // FILES_PER_REQUEST
+    limits = Limits(
         header_timeout=server.header_timeout,
         body_bytes=server.max_body,
-        connections=max(16, min(CONNECTIONS_MAX, room)),
+        connections=max(CONNECTIONS_MIN, min(CONNECTIONS_MAX, room)),
     )
+    if files < 2 * FILES_RESERVED:
+        logs.logger().warning("files.few", files=files, connections=limits.connections)
+    return limits
 
 
 def is_loopback(host: str) -> bool:

@@ -41,7 +41,7 @@ class Daemon(Protocol):
 def notify(environ: Mapping[str, str], **fields: object) -> bool:
     """Tell the service manager, as in `notify(environ, READY=1)`; whether there is one and it took it."""
     address = environ.get("NOTIFY_SOCKET", "")
-    if address[:1] not in ("/", "@"):
+    if address[:1] not in ("/", "@") or not hasattr(socket, "AF_UNIX"):
         return False
     lines = [f"{name}={' '.join(str(value).split())}" for name, value in fields.items()]
     try:

@@ -7,13 +7,13 @@ believed before it has been looked at: a file may be damaged in ways that SQLite
 At most a second of it is lost when the daemon is killed; after a power cut some more, but never the file.
 """
 
-import fcntl
 import os
 import sqlite3
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -111,6 +111,8 @@ _DAMAGE = (
     sqlite3.SQLITE_FORMAT,
 )
 _HEADER = b"SQLite format 3\0"
+# Windows knows no pipes in its folders, and would take some bytes for ends of lines.
+_AS_IT_IS = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
 class Unusable(KeepaliveError):
@@ -315,7 +317,7 @@ def _lock(path: Path) -> int:
     """A lock that ends with this process: two daemons in one file would tell one story of two."""
     file = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _hold(file)
     except BaseException as error:
         os.close(file)
         if isinstance(error, BlockingIOError):
@@ -324,10 +326,26 @@ def _lock(path: Path) -> int:
     return file
 
 
+def _hold(file: int) -> None:
+    """Lock it, in the way of this system; BlockingIOError when another process has done so."""
+    with suppress(ImportError):  # a system that has neither way
+        if sys.platform == "win32":
+            import msvcrt
+
+            try:
+                msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+            except PermissionError as error:
+                raise BlockingIOError from error
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def _look_at(path: Path) -> tuple[int, int]:
     """The device and number of the file, which is there and may be ours."""
     # Made here, or others could read it; and without waiting for whoever might write into a pipe.
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o600)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | _AS_IT_IS, 0o600)
     try:
         found = os.fstat(file)
         if not stat.S_ISREG(found.st_mode):
