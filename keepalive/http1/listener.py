@@ -142,7 +142,10 @@ def bind(host: str, port: int, *, backlog: int = 1024) -> list[socket.socket]:
             sock = socket.socket(family, kind, protocol)
             sockets.append(sock)
             sock.setblocking(False)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            # Listen where connections of an earlier life still fade. On Windows, which does not mind them, that
+            # option would let two programs listen in one place.
+            option = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
+            sock.setsockopt(socket.SOL_SOCKET, option, 1)
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             if port == 0 and len(sockets) > 1:
