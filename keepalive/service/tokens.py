@@ -6,11 +6,35 @@ They are read when the daemon starts and at each reload, kept in memory, and app
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Protocol
 
-from keepalive.config import AccessKey, Upstream
 from keepalive.core.errors import KeepaliveError
 
 SECRET_MAX = 64 * 1024
+
+
+class Upstream(Protocol):
+    """A server that may want a token; where it is kept, if the credential of its name is not meant."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def api_token_env(self) -> str | None: ...
+    @property
+    def api_token_file(self) -> str | None: ...
+
+
+class AccessKey(Protocol):
+    """A key that callers may send, and the one place that holds it; none means the credential of its name."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def env(self) -> str | None: ...
+    @property
+    def file(self) -> str | None: ...
+    @property
+    def credential(self) -> str | None: ...
 
 
 class TokenError(KeepaliveError):
