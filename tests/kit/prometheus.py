@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -78,6 +79,14 @@ class Prometheus(_Listening):
             tuple(sorted(series["metric"].items())): float(series["value"][1])
             for series in self._get("query", query=expression)["result"]
         }
+
+    def sees(self, expression: str, what: str) -> None:
+        """Wait until it has a value. Asked at the pace of what it reads, which is a second in tests: to answer
+        takes it more time than anything else that it does."""
+        end = time.monotonic() + 3 * PATIENCE
+        while not self.now(expression):
+            assert time.monotonic() < end, f"not within {3 * PATIENCE:.0f} s: {what}"
+            time.sleep(0.2)
 
     def over(self, expression: str, start: float, end: float, step: float = 1.0) -> list[tuple[float, float]]:
         """Time and value of every number that it had, of any series."""

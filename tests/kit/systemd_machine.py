@@ -2,33 +2,48 @@
 computer's files.
 
 What a machine changes lies in a layer (overlayfs) that later machines can be put on, so that a long
-preparation is done once. The copy is of "/", or of what KEEPALIVE_TEST_ROOT names, such as a tree made by
-debootstrap. Needs root, cgroup 2 and a systemd in that tree; `why_not` says what is missing. Nothing of a
-machine survives this process: its files are in memory, in a mount namespace that ends with us.
+preparation is done once in a run, whichever of its processes comes first. The copy is of "/", or of what
+KEEPALIVE_TEST_ROOT names, such as a tree made by debootstrap. Needs root, cgroup 2 and a systemd in that tree;
+`why_not` says what is missing. No machine outlives the process that booted it, and no file the run: they are
+in memory, in a mount namespace that ends with it.
 """
 
 import contextlib
+import fcntl
 import itertools
+import json
 import os
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
-
-T = TypeVar("T")
 
 ROOT = Path(os.environ.get("KEEPALIVE_TEST_ROOT", "/"))
 T = TypeVar("T")
 
 INIT = "usr/lib/systemd/systemd"
 # Nothing here waits this long unless it fails, however busy the computer is.
-PATIENCE = 90.0
+PATIENCE = 240.0
 
-# Units of a computer with hardware and a network.
+# Units of a computer with hardware and a network, and of one that was not up a minute ago.
 UNWANTED = (
+    "dev-hugepages.mount",
+    "dev-mqueue.mount",
+    "modprobe@.service",
+    "sys-fs-fuse-connections.mount",
+    "sys-kernel-config.mount",
+    "sys-kernel-debug.mount",
+    "sys-kernel-tracing.mount",
+    "systemd-journal-flush.service",
+    "systemd-modules-load.service",
+    "systemd-remount-fs.service",
+    "systemd-sysctl.service",
+    "systemd-sysusers.service",
+    "systemd-tmpfiles-clean.timer",
+    "systemd-update-utmp.service",
     "systemd-udevd.service",
     "systemd-udev-trigger.service",
     "systemd-logind.service",
@@ -123,26 +138,43 @@ def until(what: Callable[[], T], why: str, patience: float = PATIENCE) -> T:
 
 
 class Shed:
-    """Where the layers lie: a file system in memory that ends with this process."""
+    """Where the layers lie: a file system in memory, one for all processes of a test run.
+
+    `folder` is the run's, and says to each of them where the others are at work.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._numbers = itertools.count()
-        script = f'mount -t tmpfs -o mode=755 tmpfs "{folder}"; echo ready; read _'
-        self._holder = subprocess.Popen(
-            ["unshare", "--mount", "--propagation", "private", "/bin/sh", "-euc", script],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        assert self._holder.stdout is not None
-        assert self._holder.stdout.readline() == b"ready\n"
-        self.enter = ("nsenter", "--target", str(self._holder.pid), "--mount")
+        folder.mkdir(exist_ok=True)
+        holder = self.once("holder", lambda: _hold(folder))
+        self.enter = ("nsenter", "--target", str(holder), "--mount")
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make`, called by the first process of the run that needs it, returned (as JSON)."""
+        note = self.folder.with_name(f"{self.folder.name}.{name}")
+        with note.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not note.exists():
+                note.write_text(json.dumps(make()))
+            return json.loads(note.read_text())
 
     def next_folder(self) -> Path:
-        return self.folder / str(next(self._numbers))
+        return self.folder / f"{os.getpid()}-{next(self._numbers)}"
 
-    def close(self) -> None:
-        self._holder.communicate(timeout=PATIENCE)
+
+def _hold(folder: Path) -> int:
+    """A process in a mount namespace with memory at `folder`; it ends with the run, however that ends."""
+    # A worker of pytest-xdist may end before others have begun; who began it stays to the end.
+    run = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+    script = f'mount -t tmpfs -o mode=755 tmpfs "{folder}"; tail --pid={run} -f /dev/null >/dev/null 2>&1 & echo $!'
+    began = subprocess.run(
+        ["unshare", "--mount", "--propagation", "private", "setsid", "/bin/sh", "-euc", script],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return int(began.stdout)
 
 
 class Machine:
@@ -157,7 +189,7 @@ class Machine:
         self.layers = (self.folder / "upper", *on)
         cgroups = _cgroup2()
         assert cgroups is not None
-        self._cgroup = cgroups / f"machine-{os.getpid()}-{self.folder.name}"
+        self._cgroup = cgroups / f"machine-{self.folder.name}"
         self._cgroup.mkdir()
         environ = {
             "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
@@ -257,7 +289,7 @@ class Machine:
         return None
 
     def _is_up(self) -> bool:
-        state = self.run("systemctl", "is-system-running", check=False).stdout.strip()
+        state = self.run("systemctl", "is-system-running", "--wait", check=False).stdout.strip()
         return state in ("running", "degraded")
 
     def _remove_cgroup(self) -> bool:
@@ -265,13 +297,3 @@ class Machine:
             with contextlib.suppress(OSError):
                 Path(folder).rmdir()
         return not self._cgroup.exists()
-
-
-@contextlib.contextmanager
-def shed(folder: Path) -> Iterator[Shed]:
-    folder.mkdir(parents=True, exist_ok=True)
-    opened = Shed(folder)
-    try:
-        yield opened
-    finally:
-        opened.close()
