@@ -16,13 +16,27 @@ from keepalive.core import apply as applying
 from keepalive.core import calls, listings
 from keepalive.core import plan as planning
 from keepalive.core.actions import Unload
-from keepalive.core.errors import Reason
+from keepalive.core.errors import (
+    Cut,
+    NotWarm,
+    Reason,
+    Refused,
+    TimedOut,
+    Unauthorized,
+    Unexpected,
+    Unreachable,
+    UpstreamError,
+)
 from keepalive.core.explain import explain
 from keepalive.core.facts import (
+    Entry,
     Fact,
+    Instance,
+    Listed,
     ListingFailed,
     LoadEnded,
     LoadOutcome,
+    LoadStarted,
     ModelId,
     PingEnded,
     PingOutcome,
@@ -30,13 +44,17 @@ from keepalive.core.facts import (
     ReleaseAsked,
     RequestEnded,
     RequestStarted,
+    Tier,
     Trouble,
     UnloadStarted,
+    WaitEnded,
+    WaitStarted,
     WarmAsked,
     WindowClosed,
 )
-from keepalive.core.records import Model, Policy, Upstream, UpstreamState
+from keepalive.core.records import Model, Pending, Policy, Upstream, UpstreamState
 from keepalive.core.states import IllegalMove, State
+from keepalive.keeper import keeper as keeping
 from keepalive.keeper.keeper import Keep, Keeper, Server
 from keepalive.lmstudio.client import Client
 from keepalive.simulator.models import SimModel
@@ -621,6 +639,379 @@ def test_facts_about_what_is_no_longer_in_the_config_are_ignored():
         assert keeper.snapshot().models == ()
 
     run_virtually(go)
+
+
+# --- what others ask of it, while nothing runs --------------------------------------------------------------------
+
+
+class Still:
+    """A keeper that is told what happens, and does nothing about it; all that it told its observers."""
+
+    def __init__(self, *keys: str, upstream: str = "local", **changes: Any) -> None:
+        self.now = 100.0
+        self.facts: list[Fact] = []
+        self.keeper = Keeper(self.clock, [self])
+        self.ids = [ModelId(upstream, key) for key in keys]
+        self.server = Server(upstream, Client(upstream, "http://127.0.0.1:1"))
+        self.unused = self.keeper.configure([self.server], [Keep(m, POLICY, **changes) for m in self.ids])
+
+    def clock(self) -> float:
+        self.now += 0.001
+        return self.now
+
+    def observe(self, fact: Fact, before: object, after: object) -> None:
+        if isinstance(before, Model):
+            self.facts.append(fact)
+
+    def listed(self, *loaded: str, keys: str = "ab", tier: Tier = Tier.V1) -> None:
+        rows = {k: Entry(k, instances=(Instance(k),) if k in loaded else ()) for k in keys}
+        self.keeper.record(Listed(self.clock(), self.server.name, self.now, tier, rows))
+
+    def warm(self, model: ModelId) -> None:
+        self.keeper.record(PingStarted(self.clock(), model))
+        self.keeper.record(PingEnded(self.clock(), model, PingOutcome.OK))
+
+    def load_fails(self, model: ModelId, outcome: LoadOutcome = LoadOutcome.FAILED) -> None:
+        self.keeper.record(LoadStarted(self.clock(), model))
+        self.keeper.record(LoadEnded(self.clock(), model, outcome, 1.0, message="no memory"))
+
+    def of(self, kind: type[Fact]) -> list[Fact]:
+        return [fact for fact in self.facts if isinstance(fact, kind)]
+
+
+async def settled(task: asyncio.Future[Any]) -> bool:
+    """Whether it is done, after all that can happen at once has happened."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+    return task.done()
+
+
+def test_a_name_means_a_kept_key_in_any_case_or_a_numbered_copy_of_one():
+    still = Still("Acme/Gemma", "qwen:2")
+
+    assert still.keeper.find("acme/GEMMA") == (ModelId("local", "Acme/Gemma"),)
+    assert still.keeper.find("acme/gemma:3") == (ModelId("local", "Acme/Gemma"),)
+    assert still.keeper.find("qwen:2") == (ModelId("local", "qwen:2"),)
+    assert still.keeper.find("qwen:2:1") == (ModelId("local", "qwen:2"),)
+    assert still.keeper.find("qwen") == ()
+    assert still.keeper.find("acme/gemma:q4") == ()
+
+
+def test_a_name_that_several_servers_keep_means_all_of_them_in_the_order_of_the_config():
+    servers = [Server(name, Client(name, "http://127.0.0.1:1")) for name in ("one", "two")]
+    keeps = [Keep(ModelId("two", "a"), POLICY), Keep(ModelId("one", "A"), POLICY)]
+    keeper = Keeper(Still().clock)
+    keeper.configure(servers, keeps)
+
+    assert keeper.find("a") == (ModelId("two", "a"), ModelId("one", "A"))
+    assert keeper.siblings(ModelId("one", "A"))[0].id == ModelId("one", "A")
+    assert keeper.siblings(ModelId("three", "a")) == ()
+    assert keeper.model(ModelId("three", "a")) is None
+    assert keeper.model(ModelId("one", "b")) is None
+
+
+async def test_who_asks_for_a_warm_model_is_sent_to_the_least_busy_and_never_counted_as_waiting():
+    still = Still("a", "b")
+    still.listed("a", "b")
+    for model in still.ids:
+        still.warm(model)
+    still.keeper.record(RequestStarted(still.clock(), still.ids[0]))
+    both = await still.keeper.ensure_warm(still.ids)
+    one = await still.keeper.ensure_warm(still.ids[:1])
+
+    assert (both.key, one.key) == ("b", "a")
+    assert still.of(WaitStarted) == []
+
+
+async def test_who_waits_is_woken_when_it_is_warm_and_is_told_of_as_served():
+    still = Still("a", "b")
+    still.listed("a", "b")
+    waiting = asyncio.ensure_future(still.keeper.ensure_warm(still.ids))
+    early = await settled(waiting)
+    still.now = 110.0
+    still.warm(still.ids[1])
+
+    assert not early
+    assert await settled(waiting)
+    assert waiting.result().key == "b"
+    assert [fact.model.key for fact in still.of(WaitStarted)] == ["a", "b"]
+    ended = still.of(WaitEnded)
+    assert [(fact.model.key, fact.served) for fact in ended] == [("a", True), ("b", True)]
+    assert [fact.seconds for fact in ended] == [pytest.approx(10.0, abs=0.1)] * 2
+    assert [m.waiting for m in still.keeper.snapshot().models] == [0, 0]
+
+
+async def test_who_leaves_while_waiting_was_not_served_and_wakes_nobody_else():
+    still = Still("a")
+    still.listed("a")
+    leaving, staying = (asyncio.ensure_future(still.keeper.ensure_warm(still.ids)) for _ in range(2))
+    await settled(leaving)
+    leaving.cancel()
+    gone = await settled(leaving)
+    stays = not await settled(staying)
+    still.warm(still.ids[0])
+
+    assert (gone, stays, await settled(staying)) == (True, True, True)
+    assert [fact.served for fact in still.of(WaitEnded)] == [False, True]
+
+
+async def refusal(still: Still, *models: ModelId) -> tuple[str, float | None]:
+    """Why waiting is of no use, and for how long."""
+    with pytest.raises(NotWarm) as caught:
+        await asyncio.wait_for(still.keeper.ensure_warm(models or still.ids), 10)
+    return str(caught.value), caught.value.retry_after
+
+
+async def test_what_is_not_kept_is_not_waited_for():
+    still = Still("a")
+
+    assert await refusal(still, ModelId("local", "z")) == ("z is no longer kept here", None)
+    with pytest.raises(NotWarm, match=r"^no such model is kept here$"):
+        await still.keeper.ensure_warm([])
+
+
+async def test_a_load_that_failed_is_waited_for_once_and_then_said():
+    still = Still("a")
+    still.listed()
+    still.load_fails(still.ids[0])
+    waiting = asyncio.ensure_future(still.keeper.ensure_warm(still.ids))
+    first = await settled(waiting)
+    still.listed()
+    still.load_fails(still.ids[0])
+
+    assert not first
+    assert await settled(waiting)
+    with pytest.raises(NotWarm, match=r"^a cannot be had now: no memory$"):
+        waiting.result()
+    assert (await refusal(still))[1] == pytest.approx(10.0, abs=0.1)
+
+
+async def test_what_was_taken_is_waited_for_however_long_it_is_held_off():
+    still = Still("a")
+    for _ in range(4):
+        still.listed("a")
+        still.warm(still.ids[0])
+        still.listed()
+    held_off = still.keeper.model(still.ids[0])
+    waiting = asyncio.ensure_future(still.keeper.ensure_warm(still.ids))
+
+    assert held_off is not None
+    assert (held_off.state, held_off.contested) == (State.BACKOFF, True)
+    assert not await settled(waiting)
+    waiting.cancel()
+
+
+async def test_a_server_that_wants_another_token_is_not_waited_for():
+    still = Still("a")
+    still.keeper.record(
+        ListingFailed(still.clock(), "local", still.now, Trouble.UNAUTHORIZED, "it wants a token")
+    )
+
+    assert await refusal(still) == ("a cannot be had: it wants a token", None)
+
+
+async def test_what_is_not_listed_or_would_push_out_another_is_not_waited_for():
+    unlisted, blocked = Still("a"), Still("a")
+    unlisted.listed(keys="xy")
+    blocked.listed("b", tier=Tier.V0)
+
+    assert await refusal(unlisted) == ("a cannot be had: LM Studio does not list this key", None)
+    assert await refusal(blocked) == (
+        "a cannot be had: loading it on LM Studio 0.3.x could push out b, which we did not load",
+        None,
+    )
+
+
+async def test_where_one_of_several_may_get_warm_it_is_waited_for_and_else_the_first_says_why():
+    still = Still("a", "b")
+    still.listed(keys="b")
+    waiting = asyncio.ensure_future(still.keeper.ensure_warm(still.ids))
+    early = await settled(waiting)
+    still.listed(keys="x")
+
+    assert not early
+    assert await settled(waiting)
+    with pytest.raises(NotWarm, match=r"^a cannot be had: "):
+        waiting.result()
+
+
+async def test_who_waits_for_what_a_reload_removes_is_told():
+    still = Still("a")
+    still.listed()
+    waiting = asyncio.ensure_future(still.keeper.ensure_warm(still.ids))
+    early = await settled(waiting)
+    still.keeper.configure([still.server], [])
+
+    assert not early
+    assert await settled(waiting)
+    with pytest.raises(NotWarm, match=r"^a is no longer kept here$"):
+        waiting.result()
+
+
+# --- a reload, and all that it leaves ------------------------------------------------------------------------
+
+
+def test_a_new_model_is_known_as_the_config_says_it_and_since_now():
+    still = Still("a", "b", kind="embedding", windowed=True, window_open=False)
+    snapshot = still.keeper.snapshot()
+
+    assert still.unused == []
+    assert [(m.id.key, m.rank, m.kind, m.windowed, m.window_open) for m in snapshot.models] == [
+        ("a", 0, "embedding", True, False),
+        ("b", 1, "embedding", True, False),
+    ]
+    assert [m.since for m in snapshot.models] == [pytest.approx(100.0, abs=0.1)] * 2
+    assert snapshot.upstreams[0].since == pytest.approx(100.0, abs=0.1)
+    assert Still("a").keeper.snapshot().models[0].kind == "llm"
+
+
+def test_a_reload_says_which_clients_are_used_no_more():
+    still = Still("a")
+    keeps = [Keep(still.ids[0], POLICY)]
+    same = still.keeper.configure([replace(still.server, max_loading=3, auto_evict=True)], keeps)
+    other = Server("local", Client("local", "http://127.0.0.1:2"), refresh_interval=5.0)
+    replaced = still.keeper.configure([other], keeps)
+    removed = still.keeper.configure([], [])
+
+    assert (same, replaced, removed) == ([], [still.server.client], [other.client])
+
+
+def test_an_upstream_is_kept_as_the_reload_says_and_its_state_stays():
+    still = Still("a")
+    still.listed()
+    still.keeper.configure([replace(still.server, refresh_interval=5.0, max_loading=3, auto_evict=True)], [])
+    upstream = still.keeper.snapshot().upstreams[0]
+
+    assert (upstream.refresh_interval, upstream.max_loading, upstream.auto_evict) == (5.0, 3, True)
+    assert upstream.state is UpstreamState.UP
+
+
+def test_upstreams_stand_in_the_order_of_the_config():
+    still = Still("a")
+    other = Server("other", Client("other", "http://127.0.0.1:2"))
+    still.keeper.configure([other, still.server], [])
+
+    assert [u.name for u in still.keeper.snapshot().upstreams] == ["other", "local"]
+
+
+def test_a_removed_model_is_only_there_to_be_let_go_and_forgets_what_was_asked_when_it_comes_back():
+    still = Still("a", "b")
+    still.listed("a")
+    still.keeper.record(ReleaseAsked(still.clock(), still.ids[0]))
+    still.keeper.configure([still.server], [Keep(still.ids[1], POLICY)])
+    let_go = still.keeper.siblings(still.ids[0])
+    still.keeper.configure([still.server], [Keep(m, POLICY) for m in still.ids])
+
+    assert [(m.id.key, m.rank, m.retired) for m in let_go] == [("b", 0, False), ("a", 1, True)]
+    assert still.keeper.model(still.ids[0]).asked_for is None
+
+
+def test_what_was_asked_by_hand_outlasts_a_reload():
+    still = Still("a")
+    still.keeper.record(ReleaseAsked(still.clock(), still.ids[0]))
+    still.keeper.configure([still.server], [Keep(still.ids[0], POLICY)])
+
+    assert still.keeper.model(still.ids[0]).asked_for is False
+
+
+def test_behind_another_client_all_is_unknown_but_what_users_and_people_did_and_a_load_under_way():
+    still = Still("a", "b")
+    model = still.ids[0]
+    still.listed("b")
+    still.keeper.record(LoadStarted(104.0, model))
+    still.keeper.record(LoadEnded(110.0, model, LoadOutcome.OK, 6.0, instance_id="a"))
+    still.now = 110.0
+    still.listed("a", "b")
+    still.warm(model)
+    still.listed("b")
+    still.keeper.record(RequestStarted(still.clock(), model))
+    still.keeper.record(WaitStarted(still.clock(), model))
+    still.keeper.record(WarmAsked(still.clock(), model))
+    still.keeper.record(LoadStarted(120.0, model))
+    before = still.keeper.model(model)
+    still.now = 125.0
+    other = Server("local", Client("local", "http://127.0.0.1:2"))
+    still.keeper.configure([other], [Keep(m, POLICY) for m in still.ids])
+    after, beside = still.keeper.model(model), still.keeper.model(still.ids[1])
+
+    assert after == Model(
+        id=model,
+        policy=POLICY,
+        since=pytest.approx(125.0, abs=0.1),
+        reason="an earlier life of the daemon had begun to load it",
+        asked_for=True,
+        recent_loads=(6.0,),
+        loads=1,
+        evictions=1,
+        last_eviction=before.last_eviction,
+        waiting=1,
+        in_flight=1,
+        pending=Pending(since=120.0, until=120.0 + 12.0 + 45.0, alive_at=after.since),
+    )
+    assert beside == Model(id=still.ids[1], rank=1, policy=POLICY, since=after.since)
+    assert still.keeper.snapshot().upstreams[0] == Upstream("local", since=after.since)
+
+
+def test_a_load_of_somebody_else_is_not_ours_behind_another_client():
+    still = Still("a")
+    rows = {"a": Entry("a", loading=True)}
+    still.keeper.record(Listed(still.clock(), "local", still.now, Tier.V1, rows))
+    loading = still.keeper.model(still.ids[0])
+    other = Server("local", Client("local", "http://127.0.0.1:2"))
+    still.keeper.configure([other], [Keep(still.ids[0], POLICY)])
+
+    assert loading.state is State.LOADING
+    assert still.keeper.model(still.ids[0]).pending is None
+
+
+# --- what an answer means ----------------------------------------------------------------------------------------
+
+
+def said_no(reason: Reason, status: int) -> Refused:
+    return Refused("no", reason=reason, status=status)
+
+
+@pytest.mark.parametrize(
+    ("error", "tier", "outcome"),
+    [
+        (said_no(Reason.RESOURCES, 500), Tier.V1, LoadOutcome.REFUSED),
+        (said_no(Reason.RESOURCES, 500), Tier.OPENAI, LoadOutcome.REFUSED),
+        (said_no(Reason.LOAD_FAILED, 500), Tier.V1, LoadOutcome.FAILED),
+        (said_no(Reason.OTHER, 399), Tier.V1, LoadOutcome.UNKNOWN),
+        (said_no(Reason.OTHER, 400), Tier.V1, LoadOutcome.FAILED),
+        (said_no(Reason.OTHER, 499), Tier.V1, LoadOutcome.FAILED),
+        (said_no(Reason.OTHER, 500), Tier.V1, LoadOutcome.UNKNOWN),
+        (said_no(Reason.OTHER, 500), Tier.V0, LoadOutcome.UNKNOWN),
+        (said_no(Reason.OTHER, 500), Tier.OPENAI, LoadOutcome.FAILED),
+        (said_no(Reason.OTHER, 501), Tier.OPENAI, LoadOutcome.UNKNOWN),
+        (said_no(Reason.OTHER, 399), Tier.OPENAI, LoadOutcome.UNKNOWN),
+        (Unexpected("garbled", status=404), Tier.V1, LoadOutcome.UNKNOWN),
+        (Unexpected("garbled", status=404), Tier.OPENAI, LoadOutcome.FAILED),
+        (Unexpected("garbled", status=400), Tier.OPENAI, LoadOutcome.FAILED),
+        (Unexpected("garbled", status=502), Tier.OPENAI, LoadOutcome.UNKNOWN),
+        (Unexpected("cut short"), Tier.OPENAI, LoadOutcome.UNKNOWN),
+    ],
+)
+def test_a_load_has_failed_only_where_the_answer_says_that_it_is_over(
+    error: Refused | Unexpected, tier: Tier, outcome: LoadOutcome
+):
+    assert keeping._load_outcome(error, tier) is outcome
+
+
+@pytest.mark.parametrize(
+    ("error", "trouble"),
+    [
+        (Unauthorized("no"), Trouble.UNAUTHORIZED),
+        (Unreachable("no", refused=True), Trouble.REFUSED),
+        (Unreachable("no"), Trouble.UNREACHABLE),
+        (TimedOut("no"), Trouble.TIMEOUT),
+        (Cut("no"), Trouble.BAD_ANSWER),
+        (Unexpected("no"), Trouble.BAD_ANSWER),
+        (said_no(Reason.OTHER, 500), Trouble.BAD_ANSWER),
+    ],
+)
+def test_only_a_closed_port_says_that_what_ran_there_is_gone(error: UpstreamError, trouble: Trouble):
+    assert keeping._trouble(error) is trouble
 
 
 # --- each promise, broken once: the judge sees it ----------------------------------------------------------------
