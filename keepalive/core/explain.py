@@ -26,10 +26,8 @@ def eta(model: Model, siblings: Iterable[Model], now: float) -> float | None:
 
 def explain(upstream: Upstream, models: Sequence[Model], model: Model) -> str | None:
     """Why this model is not warm, in a sentence; for a warm one what is odd about it, or None."""
-    if model.state is State.WARM:
-        if len(model.instances) > 1:
-            return f"{len(model.instances)} copies are in memory"
-        return model.reason
+    if model.state is State.WARM and len(model.instances) > 1:
+        return f"{len(model.instances)} copies are in memory"
     if model.state is State.COLD and not model.needed:
         return "released by hand" if model.asked_for is False else "outside its window"
     if model.state is State.COLD and model.listed:

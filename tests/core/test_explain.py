@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from keepalive.core.explain import eta, explain
-from keepalive.core.facts import LoadStarted, ModelId, Tier
+from keepalive.core.facts import Instance, LoadStarted, ModelId, Tier
 from keepalive.core.records import Pending, Upstream
 from keepalive.core.states import State
 from tests.kit.models import GEMMA, QWEN, a_model, after, cold, entry, listed, ours, warm
@@ -16,6 +16,13 @@ def test_several_copies_are_said_and_the_oldest_of_ours_is_addressed():
 
     assert model.instance_id == "gemma"
     assert explain(Upstream("local"), [model], model) == "2 copies are in memory"
+
+
+def test_copies_of_what_does_not_answer_are_not_what_is_odd_about_it():
+    copies = (Instance("gemma"), Instance("gemma:2"))
+    model = a_model(state=State.BACKOFF, reason="HTTP 500", instances=copies)
+
+    assert explain(Upstream("local"), [model], model) == "HTTP 500"
 
 
 def test_the_eta_comes_from_past_loads():
@@ -55,6 +62,7 @@ def test_an_eta_is_never_invented():
     assert eta(loading, [loading], 10) is None
     assert eta(replace(loading, size_bytes=4_000), [loading], 10) is None
     assert eta(warm(recent_loads=(3.0,)), [], 10) is None
+    assert eta(loading, [loading, a_model(QWEN, size_bytes=1_000, recent_loads=(10.0,))], 10) is None
 
 
 def test_a_warm_model_needs_no_explanation():
@@ -83,6 +91,10 @@ def test_what_has_to_wait_says_for_which():
     assert explain(UP, [a_model(ModelId("local", "c")), other, model], model) == (
         "waits for its turn: qwen is loading"
     )
+
+
+def test_what_is_about_to_be_loaded_has_no_more_to_say():
+    assert explain(UP, [cold(), warm()], cold()) is None
 
 
 def test_what_is_not_listed_waits_for_nothing():
