@@ -45,13 +45,13 @@ class Call:
         "_first",
         "_forwarded",
         "_owner",
+        "_patience",
         "account",
         "answer",
         "asked",
         "body",
         "caller",
         "deadline",
-        "patience",
         "route",
         "task",
     )
@@ -64,7 +64,7 @@ class Call:
         self.route = route
         self.account = Account(route.name)
         self.answer = Answer(caller, route, self.account)
-        self.patience = Patience(caller, route, self.account, self.answer, owner.keeping, owner.ticker)
+        self._patience: Patience | None = None
         self.body = Body(owner.room)
         self.asked = Asked()
         self.deadline = 0.0
@@ -86,7 +86,16 @@ class Call:
         if self.asked.stream and self.route.streams:
             wanted = (head.get(b"x-keepalive-heartbeat") or b"").decode("latin-1").lower()
             mode = Heartbeat(wanted) if wanted in set(Heartbeat) else settings.heartbeat_mode
-            self.patience.begin(mode, settings.heartbeat)
+            if mode is not Heartbeat.OFF:
+                self._patience = Patience(
+                    self.caller, self.route, account, self.answer, self._owner.keeping, self._owner.ticker
+                )
+                self._patience.begin(settings.heartbeat, visible=mode is Heartbeat.REASONING)
+
+    def beat(self) -> None:
+        """The model is not warm: whoever may be told so is told at once."""
+        if self._patience is not None:
+            self._patience.beat()
 
     async def ask(self, upstream: str, model: ModelId | None, *, upgrade: bool = False) -> Reply:
         """Passes the request on; its answer's head."""
@@ -178,7 +187,8 @@ class Call:
         self._told(answered=answered and lost is None)
 
     async def _relay_whole(self, reply: Reply) -> None:
-        self.patience.stop()
+        if self._patience is not None:
+            self._patience.stop()
         whole = self.answer.passed = Whole(self.caller.push)
         first, self._first = self._first, b""
         if first:
@@ -210,7 +220,8 @@ class Call:
 
     def end(self) -> None:
         """The request is over, however it went."""
-        self.patience.stop()
+        if self._patience is not None:
+            self._patience.stop()
         self.body.release()
         self._told(answered=False)
         passed = self.answer.passed

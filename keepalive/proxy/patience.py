@@ -6,7 +6,6 @@ from keepalive.protocols.routes import Route
 from keepalive.protocols.words import heartbeat_comment, heartbeat_reasoning
 from keepalive.proxy.account import Account
 from keepalive.proxy.answer import Answer
-from keepalive.proxy.settings import Heartbeat
 
 
 class Patience:
@@ -19,10 +18,10 @@ class Patience:
         "_caller",
         "_interval",
         "_keeping",
-        "_mode",
         "_quiet",
         "_route",
         "_ticker",
+        "_visible",
     )
 
     def __init__(
@@ -34,16 +33,16 @@ class Patience:
         self._answer = answer
         self._keeping = keeping
         self._ticker = ticker
-        self._mode = Heartbeat.OFF
+        self._visible = False
         self._interval = 0.0
         self._quiet = 0.0
         self._bytes = 0
 
-    def begin(self, mode: Heartbeat, interval: float) -> None:
-        self._mode = mode
+    def begin(self, interval: float, *, visible: bool) -> None:
+        """From now on; `visible` as reasoning, until the answer itself begins."""
         self._interval = interval
-        if mode is not Heartbeat.OFF:
-            self._ticker.add(self)
+        self._visible = visible
+        self._ticker.add(self)
 
     def stop(self) -> None:
         self._ticker.discard(self)
@@ -61,7 +60,7 @@ class Patience:
     def beat(self) -> None:
         """Tells the caller what it waits for, where an event may stand."""
         caller, account, model = self._caller, self._account, self._account.model
-        if self._mode is Heartbeat.OFF or caller.finished or model is None:
+        if caller.finished or model is None:
             return
         self._quiet = 0.0
         if not caller.started:
@@ -71,7 +70,7 @@ class Patience:
         view = self._keeping.view(model)
         elapsed = account.now() - account.began if view.elapsed is None else view.elapsed
         passed = self._answer.passed
-        if self._mode is Heartbeat.REASONING and not (passed and passed.bytes):
+        if self._visible and not (passed and passed.bytes):
             words = heartbeat_reasoning(self._route, model.key, view.state, elapsed, view.eta)
         else:
             words = heartbeat_comment(model.key, view.state, elapsed, view.eta)

@@ -133,7 +133,7 @@ class Proxy:
         began = call.account.now()
         if cold:
             self.waiting += 1
-            call.patience.beat()
+            call.beat()
         try:
             async with asyncio.timeout_at(call.deadline):
                 model = await self.keeping.ensure_warm(models)
