@@ -25,7 +25,8 @@ from keepalive.simulator.server import Server, serve
 from keepalive.simulator.studio import Studio
 from tests.kit import PROJECT
 
-PATIENCE = 30.0
+# A machine that runs four workers and two other checkouts was seen to take half a minute to start a daemon.
+PATIENCE = 90.0
 
 SETTINGS = """
 [server]

@@ -571,7 +571,7 @@ def machine(common: Common, request: pytest.FixtureRequest) -> Iterator[Machine]
 
 STOP = ("systemctl", "stop", "keepalive.socket", "keepalive-admin.socket", "keepalive")
 
-MAKE_READY = f"""
+CONFIGURE = f"""
 changed=
 put() {{ mkdir -p $(dirname $1); cat >/run/new; cmp -s /run/new $1 || {{ cp /run/new $1; changed=yes; }}; }}
 put {CONFIG_PATH} <<'END'
@@ -583,9 +583,14 @@ systemctl start keepalive.socket keepalive-admin.socket lmstudio keepalive
 """
 
 
+def configure(machine: Machine, config: str, drop_in: str) -> None:
+    """All runs, under this config and this drop-in; the daemon starts anew where it had others."""
+    machine.shell(CONFIGURE % (config, drop_in))
+
+
 def make_ready(machine: Machine, *, config: str = CONFIG, drop_in: str = "") -> None:
-    """All is warm under this config and this drop-in; the daemon starts anew where it had others."""
-    machine.shell(MAKE_READY % (config, drop_in))
+    """The same, and all is warm."""
+    configure(machine, config, drop_in)
     faults(machine, auth_token=None, load_seconds=None, answer_tokens=None, token_seconds=None)
     wait_warm(machine)
 
@@ -1084,7 +1089,7 @@ def test_the_drop_in_for_another_host_lets_it_talk_to_that_one_alone(machine: Ma
     ]
     models = '[[models]]\nkey = "medicine-llm"\nupstream = ["m20", "m21"]\n'
     drop_in = (PROJECT / "systemd/examples/lmstudio-elsewhere.conf").read_text()
-    make_ready(machine, config="".join([*upstreams, models]), drop_in=drop_in)
+    configure(machine, "".join([*upstreams, models]), drop_in)
     known = {u["name"]: u["state"] for u in ask(machine, f"{ADMIN}/api/status")["upstreams"]}
 
     assert known == {"m20": "up", "m21": "down"}
