@@ -2,21 +2,21 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-from keepalive.simulator.exchange import Request
+from keepalive.simulator.exchange import Cut, Request
 from keepalive.simulator.faults import Value
+from keepalive.simulator.journal import Happened
+from keepalive.simulator.machine import Machine
 from keepalive.simulator.models import Instance, Load
-
-if TYPE_CHECKING:
-    from keepalive.simulator.studio import Studio
 
 
 class Call:
     """Every wait of a request goes through `until`, so an eviction, a crash or a restart reaches it
     anywhere."""
 
-    def __init__(self, studio: "Studio", n: int, request: Request, route: str) -> None:
+    def __init__(self, machine: Machine, n: int, request: Request, route: str) -> None:
+        self.machine = machine
         self.n = n
         self.request = request
         self.route = route
@@ -30,18 +30,18 @@ class Call:
         self.generating = False
         self.tokens = 0
         self.payload: dict[str, Any] = {}
-        self._studio = studio
         self._hung = False
         self._failure: Exception | None = None
         self._wake: asyncio.Future[None] | None = None
         self._faults: dict[str, Value] = {}
+        machine.calls[n] = self
 
     def fault(self, name: str) -> Value:
         """A fault's value for this request: settled at the first look, so that a stream does not change its
         mind."""
         if name not in self._faults:
             key = self.key or self.asked
-            self._faults[name] = self._studio.faults.take(name, key, self.route, self.request.path)
+            self._faults[name] = self.machine.faults.take(name, key, self.route, self.request.path)
         return self._faults[name]
 
     def flag(self, name: str) -> bool:
@@ -72,7 +72,7 @@ class Call:
             rung = True
             self.wake()
 
-        timer = None if within is None else self._studio.clock.call_later(within, ring)
+        timer = None if within is None else self.machine.clock.call_later(within, ring)
         try:
             while True:
                 if self._failure is not None:
@@ -106,15 +106,64 @@ class Call:
     def leave_hanging(self) -> None:
         self._hung = True
 
+    # what becomes of it
+
+    def generation_started(self, instance: Instance) -> None:
+        self.generating = True
+        self.machine.journal.write(
+            Happened.GENERATION_STARTED,
+            request=self.n,
+            route=self.route,
+            model=instance.model.key,
+            instance_id=instance.id,
+            owner=instance.owner,
+            asked=self.asked,
+        )
+
+    def generation_ended(self, outcome: str) -> None:
+        """Frees the slot; idempotent, so that every way out may call it."""
+        instance = self.instance
+        self.machine.memory.leave(self)
+        if self.generating:
+            self.generating = False
+            self.machine.journal.write(
+                Happened.GENERATION_ENDED,
+                request=self.n,
+                model=self.key,
+                instance_id=instance.id if instance else None,
+                tokens=self.tokens,
+                outcome=outcome,
+            )
+
+    def client_gone(self) -> None:
+        machine = self.machine
+        if machine.calls.pop(self.n, None) is None:
+            return
+        machine.journal.write(Happened.CLIENT_GONE, request=self.n, route=self.route, phase=self.phase)
+        if self.load is not None:
+            if self in self.load.waiters:
+                self.load.waiters.remove(self)
+            if self.flag("load_cancelled_by_disconnect") and not self.load.waiters:
+                machine.memory.cancel_load(self.load)
+        if self.prompt_ends is not None and self.flag("prompt_finishes_after_disconnect"):
+            # The server's own log line: "If the model is busy processing the prompt, it will finish first."
+            machine.clock.call_at(self.prompt_ends, lambda: self.generation_ended("client_gone"))
+        else:
+            self.generation_ended("client_gone")
+
+    def ended(self, end: BaseException | None = None) -> None:
+        if self.machine.calls.pop(self.n, None) is None:
+            return
+        if isinstance(end, Cut):
+            self.machine.journal.write(Happened.CUT, request=self.n, route=self.route, how=end.how)
+        self.generation_ended("cut" if isinstance(end, Cut) else "ended")
+
 
 class Body:
     """A streamed body. It ends its call however it ends: read to the end, broken off, or closed before its
     start (a plain async generator that was never started would not notice being closed)."""
 
-    def __init__(
-        self, studio: "Studio", call: Call, first: bytes | None, rest: AsyncGenerator[bytes]
-    ) -> None:
-        self._studio = studio
+    def __init__(self, call: Call, first: bytes | None, rest: AsyncGenerator[bytes]) -> None:
         self._call = call
         self._first = first
         self._rest = rest
@@ -132,16 +181,16 @@ class Body:
         try:
             return await anext(self._rest)
         except asyncio.CancelledError:
-            self._studio.client_gone(self._call)
+            self._call.client_gone()
             self._over = True
             raise
         except BaseException as end:
             self._over = True
-            self._studio.call_ended(self._call, end)
+            self._call.ended(end)
             raise
 
     async def aclose(self) -> None:
         if not self._over:
             self._over = True
-            self._studio.client_gone(self._call)
+            self._call.client_gone()
             await self._rest.aclose()

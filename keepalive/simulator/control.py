@@ -6,15 +6,14 @@ closed).
 
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 from urllib.parse import parse_qs
 
+from keepalive.simulator.bodies import parsed
 from keepalive.simulator.exchange import Reply, Request, json_reply, text_reply
 from keepalive.simulator.faults import FAULTS, ROUTE_GROUPS, ROUTES
+from keepalive.simulator.machine import Machine
 from keepalive.simulator.models import Instance, Load, SimModel
-
-if TYPE_CHECKING:
-    from keepalive.simulator.studio import Studio
 
 # A restart asked for over HTTP comes a moment later, so that its own answer gets through.
 BEFORE_RESTART_SECONDS = 0.05
@@ -47,20 +46,13 @@ class ControlError(ValueError):
     """A control request that cannot be done, and what to write instead."""
 
 
-def parsed(body: bytes) -> dict[str, Any]:
-    value = json.loads(body or b"{}")
-    if not isinstance(value, dict):
-        raise ControlError("the body is no JSON object")
-    return value
-
-
-def answer(studio: "Studio", request: Request) -> Reply:
+def answer(machine: Machine, request: Request) -> Reply:
     name = request.path.removeprefix("/simulator").strip("/")
-    routes: dict[tuple[str, str], Callable[[Studio, Request], Reply]] = {
-        ("GET", ""): lambda studio, request: text_reply(help_text()),
-        ("GET", "state"): lambda studio, request: json_reply(studio.state()),
+    routes: dict[tuple[str, str], Callable[[Machine, Request], Reply]] = {
+        ("GET", ""): lambda machine, request: text_reply(help_text()),
+        ("GET", "state"): lambda machine, request: json_reply(state(machine)),
         ("GET", "log"): _log,
-        ("GET", "faults"): lambda studio, request: json_reply(fault_table(studio)),
+        ("GET", "faults"): lambda machine, request: json_reply(fault_table(machine)),
         ("PATCH", "faults"): _faults,
         ("POST", "load"): _load,
         ("POST", "evict"): _evict,
@@ -75,7 +67,7 @@ def answer(studio: "Studio", request: Request) -> Reply:
             {"error": f"no {request.method} {request.path}; GET /simulator/ lists what there is"}, 404
         )
     try:
-        return act(studio, request)
+        return act(machine, request)
     except ValueError as mistake:
         return json_reply({"error": str(mistake)}, 400)
 
@@ -85,8 +77,8 @@ def help_text() -> str:
     return HELP.format(routes=", ".join((*ROUTES, *ROUTE_GROUPS)), faults="\n".join(lines))
 
 
-def fault_table(studio: "Studio") -> dict[str, Any]:
-    now = studio.faults.shown()
+def fault_table(machine: Machine) -> dict[str, Any]:
+    now = machine.faults.shown()
     return {
         fault.name: {
             "kind": fault.kind,
@@ -98,33 +90,33 @@ def fault_table(studio: "Studio") -> dict[str, Any]:
     }
 
 
-def state(studio: "Studio") -> dict[str, Any]:
+def state(machine: Machine) -> dict[str, Any]:
     return {
-        "tier": studio.tier,
-        "up": studio.up,
-        "now": round(studio.clock.now(), 6),
-        "in_flight": studio.in_flight,
-        "events": studio.journal.count,
-        "models": [_model(studio, model) for model in studio.memory.models.values()],
-        "faults": studio.faults.shown(),
-        "fired": dict(studio.faults.fired),
+        "tier": machine.tier,
+        "up": machine.up,
+        "now": round(machine.clock.now(), 6),
+        "in_flight": machine.in_flight,
+        "events": machine.journal.count,
+        "models": [_model(machine, model) for model in machine.memory.models.values()],
+        "faults": machine.faults.shown(),
+        "fired": dict(machine.faults.fired),
     }
 
 
-def _model(studio: "Studio", model: SimModel) -> dict[str, Any]:
+def _model(machine: Machine, model: SimModel) -> dict[str, Any]:
     return {
         "key": model.key,
         "kind": model.kind,
         "size_bytes": model.size_bytes,
         "load_seconds": model.load_seconds,
         "max_context_length": model.max_context_length,
-        "instances": [_instance(studio, instance) for instance in studio.memory.copies(model)],
-        "loads": [_loading(studio, load) for load in studio.memory.loads_of(model)],
+        "instances": [_instance(machine, instance) for instance in machine.memory.copies(model)],
+        "loads": [_loading(machine, load) for load in machine.memory.loads_of(model)],
     }
 
 
-def _instance(studio: "Studio", instance: Instance) -> dict[str, Any]:
-    now = studio.clock.now()
+def _instance(machine: Machine, instance: Instance) -> dict[str, Any]:
+    now = machine.clock.now()
     return {
         "id": instance.id,
         "owner": instance.owner,
@@ -134,13 +126,13 @@ def _instance(studio: "Studio", instance: Instance) -> dict[str, Any]:
         "context_length": instance.context_length,
         "generating": len(instance.working),
         "queued": len(instance.queue),
-        "listed": studio.memory.listed(instance),
+        "listed": machine.memory.listed(instance),
         "crashed": instance.crashed,
     }
 
 
-def _loading(studio: "Studio", load: Load) -> dict[str, Any]:
-    now = studio.clock.now()
+def _loading(machine: Machine, load: Load) -> dict[str, Any]:
+    now = machine.clock.now()
     return {
         "instance_id": load.instance_id,
         "owner": load.owner,
@@ -151,21 +143,21 @@ def _loading(studio: "Studio", load: Load) -> dict[str, Any]:
     }
 
 
-def _log(studio: "Studio", request: Request) -> Reply:
+def _log(machine: Machine, request: Request) -> Reply:
     since = parse_qs(request.query).get("since", ["0"])[0]
     if not since.isdecimal():
         raise ControlError(f'since is "{since}"; write the n of the last event you have')
-    return json_reply({"events": studio.log(int(since)), "last": studio.journal.count})
+    return json_reply({"events": machine.log(int(since)), "last": machine.journal.count})
 
 
-def _faults(studio: "Studio", request: Request) -> Reply:
-    studio.set_faults(parsed(request.body))
-    return json_reply({"faults": studio.faults.shown()})
+def _faults(machine: Machine, request: Request) -> Reply:
+    machine.set_faults(parsed(request.body))
+    return json_reply({"faults": machine.faults.shown()})
 
 
-def _load(studio: "Studio", request: Request) -> Reply:
+def _load(machine: Machine, request: Request) -> Reply:
     fields = _fields(request, model=str, seconds=float, context_length=int, identifier=str)
-    load = studio.load(
+    load = machine.load(
         _wanted(fields, "model"),
         seconds=fields.get("seconds"),
         context_length=fields.get("context_length"),
@@ -175,32 +167,32 @@ def _load(studio: "Studio", request: Request) -> Reply:
     return json_reply({"instance_id": load.instance_id, "status": status})
 
 
-def _evict(studio: "Studio", request: Request) -> Reply:
+def _evict(machine: Machine, request: Request) -> Reply:
     fields = _fields(request, model=str, instance_id=str)
-    studio.evict(_wanted(fields, "instance_id" if "instance_id" in fields else "model"))
+    machine.evict(_wanted(fields, "instance_id" if "instance_id" in fields else "model"))
     return json_reply({"status": "evicted"})
 
 
-def _crash(studio: "Studio", request: Request) -> Reply:
+def _crash(machine: Machine, request: Request) -> Reply:
     fields = _fields(request, model=str, stays_listed=bool)
-    studio.crash(_wanted(fields, "model"), fields.get("stays_listed", False))
+    machine.crash(_wanted(fields, "model"), fields.get("stays_listed", False))
     return json_reply({"status": "crashed"})
 
 
-def _restart(studio: "Studio", request: Request) -> Reply:
+def _restart(machine: Machine, request: Request) -> Reply:
     seconds = _fields(request, down_seconds=float).get("down_seconds", 0.0)
-    studio.clock.call_later(BEFORE_RESTART_SECONDS, lambda: studio.restart(seconds))
+    machine.clock.call_later(BEFORE_RESTART_SECONDS, lambda: machine.restart(seconds))
     return json_reply({"status": "restarting", "down_seconds": seconds})
 
 
-def _advance(studio: "Studio", request: Request) -> Reply:
-    studio.advance(_wanted(_fields(request, seconds=float), "seconds"))
-    return json_reply({"now": round(studio.clock.now(), 6)})
+def _advance(machine: Machine, request: Request) -> Reply:
+    machine.advance(_wanted(_fields(request, seconds=float), "seconds"))
+    return json_reply({"now": round(machine.clock.now(), 6)})
 
 
-def _tier(studio: "Studio", request: Request) -> Reply:
-    studio.set_tier(_wanted(_fields(request, tier=str), "tier"))
-    return json_reply({"tier": studio.tier})
+def _tier(machine: Machine, request: Request) -> Reply:
+    machine.set_tier(_wanted(_fields(request, tier=str), "tier"))
+    return json_reply({"tier": machine.tier})
 
 
 def _fields(request: Request, **kinds: type) -> dict[str, Any]:

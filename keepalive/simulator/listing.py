@@ -1,7 +1,10 @@
 """What the listing routes show of the memory: `/api/v1/models`, `/api/v0/models` and `/v1/models`."""
 
 from typing import Any
+from urllib.parse import unquote
 
+from keepalive.simulator.call import Call
+from keepalive.simulator.exchange import Reply, html_500, json_reply, openai_error, spoiled
 from keepalive.simulator.faults import Faults
 from keepalive.simulator.memory import Memory
 from keepalive.simulator.models import Instance, SimModel
@@ -117,37 +120,60 @@ def openai_models(memory: Memory, jit: bool) -> dict[str, Any]:
     return {"object": "list", "data": rows}
 
 
-def sdk_loaded(memory: Memory, kind: str, now_ms: int) -> list[dict[str, Any]]:
-    """What `lms ps --json` and the SDK see, timers and work included."""
-    return [
-        sdk_row(memory, instance, now_ms)
-        for instance in memory.instances.values()
-        if instance.model.kind == kind
-    ]
+# the routes
 
 
-def sdk_row(memory: Memory, instance: Instance, now_ms: int) -> dict[str, Any]:
-    model = instance.model
-    used = None if instance.last_used is None else now_ms - round(1000 * instance.idle_seconds(memory.now()))
-    return {
-        "type": model.kind,
-        "modelKey": model.key,
-        "format": "gguf",
-        "displayName": model.display_name,
-        "publisher": model.publisher,
-        "path": f"{model.publisher}/{model.key}.gguf",
-        "sizeBytes": model.size_bytes,
-        "indexedModelIdentifier": f"{model.publisher}/{model.key}.gguf",
-        "deviceIdentifier": None,
-        "paramsString": model.params,
-        "architecture": model.architecture,
-        "quantization": {"name": model.quantization, "bits": 4},
-        "identifier": instance.id,
-        "instanceReference": f"ref-{instance.id}",
-        "ttlMs": None if instance.ttl_seconds is None else round(1000 * instance.ttl_seconds),
-        "lastUsedTime": used,
-        "vision": model.vision,
-        "trainedForToolUse": model.kind == "llm",
-        "maxContextLength": model.max_context_length,
-        "contextLength": instance.context_length,
-    }
+async def answer_listing(call: Call) -> Reply:
+    if call.machine.faults.flag("gets_reset_ttl"):
+        call.machine.memory.touch_all()
+    reply = _listing(call)
+    if (delay := call.number("list_delay_seconds")) > 0:
+        await call.pause(delay)
+    return reply
+
+
+def _listing(call: Call) -> Reply:
+    ident = unquote(call.request.path.removeprefix("/api/v0/models/")) if call.route == "model_v0" else ""
+    if early := _first_look(call, ident):
+        return early
+    reply = json_reply(_shown(call, ident))
+    match call.word("list_reply"):
+        case "huge":
+            body = reply.body
+            assert isinstance(body, bytes)
+            filling = b" " * int(call.number("huge_bytes"))
+            return Reply(200, reply.headers, body[:-1] + filling + b"}")
+        case "other_shape":
+            return json_reply([{"name": key} for key in call.machine.memory.models])
+        case "not_found":
+            return json_reply({"detail": "Not Found"}, 404)
+        case how:
+            return spoiled(how, reply)
+
+
+def _shown(call: Call, ident: str) -> dict[str, Any]:
+    memory, faults = call.machine.memory, call.machine.faults
+    match call.route:
+        case "list":
+            return v1_models(memory, faults)
+        case "list_v0":
+            return v0_models(memory, faults)
+        case "list_openai":
+            return openai_models(memory, call.machine.tier == "openai" or faults.flag("jit"))
+    for model in memory.models.values():
+        for row in v0_rows(model, memory, faults):
+            if row["id"] == ident:
+                return row
+    raise openai_error(404, f'Model "{ident}" not found', param="model", code="model_not_found")
+
+
+def _first_look(call: Call, ident: str) -> Reply | None:
+    """E21: one probe in 79 met an HTML 500, exactly when a load began."""
+    memory = call.machine.memory
+    mode = call.word("html_500_at_load_start")
+    model = memory.find(ident) if ident else None
+    fresh = [model.key] if model else [] if ident else list(memory.first_looks)
+    seen = [memory.first_looks.pop(key, False) for key in fresh]
+    if mode == "listing" or (mode == "model_v0" and call.route == "model_v0"):
+        return html_500() if any(seen) else None
+    return None

@@ -11,16 +11,12 @@ Nothing here awaits: every change is whole when it returns.
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING
 
 from keepalive.simulator.clock import Clock
 from keepalive.simulator.exchange import Refusal, flat, native_error, openai_error
 from keepalive.simulator.faults import Faults, Value
 from keepalive.simulator.journal import Happened, Journal
-from keepalive.simulator.models import Instance, Load, Owner, SimModel
-
-if TYPE_CHECKING:
-    from keepalive.simulator.call import Call
+from keepalive.simulator.models import Guest, Instance, Load, Owner, SimModel
 
 CRASH = "The model has crashed without additional information. (Exit code: null)"  # E10
 UNLOADED_IN_QUEUE = "Model was unloaded while the request was still in queue.."  # E11, two dots
@@ -33,7 +29,7 @@ GUARDRAIL = (
 )
 
 
-def broken_off(call: "Call", message: str) -> Refusal:
+def broken_off(call: Guest, message: str) -> Refusal:
     """E10 to E13 come flat on most records, in the route's layout on some; always 400."""
     if call.route == "native_chat":
         return native_error(400, "internal_error", message)
@@ -265,7 +261,7 @@ class Memory:
 
     # working and idling
 
-    def enter(self, instance: Instance, call: "Call") -> None:
+    def enter(self, instance: Instance, call: Guest) -> None:
         """Take a slot, or a place in the queue; `call.granted` says which, and the call is woken when it
         changes."""
         call.instance = instance
@@ -286,7 +282,7 @@ class Memory:
             call.granted = True
             call.wake()
 
-    def leave(self, call: "Call") -> None:
+    def leave(self, call: Guest) -> None:
         instance = call.instance
         if instance is None:
             return

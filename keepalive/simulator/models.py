@@ -4,12 +4,9 @@ import re
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
 from keepalive.simulator.clock import Timer
-
-if TYPE_CHECKING:
-    from keepalive.simulator.call import Call
 
 ModelKind = Literal["llm", "embedding"]
 Owner = Literal["rest", "jit", "by hand"]
@@ -75,6 +72,22 @@ DEFAULT_MODELS = (
 )
 
 
+class Guest(Protocol):
+    """A request, as far as the model that it waits for or works with knows it."""
+
+    n: int
+    route: str
+    phase: str
+    granted: bool
+    tokens: int
+    instance: "Instance | None"
+
+    def flag(self, name: str) -> bool: ...
+    def wake(self) -> None: ...
+    def fail(self, failure: Exception) -> None: ...
+    def leave_hanging(self) -> None: ...
+
+
 @dataclass(slots=True, eq=False)
 class Instance:
     """One copy in memory. `ttl_seconds` None never expires: only loads on demand carry an idle timer."""
@@ -90,8 +103,8 @@ class Instance:
     load_seconds: float
     last_used: float | None = None
     crashed: bool = False
-    working: "dict[int, Call]" = field(default_factory=dict)
-    queue: "deque[Call]" = field(default_factory=deque)
+    working: dict[int, Guest] = field(default_factory=dict)
+    queue: deque[Guest] = field(default_factory=deque)
     expiry: Timer | None = None
 
     def idle_seconds(self, now: float) -> float:
@@ -119,7 +132,7 @@ class Load:
     instance: Instance | None = None
     failure: str | None = None
     refused: bool = False  # by the guardrails, at once
-    waiters: "list[Call]" = field(default_factory=list)
+    waiters: list[Guest] = field(default_factory=list)
     timer: Timer | None = None
 
     @property

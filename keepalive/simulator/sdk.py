@@ -6,27 +6,25 @@ imitated.
 """
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from keepalive.simulator.exchange import compact
 from keepalive.simulator.journal import Happened
-from keepalive.simulator.listing import sdk_loaded, sdk_row
+from keepalive.simulator.machine import Machine
+from keepalive.simulator.memory import Memory
 from keepalive.simulator.models import Instance
 from keepalive.simulator.speech import EPOCH
-
-if TYPE_CHECKING:
-    from keepalive.simulator.studio import Studio
 
 SDK_PATHS = ("/llm", "/embedding", "/system")
 
 
 class SdkSession:
-    def __init__(self, studio: "Studio", path: str) -> None:
-        self._studio = studio
+    def __init__(self, machine: Machine, path: str) -> None:
+        self._machine = machine
         self._kind = "embedding" if path == "/embedding" else "llm"
         self._greeted = False
-        self._echoes = studio.faults.take("websocket", route="sdk") == "echo"
-        studio.journal.write(Happened.SDK, path=path)
+        self._echoes = machine.faults.take("websocket", route="sdk") == "echo"
+        machine.journal.write(Happened.SDK, path=path)
 
     def answer(self, frame: str | bytes) -> str | bytes | None:
         """The reply to a frame, if it gets one. In echo mode all but handshake and calls come back as they
@@ -54,7 +52,7 @@ class SdkSession:
     def _handshake(self, said: dict[str, Any]) -> dict[str, Any]:
         if said.get("authVersion") != 1 or not said.get("clientIdentifier"):
             return {"success": False, "error": "Invalid authentication packet"}
-        token = str(self._studio.faults.look("auth_token"))
+        token = str(self._machine.faults.look("auth_token"))
         halves = f"sk-lm-{said.get('clientIdentifier')}:{said.get('clientPasskey')}"
         if token and halves != token:
             return {"success": False, "error": "An LM Studio API token is required"}
@@ -62,43 +60,38 @@ class SdkSession:
         return {"success": True}
 
     def _call(self, said: dict[str, Any]) -> dict[str, Any]:
-        ident = said.get("callId")
-        memory = self._studio.memory
-        match said.get("endpoint"):
-            case "listLoaded":
-                now_ms = 1000 * EPOCH + round(1000 * memory.now())
-                return {
-                    "type": "rpcResult",
-                    "callId": ident,
-                    "result": sdk_loaded(memory, self._kind, now_ms),
-                }
-            case "listDownloadedModels":
-                rows = [
-                    {"type": m.kind, "modelKey": m.key, "sizeBytes": m.size_bytes}
-                    for m in memory.models.values()
-                ]
-                return {"type": "rpcResult", "callId": ident, "result": rows}
-            case "version":
-                return {"type": "rpcResult", "callId": ident, "result": {"version": "0.4.25", "build": 1}}
-            case "getInstanceProcessingState":
-                instance = self._find(said.get("parameter"))
-                if instance is not None:
-                    return {"type": "rpcResult", "callId": ident, "result": _work(instance)}
-                code = "generic.noModelMatchingQuery"
-                error = {"title": "No model found that fits the query", "displayData": {"code": code}}
-                return {"type": "rpcError", "callId": ident, "error": error}
+        found = self._result(said.get("endpoint"), said.get("parameter"))
         return {
-            "type": "rpcError",
-            "callId": ident,
-            "error": {"title": f"No endpoint {said.get('endpoint')}"},
+            "type": "rpcError" if "error" in found else "rpcResult",
+            "callId": said.get("callId"),
+            **found,
         }
+
+    def _result(self, endpoint: Any, parameter: Any) -> dict[str, Any]:
+        memory = self._machine.memory
+        match endpoint:
+            case "listLoaded":
+                return {"result": _loaded(memory, self._kind, 1000 * EPOCH + round(1000 * memory.now()))}
+            case "listDownloadedModels":
+                models = memory.models.values()
+                rows = [{"type": m.kind, "modelKey": m.key, "sizeBytes": m.size_bytes} for m in models]
+                return {"result": rows}
+            case "version":
+                return {"result": {"version": "0.4.25", "build": 1}}
+            case "getInstanceProcessingState":
+                if instance := self._find(parameter):
+                    return {"result": _work(instance)}
+                code = "generic.noModelMatchingQuery"
+                title = "No model found that fits the query"
+                return {"error": {"title": title, "displayData": {"code": code}}}
+        return {"error": {"title": f"No endpoint {endpoint}"}}
 
     def _find(self, parameter: Any) -> Instance | None:
         specifier = parameter.get("specifier") if isinstance(parameter, dict) else None
         if not isinstance(specifier, dict):
             return None
-        for instance in self._studio.memory.instances.values():
-            row = sdk_row(self._studio.memory, instance, 0)
+        for instance in self._machine.memory.instances.values():
+            row = _row(self._machine.memory, instance, 0)
             if specifier.get("type") == "instanceReference":
                 if specifier.get("instanceReference") == row["instanceReference"]:
                     return instance
@@ -116,3 +109,39 @@ def _work(instance: Instance) -> dict[str, Any]:
         if instance.model.kind == "embedding":
             status = "computingEmbedding"
     return {"status": status, "queued": len(working) + len(instance.queue)}  # the running ones count too
+
+
+def _loaded(memory: Memory, kind: str, now_ms: int) -> list[dict[str, Any]]:
+    """What `lms ps --json` and the SDK see, timers and work included."""
+    return [
+        _row(memory, instance, now_ms)
+        for instance in memory.instances.values()
+        if instance.model.kind == kind
+    ]
+
+
+def _row(memory: Memory, instance: Instance, now_ms: int) -> dict[str, Any]:
+    model = instance.model
+    used = None if instance.last_used is None else now_ms - round(1000 * instance.idle_seconds(memory.now()))
+    return {
+        "type": model.kind,
+        "modelKey": model.key,
+        "format": "gguf",
+        "displayName": model.display_name,
+        "publisher": model.publisher,
+        "path": f"{model.publisher}/{model.key}.gguf",
+        "sizeBytes": model.size_bytes,
+        "indexedModelIdentifier": f"{model.publisher}/{model.key}.gguf",
+        "deviceIdentifier": None,
+        "paramsString": model.params,
+        "architecture": model.architecture,
+        "quantization": {"name": model.quantization, "bits": 4},
+        "identifier": instance.id,
+        "instanceReference": f"ref-{instance.id}",
+        "ttlMs": None if instance.ttl_seconds is None else round(1000 * instance.ttl_seconds),
+        "lastUsedTime": used,
+        "vision": model.vision,
+        "trainedForToolUse": model.kind == "llm",
+        "maxContextLength": model.max_context_length,
+        "contextLength": instance.context_length,
+    }

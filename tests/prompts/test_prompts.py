@@ -1042,7 +1042,7 @@ async def test_a_page_that_does_not_read_is_waited_for() -> None:
         sock.sendall(prompt(ASKED))
 
         def said() -> int:
-            return max((call.tokens for call in studio._calls.values()), default=0)
+            return max((call.tokens for call in studio.calls.values()), default=0)
 
         await until(lambda: said() > 1, "it is answered")
         before = -1
