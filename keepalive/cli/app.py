@@ -145,6 +145,7 @@ def simulate(
     fault: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="A fault to begin with. Repeatable.")
     ] = None,
+    prefix: Annotated[str, typer.Option(help="A path under which everything is served, as /lm.")] = "",
 ) -> None:
     """Run a stand-in LM Studio. For development and tests."""
     from keepalive.simulator.__main__ import run as simulation
@@ -154,7 +155,7 @@ def simulate(
     try:
         models = [parse_model(text) for text in model or []]
         faults = dict(parse_fault(text) for text in fault or [])
-        asyncio.run(simulation(host, port, models, tier.value, faults))
+        asyncio.run(simulation(host, port, models, tier.value, faults, prefix))
     except (ValueError, OSError) as error:
         _fail(str(error), 1)
 

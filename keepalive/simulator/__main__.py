@@ -20,13 +20,14 @@ async def run(
     models: Iterable[SimModel] = (),
     tier: Tier = "v1",
     faults: Mapping[str, Any] | None = None,
+    prefix: str = "",
 ) -> None:
     """Serve until SIGINT or SIGTERM. No models means the default three. Raises OSError when the port is
     taken."""
     studio = Studio(tuple(models) or DEFAULT_MODELS, tier=tier, faults=faults)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    async with await serve(studio, host, port) as server:
+    async with await serve(studio, host, port, prefix) as server:
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(
                 NotImplementedError
@@ -49,14 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="keepalive simulate", description="A stand-in LM Studio.")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=1234)
-    parser.add_argument("--model", action="append", default=[], metavar="KEY[:SECONDS[:SIZE]]")
+    parser.add_argument("--model", action="append", default=[], metavar="KEY[@VARIANT,...][:SECONDS[:SIZE]]")
     parser.add_argument("--tier", choices=TIERS, default="v1")
     parser.add_argument("--fault", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--prefix", default="", help="a path under which everything is served, as /lm")
     options = parser.parse_args(argv)
     try:
         models = [parse_model(text) for text in options.model]
         faults = dict(parse_fault(text) for text in options.fault)
-        asyncio.run(run(options.host, options.port, models, options.tier, faults))
+        asyncio.run(run(options.host, options.port, models, options.tier, faults, options.prefix))
     except (ValueError, OSError) as mistake:
         sys.stderr.write(f"{mistake}\n")
         return 3

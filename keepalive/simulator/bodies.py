@@ -1,9 +1,11 @@
 """What a request body may hold: JSON, the fields of closed schemas, and how long its prompt is."""
 
 import json
+import zlib
+from collections.abc import Iterator
 from typing import Any
 
-from keepalive.simulator.exchange import native_error
+from keepalive.simulator.exchange import flat, native_error
 
 NATIVE_FIELDS = frozenset(
     [
@@ -33,6 +35,26 @@ LOAD_FIELDS = {
     "offload_kv_cache_to_gpu": bool,
     "echo_load_config": bool,
 }
+
+
+# How zlib calls the two that Express's body parser inflates; a further one, br, is refused here as an unknown one is.
+WINDOW_BITS = {"gzip": 31, "deflate": 15}
+
+
+def inflated(body: bytes, encoding: str) -> bytes:
+    encoding = encoding.strip().lower()
+    if encoding in ("", "identity"):
+        return body
+    if encoding not in WINDOW_BITS:
+        raise flat(415, f'unsupported content encoding "{encoding}"')
+    inflater = zlib.decompressobj(WINDOW_BITS[encoding])
+    try:
+        plain = inflater.decompress(body)
+    except zlib.error:
+        raise flat(400, "incorrect header check") from None
+    if not inflater.eof:
+        raise flat(400, "unexpected end of file")
+    return plain
 
 
 def parsed(body: bytes) -> dict[str, Any]:
@@ -79,3 +101,22 @@ def prompt_tokens(payload: dict[str, Any]) -> int:
         elif isinstance(part, dict):
             pending.extend(part.get(field) for field in ("content", "text"))
     return count
+
+
+def contents(payload: dict[str, Any]) -> Iterator[str | list[Any]]:
+    """What the messages of a body say: a text, or a list of parts."""
+    if isinstance(said := payload.get("input"), str):
+        yield said
+    for field in ("messages", "input"):
+        items = payload.get(field)
+        for item in items if isinstance(items, list) else []:
+            content = item.get("content") if isinstance(item, dict) else None
+            if isinstance(content, (str, list)):
+                yield content
+            elif isinstance(item, dict) and content is None:
+                yield [item]  # LM Studio's own chat: the parts are the list
+
+
+def has_image(payload: dict[str, Any]) -> bool:
+    parts = [part for content in contents(payload) if isinstance(content, list) for part in content]
+    return any(isinstance(part, dict) and "image" in str(part.get("type")) for part in parts)

@@ -22,6 +22,7 @@ class Call:
         self.route = route
         self.asked: str | None = None  # the model as the client wrote it
         self.key: str | None = None  # the model it stands for, once that is known
+        self.variant: str | None = None  # which of the model's, where the name tells one
         self.phase = "waiting"
         self.instance: Instance | None = None
         self.granted = False

@@ -24,14 +24,16 @@ A stand-in for LM Studio. This is no real model: it says the same words every ti
 GET   /simulator/state                   models, copies, loads under way, faults
 GET   /simulator/log?since=N             what happened after event N
 PATCH /simulator/faults                  {{"NAME": value, ...}}; null puts one back to its default
-                                         limited: {{"NAME": {{"value": ..., "times": 2, "model": "key",
-                                         "route": "chat", "chance": 0.1}}}}, or a list of such
+                                         limited: {{"NAME": {{"value": ..., "times": 2, "seconds": 5,
+                                         "model": "key", "route": "chat", "chance": 0.1}}}}, or a list
+                                         of such
 GET   /simulator/faults                  the table below as JSON
 POST  /simulator/load     {{"model"}}      somebody loads it by hand; optional: seconds,
                                          context_length, identifier
 POST  /simulator/evict    {{"model"}} or {{"instance_id"}}
 POST  /simulator/crash    {{"model"}}      optional: stays_listed
 POST  /simulator/restart                 optional: {{"down_seconds": 20}}
+POST  /simulator/vanish   {{"seconds"}}    it goes without a word, and what comes back began anew
 POST  /simulator/advance  {{"seconds"}}    skip time
 POST  /simulator/tier     {{"tier"}}       v1 (LM Studio 0.4), v0 (0.3), openai (another server)
 
@@ -58,6 +60,7 @@ def answer(machine: Machine, request: Request) -> Reply:
         ("POST", "evict"): _evict,
         ("POST", "crash"): _crash,
         ("POST", "restart"): _restart,
+        ("POST", "vanish"): _vanish,
         ("POST", "advance"): _advance,
         ("POST", "tier"): _tier,
     }
@@ -119,6 +122,7 @@ def _instance(machine: Machine, instance: Instance) -> dict[str, Any]:
     now = machine.clock.now()
     return {
         "id": instance.id,
+        "variant": instance.variant,
         "owner": instance.owner,
         "jit": instance.owner == "jit",
         "ttl_seconds": instance.ttl_seconds,
@@ -183,6 +187,12 @@ def _restart(machine: Machine, request: Request) -> Reply:
     seconds = _fields(request, down_seconds=float).get("down_seconds", 0.0)
     machine.clock.call_later(BEFORE_RESTART_SECONDS, lambda: machine.restart(seconds))
     return json_reply({"status": "restarting", "down_seconds": seconds})
+
+
+def _vanish(machine: Machine, request: Request) -> Reply:
+    seconds = _wanted(_fields(request, seconds=float), "seconds")
+    machine.clock.call_later(BEFORE_RESTART_SECONDS, lambda: machine.vanish(seconds))
+    return json_reply({"status": "vanishing", "seconds": seconds})
 
 
 def _advance(machine: Machine, request: Request) -> Reply:

@@ -6,7 +6,7 @@ iterator must `aclose()` it when the client has gone: that is how the simulator 
 
 import json
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 JSON_TYPE = "application/json; charset=utf-8"
@@ -64,13 +64,14 @@ def text_reply(text: str, status: int = 200, content_type: str = "text/plain; ch
 
 
 class Refusal(Exception):
-    """Another answer than the one asked for: `reply` when nothing was sent yet, `message` inside a running
-    stream."""
+    """Another answer than the one asked for: `reply` when nothing was sent yet, `message` and the further `fields`
+    of its error inside a running stream."""
 
-    def __init__(self, reply: Reply, message: str) -> None:
+    def __init__(self, reply: Reply, message: str, **fields: Any) -> None:
         super().__init__(message)
         self.reply = reply
         self.message = message
+        self.fields = fields
 
 
 # The three layouts in which LM Studio reports errors; which one comes depends on the route and the error.
@@ -92,6 +93,21 @@ def openai_error(
     return Refusal(json_reply({"error": error}, status), message)
 
 
+def context_exceeded(n_ctx: int, n_prompt_tokens: int) -> Refusal:
+    """As llama.cpp tells it, with what agents read to know how much to leave out; the same on every route."""
+    message = (
+        f"request ({n_prompt_tokens} tokens) exceeds the available context size ({n_ctx} tokens), "
+        f"try increasing it"
+    )
+    error = {
+        "code": "context_length_exceeded",
+        "type": "exceed_context_size_error",
+        "n_ctx": n_ctx,
+        "n_prompt_tokens": n_prompt_tokens,
+    }
+    return Refusal(json_reply({"error": {**error, "message": message}}, 400), message, **error)
+
+
 def native_error(
     status: int, kind: str, message: str, *, code: str | None = None, param: str | None = None
 ) -> Refusal:
@@ -101,6 +117,15 @@ def native_error(
     if param is not None:
         error["param"] = param
     return Refusal(json_reply({"error": error}, status), message)
+
+
+def loading_model(retry_after: int) -> Reply:
+    """What llama-server says on every path until its model is loaded."""
+    error = {"message": "Loading model", "type": "unavailable_error", "code": 503}
+    reply = json_reply({"error": error}, 503)
+    return (
+        replace(reply, headers={**reply.headers, "Retry-After": str(retry_after)}) if retry_after else reply
+    )
 
 
 HTML_500 = (

@@ -1,9 +1,9 @@
 """Everything about the simulator that can be switched while it runs, each with its default and one line.
 
-A value may be limited, `{"value": …, "times": 2, "model": "key", "route": "chat", "chance": 0.1}`, and a list
-of such rules is tried in its order; where none fits, the default holds. `times` counts requests (or loads),
-not looks: a request settles each fault when it first meets it. `chance` draws from the studio's seeded random
-numbers.
+A value may be limited, `{"value": …, "times": 2, "seconds": 5, "model": "key", "route": "chat", "chance": 0.1}`,
+and a list of such rules is tried in its order; where none fits, the default holds. `times` counts requests (or
+loads), not looks: a request settles each fault when it first meets it. `seconds` count from the switching.
+`chance` draws from the studio's seeded random numbers.
 """
 
 import difflib
@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from keepalive.simulator.clock import Clock
+
 Value = bool | int | float | str
 
-INFERENCE_ROUTES = ("chat", "completions", "embeddings", "responses", "messages", "native_chat")
+INFERENCE_ROUTES = ("chat", "completions", "embeddings", "rerank", "responses", "messages", "native_chat")
 LIST_ROUTES = ("list", "list_v0", "list_openai", "model_v0")
 ROUTES = (
     *INFERENCE_ROUTES,
@@ -23,6 +25,7 @@ ROUTES = (
     "load",
     "unload",
     "download",
+    "stored",
     "greeting",
     "sdk",
     "unknown",
@@ -58,6 +61,14 @@ FAULTS: Mapping[str, Fault] = {fault.name: fault for fault in (
     Fault("auth_token", "",
           "every request must carry this bearer token (E2, E3); empty: no authentication",
           secret=True),
+    Fault("unauthorized", False,
+          "every request is refused with 401, whatever token it carries"),
+    Fault("loading_503", "no",
+          "every path answers 503 `Loading model`, as llama-server's: while this is on; while any load is under "
+          "way",
+          choices=("no", "always", "during_loads")),
+    Fault("loading_retry_after", 0,
+          "seconds in the `Retry-After` of such a 503; 0: no such header"),
     Fault("auth_on_chat_only", False,
           "the token is asked for by the inference routes alone"),
     Fault("auth_status", 401,
@@ -88,6 +99,20 @@ FAULTS: Mapping[str, Fault] = {fault.name: fault for fault in (
           choices=("end", "start")),
     Fault("wrong_model_fallback", True,
           "an unknown model is answered, with 200, by the only chat model loaded"),
+    Fault("variant_ids", "key",
+          "what an instance asked for by a variant's name is called: by the model's key, or by that name "
+          "(unknown in reality)",
+          choices=("key", "variant")),
+    Fault("key_means_selected", False,
+          "the bare key means the selected variant alone; off: whichever variant is loaded answers to it "
+          "(unknown in reality)"),
+    Fault("reranker_listed_as", "embedding",
+          "the type that the listings give a reranker (unknown in reality)",
+          choices=("embedding", "llm")),
+    Fault("stored_error_status", 404,
+          "the status for a response id that is not stored here (404 or 400; not pinned down in reality)"),
+    Fault("restart_forgets_responses", False,
+          "stored responses are lost with a restart (unknown in reality)"),
     Fault("memory_bytes", 0,
           "the guardrails refuse loads beyond this much memory; 0: no limit"),
     Fault("unload_hangs_requests", False,
@@ -135,14 +160,22 @@ FAULTS: Mapping[str, Fault] = {fault.name: fault for fault in (
           "the first look after a load began is an HTML 500 (E21, once in 79)",
           choices=("no", "model_v0", "listing")),
     # answers
+    Fault("content_refused", "no",
+          "the model's template fails (400) on messages whose content is plain text; on those that have a list of "
+          "parts",
+          choices=("no", "plain", "list")),
+    Fault("needs_image", False,
+          "a request without an image is refused (400)"),
     Fault("answer", "ok",
-          "what an inference request is answered once its turn has come (E10 to E13 included)",
+          "what an inference request is answered once its turn has come (E10 to E13 and E18 included); "
+          "is_unloaded comes before its turn, half_hang is half of an answer that is no stream, then silence",
           choices=("ok", "crash", "error_200", "error_500", "html_500", "empty_body", "truncated_json",
-                   "json_despite_stream", "unloaded_in_queue", "unloaded", "reloaded", "hang", "fin", "rst")),
+                   "json_despite_stream", "unloaded_in_queue", "unloaded", "is_unloaded", "reloaded",
+                   "context_length", "half_hang", "hang", "fin", "rst")),
     Fault("answer_model", "",
           "the model name put into answers; empty: the instance that answers"),
     Fault("answer_tokens", 64,
-          "tokens a model says when max_tokens does not stop it before"),
+          "tokens a model says when max_tokens does not stop it before; 0: a good answer without one word"),
     Fault("answer_text", "",
           "the words of the answers, repeated as needed; empty: built-in ones"),
     Fault("multibyte_words", False,
@@ -159,6 +192,8 @@ FAULTS: Mapping[str, Fault] = {fault.name: fault for fault in (
           'crash and unload errors are `{"error": "text"}`; off: the OpenAI layout'),
     Fault("prompt_finishes_after_disconnect", True,
           "a client leaving during prompt processing frees its slot only after it"),
+    Fault("stream_bom", False,
+          "a stream begins with a byte order mark"),
     Fault("stream_breaks", "no",
           "how a stream goes wrong: an error event; silence; the engine crashes; the model is unloaded; an "
           "end without terminator (eof), a connection ended or reset, each also in mid-event",
@@ -183,6 +218,9 @@ class FaultError(ValueError):
     """A fault that does not exist, or a value that it cannot have."""
 
 
+LIMITS = ("times", "seconds", "model", "route", "chance")
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
     value: Value
@@ -190,6 +228,8 @@ class Rule:
     model: str | None = None
     route: str | None = None
     chance: float | None = None
+    seconds: float | None = None
+    ends_at: float | None = None
 
     def fits(self, model: str | None, route: str | None, path: str | None) -> bool:
         if self.model is not None and (model is None or model.lower() != self.model.lower()):
@@ -199,7 +239,7 @@ class Rule:
         return route in ROUTE_GROUPS.get(self.route, ())
 
     def shown(self) -> Any:
-        limits = {name: getattr(self, name) for name in ("times", "model", "route", "chance")}
+        limits = {name: getattr(self, name) for name in LIMITS}
         limits = {name: limit for name, limit in limits.items() if limit is not None}
         return {"value": self.value, **limits} if limits else self.value
 
@@ -207,8 +247,9 @@ class Rule:
 class Faults:
     """The switches as they stand. `take` spends one of a rule's `times`, `look` does not."""
 
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, rng: random.Random, clock: Clock) -> None:
         self._rng = rng
+        self._clock = clock
         self._rules: dict[str, list[Rule]] = {}
         self.fired: dict[str, int] = {}
         self.watchers: list[Callable[[list[str]], None]] = []
@@ -219,11 +260,29 @@ class Faults:
         checked = {name: _rules(name, value) for name, value in changes.items()}
         for name, rules in checked.items():
             if rules:
-                self._rules[name] = rules
+                self._rules[name] = [self._timed(rule) for rule in rules]
             else:
                 self._rules.pop(name, None)
+        self._tell(list(checked))
+
+    def _timed(self, rule: Rule) -> Rule:
+        if rule.seconds is None:
+            return rule
+        timer = self._clock.call_later(rule.seconds, self._time_is_up)
+        return replace(rule, ends_at=timer.when)
+
+    def _time_is_up(self) -> None:
+        now, over = self._clock.now(), []
+        for name, rules in self._rules.items():
+            left = [rule for rule in rules if rule.ends_at is None or rule.ends_at > now]
+            if len(left) < len(rules):
+                self._rules[name] = left
+                over.append(name)
+        self._tell(over)
+
+    def _tell(self, names: list[str]) -> None:
         for watcher in list(self.watchers):
-            watcher(list(checked))
+            watcher(names)
 
     def reset(self) -> None:
         self.patch(dict.fromkeys(self._rules))
@@ -309,14 +368,14 @@ def _rule(fault: Fault, entry: Any) -> Rule:
     if not isinstance(entry, dict):
         return Rule(_checked(fault, entry))
     for field in entry:
-        if field not in ("value", "times", "model", "route", "chance"):
+        if field not in ("value", *LIMITS):
             raise FaultError(
                 f'{fault.name}: "{field}" limits nothing; '
-                f"a limited value is an object of value, times, model, route, chance"
+                f"a limited value is an object of value, {', '.join(LIMITS)}"
             )
     if "value" not in entry:
         raise FaultError(f'{fault.name}: the object has no "value"')
-    times, model, route, chance = (entry.get(field) for field in ("times", "model", "route", "chance"))
+    times, seconds, model, route, chance = (entry.get(field) for field in LIMITS)
     if times is not None and (type(times) is not int or times < 1):
         raise FaultError(f"{fault.name}: times is {times!r}; write a whole number from 1")
     if model is not None and not isinstance(model, str):
@@ -328,9 +387,15 @@ def _rule(fault: Fault, entry: Any) -> Rule:
                 f'{fault.name}: there is no route "{route}"{_nearest(str(route), known)}'
                 f" (or write a path, beginning with /)"
             )
-    if chance is not None and (isinstance(chance, bool) or not isinstance(chance, (int, float))):
+    if chance is not None and not _is_number(chance):
         raise FaultError(f"{fault.name}: chance is {chance!r}; write a number from 0 to 1")
-    return Rule(_checked(fault, entry["value"]), times, model, route, chance)
+    if seconds is not None and not (_is_number(seconds) and seconds > 0):
+        raise FaultError(f"{fault.name}: seconds is {seconds!r}; write a number above 0")
+    return Rule(_checked(fault, entry["value"]), times, model, route, chance, seconds)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _checked(fault: Fault, value: Any) -> Value:
@@ -348,7 +413,7 @@ def _checked(fault: Fault, value: Any) -> Value:
             return value
         wanted = "a whole number"
     elif isinstance(fault.default, float):
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if _is_number(value):
             return float(value)
         wanted = "a number"
     else:

@@ -3,9 +3,19 @@
 A refusal before the first byte is a JSON error, after it an event inside the stream.
 """
 
+from codecs import BOM_UTF8
 from collections.abc import AsyncGenerator
+from dataclasses import replace
+from hashlib import sha256
 
-from keepalive.simulator.bodies import NATIVE_FIELDS, only_known_fields, prompt_tokens, required
+from keepalive.simulator.bodies import (
+    NATIVE_FIELDS,
+    contents,
+    has_image,
+    only_known_fields,
+    prompt_tokens,
+    required,
+)
 from keepalive.simulator.call import Body, Call
 from keepalive.simulator.exchange import (
     SSE_TYPE,
@@ -17,10 +27,13 @@ from keepalive.simulator.exchange import (
     native_error,
     openai_error,
 )
-from keepalive.simulator.models import Instance, Load, SimModel
-from keepalive.simulator.naming import resolve
+from keepalive.simulator.memory import broken_off
+from keepalive.simulator.models import Instance, Load, SimModel, Stored
+from keepalive.simulator.naming import not_stored, resolve
 from keepalive.simulator.speech import EPOCH, SPEECHES, V0_SPEECHES, Speech, Told, words
 from keepalive.simulator.turn import load_on_demand, loaded, misanswer, process_prompt, work_on
+
+STORING_ROUTES = ("responses", "native_chat")
 
 
 async def infer(call: Call) -> Reply:
@@ -36,14 +49,26 @@ async def infer(call: Call) -> Reply:
     if not stream:
         async for _ in pieces:
             pass
-        return json_reply(speech.whole(answer.finish))
+        reply = json_reply(speech.whole(answer.finish))
+        return _half(call, reply) if call.word("answer") == "half_hang" else reply
     headers = {"Content-Type": SSE_TYPE, "Cache-Control": "no-cache"}
     close = call.flag("close_after_stream")
+    mark = BOM_UTF8 if call.flag("stream_bom") else b""
     if call.flag("headers_before_first_token"):
         answer.begun = True
-        return Reply(200, headers, Body(call, None, pieces), close)
+        return Reply(200, headers, Body(call, mark or None, pieces), close)
     first = await anext(pieces)
-    return Reply(200, headers, Body(call, first, pieces), close)
+    return Reply(200, headers, Body(call, mark + first, pieces), close)
+
+
+def _half(call: Call, reply: Reply) -> Reply:
+    async def silence() -> AsyncGenerator[bytes]:
+        call.leave_hanging()
+        await call.until(lambda: False)
+        yield b""  # never: what makes this a generator
+
+    assert isinstance(reply.body, bytes)
+    return replace(reply, body=Body(call, reply.body[: len(reply.body) // 2], silence()))
 
 
 # is it fit to be answered
@@ -68,6 +93,28 @@ def _check(call: Call, target: Instance | SimModel, speech: Speech) -> None:
         raise openai_error(400, message, code=None)
 
 
+def _went_before(call: Call) -> Stored | None:
+    """What this request goes on from. Where it is not stored, the words of the answer are not known from reality."""
+    ident = call.payload.get("previous_response_id")
+    if ident is None or call.route not in STORING_ROUTES:
+        return None
+    if isinstance(ident, str) and ident in call.machine.stored:
+        return call.machine.stored[ident]
+    raise not_stored(call, str(ident), "previous_response_id")
+
+
+def _check_content(call: Call, model: SimModel) -> None:
+    """What the model's template makes of the messages, and what the model cannot be asked without."""
+    kinds = {"plain" if isinstance(content, str) else "list" for content in contents(call.payload)}
+    how = call.word("content_refused")
+    if how in kinds:
+        wanted = "an iterable, got StringValue" if how == "plain" else "a string, got ArrayValue"
+        message = f'Error rendering prompt with jinja template: "Expected `content` as {wanted}".'
+        raise broken_off(call, message)
+    if call.flag("needs_image") and not has_image(call.payload):
+        raise broken_off(call, f'Model "{model.key}" needs an image in the request.')
+
+
 def _check_reasoning(call: Call, model: SimModel) -> None:
     setting = call.payload.get("reasoning")
     if call.route != "native_chat" or setting is None or setting in model.reasoning:
@@ -86,13 +133,15 @@ def _check_reasoning(call: Call, model: SimModel) -> None:
 def _speech(call: Call) -> Speech:
     payload = call.payload
     options = payload.get("stream_options")
-    native = call.route == "native_chat"
+    before = _went_before(call)
+    made_from = f"{call.machine.mark}:{call.n}"
     told = Told(
         n=call.n,
         created=EPOCH + int(call.machine.clock.now()),
-        prompt_tokens=prompt_tokens(payload),
+        prompt_tokens=prompt_tokens(payload) + (before.tokens if before else 0),
         include_usage=isinstance(options, dict) and options.get("include_usage") is True,
-        stored=payload.get("store") is not False if native or call.route == "responses" else False,
+        response_id=f"resp_{sha256(made_from.encode()).hexdigest()[:48]}",
+        stored=call.route in STORING_ROUTES and payload.get("store") is not False,
         previous=payload.get("previous_response_id"),
         done_after_error=call.flag("done_after_error"),
     )
@@ -127,7 +176,7 @@ class Answer:
             self._call.generation_ended("refused")
             if not self.begun:
                 raise
-            for piece in self._speech.broken(refusal.message):
+            for piece in self._speech.broken(refusal.message, **refusal.fields):
                 yield piece
 
     async def _told(self) -> AsyncGenerator[bytes]:
@@ -148,6 +197,7 @@ class Answer:
                 yield piece
         speech.instance = instance
         await work_on(call, instance)
+        _check_content(call, instance.model)
         began = call.machine.clock.now()
         for piece in speech.prompt(0.0):
             yield piece
@@ -195,6 +245,10 @@ class Answer:
             for piece in speech.word(word, n < thoughts):
                 yield piece
         call.generation_ended("ok")
+        told = speech.told
+        if told.stored:
+            shown = speech.whole(self.finish) if call.route == "responses" else None
+            call.machine.stored[told.response_id] = Stored(told.prompt_tokens + call.tokens, shown)
         for piece in speech.closing(self.finish):
             yield piece
 

@@ -30,6 +30,7 @@ class Happened(StrEnum):
     GENERATION_ENDED = "generation.ended"  # request, model, instance_id, tokens, outcome
     DOWN = "restart.down"  # seconds
     UP = "restart.up"
+    VANISHED = "vanished"  # seconds; ends with restart.up
     FAULTS = "faults.changed"  # names
     TIER = "tier.changed"  # tier
     SDK = "sdk.opened"  # path

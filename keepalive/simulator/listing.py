@@ -11,7 +11,7 @@ from keepalive.simulator.models import Instance, SimModel
 
 
 def load_config(model: SimModel, context_length: int, config: Any) -> dict[str, Any]:
-    if model.kind == "embedding":
+    if model.kind != "llm":
         return {"context_length": context_length}
     base = {
         "context_length": context_length,
@@ -31,7 +31,7 @@ def _v1_row(model: SimModel, memory: Memory, faults: Faults) -> dict[str, Any]:
 
     def config(context_length: int, given: Any) -> dict[str, Any]:
         shown = load_config(model, context_length, given)
-        return shown if model.kind == "embedding" else {**shown, "parallel": parallel}
+        return shown if model.kind != "llm" else {**shown, "parallel": parallel}
 
     instances = [
         {"id": instance.id, "config": config(instance.context_length, instance.config)}
@@ -44,7 +44,7 @@ def _v1_row(model: SimModel, memory: Memory, faults: Faults) -> dict[str, Any]:
             for load in memory.loads_of(model)
         ]
     row: dict[str, Any] = {
-        "type": model.kind,
+        "type": memory.listed_kind(model),
         "publisher": model.publisher,
         "key": model.key,
         "display_name": model.display_name,
@@ -56,7 +56,7 @@ def _v1_row(model: SimModel, memory: Memory, faults: Faults) -> dict[str, Any]:
         "max_context_length": model.max_context_length,
         "format": "gguf",
     }
-    if model.kind == "embedding":
+    if row["type"] == "embedding":
         del row["architecture"]
         return row
     capabilities: dict[str, Any] = {"vision": model.vision, "trained_for_tool_use": True}
@@ -69,7 +69,7 @@ def _v1_row(model: SimModel, memory: Memory, faults: Faults) -> dict[str, Any]:
         **row,
         "capabilities": capabilities,
         "description": None,
-        "variants": [model.variant],
+        "variants": model.variants,
         "selected_variant": model.variant,
     }
 
@@ -89,14 +89,18 @@ def v0_rows(model: SimModel, memory: Memory, faults: Faults) -> list[dict[str, A
     if not faults.flag("v0_shows_loading", model.key):
         loading = []
     ids = dict.fromkeys([model.key, *listed, *loading])
-    return [_v0_row(model, ident, listed.get(ident), ident in loading) for ident in ids]
+    return [
+        _v0_row(model, ident, listed.get(ident), ident in loading, memory.listed_kind(model)) for ident in ids
+    ]
 
 
-def _v0_row(model: SimModel, ident: str, instance: Instance | None, loading: bool) -> dict[str, Any]:
+def _v0_row(
+    model: SimModel, ident: str, instance: Instance | None, loading: bool, kind: str
+) -> dict[str, Any]:
     row: dict[str, Any] = {
         "id": ident,
         "object": "model",
-        "type": "embeddings" if model.kind == "embedding" else "vlm" if model.vision else "llm",
+        "type": "embeddings" if kind == "embedding" else "vlm" if model.vision else "llm",
         "publisher": model.publisher,
         "arch": model.architecture,
         "compatibility_type": "gguf",

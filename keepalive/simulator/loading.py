@@ -41,13 +41,16 @@ def _begun(call: Call) -> Load:
         if not isinstance(value, kind) or (kind is int and value is True):
             message = f'"{field}" must be {kind.__name__}'
             raise native_error(400, "invalid_request", message, code="invalid_type", param=field)
-    model = call.machine.memory.find(fields["model"])
+    memory, asked = call.machine.memory, fields["model"]
+    model = memory.find(asked)
     if model is None:
-        raise unknown_model(call, fields["model"])
+        raise unknown_model(call, asked)
     own = ("model", "context_length", "echo_load_config")
     config = {field: value for field, value in fields.items() if field not in own}
     context = fields.get("context_length")
-    return call.machine.memory.start_load(model, "rest", call.fault, context_length=context, config=config)
+    return memory.start_load(
+        model, "rest", call.fault, context_length=context, config=config, variant=memory.variant(model, asked)
+    )
 
 
 def unload(call: Call) -> Reply:
@@ -73,7 +76,7 @@ def download(call: Call) -> Reply:
 
 def _load_reply(call: Call, load: Load) -> dict[str, Any]:
     reply: dict[str, Any] = {
-        "type": load.model.kind,
+        "type": call.machine.memory.listed_kind(load.model),
         "instance_id": load.instance_id,
         "load_time_seconds": round(load.instance.load_seconds, 3) if load.instance else 0.0,
         "status": "loaded",

@@ -11,7 +11,7 @@ from keepalive.simulator.exchange import Cut
 from keepalive.simulator.faults import Faults
 from keepalive.simulator.journal import Event, Happened, Journal
 from keepalive.simulator.memory import Memory
-from keepalive.simulator.models import DEFAULT_MODELS, Guest, Instance, Load, SimModel
+from keepalive.simulator.models import DEFAULT_MODELS, Guest, Instance, Load, SimModel, Stored
 
 Tier = Literal["v1", "v0", "openai"]
 TIERS: tuple[Tier, ...] = get_args(Tier)
@@ -30,10 +30,13 @@ class Machine:
     ) -> None:
         self.clock = Clock()
         self.journal = Journal(self.clock.now)
-        self.faults = Faults(rng or random.Random(0))  # noqa: S311 - a simulation, not a secret
+        self.faults = Faults(rng or random.Random(0), self.clock)  # noqa: S311 - a simulation, not a secret
         self.memory = Memory(models, self.clock, self.faults, self.journal)
         self.tier: Tier = tier
         self.up = True
+        self.vanished = False
+        self.stored: dict[str, Stored] = {}  # by their response ids
+        self.mark = ""  # goes into response ids: two servers must not give the same ones
         # Whoever owns sockets for this studio hears of a restart: False as it goes down, True as it is back.
         self.on_power: list[Callable[[bool], None]] = []
         self._return: Timer | None = None
@@ -56,6 +59,7 @@ class Machine:
     ) -> Load:
         """Somebody loads a model by hand. With `seconds=0` it is there when this returns."""
         found = self._known(model)
+        variant = self.memory.variant(found, model)
         if identifier is not None and identifier in (self.memory.instances.keys() | self.memory.loads.keys()):
             raise ValueError(f'an instance with the identifier "{identifier}" already exists')
 
@@ -63,7 +67,13 @@ class Machine:
             return self.faults.take(name, found.key)
 
         return self.memory.start_load(
-            found, "by hand", take, seconds=seconds, context_length=context_length, identifier=identifier
+            found,
+            "by hand",
+            take,
+            seconds=seconds,
+            context_length=context_length,
+            identifier=identifier,
+            variant=variant,
         )
 
     def evict(self, name: str) -> None:
@@ -84,18 +94,26 @@ class Machine:
         """LM Studio ends and starts again: nobody listens for a while, every answer breaks off, nothing is
         loaded."""
         self.journal.write(Happened.DOWN, seconds=down_seconds)
-        self.up = False
-        self.memory.forget_all()
+        self._go()
         for call in list(self.calls.values()):
             call.fail(Cut("fin"))
         for tell in list(self.on_power):
             tell(False)
-        if self._return is not None:
-            self._return.cancel()  # a restart during a restart counts from its own beginning
         if down_seconds > 0:
             self._return = self.clock.call_later(down_seconds, self._back)
         else:
             self._back()
+
+    def vanish(self, seconds: float) -> None:
+        """The power goes, or the cable: no connection is ended, every open exchange is silent for good. What stands
+        there after `seconds` began anew and knows of none of them."""
+        self.journal.write(Happened.VANISHED, seconds=seconds)
+        self._go()
+        self.vanished = True
+        for call in self.calls.values():
+            call.leave_hanging()
+        self.calls.clear()
+        self._return = self.clock.call_later(seconds, self._back)
 
     def set_tier(self, tier: Tier) -> None:
         if tier not in TIERS:
@@ -117,9 +135,20 @@ class Machine:
 
     # inner
 
+    def _go(self) -> None:
+        self.up = False
+        self.memory.forget_all()
+        if self.faults.flag("restart_forgets_responses"):
+            self.stored.clear()
+        if self._return is not None:
+            self._return.cancel()  # a restart during a restart counts from its own beginning
+
     def _back(self) -> None:
         self.up = True
         self.journal.write(Happened.UP)
+        if self.vanished:
+            self.vanished = False
+            return  # its port was never closed
         for tell in list(self.on_power):
             tell(True)
 

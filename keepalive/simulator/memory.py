@@ -21,6 +21,7 @@ from keepalive.simulator.models import Guest, Instance, Load, Owner, SimModel
 CRASH = "The model has crashed without additional information. (Exit code: null)"  # E10
 UNLOADED_IN_QUEUE = "Model was unloaded while the request was still in queue.."  # E11, two dots
 UNLOADED = "Model unloaded."  # E12
+IS_UNLOADED = "Model is unloaded."  # E12, on a request that had not begun
 RELOADED = "Model reloaded."  # E13
 CANCELLED = "Operation canceled"  # E14
 GUARDRAIL = (
@@ -30,7 +31,7 @@ GUARDRAIL = (
 
 
 def broken_off(call: Guest, message: str) -> Refusal:
-    """E10 to E13 come flat on most records, in the route's layout on some; always 400."""
+    """E10 to E13, and a template that fails, come flat on most records, in the route's layout on some; always 400."""
     if call.route == "native_chat":
         return native_error(400, "internal_error", message)
     if call.flag("flat_errors"):
@@ -55,12 +56,22 @@ class Memory:
     # finding
 
     def find(self, asked: str) -> SimModel | None:
-        """A model on disk by its key or variant, in any letter case."""
+        """A model on disk by its key or one of its variants, in any letter case."""
         wanted = asked.lower()
         for model in self.models.values():
-            if wanted in (model.key.lower(), model.variant.lower()):
+            if wanted == model.key.lower() or self.variant(model, asked):
                 return model
         return None
+
+    def variant(self, model: SimModel, asked: str) -> str | None:
+        """The variant that a name tells; none where it is the bare key."""
+        return next((name for name in model.variants if name.lower() == asked.lower()), None)
+
+    def listed_kind(self, model: SimModel) -> str:
+        """LM Studio knows two types; a reranker is one of them."""
+        if model.kind != "reranker":
+            return model.kind
+        return str(self._faults.look("reranker_listed_as", model.key))
 
     def copies(self, model: SimModel) -> list[Instance]:
         return [instance for instance in self.instances.values() if instance.model is model]
@@ -74,8 +85,8 @@ class Memory:
     def holds(self, instance: Instance) -> bool:
         return self.instances.get(instance.id) is instance
 
-    def chat_models(self) -> list[SimModel]:
-        return list({i.model.key: i.model for i in self.instances.values() if i.model.kind == "llm"}.values())
+    def loaded(self, kind: str) -> list[SimModel]:
+        return list({i.model.key: i.model for i in self.instances.values() if i.model.kind == kind}.values())
 
     # loading
 
@@ -90,11 +101,13 @@ class Memory:
         config: Mapping[str, object] | None = None,
         seconds: float | None = None,
         identifier: str | None = None,
+        variant: str | None = None,
     ) -> Load:
         own = float(take("load_seconds"))
         load = Load(
-            instance_id=identifier or self._free_id(model),
+            instance_id=identifier or self._free_id(model, variant),
             model=model,
+            variant=variant or model.variant,
             owner=owner,
             context_length=context_length or model.usual_context_length,
             config=dict(config or {}),
@@ -114,14 +127,16 @@ class Memory:
         self._begin_loads()
         return load
 
-    def _free_id(self, model: SimModel) -> str:
+    def _free_id(self, model: SimModel, variant: str | None) -> str:
+        named = variant is not None and self._faults.look("variant_ids", model.key) == "variant"
+        name = variant if variant is not None and named else model.key
         taken = self.instances.keys() | self.loads.keys()
-        if model.key not in taken:
-            return model.key
+        if name not in taken:
+            return name
         n = 2
-        while f"{model.key}:{n}" in taken:
+        while f"{name}:{n}" in taken:
             n += 1
-        return f"{model.key}:{n}"
+        return f"{name}:{n}"
 
     def _begin_loads(self) -> None:
         for load in list(self.loads.values()):
@@ -159,6 +174,7 @@ class Memory:
         instance = Instance(
             id=load.instance_id,
             model=load.model,
+            variant=load.variant,
             owner=load.owner,
             context_length=load.context_length,
             config=load.config,

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from keepalive.simulator.clock import Timer
 
-ModelKind = Literal["llm", "embedding"]
+ModelKind = Literal["llm", "embedding", "reranker"]
 Owner = Literal["rest", "jit", "by hand"]
 
 
@@ -22,7 +22,8 @@ class SimModel:
     default_context_length: int = 4_096
     architecture: str = "llama"
     params: str | None = None
-    quantization: str = "Q4_K_M"
+    quantization: str = "Q4_K_M"  # the variant that is selected
+    further: tuple[str, ...] = ()  # quantizations that lie on the disk beside it
     vision: bool = False
     reasoning: tuple[str, ...] = ()  # allowed settings; with any, answers begin with reasoning
 
@@ -40,7 +41,11 @@ class SimModel:
 
     @property
     def variant(self) -> str:
-        return f"{self.key}@{self.quantization.lower()}"
+        return self.variants[0]
+
+    @property
+    def variants(self) -> list[str]:
+        return [f"{self.key}@{name.lower()}" for name in (self.quantization, *self.further)]
 
 
 DEFAULT_MODELS = (
@@ -94,6 +99,7 @@ class Instance:
 
     id: str
     model: SimModel
+    variant: str
     owner: Owner
     context_length: int
     config: Mapping[str, object]
@@ -119,6 +125,7 @@ class Load:
 
     instance_id: str
     model: SimModel
+    variant: str
     owner: Owner
     context_length: int
     config: Mapping[str, object]
@@ -147,22 +154,36 @@ class Load:
         return min(0.99, (now - self.started_at) / self.seconds) if self.seconds > 0 else 0.99
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An answer that the server keeps, for whoever goes on from it."""
+
+    tokens: int  # of the whole conversation so far
+    response: (
+        Mapping[str, object] | None
+    )  # as `GET /v1/responses/ID` shows it; LM Studio's own chat has no such route
+
+
 _SECONDS = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m)?")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)(B|KB|MB|GB|TB)", re.IGNORECASE)
 _SIZE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def parse_model(text: str) -> SimModel:
-    """`KEY[:load time[:size]]`, as in `medicine-llm:12s:8GB`. A key with "embed" in it is an embedding
-    model."""
-    key, _, rest = text.strip().partition(":")
+    """`KEY[@VARIANT,…][:load time[:size]]`, as in `medicine-llm:12s:8GB`; the first variant is the one selected.
+    A key with "embed" in it is an embedding model, one with "rerank" a reranker."""
+    name, _, rest = text.strip().partition(":")
     seconds, _, size = rest.partition(":")
+    key, _, variants = name.partition("@")
+    quantization, *further = variants.upper().split(",") if variants else ["Q4_K_M"]
     if not key:
         raise ValueError(f'model "{text}" has no key; write KEY[:seconds[:size]], as in medicine-llm:12s:8GB')
     embedding = "embed" in key.lower()
     return SimModel(
         key,
-        kind="embedding" if embedding else "llm",
+        kind="embedding" if embedding else "reranker" if "rerank" in key.lower() else "llm",
+        quantization=quantization,
+        further=tuple(further),
         size_bytes=_parse_size(text, size) if size else 84_000_000 if embedding else 2_500_000_000,
         load_seconds=_parse_seconds(text, seconds) if seconds else 1.0 if embedding else 3.0,
         max_context_length=2_048 if embedding else 32_768,

@@ -74,7 +74,10 @@ class SdkSession:
                 return {"result": _loaded(memory, self._kind, 1000 * EPOCH + round(1000 * memory.now()))}
             case "listDownloadedModels":
                 models = memory.models.values()
-                rows = [{"type": m.kind, "modelKey": m.key, "sizeBytes": m.size_bytes} for m in models]
+                rows = [
+                    {"type": memory.listed_kind(m), "modelKey": m.key, "sizeBytes": m.size_bytes}
+                    for m in models
+                ]
                 return {"result": rows}
             case "version":
                 return {"result": {"version": "0.4.25", "build": 1}}
@@ -116,7 +119,7 @@ def _loaded(memory: Memory, kind: str, now_ms: int) -> list[dict[str, Any]]:
     return [
         _row(memory, instance, now_ms)
         for instance in memory.instances.values()
-        if instance.model.kind == kind
+        if memory.listed_kind(instance.model) == kind
     ]
 
 
@@ -124,7 +127,7 @@ def _row(memory: Memory, instance: Instance, now_ms: int) -> dict[str, Any]:
     model = instance.model
     used = None if instance.last_used is None else now_ms - round(1000 * instance.idle_seconds(memory.now()))
     return {
-        "type": model.kind,
+        "type": memory.listed_kind(model),
         "modelKey": model.key,
         "format": "gguf",
         "displayName": model.display_name,

@@ -31,9 +31,12 @@ log = logging.getLogger("keepalive.simulator")
 class Server:
     """A listening simulator. `async with await serve(studio) as server:` or `close()` at the end."""
 
-    def __init__(self, studio: Studio, host: str) -> None:
+    def __init__(self, studio: Studio, host: str, prefix: str = "") -> None:
+        if prefix and (not prefix.startswith("/") or prefix.endswith("/")):
+            raise ValueError(f'the prefix is "{prefix}"; write it as /lm, with no slash at its end')
         self.studio = studio
         self.host = host
+        self.prefix = prefix
         self.port = 0
         # aiohttp logs a malformed request with its bytes; they may hold a secret, and here they are meant.
         quiet = logging.getLogger("keepalive.simulator.http")
@@ -55,7 +58,7 @@ class Server:
     @property
     def url(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.port}"
+        return f"http://{host}:{self.port}{self.prefix}"
 
     async def __aenter__(self) -> Self:
         return self
@@ -115,6 +118,9 @@ class Server:
 
     async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
         path, _, query = request.raw_path.partition("?")
+        if not f"{path}/".startswith(f"{self.prefix}/"):
+            return web.Response(status=404, text="Not Found")  # of whoever publishes it under that path
+        path = path.removeprefix(self.prefix) or "/"
         if request.headers.get("Upgrade", "").lower() == "websocket" and path in SDK_PATHS:
             return await self._tunnel(request, path)
         if request.headers.get("Expect", "").lower() == "100-continue" and request.transport:
@@ -190,9 +196,10 @@ class Server:
         return tunnel
 
 
-async def serve(studio: Studio, host: str = "127.0.0.1", port: int = 0) -> Server:
-    """Listen. Port 0 takes a free one; `server.url` says which."""
-    server = Server(studio, host)
+async def serve(studio: Studio, host: str = "127.0.0.1", port: int = 0, prefix: str = "") -> Server:
+    """Listen. Port 0 takes a free one; `server.url` says which. With a prefix everything stands under that path."""
+    server = Server(studio, host, prefix)
     await server.listen(port)
+    studio.mark = studio.mark or str(server.port)
     studio.on_power.append(server._power)
     return server

@@ -49,6 +49,7 @@ class Told:
     created: int
     prompt_tokens: int
     include_usage: bool = False
+    response_id: str = ""
     stored: bool = False
     previous: str | None = None
     done_after_error: bool = False
@@ -102,7 +103,7 @@ class Speech:
     def closing(self, finish: str) -> list[bytes]:
         raise NotImplementedError
 
-    def broken(self, message: str) -> list[bytes]:
+    def broken(self, message: str, **fields: Any) -> list[bytes]:
         raise NotImplementedError
 
     def whole(self, finish: str) -> dict[str, Any]:
@@ -147,8 +148,8 @@ class Chat(Speech):
             events.append(self._chunk([], usage=self._usage()))
         return [*events, b"data: [DONE]\n\n"]
 
-    def broken(self, message: str) -> list[bytes]:
-        error = {"message": message, "type": "server_error", "param": None, "code": None}
+    def broken(self, message: str, **fields: Any) -> list[bytes]:
+        error = {"message": message, "type": "server_error", "param": None, "code": None, **fields}
         return [
             event("error", {"error": error}),
             *([b"data: [DONE]\n\n"] if self.told.done_after_error else []),
@@ -261,7 +262,7 @@ class Responses(Speech):
             "output_tokens_details": {"reasoning_tokens": 0},
         }
         return {
-            "id": f"resp_sim{self.told.n:06d}",
+            "id": self.told.response_id,
             "object": "response",
             "created_at": self.told.created,
             "status": status,
@@ -310,8 +311,13 @@ class Responses(Speech):
             self._event("response.completed", response=self._response("completed")),
         ]
 
-    def broken(self, message: str) -> list[bytes]:
-        return [self._event("error", code="server_error", message=message, param=None)]
+    def broken(self, message: str, **fields: Any) -> list[bytes]:
+        return [
+            event(
+                "error",
+                {"code": "server_error", "message": message, "param": None, **fields, "type": "error"},
+            )
+        ]
 
     def whole(self, finish: str) -> dict[str, Any]:
         return self._response("completed")
@@ -356,8 +362,8 @@ class Messages(Speech):
             self._event("message_stop"),
         ]
 
-    def broken(self, message: str) -> list[bytes]:
-        return [self._event("error", error={"type": "api_error", "message": message})]
+    def broken(self, message: str, **fields: Any) -> list[bytes]:
+        return [self._event("error", error={"type": "api_error", "message": message, **fields})]
 
     def whole(self, finish: str) -> dict[str, Any]:
         return self._message([{"type": "text", "text": self.text}], self._stop(finish), self.tokens)
@@ -415,8 +421,8 @@ class Native(Speech):
             ends = [self._event("reasoning.end")]
         return [*ends, self._event("chat.end", result=self.whole(finish))]
 
-    def broken(self, message: str) -> list[bytes]:
-        error = {"type": "internal_error", "message": message}
+    def broken(self, message: str, **fields: Any) -> list[bytes]:
+        error = {"type": "internal_error", "message": message, **fields}
         return [self._event("error", error=error), self._event("chat.end", result=self.whole("stop"))]
 
     def whole(self, finish: str) -> dict[str, Any]:
@@ -435,7 +441,7 @@ class Native(Speech):
             stats["model_load_time_seconds"] = round(self.load_seconds, 3)
         result: dict[str, Any] = {"model_instance_id": self.model, "output": output, "stats": stats}
         if self.told.stored:
-            result["response_id"] = f"resp_{self.told.n:048x}"
+            result["response_id"] = self.told.response_id
         return result
 
 

@@ -12,11 +12,22 @@ What real servers were not seen to do is a switch, with the believed behaviour a
 import asyncio
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import unquote
 
 from keepalive.simulator import control
-from keepalive.simulator.bodies import parsed
+from keepalive.simulator.bodies import inflated, parsed
 from keepalive.simulator.call import Body, Call
-from keepalive.simulator.exchange import Cut, Hang, Refusal, Reply, Request, flat, json_reply, native_error
+from keepalive.simulator.exchange import (
+    Cut,
+    Hang,
+    Refusal,
+    Reply,
+    Request,
+    flat,
+    json_reply,
+    loading_model,
+    native_error,
+)
 from keepalive.simulator.faults import INFERENCE_ROUTES, LIST_ROUTES, FaultError
 from keepalive.simulator.inference import infer
 from keepalive.simulator.journal import Happened
@@ -24,18 +35,20 @@ from keepalive.simulator.listing import answer_listing
 from keepalive.simulator.loading import download, load, unload
 from keepalive.simulator.machine import TIERS, Machine, Tier
 from keepalive.simulator.models import SimModel
-from keepalive.simulator.vectors import embed
+from keepalive.simulator.naming import not_stored
+from keepalive.simulator.vectors import embed, rerank
 
 __all__ = ["TIERS", "Cut", "FaultError", "Hang", "Reply", "Request", "SimModel", "Studio", "Tier"]
 
-# method and path -> route, and the tiers that have it. `/api/v0/models/{id}` and downloads carry an id: see
-# _route.
+# method and path -> route, and the tiers that have it. `/api/v0/models/{id}`, stored responses and downloads carry
+# an id: see _route.
 PATHS: Mapping[tuple[str, str], tuple[str, tuple[Tier, ...]]] = {
     ("GET", "/lmstudio-greeting"): ("greeting", ("v1", "v0")),
     ("GET", "/v1/models"): ("list_openai", ("v1", "v0", "openai")),
     ("POST", "/v1/chat/completions"): ("chat", ("v1", "v0", "openai")),
     ("POST", "/v1/completions"): ("completions", ("v1", "v0", "openai")),
     ("POST", "/v1/embeddings"): ("embeddings", ("v1", "v0", "openai")),
+    ("POST", "/v1/rerank"): ("rerank", ("v1", "v0", "openai")),
     ("POST", "/v1/responses"): ("responses", ("v1", "v0")),
     ("POST", "/v1/messages"): ("messages", ("v1",)),
     ("GET", "/api/v0/models"): ("list_v0", ("v1", "v0")),
@@ -61,6 +74,8 @@ class Studio(Machine):
     async def handle(self, request: Request) -> Reply:
         """Answer a request. Raises `Cut` when the connection breaks before a status line; for a request
         that is never answered it never returns."""
+        if self.vanished:
+            await asyncio.get_running_loop().create_future()  # it does not even refuse
         if not self.up:
             raise Cut("refused")
         if request.path == "/simulator" or request.path.startswith("/simulator/"):
@@ -96,6 +111,10 @@ class Studio(Machine):
             route, tiers = "model_v0", ("v1", "v0")
         elif request.method == "GET" and path.startswith("/api/v1/models/download/status/"):
             route, tiers = "download", ("v1",)
+        elif request.method in ("GET", "DELETE") and path.startswith("/v1/responses/"):
+            route, tiers = "stored", ("v1", "v0")
+        if route == "rerank" and not any(model.kind == "reranker" for model in self.memory.models.values()):
+            route = "unknown"
         return route if self.tier in tiers else "unknown"
 
     async def _answer(self, call: Call) -> Reply:
@@ -113,6 +132,9 @@ class Studio(Machine):
         )
         if call.flag("stalled"):
             await call.until(lambda: not self.faults.flag("stalled", call.key or call.asked, call.route))
+        when = call.word("loading_503")
+        if when == "always" or (when == "during_loads" and self.memory.loads):
+            return loading_model(int(call.number("loading_retry_after")))
         self._check_token(call)
         if call.route == "unknown":
             return self._unknown_route(call)
@@ -125,6 +147,10 @@ class Studio(Machine):
         match call.route:
             case "embeddings":
                 return await embed(call)
+            case "rerank":
+                return await rerank(call)
+            case "stored":
+                return self._stored(call)
             case "load":
                 return await load(call)
             case "unload":
@@ -141,7 +167,10 @@ class Studio(Machine):
         if call.request.method != "POST" or call.route == "unknown":
             return None
         try:
-            payload = parsed(call.request.body)
+            body = inflated(call.request.body, call.request.headers.get("content-encoding", ""))
+            payload = parsed(body)
+        except Refusal as refusal:
+            return refusal
         except ValueError:
             if call.request.path.startswith("/api/v1/"):
                 return native_error(400, "invalid_request", "Invalid JSON in the request body")
@@ -157,8 +186,12 @@ class Studio(Machine):
         return None
 
     def _check_token(self, call: Call) -> None:
+        if call.route == "greeting":
+            return
+        if call.flag("unauthorized"):
+            raise native_error(401, "invalid_request", "Unauthorized", code="invalid_api_key")
         token = call.word("auth_token")
-        if not token or call.route == "greeting":
+        if not token:
             return
         if call.route not in INFERENCE_ROUTES and call.flag("auth_on_chat_only"):
             return
@@ -177,6 +210,16 @@ class Studio(Machine):
         # E3. The real server echoes the beginning of what it was given; a client must not log that.
         message = f"Malformed LM Studio API token provided: {given[:4]}..."
         raise native_error(status, "invalid_request", message, code="invalid_api_key")
+
+    def _stored(self, call: Call) -> Reply:
+        ident = unquote(call.request.path.rstrip("/").removeprefix("/v1/responses/"))
+        kept = self.stored.get(ident)
+        if kept is None or kept.response is None:
+            raise not_stored(call, ident, "response_id")
+        if call.request.method == "GET":
+            return json_reply(kept.response)
+        del self.stored[ident]
+        return json_reply({"id": ident, "object": "response", "deleted": True})
 
     def _unknown_route(self, call: Call) -> Reply:
         """E1: 200 in all recorded versions, but two reports say 404."""

@@ -1,8 +1,8 @@
 """A request's turn at a model: loaded on demand, its wait for a slot, its prompt, and the ways to lose the turn."""
 
 from keepalive.simulator.call import Call
-from keepalive.simulator.exchange import Refusal, Reply, native_error, openai_error, spoiled
-from keepalive.simulator.memory import CRASH, RELOADED, UNLOADED, UNLOADED_IN_QUEUE, broken_off
+from keepalive.simulator.exchange import Refusal, Reply, context_exceeded, native_error, openai_error, spoiled
+from keepalive.simulator.memory import CRASH, IS_UNLOADED, RELOADED, UNLOADED, UNLOADED_IN_QUEUE, broken_off
 from keepalive.simulator.models import Instance, Load, SimModel
 
 # `ttl` means something on these alone; `/v1/responses` takes and ignores it (measured on 0.4.25).
@@ -24,11 +24,14 @@ def idle_ttl(call: Call) -> float | None:
 
 
 def load_on_demand(call: Call, model: SimModel) -> Load:
-    running = call.machine.memory.loads_of(model)
+    wanted = call.variant or model.variant
+    running = [load for load in call.machine.memory.loads_of(model) if load.variant == wanted]
     if running and (call.machine.tier == "openai" or not call.flag("jit_stampede")):
         load = running[0]
     else:
-        load = call.machine.memory.start_load(model, "jit", call.fault, ttl_seconds=idle_ttl(call))
+        load = call.machine.memory.start_load(
+            model, "jit", call.fault, ttl_seconds=idle_ttl(call), variant=call.variant
+        )
     call.phase = "loading"
     call.load = load
     load.waiters.append(call)
@@ -52,6 +55,8 @@ def loaded(call: Call, load: Load) -> Instance:
 
 async def work_on(call: Call, instance: Instance) -> None:
     """Wait for a slot of an instance. From here on the instance's fate is the request's."""
+    if call.word("answer") == "is_unloaded":
+        raise broken_off(call, IS_UNLOADED)
     if not call.machine.memory.holds(instance):
         raise broken_off(call, UNLOADED_IN_QUEUE)  # thrown out between its load and this line
     call.key = instance.model.key
@@ -79,8 +84,10 @@ async def process_prompt(call: Call, seconds: float) -> None:
 async def misanswer(call: Call, instance: Instance, usual: Reply) -> None:
     """The `answer` fault, where a request's turn has come and its answer would begin."""
     match call.word("answer"):
-        case "ok" | "json_despite_stream":
+        case "ok" | "json_despite_stream" | "half_hang":
             return
+        case "context_length":
+            raise context_exceeded(instance.context_length, instance.context_length + 1)
         case "crash":
             call.machine.memory.crash(instance, call.flag("crash_stays_listed"))
             await call.until(lambda: False)

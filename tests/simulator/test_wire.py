@@ -1,6 +1,7 @@
 """The simulator on real loopback sockets: what is a matter of bytes and connections."""
 
 import asyncio
+import gzip
 import json
 import re
 import signal
@@ -488,3 +489,101 @@ async def test_a_mistake_on_the_command_line_is_said_and_ends_it() -> None:
     _, said = await asyncio.wait_for(program.communicate(), 20)
 
     assert (program.returncode, said) == (3, b'there is no fault "jitt"; did you mean "jit"?\n')
+
+
+# under a path, compressed, gone without a word
+
+
+async def test_everything_stands_under_the_prefix_and_nothing_outside_of_it() -> None:
+    studio = Studio([CHAT], faults={"websocket": "echo"})
+    async with await serve(studio, prefix="/lm") as server, aiohttp.ClientSession() as session:
+        root = server.url.removesuffix("/lm")
+        async with session.get(f"{server.url}/lmstudio-greeting") as greeting:
+            greeted = await greeting.json()
+        async with session.get(f"{server.url}/simulator/state") as state:
+            shown = await state.json()
+        outside = []
+        for path in ("/lmstudio-greeting", "/simulator/state", "/lmx/v1/models", "/llm"):
+            async with session.get(f"{root}{path}") as reply:
+                outside.append(reply.status)
+        async with session.ws_connect(f"{server.url}/llm") as tunnel:
+            await tunnel.send_bytes(b"\x00there")
+            echoed = await tunnel.receive_bytes()
+
+    assert server.url == f"{root}/lm"
+    assert greeted == {"lmstudio": True}
+    assert shown["models"][0]["key"] == CHAT.key
+    assert outside == [404] * 4
+    assert echoed == b"\x00there"
+    assert [event["path"] for event in studio.log() if event["kind"] == "request"] == ["/lmstudio-greeting"]
+
+
+@pytest.mark.parametrize("prefix", ["lm", "/lm/", "/"])
+def test_a_prefix_is_written_in_one_way(prefix: str) -> None:
+    with pytest.raises(ValueError, match="write it as /lm"):
+        Server(Studio(), "127.0.0.1", prefix)
+
+
+async def test_a_compressed_body_arrives_as_it_was_sent(client: httpx.AsyncClient) -> None:
+    body = gzip.compress(json.dumps({"model": CHAT.key, "input": "x"}).encode())
+    sent = {"content-encoding": "gzip", "content-type": "application/json"}
+
+    whole = await client.post("/v1/responses", content=body, headers=sent)
+    cut = await client.post("/v1/responses", content=body[:-5], headers=sent)
+
+    assert (whole.status_code, cut.status_code) == (200, 400)
+
+
+async def test_two_servers_give_different_response_ids(server: Server, client: httpx.AsyncClient) -> None:
+    asked = {"model": CHAT.key, "input": "x"}
+    async with await serve(Studio([CHAT])) as other, httpx.AsyncClient(base_url=other.url) as there:
+        ids = [(await each.post("/v1/responses", json=asked)).json()["id"] for each in (client, there)]
+        lost = await there.post("/v1/responses", json={**asked, "previous_response_id": ids[0]})
+
+    assert len(set(ids)) == 2
+    assert lost.status_code == 404
+
+
+async def test_what_vanishes_ends_no_connection_and_answers_nobody_until_it_is_back(
+    server: Server, client: httpx.AsyncClient
+) -> None:
+    server.studio.load(CHAT.key, seconds=0)
+    server.studio.set_faults(token_seconds=0.02, answer_tokens=100_000)
+    reader, writer = await connect(server)
+    writer.write(stream_request())
+    await reader.readuntil(b"data: ")
+    vanishing = await client.post("/simulator/vanish", json={"seconds": 3600})
+    gone = asyncio.Event()
+    server.studio.journal.watchers.append(lambda event: event["kind"] == "vanished" and gone.set())
+    await asyncio.wait_for(gone.wait(), 10)
+    newcomer = asyncio.create_task(client.get("/api/v1/models", timeout=60))
+    while not reader.at_eof():
+        try:
+            await asyncio.wait_for(reader.read(65_536), 1)
+        except TimeoutError:
+            break  # silent, and not ended
+    waiting = not newcomer.done()
+    newcomer.cancel()
+    server.studio.advance(3600)
+    back = await client.get("/api/v1/models")
+
+    assert vanishing.json() == {"status": "vanishing", "seconds": 3600}
+    assert waiting
+    assert not reader.at_eof()
+    assert back.json()["models"][0]["loaded_instances"] == []
+    writer.close()
+
+
+async def test_half_of_an_answer_arrives_and_then_nothing(server: Server) -> None:
+    server.studio.set_faults(answer="half_hang")
+    reader, writer = await connect(server)
+    writer.write(request("/v1/chat/completions", {"model": CHAT.key}))
+    head = await reader.readuntil(b"\r\n\r\n")
+    half = await reader.readuntil(b'{"id":')
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(reader.readuntil(b"0\r\n\r\n"), 0.5)
+    writer.close()
+    await settle(server)
+
+    assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert half.endswith(b'{"id":')
