@@ -136,7 +136,8 @@ def simulate(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="KEY[:SECONDS[:SIZE]]", help="A model, how long it loads, its size. Repeatable."
+            metavar="KEY[@VARIANT,...][:SECONDS[:SIZE]]",
+            help="A model, its variants (the first is selected), how long it loads, its size. Repeatable.",
         ),
     ] = None,
     tier: Annotated[

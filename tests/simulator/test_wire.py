@@ -462,23 +462,28 @@ async def test_a_malformed_request_is_refused_and_not_printed(
     assert "CANARY" not in caplog.text + "".join(capfd.readouterr())
 
 
-async def test_it_runs_as_a_program_and_ends_well_on_sigterm() -> None:
-    program = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "keepalive.simulator", "--port", "0", "--model", "a/b:2s:4GB"),
+@pytest.mark.parametrize(
+    ("program", "prefix"),
+    [(["keepalive.simulator"], ""), (["keepalive", "simulate", "--prefix", "/lm"], "/lm")],
+)
+async def test_it_runs_as_a_program_and_ends_well_on_sigterm(program: list[str], prefix: str) -> None:
+    running = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", *program, "--port", "0", "--model", "a/b:2s:4GB"),
         *("--fault", "load_seconds=0"),
         stdout=asyncio.subprocess.PIPE,
     )
-    assert program.stdout is not None
-    first = (await asyncio.wait_for(program.stdout.readline(), 20)).decode()
+    assert running.stdout is not None
+    first = (await asyncio.wait_for(running.stdout.readline(), 20)).decode()
     url = first.rsplit(" ", 1)[-1].strip()
     async with httpx.AsyncClient(base_url=url) as client:
         reply = await client.post("/api/v1/models/load", json={"model": "a/b"})
-    program.send_signal(signal.SIGTERM)
+    running.send_signal(signal.SIGTERM)
 
     assert first.startswith("LM Studio simulator (v1) on http://127.0.0.1:")
+    assert url.endswith(prefix)
     assert reply.json()["status"] == "loaded"
-    assert b"a/b  (llm, 4.0 GB, loads in 2 s)" in await program.stdout.read()
-    assert await asyncio.wait_for(program.wait(), 20) == 0
+    assert b"a/b  (llm, 4.0 GB, loads in 2 s)" in await running.stdout.read()
+    assert await asyncio.wait_for(running.wait(), 20) == 0
 
 
 async def test_a_mistake_on_the_command_line_is_said_and_ends_it() -> None:
