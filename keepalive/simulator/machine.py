@@ -95,6 +95,7 @@ class Machine:
         loaded."""
         self.journal.write(Happened.DOWN, seconds=down_seconds)
         self._go()
+        self.vanished = False
         for call in list(self.calls.values()):
             call.fail(Cut("fin"))
         for tell in list(self.on_power):

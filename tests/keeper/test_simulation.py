@@ -260,6 +260,19 @@ def forgets_why(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(place, "move", lambda model, sign, at, reason: move(model, sign, at, None))
 
 
+def looks_at_a_lost_server_late(patch: pytest.MonkeyPatch) -> None:
+    failed = lifecycle._upstream_failed
+    patch.setattr("tests.kit.world.TOO_LATE_YET", {})
+    patch.setattr(
+        lifecycle, "_upstream_failed", lambda u, fact: replace(failed(u, fact), due_at=fact.at + 100)
+    )
+
+
+def waits_for_a_load_that_died_with_the_power(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("tests.kit.world.TOO_LATE_YET", {})
+    waits_for_ever(patch)
+
+
 PLANTED: list[tuple[Callable[[pytest.MonkeyPatch], None], str, tuple[str, ...]]] = [
     (loads_without_a_listing, "I0", ("evicted", "restart")),
     (believes_stale_listings, "I9", ("listing slow", "load fails")),
@@ -274,6 +287,11 @@ PLANTED: list[tuple[Callable[[pytest.MonkeyPatch], None], str, tuple[str, ...]]]
     (forgets_the_lag_of_the_listing, "I3", ("listing lags", "load cut")),
     (lists_twice_at_once, "I10", ("listing slow", "stalled")),
     (forgets_why, "I8", ("unreachable", "load fails")),
+    (looks_at_a_lost_server_late, "I17", ("away for long",)),
+    (looks_at_a_lost_server_late, "I17", ("vanishes",)),
+    (looks_at_a_lost_server_late, "I17", ("401 for a moment",)),
+    (looks_at_a_lost_server_late, "I17", ("says that it loads",)),
+    (waits_for_a_load_that_died_with_the_power, "I17", ("power cut while loading",)),
 ]
 
 
