@@ -1,7 +1,8 @@
 """How the tests run: beside each other, the same ones each time, and on which loop.
 
-A test file that says `BOTH_LOOPS = True` has each of its tests run on asyncio's own loop and on uvloop. Tests that
-share something that costs time to set up, or must not meet, name it: `pytest.mark.xdist_group("a browser")`.
+A test file that says `BOTH_LOOPS = True` has each of its tests run on asyncio's own loop and on uvloop. A test marked
+`clock_jumps` has one whose clock nobody waits for (`tests/kit/clock.py`). Tests that share something that costs time
+to set up, or must not meet, name it: `pytest.mark.xdist_group("a browser")`.
 """
 
 import asyncio
@@ -9,6 +10,8 @@ import os
 
 import hypothesis
 import pytest
+
+from tests.kit.clock import JumpingLoop
 
 try:
     import uvloop
@@ -24,6 +27,8 @@ hypothesis.settings.load_profile("fixed")
 
 
 def pytest_asyncio_loop_factories(config, item):
+    if item.get_closest_marker("clock_jumps"):
+        return {"jumping": JumpingLoop}
     factories = {"asyncio": asyncio.SelectorEventLoop}
     module = item.getparent(pytest.Module)
     if uvloop is not None and module is not None and getattr(module.obj, "BOTH_LOOPS", False):

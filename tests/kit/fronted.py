@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from keepalive.core.facts import Fact, ModelId, fold_key
 from keepalive.core.keeping import View
 from keepalive.http1 import Limits, Listener, bind, serve
 from keepalive.proxy import Address, Proxy, Settings
+from tests.kit.live import PATIENCE
 
 Script = Callable[["Asking"], Awaitable[None]]
 
@@ -82,11 +84,15 @@ class Upstream:
         self.open = 0
         self.port = 0
         self._server: asyncio.Server | None = None
+        self._held: socket.socket | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def start(self, port: int = 0) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", port, limit=1 << 26)
-        self.port = self._server.sockets[0].getsockname()[1]
+    async def start(self) -> None:
+        """Listens; after `stop` on the same port."""
+        listening = self._held or bound(0)
+        self._held = None
+        self._server = await asyncio.start_server(self._serve, sock=listening, limit=1 << 26)
+        self.port = listening.getsockname()[1]
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
@@ -110,16 +116,31 @@ class Upstream:
             writer.close()
 
     async def stop(self) -> None:
+        """Refuses connections. Its port stays its own: whoever asks the kernel for one meanwhile gets another."""
         if self._server is not None:
             self._server.close()
+            self._held = bound(self.port)
             for task in list(self._tasks):
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
             self._server = None
 
+    async def end(self) -> None:
+        await self.stop()
+        if self._held is not None:
+            self._held.close()
+
     @property
     def bodies(self) -> list[bytes]:
         return [asking.body for asking in self.requests]
+
+
+def bound(port: int) -> socket.socket:
+    """A port of this machine that nobody else gets. Connections are refused until someone listens on it."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind(("127.0.0.1", port))
+    return sock
 
 
 @dataclass
@@ -202,7 +223,7 @@ class Front:
 
     async def last(self) -> Seen:
         """The record of the request that was made."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             while not self.seen or self.proxy.in_progress:
                 await asyncio.sleep(0.001)
         return self.seen[-1]
@@ -244,12 +265,12 @@ async def fronted(
     finally:
         await listener.close()
         await proxy.close()
-        await upstream.stop()
+        await upstream.end()
         for model in keep.models.values():
             if model.loading is not None:
                 model.loading.cancel()
                 await asyncio.gather(model.loading, return_exceptions=True)
-    async with asyncio.timeout(3):
+    async with asyncio.timeout(PATIENCE):
         while True:
             left = {task for task in asyncio.all_tasks() if not task.done()} - before
             gc.collect()
@@ -269,16 +290,16 @@ async def _epilogue(front: Front, upstream: Upstream) -> None:
         )
     )
     if upstream._server is None:
-        await upstream.start(upstream.port)
+        await upstream.start()
     status, _, body = await ask(front.port, get("/epilogue"))
     assert (status, body) == (200, b"fine")
-    async with asyncio.timeout(3):
+    async with asyncio.timeout(PATIENCE):
         while front.proxy.in_progress or front.proxy.waiting or front.keep.waiting:
             await asyncio.sleep(0.005)
     assert not front.proxy.calls
     assert front.proxy.room.taken == 0
     assert len(front.proxy.ticker) == 0
-    async with asyncio.timeout(3):
+    async with asyncio.timeout(PATIENCE):
         while front.listener.connections:
             await asyncio.sleep(0.005)
 
@@ -370,7 +391,7 @@ async def raw(port: int, data: bytes, *, drip: int = 0) -> bytes:
     """Everything that comes until the connection ends."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 26)
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             for piece in [data[i : i + drip] for i in range(0, len(data), drip)] if drip else [data]:
                 writer.write(piece)
                 with contextlib.suppress(ConnectionError):

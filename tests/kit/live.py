@@ -68,6 +68,18 @@ async def until(condition: Callable[[], Any], what: str = "", within: float = PA
     return value
 
 
+async def stands_still(value: Callable[[], Any], for_seconds: float = 0.3) -> Any:
+    """What `value` is once it has not changed for so long; fails where it changes for ever."""
+    end = time.monotonic() + PATIENCE
+    before, after = object(), value()
+    while before != after:
+        assert time.monotonic() < end, f"it goes on: {after}"
+        before = after
+        await asyncio.sleep(for_seconds)
+        after = value()
+    return after
+
+
 def ask(
     url: str, method: str = "GET", body: Any = None, **headers: str
 ) -> tuple[int, Mapping[str, str], str]:
@@ -192,6 +204,15 @@ class Running:
                 cwd=folder,
             )
 
+    @contextlib.contextmanager
+    def begun(self) -> Iterator[None]:
+        """Around the wait for its first word: what never said it is ended here, no fixture has it yet."""
+        try:
+            yield
+        except BaseException:
+            self.kill()
+            raise
+
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
@@ -213,7 +234,8 @@ class SimulatorProcess(Running):
     def __init__(self, folder: Path, *models: str, port: int = 0) -> None:
         options = [word for model in models for word in ("--model", model)]
         super().__init__([*KEEPALIVE, "simulate", "--port", str(port), *options], folder, "simulator")
-        first = wait_until(lambda: self.out.read_text().partition("\n")[0], "the simulator listens")
+        with self.begun():
+            first = wait_until(lambda: self.out.read_text().partition("\n")[0], "the simulator listens")
         self.url = first.rpartition(" ")[2]
 
     def log(self) -> list[dict[str, Any]]:
@@ -242,7 +264,8 @@ class DaemonProcess(Running):
         words = [*KEEPALIVE, "run", "-c", str(self.config)]
         super().__init__(words, folder, name, stderr, **environ)
         if stderr is None:
-            event = wait_until(self._started, "the daemon has started")
+            with self.begun():
+                event = wait_until(self._started, "the daemon has started")
             self.url = event["admin"]
 
     def _started(self) -> dict[str, Any] | None:

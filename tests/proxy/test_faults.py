@@ -4,14 +4,13 @@ import asyncio
 import json
 import re
 import socket
-import time
 
 import pytest
 
 from keepalive.core.facts import InstanceLost, ModelId, RequestEnded
 from keepalive.http1 import Limits
 from keepalive.proxy import Address
-from tests.kit import DATA
+from tests.kit import DATA, live
 from tests.kit.fronted import (
     CHAT_BODY,
     CHAT_STREAM,
@@ -52,6 +51,10 @@ def facts(keep, kind):
     return [fact for fact in keep.models[ModelId("local", "m")].facts if isinstance(fact, kind)]
 
 
+def now():
+    return asyncio.get_running_loop().time()
+
+
 def ok(body, *headers):
     lines = b"".join(header + b"\r\n" for header in headers)
     return b"HTTP/1.1 200 OK\r\n%bContent-Length: %d\r\n\r\n%b" % (lines, len(body), body)
@@ -63,20 +66,22 @@ ERROR = b'data: {"error":{"message":"the upstream\'s answer was cut"'
 # --- U1, U2: nobody there ---------------------------------------------------------------------------
 
 
+@pytest.mark.clock_jumps
 async def test_u1_refused_is_502_at_once_for_a_model_nobody_keeps_and_503_for_one_that_is_kept():
     async with fronted(keep=warm()) as (front, upstream):
         await upstream.stop()
-        began = time.monotonic()
+        began = now()
         nobody, _, body = await ask(front.port, chat("other", stream=False))
         kept, headers, _ = await ask(front.port, chat("m", stream=False))
 
         assert nobody == 502
         assert "refused the connection" in json.loads(body)["error"]["message"]
         assert (kept, headers[b"retry-after"]) == (503, b"5")
-        assert time.monotonic() - began < 0.5
+        assert now() - began < 0.05
         assert facts(front.keep, InstanceLost)
 
 
+@pytest.mark.clock_jumps
 async def test_u1_the_upstream_died_and_the_keeper_knows_it_after_the_first_try():
     keep = warm(load_seconds=0.3)
 
@@ -90,14 +95,13 @@ async def test_u1_the_upstream_died_and_the_keeper_knows_it_after_the_first_try(
     knows.models = keep.models
     async with fronted(says(CHAT_STREAM), keep=knows, heartbeat=0.1) as (front, upstream):
         await upstream.stop()
-        asyncio.get_running_loop().call_later(
-            0.15, lambda: asyncio.ensure_future(upstream.start(upstream.port))
-        )
+        asyncio.get_running_loop().call_later(0.15, lambda: asyncio.ensure_future(upstream.start()))
         status, _, body = await ask(front.port, chat())
 
         assert (status, without_comments(body)) == (200, CHAT_BODY)
 
 
+@pytest.mark.clock_jumps
 async def test_u2_a_connection_that_hangs_is_given_up_after_the_connect_bound():
     with socket.socket() as full, socket.socket() as first, socket.socket() as second:
         full.bind(("127.0.0.1", 0))
@@ -108,12 +112,12 @@ async def test_u2_a_connection_that_hangs_is_given_up_after_the_connect_bound():
         await asyncio.sleep(0.05)
         upstreams = {"local": Address(f"http://127.0.0.1:{full.getsockname()[1]}")}
         async with fronted(upstreams=upstreams, connect_timeout=0.3) as (front, _):
-            began = time.monotonic()
+            began = now()
             status, _, body = await ask(front.port, chat(stream=False))
 
             assert status == 502
             assert b"did not accept a connection in 0.3 s" in body
-            assert 0.25 < time.monotonic() - began < 1
+            assert now() - began == pytest.approx(0.3, abs=0.05)
 
 
 # --- U3, U4: connections that end -------------------------------------------------------------------
@@ -144,6 +148,7 @@ async def test_u3_on_a_reused_connection_it_is_tried_once_more():
         assert [asking.body for asking in upstream.requests] == [b"", b"body", b"body"]
 
 
+@pytest.mark.clock_jumps
 async def test_u3_what_was_generated_for_a_while_is_not_asked_for_again():
     async def script(asking):
         if len(asking.upstream.requests) == 2:
@@ -210,6 +215,7 @@ async def test_u4_idle_connections_that_are_closed_as_we_send_cost_no_caller_any
             await asyncio.sleep(0.008)
 
 
+@pytest.mark.clock_jumps
 async def test_u4_connections_are_reused_and_given_up_after_four_seconds(monkeypatch):
     monkeypatch.setattr("keepalive.http1.pool.IDLE_SECONDS", 0.2)
     async with fronted() as (front, upstream):
@@ -225,6 +231,7 @@ async def test_u4_connections_are_reused_and_given_up_after_four_seconds(monkeyp
 # --- U5, U6: silence --------------------------------------------------------------------------------
 
 
+@pytest.mark.clock_jumps
 async def test_u5_headers_and_then_silence_is_filled_and_never_cut():
     patient = asyncio.Event()
 
@@ -704,7 +711,7 @@ async def test_u29_the_second_address_of_a_name_is_tried():
 
         pool.loop = Loop()
         assert (await ask(front.port, get("/")))[0] == 200
-    await upstream.stop()
+    await upstream.end()
 
 
 async def test_a_silent_upstream_does_not_slow_the_others():
@@ -724,34 +731,39 @@ async def test_a_silent_upstream_does_not_slow_the_others():
             )
         )
         stuck = [asyncio.create_task(raw(front.port, chat("n"))) for _ in range(50)]
-        began = time.monotonic()
+        await live.until(lambda: len(silent.requests) == 50, "all have been passed on")
         for _ in range(20):
             assert (await ask(front.port, chat()))[2] == CHAT_BODY
-        took = time.monotonic() - began
+        answered = [task for task in stuck if task.done()]
         for task in stuck:
             task.cancel()
         await asyncio.gather(*stuck, return_exceptions=True)
-        await silent.stop()
+        await silent.end()
 
-        assert took < 1
+        assert answered == []
 
 
-async def test_an_upstream_that_answers_without_reading_is_heard():
+@pytest.mark.parametrize("closes", ["when it was heard", "at once"])
+async def test_an_upstream_that_answers_without_reading_is_heard(closes):
     # llama-server, while it loads: 503 and close, with megabytes of the request unread.
+    heard = asyncio.Event()
+
     async def serve(reader, writer):
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 7\r\n\r\nloading")
         await writer.drain()
+        if closes == "when it was heard":
+            await heard.wait()
         writer.close()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     upstreams = {"local": Address(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")}
     async with fronted(upstreams=upstreams) as (front, _):
-        heard = 0
         for _ in range(20):
+            heard.clear()
             status, _, body = await ask(front.port, post("/v1/other", b"x" * 8_000_000))
-            heard += (status, body) == (503, b"loading")
-            assert status in (503, 502)
+            heard.set()
 
-        assert heard >= 18
+            # Closing with bytes unread is a reset. It may reach us before we have read what came ahead of it.
+            assert (status, body) == (503, b"loading") or (closes == "at once" and status == 502)
     server.close()

@@ -1,10 +1,12 @@
-"""A request for a model that is not warm waits behind one load, and is told so."""
+"""A request for a model that is not warm waits behind one load, and is told so.
+
+Times here are those of a clock that jumps: they are exact, however busy the machine is.
+"""
 
 import asyncio
 import contextlib
 import itertools
 import json
-import time
 
 import pytest
 
@@ -28,6 +30,8 @@ from tests.kit.fronted import (
     says,
     without_comments,
 )
+
+pytestmark = pytest.mark.clock_jumps
 
 BEAT = 0.1
 
@@ -84,9 +88,9 @@ async def test_the_first_comment_comes_at_once_and_the_others_every_heartbeat():
         await caller.call(chat())
 
         times = [at for at, data in caller.arrivals if b": keepalive" in data]
-        assert times[0] < 0.1
-        assert 5 <= len(times) <= 7
-        assert all(0.12 < b - a < 0.35 for a, b in itertools.pairwise(times))
+        assert len(times) == 6
+        assert times[0] < 0.02
+        assert all(b - a == pytest.approx(0.2, abs=0.025) for a, b in itertools.pairwise(times))
 
 
 async def test_reasoning_is_visible_text():
@@ -110,7 +114,7 @@ async def test_off_says_nothing_until_the_upstream_answers_and_keeps_its_status(
         status, _, body = await caller.call(chat())
 
         assert (status, body) == (418, b"{}")
-        assert caller.arrivals[0][0] > 0.25
+        assert caller.arrivals[0][0] == pytest.approx(0.3, abs=0.02)
 
 
 async def test_a_request_chooses_its_own_heartbeat():
@@ -120,7 +124,8 @@ async def test_a_request_chooses_its_own_heartbeat():
 
         assert body == CHAT_BODY
         assert b"x-keepalive-heartbeat" not in upstream.requests[0].headers
-        assert float(headers[b"server-timing"].split(b"wait;dur=")[1].split(b",")[0]) > 200
+        waited = float(headers[b"server-timing"].split(b"wait;dur=")[1].split(b",")[0])
+        assert waited == pytest.approx(300, abs=20)
 
 
 async def test_not_streaming_is_held_without_a_byte_and_then_served():
@@ -131,7 +136,7 @@ async def test_not_streaming_is_held_without_a_byte_and_then_served():
         status, headers, body = await caller.call(chat(stream=False))
 
         assert (status, body) == (200, b"{}")
-        assert caller.arrivals[0][0] > 0.25
+        assert caller.arrivals[0][0] == pytest.approx(0.3, abs=0.02)
         assert headers[b"x-keepalive-model-state"] == b"cold"
 
 
@@ -165,15 +170,15 @@ async def test_not_ready_in_time_is_503_in_the_layout_of_the_route(path, message
 async def test_prefer_wait_lowers_the_wait_and_never_raises_it():
     keep = cold(load_seconds=60, max_wait=0.5)
     async with fronted(keep=keep) as (front, _):
-        began = time.monotonic()
+        began = now()
         status, _, _ = await ask(front.port, chat("m", "Prefer: respond-async, wait=0", stream=False))
-        quick = time.monotonic() - began
-        began = time.monotonic()
+        at_once = now() - began
         await ask(front.port, chat("m", "Prefer: wait=100", stream=False))
+        in_the_end = now() - began - at_once
 
         assert status == 503
-        assert quick < 0.3
-        assert time.monotonic() - began < 2
+        assert at_once < 0.02
+        assert in_the_end == pytest.approx(0.5, abs=0.02)
 
 
 async def test_a_stream_that_waited_in_vain_ends_with_an_error_event():
@@ -207,11 +212,11 @@ async def test_the_load_goes_on_when_the_last_who_waited_has_left():
         await asyncio.sleep(0.15)
         assert front.proxy.waiting == 1
         writer.close()
-        left = time.monotonic()
+        left = now()
         while front.proxy.waiting:
             await asyncio.sleep(0.001)
 
-        assert time.monotonic() - left < 0.1
+        assert now() - left < 0.02
         await asyncio.sleep(0.4)
         assert keep.view(ModelId("local", "m")).state == "warm"
         assert keep.models[ModelId("local", "m")].loads == 1
@@ -251,7 +256,7 @@ async def test_a_warm_model_that_thinks_for_long_is_waited_for_with_comments():
 
         assert status == 200
         assert headers[b"x-keepalive-model-state"] == b"warm"
-        assert body.count(b": keepalive model=m state=warm") >= 3
+        assert body.count(b": keepalive model=m state=warm") >= 4
         assert without_comments(body) == CHAT_BODY
 
 
@@ -351,11 +356,11 @@ async def test_a_caller_that_sent_too_much_ahead_is_still_seen_to_leave(how):
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.1)
         leave(writer, how)
-        left = time.monotonic()
-        while front.proxy.waiting and time.monotonic() < left + 2:
+        left = now()
+        while front.proxy.waiting and now() < left + 2:
             await asyncio.sleep(0.001)
 
-        assert time.monotonic() - left < 0.1
+        assert now() - left < 0.1
         writer.close()
 
 
@@ -382,7 +387,7 @@ async def test_a_model_on_two_upstreams_is_asked_where_it_is_warm_and_conversati
         keep.models[ModelId("other", "m")].state = "loading"
         await ask(front.port, chat())
         moved = (len(upstream.requests), len(other.requests))
-        await other.stop()
+        await other.end()
 
         assert stayed == (0, 2)
         assert moved == (1, 2)

@@ -7,6 +7,7 @@ import pytest
 
 from keepalive.http1 import Limits
 from keepalive.proxy import Address
+from tests.kit import live
 from tests.kit.fronted import Keep, fronted, get, raw, says, split_answer
 
 websockets = pytest.importorskip("websockets")
@@ -50,7 +51,7 @@ async def test_u28_frames_of_any_size_come_back_and_close_codes_arrive():
             await socket.send("still there")
             assert await socket.recv() == "still there"
             await socket.close(4001, "mine")
-            await asyncio.sleep(0.1)
+            await live.until(lambda: echo.closed is not None, "the other side was told")
 
         assert echo.closed == 4001
         assert (await front.last()).outcome == "ok"
@@ -168,7 +169,7 @@ async def test_u28_a_tunnel_cut_by_either_side_ends_on_both(who, how):
             assert await reader.read() == b""
         else:
             writer.transport.abort()
-            async with asyncio.timeout(0.5):
+            async with asyncio.timeout(live.PATIENCE):
                 await told.wait()
         writer.close()
 
@@ -179,7 +180,7 @@ async def test_a_tunnel_keeps_pace_with_who_reads_slowly():
     async def script(asking):
         nonlocal sent
         await asking.send(SWITCH)
-        while True:
+        while sent < 200_000_000:
             await asking.send(b"x" * 65536)
             sent += 65536
 
@@ -187,11 +188,9 @@ async def test_a_tunnel_keeps_pace_with_who_reads_slowly():
         _reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
         writer.transport.pause_reading()
         writer.write(UPGRADE)
-        await asyncio.sleep(0.5)
-        first = sent
-        await asyncio.sleep(0.3)
+        await live.until(lambda: sent)
 
-        assert sent == first
+        assert await live.stands_still(lambda: sent) < 50_000_000
         writer.transport.abort()
 
 
