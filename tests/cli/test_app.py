@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,7 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 from keepalive import __version__
-from keepalive.cli.app import app as cli
+from keepalive.cli import app as cli
 from tests.kit.live import (
     KEEPALIVE,
     DaemonProcess,
@@ -27,6 +26,7 @@ from tests.kit.live import (
     command,
     ending,
     environment,
+    reserved_port,
     settings,
     wait_until,
 )
@@ -98,6 +98,8 @@ def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "POLL", 0.02)
+    # A `--timeout` of a moment is about what is said then, not about how fast this machine answers.
+    monkeypatch.setattr(cli, "ANSWER_MIN", cli.ANSWER_TIMEOUT)
 
 
 class Told:
@@ -109,10 +111,10 @@ class Told:
         self.code, self.out, self.err = result.exit_code, result.stdout, result.stderr
 
 
-def nowhere() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+@pytest.fixture
+def nowhere() -> Iterator[str]:
+    with reserved_port() as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 WARM, LOADING = page(model("a")), page(model("a", "loading"))
@@ -143,8 +145,8 @@ def test_without_a_terminal_a_reason_is_not_wrapped_however_long() -> None:
     assert reason.strip() in told.out
 
 
-def test_a_daemon_that_does_not_run_is_a_sentence_and_3() -> None:
-    url = nowhere()
+def test_a_daemon_that_does_not_run_is_a_sentence_and_3(nowhere: str) -> None:
+    url = nowhere
     for words in (
         ["status"],
         ["status", "--json"],
@@ -281,18 +283,19 @@ def test_wait_waits_for_the_daemon_too_and_says_so() -> None:
     assert len(told.err.splitlines()) == 1
 
 
-def test_wait_does_not_wait_longer_than_its_timeout_for_a_daemon_that_hangs() -> None:
+def test_wait_does_not_wait_longer_than_its_timeout_for_a_daemon_that_hangs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cli, "ANSWER_TIMEOUT", 3600.0)  # what it must not wait for
+    monkeypatch.setattr(cli, "ANSWER_MIN", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        began = time.monotonic()
         told = Told("wait", "--timeout", "300ms", "--url", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        took = time.monotonic() - began
 
     assert told.code == 3
-    assert took < 8  # not the 10 s of an answer
 
 
-def test_a_timeout_that_is_no_duration_says_what_to_write() -> None:
-    told = Told("wait", "--timeout", "10", "--url", nowhere())
+def test_a_timeout_that_is_no_duration_says_what_to_write(nowhere: str) -> None:
+    told = Told("wait", "--timeout", "10", "--url", nowhere)
 
     assert (told.code, told.err) == (3, '--timeout: "10" is no duration; write "30s", "10m" or "1h30m"\n')
 
@@ -445,20 +448,23 @@ class Terminal:
 
 
 @pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[DaemonProcess, SimulatorProcess]]:
     folder = tmp_path_factory.mktemp("live")
-    lm_studio = SimulatorProcess(folder, "org/gemma:1500ms:2GB")
+    lm_studio = SimulatorProcess(folder, "org/gemma:500ms:2GB")
     with ending(lm_studio):
         daemon = DaemonProcess(folder, settings(lm_studio.url, "org/gemma"))
         with ending(daemon):
-            yield daemon
+            yield daemon, lm_studio
 
 
-def test_a_script_waits_for_a_real_model_and_then_all_is_well(live: DaemonProcess, tmp_path: Path) -> None:
-    waited = command("wait", "--timeout", "30s", cwd=tmp_path, KEEPALIVE_ADMIN_URL=live.url)
-    status = command("status", "--json", "--url", live.url, cwd=tmp_path)
-    released = command("release", "org/gemma", "--url", live.url, cwd=tmp_path)
-    again = command("warm", "org/gemma", "--url", live.url, cwd=tmp_path)
+def test_a_script_waits_for_a_real_model_and_then_all_is_well(
+    live: tuple[DaemonProcess, SimulatorProcess], tmp_path: Path
+) -> None:
+    url = live[0].url
+    waited = command("wait", "--timeout", "80s", cwd=tmp_path, KEEPALIVE_ADMIN_URL=url)
+    status = command("status", "--json", "--url", url, cwd=tmp_path)
+    released = command("release", "org/gemma", "--url", url, cwd=tmp_path)
+    again = command("warm", "org/gemma", "--url", url, cwd=tmp_path)
 
     assert (waited.returncode, waited.stderr) == (0, "")
     assert waited.stdout.splitlines()[-2].split() == [
@@ -477,19 +483,29 @@ def test_a_script_waits_for_a_real_model_and_then_all_is_well(live: DaemonProces
     assert again.returncode in (0, 1)
 
 
-def test_on_a_terminal_waiting_is_a_bar_and_colour(live: DaemonProcess, tmp_path: Path) -> None:
-    command("release", "org/gemma", "--url", live.url, cwd=tmp_path)
-    live.reaches("org/gemma", "cold")
-    command("warm", "org/gemma", "--url", live.url, cwd=tmp_path)
-    terminal = Terminal("wait", "--url", live.url, cwd=tmp_path)
+def test_on_a_terminal_waiting_is_a_bar_and_colour(
+    live: tuple[DaemonProcess, SimulatorProcess], tmp_path: Path
+) -> None:
+    """It was judged by whether the load was quicker than the command; now it ends once the bar was seen."""
+    daemon, lm_studio = live
+    daemon.reaches("org/gemma", "warm")  # so there is a past load to draw a bar from
+    command("release", "org/gemma", "--url", daemon.url, cwd=tmp_path)
+    daemon.reaches("org/gemma", "cold")
+    lm_studio.faults(load_seconds=600.0)
+    command("warm", "org/gemma", "--url", daemon.url, cwd=tmp_path)
+    daemon.reaches("org/gemma", "loading")
+    terminal = Terminal("wait", "--url", daemon.url, cwd=tmp_path)
     try:
+        terminal.shows("loading")
+        terminal.shows("━")
+        lm_studio.advance(600)
         code = terminal.ended()
     finally:
         terminal.kill()
+        lm_studio.faults(load_seconds=None)
 
     assert code == 0
     assert "\x1b[32mwarm" in terminal.text
-    assert "loading" not in terminal.text or "━" in terminal.text or "─" in terminal.text
 
 
 def test_watching_goes_on_through_a_daemon_that_is_gone_and_ends_with_ctrl_c(tmp_path: Path) -> None:
@@ -525,7 +541,7 @@ def test_watching_without_a_terminal_is_a_line_per_change_or_json_per_look(tmp_p
         ):
             wait_until(lambda server=server: len(server.asked) >= 4)
             process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=30)
+            out, err = process.communicate(timeout=90)
 
         assert (process.returncode, err) == (0, "")
         if words:

@@ -5,7 +5,6 @@ import contextlib
 import gc
 import os
 import socket
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -15,7 +14,7 @@ from keepalive.core.facts import Fact, ModelId, fold_key
 from keepalive.core.keeping import View
 from keepalive.http1 import Limits, Listener, bind, serve
 from keepalive.proxy import Address, Proxy, Settings
-from tests.kit.live import PATIENCE
+from tests.kit.live import PATIENCE, bound
 
 Script = Callable[["Asking"], Awaitable[None]]
 
@@ -89,7 +88,7 @@ class Upstream:
 
     async def start(self) -> None:
         """Listens; after `stop` on the same port."""
-        listening = self._held or bound(0)
+        listening = self._held or bound()
         self._held = None
         self._server = await asyncio.start_server(self._serve, sock=listening, limit=1 << 26)
         self.port = listening.getsockname()[1]
@@ -133,14 +132,6 @@ class Upstream:
     @property
     def bodies(self) -> list[bytes]:
         return [asking.body for asking in self.requests]
-
-
-def bound(port: int) -> socket.socket:
-    """A port of this machine that nobody else gets. Connections are refused until someone listens on it."""
-    sock = socket.socket()
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.bind(("127.0.0.1", port))
-    return sock
 
 
 @dataclass
@@ -423,10 +414,10 @@ class Watching:
 
     async def call(self, data: bytes) -> tuple[int, dict[bytes, bytes], bytes]:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        self.began = time.monotonic()
+        self.began = asyncio.get_running_loop().time()
         writer.write(data)
         while more := await reader.read(65536):
-            self.arrivals.append((time.monotonic() - self.began, more))
+            self.arrivals.append((asyncio.get_running_loop().time() - self.began, more))
         writer.close()
         return split_answer(b"".join(data for _, data in self.arrivals))
 

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -78,6 +79,24 @@ async def stands_still(value: Callable[[], Any], for_seconds: float = 0.3) -> An
         await asyncio.sleep(for_seconds)
         after = value()
     return after
+
+
+def bound(port: int = 0) -> socket.socket:
+    """Holds a port where nothing listens: connections are refused, and the kernel gives it to nobody else.
+
+    A server that sets SO_REUSEADDR, as every one in these tests does, can have it all the same.
+    """
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind(("127.0.0.1", port))
+    return sock
+
+
+@contextlib.contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port for who must know it before it listens there, or for an address where nobody does."""
+    with bound() as sock:
+        yield sock.getsockname()[1]
 
 
 def ask(
@@ -248,6 +267,10 @@ class SimulatorProcess(Running):
     def instances(self, key: str) -> int:
         state = json.loads(ask(f"{self.url}/simulator/state")[2])
         return sum(len(model["instances"]) for model in state["models"] if model["key"] == key)
+
+    def advance(self, seconds: float) -> None:
+        """Its clock goes on by this much at once: loads end that were to take so long."""
+        assert ask(f"{self.url}/simulator/advance", "POST", {"seconds": seconds})[0] == 200
 
     def faults(self, **faults: Any) -> None:
         assert ask(f"{self.url}/simulator/faults", "PATCH", faults)[0] == 200

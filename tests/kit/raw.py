@@ -431,7 +431,7 @@ def open_fds() -> dict[int, str]:
 
 @contextlib.asynccontextmanager
 async def epilogue(
-    *checks: Callable[[], Awaitable[object] | object], within: float = 2.0
+    *checks: Callable[[], Awaitable[object] | object], within: float = 30.0
 ) -> AsyncIterator[None]:
     """Around a test: afterwards no descriptor and no task may be there that was not there before.
 

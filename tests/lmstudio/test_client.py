@@ -25,6 +25,7 @@ from keepalive.lmstudio.client import Client
 from keepalive.simulator.models import SimModel
 from keepalive.simulator.server import Server, serve
 from keepalive.simulator.studio import Studio
+from tests.kit import live
 
 TOKEN = "sk-lm-canary01:canary0123456789abcd"
 MODELS = [SimModel("acme/a", load_seconds=0.05), SimModel("acme/embed", kind="embedding", load_seconds=0.02)]
@@ -362,10 +363,8 @@ async def test_a_connection_that_hangs_is_given_up_at_its_own_bound():
         waiting.setblocking(False)
         waiting.connect_ex(("127.0.0.1", port))
         full.append(waiting)
-    loop = asyncio.get_running_loop()
-    began = loop.time()
     try:
-        async with client(f"http://127.0.0.1:{port}", connect_timeout=0.3, list_timeout=10.0) as upstream:
+        async with client(f"http://127.0.0.1:{port}", connect_timeout=0.3, list_timeout=3600.0) as upstream:
             with pytest.raises(Unreachable, match=r"no connection to .* within 0\.3 s") as caught:
                 await upstream.listing()
     finally:
@@ -373,7 +372,6 @@ async def test_a_connection_that_hangs_is_given_up_at_its_own_bound():
             s.close()
 
     assert not caught.value.refused
-    assert loop.time() - began < 3
 
 
 async def test_a_server_that_accepts_and_never_answers_times_out():
@@ -494,14 +492,8 @@ async def test_a_web_page_at_the_address_is_said_to_be_no_model_server():
 async def test_leaving_in_the_middle_frees_the_socket():
     async with studio(list_delay_seconds=30) as server, client(server.url) as upstream:
         task = asyncio.create_task(upstream.listing())
-        while not paths(server):
-            await asyncio.sleep(0.01)
-        await asyncio.sleep(0.05)
+        await live.until(lambda: paths(server), "it was asked")
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        for _ in range(100):
-            if server.studio.in_flight == 0:
-                break
-            await asyncio.sleep(0.02)
 
-        assert server.studio.in_flight == 0
+        await live.until(lambda: server.studio.in_flight == 0, "the server saw it leave")

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,7 +40,7 @@ from keepalive.core.facts import (
 from keepalive.core.records import Model, Upstream
 from keepalive.core.upstreams import apply_upstream
 from keepalive.observers import logs
-from tests.kit.live import environment, wait_until
+from tests.kit.live import PATIENCE, environment, wait_until
 
 GEMMA = ModelId("local", "gemma")
 CANARY = "sk-canary-4711"
@@ -389,18 +388,15 @@ def test_a_stream_that_nobody_reads_delays_neither_the_lines_nor_the_end() -> No
     read, write = os.pipe()
     with os.fdopen(write, "w") as stream:
         stop = logs.start(level="info", as_json=True, stream=stream)
-        began = time.monotonic()
-        for number in range(logs.LINES_WAITING + 5000):
+        for number in range(logs.LINES_WAITING + 5000):  # to wait for a reader here would be for ever
             logs.logger().info("line", number=number, padding="x" * 100)
-        wrote = time.monotonic() - began
         stopping = threading.Thread(target=stop, daemon=True)
         stopping.start()
-        stopping.join(20)
+        stopping.join(PATIENCE)
         ended = not stopping.is_alive()
         os.close(read)
 
     assert ended
-    assert wrote < 60
 
 
 def test_lines_come_whole_and_in_order_through_a_pipe_that_is_full_at_times() -> None:

@@ -42,6 +42,10 @@ def cold(**how):
     return keep
 
 
+def now():
+    return asyncio.get_running_loop().time()
+
+
 async def test_a_hundred_streams_meet_a_cold_model_and_share_one_load():
     loaded = asyncio.Event()
     keep = cold(loaded=loaded, eta=0.5)
@@ -63,7 +67,7 @@ async def test_a_hundred_streams_meet_a_cold_model_and_share_one_load():
             assert without_comments(body) == CHAT_BODY
         seen = await front.last()
         assert (seen.outcome, seen.start) == ("ok", "cold")
-        assert seen.first_token_seconds > seen.wait_seconds > 2 * BEAT
+        assert seen.first_token_seconds >= seen.wait_seconds > 2 * BEAT
 
 
 async def test_nothing_is_forwarded_before_the_model_is_warm():

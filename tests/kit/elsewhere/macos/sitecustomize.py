@@ -2,6 +2,7 @@
 
 import resource
 import select
+import selectors
 import socket
 import sys
 
