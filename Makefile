@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 TESTABLE := $(VENV)/.installed-test
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check mutants test-setup bench schema clean python
+.PHONY: help demo test check mutants test-timely test-setup bench schema clean python
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ check: $(TESTABLE)  ## Check style, types and who imports whom (seconds)
 
 mutants: $(TESTABLE)  ## Plant every fault in the core, one at a time, and see that its tests find it (minutes)
 	@$(BIN)/python tests/mutants.py
+
+test-timely: $(TESTABLE)  ## Run the tests that depend most on time 20 times, while busy loops take all cores
+	@$(BIN)/python tests/kit/timely.py
 
 test-setup: python  ## Install the real inference server that some tests skip without (more than 1 GB)
 	$(PYTHON) tests/kit/real_server.py install

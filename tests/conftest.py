@@ -7,6 +7,7 @@ to set up, or must not meet, name it: `pytest.mark.xdist_group("a browser")`.
 
 import asyncio
 import os
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -24,6 +25,13 @@ hypothesis.settings.register_profile(
     "fixed", derandomize=os.environ.get("KEEPALIVE_SEED") != "random", deadline=None
 )
 hypothesis.settings.load_profile("fixed")
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all workers of this run, and of no other run."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 def pytest_asyncio_loop_factories(config, item):

@@ -18,7 +18,7 @@ from tests.kit.live import Running, ending, settings, wait_until
 
 # The same story, in a few seconds.
 QUICK = """
-from keepalive.cli.app import app as cli
+from keepalive.cli import app as cli
 from keepalive.cli import demo
 from keepalive.simulator.models import SimModel
 demo.MODELS = (

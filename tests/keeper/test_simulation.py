@@ -50,13 +50,6 @@ DENSE, DENSE_HOURS = 4, 3.0
 CALM_HOURS = HOURS / PIECES - DENSE * DENSE_HOURS
 
 
-@pytest.fixture
-def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One for all workers of this run."""
-    base = tmp_path_factory.getbasetemp()
-    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-
-
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("piece", range(PIECES))
 def test_a_thousand_hours_of_trouble_break_no_invariant_and_always_end_warm(piece: int, run_folder: Path):
