@@ -1,6 +1,7 @@
 """Models as the facts left them: in each state, fed one by one or as the keeper feeds them."""
 
 from dataclasses import fields, replace
+from functools import cache
 
 from keepalive.core.actions import Action
 from keepalive.core.apply import apply
@@ -162,6 +163,7 @@ def box(*facts: Fact, **changes: object) -> Box:
     return Box(a_model(**changes)).see(*facts)
 
 
+@cache
 def every_model() -> dict[str, Model]:
     base = {
         "unknown": a_model(),
