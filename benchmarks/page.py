@@ -26,13 +26,11 @@ SERVERS, MODELS_EACH = 5, 20
 PAGES = 200
 UPDATES = 20
 CHANGES_PER_SECOND = 2.0
+PAGE = Path(__file__).parents[1] / "keepalive" / "assets" / "page"
 ASSETS = (
     "/",
     "/page.css",
-    "/theme.js",
-    "/page.js",
-    "/words.js",
-    "/charts.js",
+    *(f"/page/{file.name}" for file in sorted(PAGE.iterdir())),
     "/keepalive.js",
     "/favicon.svg",
 )
@@ -145,7 +143,7 @@ PAINTED = "() => performance.getEntriesByName('first-contentful-paint')[0].start
 
 async def measure_browser(report: Report, url: str) -> None:
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from tests.browser import CHROMIUM, chromium, tab
+    from tests.kit.browser import CHROMIUM, chromium, tab
 
     report.section("in a browser")
     if CHROMIUM is None:

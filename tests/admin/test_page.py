@@ -30,7 +30,7 @@ from keepalive.service.daemon import Daemon
 from keepalive.simulator.models import SimModel
 from keepalive.simulator.studio import Studio
 from tests.kit import PROJECT
-from tests.kit.browser import Tab, chromium, tab
+from tests.kit.browser import Tab, chromium, eventually, tab
 from tests.kit.live import (
     PATIENCE,
     DaemonProcess,
@@ -381,6 +381,37 @@ async def test_what_the_rows_say(browser: Browser) -> None:
             await expect(first).to_contain_text(text)
 
 
+async def test_the_page_is_painted_before_its_modules_have_come(browser: Browser) -> None:
+    async with served(Written(written("a"))) as world, tab(browser) as shown:
+        page, held = shown.page, asyncio.Event()
+
+        async def hold(route: Any) -> None:
+            await held.wait()
+            await route.continue_()
+
+        # All but the classic script that sets the theme, without which the other one would flash by.
+        await page.route(re.compile(r"/page/(?!theme)\w+\.js$"), hold)
+        await page.goto(world.url, wait_until="commit")
+        await eventually(page, "performance.getEntriesByName('first-contentful-paint').length === 1")
+        await expect(answer(page)).to_have_text("Asking the daemon")
+        held.set()
+        await expect(answer(page)).to_have_text("a is warm")
+        assert shown.errors == []
+
+
+async def test_on_a_phone_all_that_a_row_says_begins_at_its_left(browser: Browser) -> None:
+    phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True}
+    never = written("never-loaded", "cold", last_load_seconds=None, last_eviction=None)
+    async with served(Written(written("a"), never)) as world, opened(browser, world.url, **phone) as shown:
+        await expect(row(shown.page, never["key"]).locator(".traffic")).to_have_text("idle")
+        lefts = await shown.page.locator("#models > li").evaluate_all(
+            """rows => rows.map((row) => [".day", ".cost", ".traffic", "summary"].map((part) => row.querySelector(part))
+                 .filter((part) => part.checkVisibility()).map((part) => part.getBoundingClientRect().left))"""
+        )
+
+    assert lefts == [[16] * 4, [16] * 3]
+
+
 async def test_the_day_says_what_was_at_the_time_under_the_pointer(browser: Browser) -> None:
     world = Written(written("a"))
     timeline = [{"at": utc(NOW - 86_400), "state": "warm"}, {"at": utc(NOW - 43_200), "state": "cold"}]
@@ -398,6 +429,29 @@ async def test_the_day_says_what_was_at_the_time_under_the_pointer(browser: Brow
 
 
 # --- warm and release ---------------------------------------------------------------------------------
+
+
+async def test_a_row_offers_what_makes_sense_for_its_model(browser: Browser) -> None:
+    missing = written("missing-one", "cold", listed=False)
+    world = lively()
+    world.becomes(*world.document["models"], missing)
+    async with served(world), opened(browser, world.url) as shown:
+        offered = {}
+        for one in world.document["models"]:
+            buttons = row(shown.page, one["key"]).locator(".act button:visible")
+            await expect(buttons.last).to_be_visible()
+            offered[one["key"]] = await buttons.all_inner_texts()
+
+    assert offered == {
+        "warm-one": ["Release"],
+        "loading-one": ["Release"],
+        "failing-one": ["Try now", "Release"],
+        # Nothing of it is in memory that could be let go.
+        "cold-one": ["Warm"],
+        "unknown-one": ["Release"],
+        "off-one": ["Warm"],
+        "missing-one": ["Warm"],
+    }
 
 
 async def test_a_model_is_released_and_taken_back_at_the_press_of_a_button(browser: Browser) -> None:
@@ -901,7 +955,7 @@ async def test_a_rebound_name_reads_nothing(lied_to: Browser) -> None:
     async with served(Written(written("secret-model"))) as world, tab(lied_to) as shown:
         port = urlsplit(world.url).port
         answers = {}
-        for path in ("/", "/api/status", "/api/events", "/api/history", "/page.js", "/api/prompts"):
+        for path in ("/", "/api/status", "/api/events", "/api/history", "/page/start.js", "/api/prompts"):
             got = await shown.page.goto(f"http://rebound.example:{port}{path}")
             assert got is not None
             answers[path] = (got.status, "secret-model" in await got.text())
@@ -943,7 +997,7 @@ async def test_with_a_key_the_browser_asks_for_a_password_and_the_page_works(bro
             await expect(page.locator("#contact")).to_have_text("live")
             world.becomes(written("a", "cold"))
             await expect(answer(page)).to_contain_text("a is cold")
-            await page.get_by_role("button", name="Release a").click()
+            await page.get_by_role("button", name="Warm a").click()
             await until(lambda: world.asked)
         async with tab(browser) as shown:
             # Without somebody to ask for the password, the browser ends it here.

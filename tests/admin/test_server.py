@@ -277,7 +277,8 @@ async def test_the_page_is_files_that_a_browser_asks_for_again_and_gets_when_the
         for path, content_type in (
             ("/", "text/html; charset=utf-8"),
             ("/page.css", "text/css; charset=utf-8"),
-            ("/page.js", "text/javascript; charset=utf-8"),
+            ("/page/start.js", "text/javascript; charset=utf-8"),
+            ("/keepalive.js", "text/javascript; charset=utf-8"),
             ("/favicon.svg", "image/svg+xml"),
         ):
             status, headers, text = await asked(f"{shown.url}{path}")
@@ -293,7 +294,11 @@ async def test_the_page_is_files_that_a_browser_asks_for_again_and_gets_when_the
 
 
 @pytest.mark.parametrize(
-    "path", ["/index.html", "/page.js/", "/assets/page.js", "/__init__.py", "/../page.js"]
+    "path",
+    [
+        *("/index.html", "/page/start.js/", "/page/", "/page", "/assets/page/start.js", "/start.js"),
+        *("/__init__.py", "/../page/start.js", "/page/../keepalive.js", "/page//start.js"),
+    ],
 )
 async def test_nothing_but_the_files_is_served(path: str) -> None:
     async with listening() as shown:
@@ -320,7 +325,7 @@ async def test_what_is_large_is_compressed_for_those_who_can_read_it(accepts: st
     async with listening(*(model(f"model-{number}") for number in range(50))) as shown:
         for number in range(50):
             shown.stories[ModelId("local", f"model-{number}")] = {"key": f"model-{number}"}
-        for path in ("/page.js", "/api/status", "/api/history"):
+        for path in ("/page/start.js", "/api/status", "/api/history"):
             head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nAccept-Encoding: {accepts}\r\nConnection: close\r\n\r\n"
             head_bytes, _, body = (await raw(shown.url, head.encode())).partition(b"\r\n\r\n")
             plain = (await asked(f"{shown.url}{path}"))[2]

@@ -9,7 +9,6 @@ import json
 import re
 import signal
 import socket
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +24,7 @@ from keepalive.simulator.models import SimModel
 from keepalive.simulator.studio import Studio
 from tests.assets.react.build import bundle, snippets
 from tests.kit import PROJECT
-from tests.kit.browser import Tab, chromium, tab
+from tests.kit.browser import Tab, chromium, eventually, tab
 from tests.kit.live import (
     PATIENCE,
     DaemonProcess,
@@ -234,14 +233,6 @@ const read = async (fetch, options) => {
 };
 const bytes = (text) => new TextEncoder().encode(text);
 """
-
-
-async def eventually(page: Page, expression: str, within: float = PATIENCE) -> None:
-    """`expression` is true. The page's policy keeps Playwright from looking by itself."""
-    end = time.monotonic() + within
-    while not await page.evaluate(expression):
-        assert time.monotonic() < end, f"not within {within:.0f} s: {expression}"
-        await asyncio.sleep(0.02)
 
 
 async def run(page: Page, script: str, argument: Any = None) -> Any:

@@ -3,15 +3,19 @@
 Skips with a reason where there is no Chromium. `KEEPALIVE_CHROMIUM` names another binary.
 """
 
+import asyncio
 import contextlib
 import os
 import shutil
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 from playwright.async_api import Browser, ConsoleMessage, Dialog, Page, async_playwright
+
+from tests.kit.live import PATIENCE
 
 CHROMIUM = os.environ.get("KEEPALIVE_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -70,3 +74,11 @@ async def tab(browser: Browser, **options: Any) -> AsyncIterator[Tab]:
         yield opened
     finally:
         await context.close()
+
+
+async def eventually(page: Page, expression: str) -> None:
+    """`expression` is true. Where a page's policy forbids `eval`, Playwright's own waiting does not work."""
+    end = time.monotonic() + PATIENCE
+    while not await page.evaluate(expression):
+        assert time.monotonic() < end, f"not within {PATIENCE:.0f} s: {expression}"
+        await asyncio.sleep(0.02)

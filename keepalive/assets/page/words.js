@@ -38,7 +38,7 @@ export function short(text, most = 80) {
 }
 
 // Maps, since what others write into a status may also be the name of something that every object has.
-export const CAUSES = new Map([
+const CAUSES = new Map([
   ["timer", "its idle timer ran out"],
   ["displaced", "another model took its place"],
   ["crash", "it crashed"],
@@ -46,6 +46,8 @@ export const CAUSES = new Map([
   ["by_hand", "unloaded by hand"],
   ["unknown", "cause unknown"],
 ]);
+
+export const causeOf = (eviction) => CAUSES.get(eviction.cause) ?? short(eviction.cause);
 
 export const TIERS = new Map([
   ["v1", "LM Studio 0.4"],

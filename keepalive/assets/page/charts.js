@@ -1,13 +1,10 @@
 // Two small charts. Both are also told in words: as a label here, and as lists in the details of a model.
 
-import { CAUSES, counted, many, short, span } from "/words.js";
+import { counted, many, span } from "./words.js";
 
-// As much of the last 24 hours as anything is known of.
-const SPANS = [600_000, 3_600_000, 21_600_000, 86_400_000];
-export const spanFrom = (began, now) => SPANS.find((length) => now - began <= length) ?? SPANS.at(-1);
 const SVG = "http://www.w3.org/2000/svg";
 
-export function svg(tag, attributes, ...children) {
+function svg(tag, attributes, ...children) {
   const node = document.createElementNS(SVG, tag);
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
   node.append(...children);
@@ -87,8 +84,6 @@ export function loadsChart(loads) {
   const width = Math.max(1, loads.length) * (BAR + 1) - 1;
   return svg("svg", { class: "loads", role: "img", "aria-label": label, width, height: TALL, viewBox: `0 0 ${width} ${TALL}` }, ...bars);
 }
-
-export const causeOf = (eviction) => CAUSES.get(eviction.cause) ?? short(eviction.cause);
 
 const GLYPHS = {
   warm: () => [svg("circle", { cx: 8, cy: 8, r: 6, class: "fill" })],

@@ -1,0 +1,56 @@
+// What only somebody asks for who looks into one model: where it is, what was counted, its last loads and evictions.
+
+import { moment } from "./clock.js";
+import { h } from "./dom.js";
+import { histories } from "./history.js";
+import { causeOf, many, short, span } from "./words.js";
+
+const LISTED_MAX = 10;
+
+export class Details {
+  constructor() {
+    this.facts = h("dl");
+    this.events = h("div", { class: "events" });
+    this.node = h("details", { ontoggle: () => this.draw() }, h("summary", {}, h("span", {}, "Details")), this.facts, this.events);
+  }
+
+  update(model) {
+    this.model = model;
+    this.draw();
+  }
+
+  draw() {
+    if (!this.node.open) return;
+    const history = histories.get(this.model.id);
+    const facts = this.told(history);
+    // Somebody may be reading, or have selected, what has not changed.
+    const drawn = JSON.stringify([facts, history?.loads, history?.evictions]);
+    if (this.drawn === drawn) return;
+    this.drawn = drawn;
+    this.facts.replaceChildren(...facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))));
+    const line = (at, text) => h("li", {}, moment(at), ` ${text}`);
+    const lists = [
+      ["Last loads", history?.loads, (load) => `${span(load.seconds)}${load.outcome === "ok" ? "" : `, ${short(load.outcome)}`}`],
+      ["Last evictions", history?.evictions, causeOf],
+    ];
+    this.events.replaceChildren(
+      ...lists.filter(([, list]) => list?.length).map(([title, list, text]) =>
+        h("div", {}, h("h4", {}, title), h("ul", {}, ...list.toReversed().slice(0, LISTED_MAX).map((one) => line(one.at, text(one)))))),
+    );
+  }
+
+  told(history) {
+    const { model } = this;
+    const facts = [
+      ["Upstream", short(model.upstream, 200)],
+      ["Instance", model.instance_id ? `${short(model.instance_id)}, ${model.ours ? "loaded by keepalive" : "loaded by somebody else"}` : "none"],
+      ["Since the daemon started", `${many(model.loads, "load")}, ${many(model.evictions, "eviction")}`],
+    ];
+    if (history) {
+      const pings = Object.entries(history.pings).filter(([, count]) => count);
+      facts.push(["People waited, 24 h", history.waits.requests ? `${span(history.waits.seconds)} in ${many(history.waits.requests, "request")}` : "not at all"]);
+      facts.push(["Pings, 24 h", pings.map(([outcome, count]) => `${count} ${short(outcome).replace("_", " ")}`).join(", ") || "none"]);
+    }
+    return facts;
+  }
+}
