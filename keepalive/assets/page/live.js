@@ -16,7 +16,6 @@ export async function follow({ took, changed }) {
     try {
       took(await (await ask("/api/status")).json());
       regain(changed);
-      pause = PAUSE_FIRST;
       await stream(took, changed);
       lose("The daemon ended the connection", changed);
     } catch (error) {
@@ -24,6 +23,9 @@ export async function follow({ took, changed }) {
       // Each browser has its own words for a connection that was refused or cut.
       else lose(error instanceof TypeError ? `Nothing answers at ${location.host}` : error.message, changed);
     }
+    // Whoever could look but not follow must not look ever so often.
+    if (contact.live) pause = PAUSE_FIRST;
+    contact.live = false;
     await Promise.race([new Promise((done) => setTimeout(done, pause)), nudged()]);
   }
 }
@@ -53,7 +55,6 @@ async function stream(took, changed) {
     }
   } finally {
     clearTimeout(watch);
-    contact.live = false;
   }
 }
 
