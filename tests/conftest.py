@@ -11,6 +11,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import pytest_asyncio
 
 from tests.kit.clock import JumpingLoop
 
@@ -53,3 +54,12 @@ def pytest_xdist_auto_num_workers(config):
 def pytest_collection_modifyitems(items):
     """What has to run on one worker comes first, so that no worker is left with it when the others are done."""
     items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def browser():
+    """The Chromium of this process, begun by the first test that wants it; see `tests/kit/browser.py`."""
+    from tests.kit.browser import chromium
+
+    async with chromium() as started:
+        yield started

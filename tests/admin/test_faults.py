@@ -24,12 +24,13 @@ KEY = "medicine-llm"
 WATCH = b"GET /api/events HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
-@pytest.fixture
-def kept(tmp_path: Path) -> Iterator[DaemonProcess]:
-    """A daemon with one warm model; it ends in order, whatever was done to it."""
-    studio = SimulatorProcess(tmp_path, f"{KEY}:0.1")
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    """A daemon with one model, for all that is done to it here, one after another; in the end it stops in order."""
+    folder = tmp_path_factory.mktemp("kept")
+    studio = SimulatorProcess(folder, f"{KEY}:0.1")
     with ending(studio):
-        process = DaemonProcess(tmp_path, settings(studio.url, KEY))
+        process = DaemonProcess(folder, settings(studio.url, KEY))
         with ending(process):
             process.reaches(KEY, "warm")
             yield process

@@ -16,12 +16,11 @@ import pytest
 from aiohttp import web
 
 from keepalive.admin.server import Access, Admin, is_known_host, server
-from keepalive.admin.server import server as admin
 from keepalive.core.facts import ListingStarted, ModelId
 from keepalive.core.records import Upstream
 from keepalive.observers import feed, logs
 from keepalive.observers.feed import Feed
-from tests.kit.live import ask, asked, raw, until
+from tests.kit.live import PATIENCE, ask, asked, raw, until
 
 CANARY = "sk-canary-4711"
 
@@ -129,7 +128,7 @@ class Watcher:
 
     async def line(self) -> str:
         """The next line of an event stream: heads and chunk sizes are passed over."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             while not (line := await self.reader.readline()).startswith((b"data:", b":")):
                 assert line, "closed"
         return line.decode().strip()
@@ -395,12 +394,12 @@ async def test_no_more_than_256_watch_and_a_place_is_free_as_soon_as_one_leaves(
         await until(lambda: shown.feed.watching == 256)
         status, headers, text = await asked(f"{shown.url}/api/events")
         watchers.pop().leave()
-        await until(lambda: shown.feed.watching == 255, within=5)
+        await until(lambda: shown.feed.watching == 255)
         late = await Watcher.of(shown)
         first = await late.line()
         for watcher in [late, *watchers]:
             watcher.leave()
-        await until(lambda: shown.feed.watching == 0, within=5)
+        await until(lambda: shown.feed.watching == 0)
 
     assert (status, headers["Retry-After"]) == (503, "10")
     assert json.loads(text) == {"error": "256 others watch already"}
@@ -447,7 +446,7 @@ async def test_a_slow_reader_is_let_go_and_holds_up_nobody(
     monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     """The larger document does not even fit the buffers as the first event."""
-    monkeypatch.setattr(admin, "SLOW_READER", 0.3)
+    monkeypatch.setattr("keepalive.admin.server.SLOW_READER", 0.3)
     async with listening() as shown:
         shown.document["padding"] = "x" * size
         with socket.socket() as slow:
@@ -455,17 +454,18 @@ async def test_a_slow_reader_is_let_go_and_holds_up_nobody(
             place = urlsplit(shown.url)
             slow.connect((place.hostname, place.port))
             slow.sendall(b"GET /api/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            await until(lambda: shown.feed.watching == 1)
-            deadline = asyncio.get_running_loop().time() + 30
-            while shown.feed.watching and asyncio.get_running_loop().time() < deadline:
+            slow.setblocking(False)
+            await asyncio.get_running_loop().sock_recv(slow, 1)  # it watches
+
+            def is_let_go() -> bool:
                 shown.document["padding"] = "xy"[shown.feed.number % 2] * size
                 shown.change()
-                await asyncio.sleep(0.05)
-            left = shown.feed.watching
+                return shown.feed.watching == 0
+
+            await until(is_let_go, "it is let go")
             shown.document.pop("padding")
             status, _, _ = await asked(f"{shown.url}/api/status")
 
-    assert left == 0
     assert status == 200
 
 
@@ -819,10 +819,12 @@ async def test_a_body_that_never_ends_holds_up_nothing() -> None:
 
 
 async def test_an_idle_connection_and_a_head_that_dribbles_in_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admin, "IDLE_TIMEOUT", 0.2)
+    monkeypatch.setattr("keepalive.admin.server.IDLE_TIMEOUT", 1.0)
     async with listening() as shown:
-        idle = await raw(shown.url, b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        dribbling = await raw(shown.url, b"GET /livez HTTP/1.1\r\nHost: loc")
+        idle, dribbling = await asyncio.gather(
+            raw(shown.url, b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+            raw(shown.url, b"GET /livez HTTP/1.1\r\nHost: loc"),
+        )
 
     assert idle.startswith(b"HTTP/1.1 200 OK\r\n")
     assert b"200" not in dribbling

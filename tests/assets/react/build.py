@@ -3,12 +3,14 @@
 Its packages come from whichever registry npm is configured for, into a cache outside of the repository, once.
 """
 
+import contextlib
 import hashlib
 import os
 import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -53,8 +55,10 @@ def packages() -> Path:
     cache = Path(os.environ.get("KEEPALIVE_TEST_CACHE") or caches / "keepalive-tests")
     wanted = hashlib.sha256(PACKAGE.read_bytes()).hexdigest()[:12]
     done = cache / f"react-{wanted}"
-    if not done.exists():
-        cache.mkdir(parents=True, exist_ok=True)
+    cache.mkdir(parents=True, exist_ok=True)
+    with one_at_a_time(cache / "react.lock"):
+        if done.exists():
+            return done / "node_modules"
         with tempfile.TemporaryDirectory(dir=cache) as name:
             fresh = Path(name) / "react"
             fresh.mkdir()
@@ -71,6 +75,15 @@ def packages() -> Path:
                 said = re.search(r"^npm error (?!code)(.*)", error.stderr.decode(), re.MULTILINE)
                 pytest.skip(f"npm cannot install the packages of the React app: {said and said[1]}")
             # All or nothing: an installation that was interrupted is begun again.
-            if not done.exists():
-                fresh.rename(done)
+            fresh.rename(done)
     return done / "node_modules"
+
+
+@contextlib.contextmanager
+def one_at_a_time(file: Path) -> Iterator[None]:
+    """Of all the processes that run these tests: whoever comes second finds what the first has installed."""
+    import fcntl  # there is none on Windows
+
+    with file.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

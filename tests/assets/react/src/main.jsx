@@ -6,10 +6,11 @@ import { useStreamingPrompt } from "./useStreamingPrompt.js";
 
 const query = new URLSearchParams(location.search);
 const baseUrl = query.get("base") ?? "";
-const bench = (window.bench = { commits: 0, functions: new Set() });
+const onEvent = () => (bench.events += 1);
+const bench = (window.bench = { commits: 0, events: 0, functions: new Set() });
 
 function Everything({ atOnce }) {
-  const hook = useStreamingPrompt({ baseUrl });
+  const hook = useStreamingPrompt({ baseUrl, onEvent });
   const { execute, cancel, reset, ...state } = hook;
   React.useEffect(() => {
     bench.commits += 1;
