@@ -174,6 +174,10 @@ def test_a_path_with_a_mistake(path: str, message: str) -> None:
             ["body.query[0]: holds half of a character, which cannot be sent; write it anew"],
         ),
         (
+            """'{"\\ud800": 1}'""",
+            ['body."\ufffd\ufffd\ufffd": holds half of a character, which cannot be sent; write it anew'],
+        ),
+        (
             '\'{"model": "gemma", "stream": "true"}\'',
             [
                 "body.model: is put in by keepalive, which knows the copy that it asks; leave it out",
