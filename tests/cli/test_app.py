@@ -498,7 +498,7 @@ def test_on_a_terminal_waiting_is_a_bar_and_colour(
     try:
         terminal.shows("loading")
         terminal.shows("━")
-        lm_studio.advance(600)
+        lm_studio.let_it_load("org/gemma")
         code = terminal.ended()
     finally:
         terminal.kill()

@@ -148,6 +148,12 @@ def loads(studio: Studio, key: str | None = None) -> int:
     return sum(event["kind"] == "load.started" and key in (None, event["model"]) for event in studio.log(0))
 
 
+async def let_it_load(studio: Studio) -> None:
+    """A load that was to take ten minutes ends now. It may just be on its way: so it is waited for."""
+    await until(lambda: studio.memory.loads, "a load has begun")
+    studio.advance(600)
+
+
 @contextlib.asynccontextmanager
 async def daemon(
     text: str,
@@ -268,8 +274,12 @@ class SimulatorProcess(Running):
         state = json.loads(ask(f"{self.url}/simulator/state")[2])
         return sum(len(model["instances"]) for model in state["models"] if model["key"] == key)
 
+    def let_it_load(self, key: str) -> None:
+        """The same as of the studio in this process."""
+        wait_until(lambda: self.happened("load.started", key) > self.happened("load.ended", key), "it loads")
+        self.advance(600)
+
     def advance(self, seconds: float) -> None:
-        """Its clock goes on by this much at once: loads end that were to take so long."""
         assert ask(f"{self.url}/simulator/advance", "POST", {"seconds": seconds})[0] == 200
 
     def faults(self, **faults: Any) -> None:

@@ -40,6 +40,7 @@ from tests.kit.live import (
     daemon,
     ending,
     environment,
+    let_it_load,
     loads,
     model,
     reserved_port,
@@ -50,7 +51,7 @@ from tests.kit.live import (
 )
 
 GEMMA = SimModel("gemma", size_bytes=2_000_000_000, load_seconds=0.3)
-# Loads until the test has seen enough and says `advance`.
+# Loads until the test has seen enough and says `let_it_load`.
 SLOW = SimModel("gemma", size_bytes=2_000_000_000, load_seconds=600.0)
 QWEN = SimModel("qwen/qwen3", size_bytes=4_000_000_000, load_seconds=0.3)
 CANARY = "sk-canary-4711-secret-token"
@@ -102,7 +103,7 @@ async def test_a_cold_model_is_loaded_once_proved_and_seen_everywhere(tmp_path: 
         async with simulator(SLOW) as studio, daemon(settings(studio.url, "gemma")) as running:
             loading = await reaches(running, "gemma", "loading")
             not_ready = await asked(f"{running.admin_url}/readyz")
-            studio.studio.advance(600)
+            await let_it_load(studio.studio)
             warm = await reaches(running, "gemma", "warm")
             ready = await asked(f"{running.admin_url}/readyz?model=gemma")
             text = await asked(f"{running.admin_url}/metrics")
@@ -249,12 +250,16 @@ async def test_nobody_waits_for_an_upstream_that_hangs_or_is_down() -> None:
             for name, url in (("hangs", hangs), ("down", down)):
                 text += f'\n[[upstreams]]\nname = "{name}"\nurl = "{url}"\nlist_timeout = "1h"\n'
             async with daemon(text) as running:
-                await until(lambda: running.status()["upstreams"][1]["state"] == "down")
                 warm = await reaches(running, "gemma", "warm")
-                states = {u["name"]: u["state"] for u in running.status()["upstreams"]}
+
+                def states() -> dict[str, str]:
+                    return {u["name"]: u["state"] for u in running.status()["upstreams"]}
+
+                await until(lambda: states()["down"] == "down")
+                seen = states()
 
     assert warm["loads"] == 1
-    assert states == {"local": "up", "down": "down", "hangs": "unknown"}
+    assert seen == {"local": "up", "down": "down", "hangs": "unknown"}
 
 
 async def test_a_model_is_asked_for_and_released_by_hand() -> None:
@@ -283,8 +288,8 @@ async def test_changes_are_pushed_to_those_who_watch() -> None:
                 line = await reader.readline()
                 if line.startswith(b"data: "):
                     states.append(json.loads(line[6:])["models"][0]["state"])
-                    if states[-1] == "loading":
-                        studio.studio.advance(600)
+                    if states.count("loading") == 1 and states[-1] == "loading":
+                        await let_it_load(studio.studio)
         writer.close()
 
     assert "loading" in states
@@ -862,7 +867,7 @@ def test_killed_during_a_load_and_started_again_it_loads_nothing_twice(
     with ending(first):
         wait_until(lambda: lm_studio.happened("load.started", key))
         if "listing_lag_seconds" in faults:
-            lm_studio.advance(600)
+            lm_studio.let_it_load(key)
             wait_until(lambda: lm_studio.happened("load.ended", key))
         first.kill()
     second = DaemonProcess(tmp_path, text, "second")

@@ -22,6 +22,7 @@ from tests.kit.live import (
     asked,
     daemon,
     ending,
+    let_it_load,
     loads,
     model,
     settings,
@@ -101,7 +102,7 @@ async def test_a_hundred_streams_for_a_cold_model_share_one_load_and_are_all_ser
         callers = [await Caller.send(running.url, chat(max_tokens=3)) for _ in range(100)]
         reading = [asyncio.create_task(caller.to_the_end()) for caller in callers]
         await until(lambda: all(told in caller.text for caller in callers), "all wait and were told")
-        studio.advance(600)
+        await let_it_load(studio)
         texts = await asyncio.gather(*reading)
 
         assert loads(studio) == 1
@@ -226,10 +227,10 @@ async def test_a_caller_that_leaves_while_held_does_not_end_the_load() -> None:
     async with front(SimModel(KEY, load_seconds=600.0)) as (running, studio):
         caller = await Caller.send(running.url, chat())
         await until(lambda: model(running, KEY)["waiting"] == 1, "it waits")
-        await until(lambda: loads(studio), "and there is a load")
+        await until(lambda: studio.memory.loads, "and there is a load")
         caller.leave()
         await until(lambda: model(running, KEY)["waiting"] == 0, "it is gone")
-        studio.advance(600)
+        await let_it_load(studio)
         await until(lambda: model(running, KEY)["state"] == "warm", "warm")
 
         assert loads(studio) == 1
@@ -326,12 +327,13 @@ def test_on_sigterm_open_streams_and_held_requests_are_finished_and_the_model_st
         async def story() -> str:
             caller = await Caller.send(url, chat(max_tokens=4))
             await until(lambda: running.model(KEY)["waiting"] == 1, "it is held")
+            await until(lambda: sim.happened("load.started", KEY), "behind a load")
             running.process.terminate()
             await until(lambda: ask(f"{running.url}/readyz")[0] == 503, "not ready")
             with contextlib.suppress(OSError):
                 while True:  # it says that it is not ready a moment before it refuses connections
                     (await Caller.send(url, chat())).leave()
-            sim.advance(600)
+            sim.let_it_load(KEY)
             return await caller.to_the_end()
 
         text = asyncio.run(story())
