@@ -1,5 +1,6 @@
 """Who may ask: a caller with a key, or any program of this machine, but no page of somebody else's in its browser."""
 
+import functools
 import hashlib
 import hmac
 import ipaddress
@@ -33,6 +34,9 @@ def admit(head: RequestHead, settings: Settings) -> tuple[Key | None, Refused | 
     return None, None
 
 
+@functools.lru_cache(
+    64
+)  # callers say the same few names, and telling what they are costs more than all the rest
 def _is_address(host: str) -> bool:
     try:
         ipaddress.ip_address(host)
