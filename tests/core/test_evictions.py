@@ -330,6 +330,7 @@ def test_what_came_with_the_loss_displaced_it():
         (159.5, 59.5, True, Cause.BY_HAND),
         (159.5, 59.5, False, Cause.UNKNOWN),
         (100.0, 0.0, True, Cause.BY_HAND),
+        (100.5, 0.0, True, Cause.UNKNOWN),
     ],
 )
 def test_anothers_timer_is_of_a_minute_or_more_and_longer_than_what_it_survived(
