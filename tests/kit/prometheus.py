@@ -34,13 +34,9 @@ def installed(*names: str) -> str:
 
 
 def promtool(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """It computes for as long as it must; pytest ends what hangs."""
     return subprocess.run(
-        [installed("promtool"), *words],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
+        [installed("promtool"), *words], cwd=cwd, capture_output=True, text=True, check=False
     )
 
 
