@@ -44,6 +44,12 @@ TESTS: Mapping[str, Sequence[str]] = {
         "tests/core/test_states.py",
         "tests/test_readme.py::test_its_diagram_is_the_table_of_the_program",
     ),
+    # A call is what callers and upstreams see of it.
+    "keepalive/proxy/call.py": (
+        "tests/proxy/test_callers.py",
+        "tests/proxy/test_held.py",
+        "tests/proxy/test_faults.py",
+    ),
 }
 # Times what the tests take without a fault, and seconds of the processor on top.
 CPU_TIMES, CPU_MORE = 5, 10
