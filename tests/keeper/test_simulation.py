@@ -287,7 +287,7 @@ PLANTED: list[tuple[Callable[[pytest.MonkeyPatch], None], str, tuple[str, ...]]]
     (unloads_what_is_not_ours, "I5", ("another loads it", "window", "restart")),
     (never_backs_off, "I10", ("load fails", "load refused")),
     (forgets_its_load_in_a_restart, "I3", ("killed while loading",)),
-    (unloads_what_is_in_use, "I5", ("users", "window", "by hand", "ping slow")),
+    (unloads_what_is_in_use, "I5", ("answer stalls", "window", "by hand")),
     (displaces_what_is_not_ours, "I5", ("another loads by request", "evicted", "upgraded or downgraded")),
     (waits_for_ever, "I15", ("load cut", "load fails", "load garbled")),
     (forgets_the_lag_of_the_listing, "I3", ("listing lags", "load cut")),

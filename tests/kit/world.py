@@ -920,7 +920,9 @@ class World:
                 )
                 self.comes_back(site, kind, seconds)
             case "answer stalls":
-                self.switch(site, 900, stream_breaks={"value": "stall", "times": times, "route": "chat"})
+                self.switch(
+                    site, 900, stream_breaks={"value": "stall", "times": times}, stream_breaks_after=1
+                )
                 self.use(keep, site, chance.choice([60.0, 900.0, 3600.0]), stream=True)
             case "power cut while loading":
                 self.lose(site, key)
