@@ -58,7 +58,9 @@ class Entry:
     size_bytes: int | None = None
     instances: tuple[Instance, ...] = ()
     loading: bool | None = None
-    aliases: tuple[str, ...] = ()
+    # `key@quantization`: those on its disk, as far as it names them, and the one that the bare key means.
+    variants: tuple[str, ...] = ()
+    selected: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ class Listed(UpstreamFact):
 
     asked: float
     tier: Tier
-    entries: Mapping[str, Entry] = field(repr=False)  # by `fold_key` of the key and of each alias
+    entries: Mapping[str, Entry] = field(repr=False)  # by `fold_key` of the key and of each variant
     loading: bool = True  # it was asked what is being loaded, too
     # Folded keys of what is loaded, and of what is being loaded, managed or not.
     resident: frozenset[str] = field(init=False, repr=False)

@@ -6,7 +6,7 @@ by recording facts, and never raises for anything that the world does.
 """
 
 import asyncio
-import re
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -46,16 +46,14 @@ from keepalive.core.facts import (
     UpstreamFact,
     WaitEnded,
     WaitStarted,
-    fold_key,
 )
 from keepalive.core.moves import BACKOFF_FIRST
+from keepalive.core.names import Meaning, Names
 from keepalive.core.plan import blocked_by, plan
 from keepalive.core.records import Model, Policy, Snapshot, Upstream, UpstreamState
 from keepalive.core.states import State
 from keepalive.core.upstreams import apply_upstream
 
-# LM Studio calls further copies of a model `key:2`, `key:3`, …
-COPY_NUMBER = re.compile(r":[0-9]+$")
 # An unload is answered at once, or the server is in trouble.
 UNLOAD_TIMEOUT = 60.0
 
@@ -118,6 +116,7 @@ class Keep:
     load_fields: Mapping[str, Any] | None = None
     windowed: bool = False
     window_open: bool = True
+    aliases: tuple[str, ...] = ()
 
 
 class Observer(Protocol):
@@ -156,14 +155,18 @@ class Keeper:
         self._keeps: dict[ModelId, Keep] = {}
         self._wake = asyncio.Event()
         self._due: set[str] = set()
-        self._by_key: dict[str, tuple[ModelId, ...]] = {}
+        self._names = Names()
+        self._unheard: dict[str, asyncio.Event] = {}
         self._news: dict[ModelId, asyncio.Future[None]] = {}
 
     # --- what is kept -------------------------------------------------------------------------------
 
-    def configure(self, servers: Iterable[Server], keeps: Iterable[Keep]) -> list[Client]:
+    def configure(
+        self, servers: Iterable[Server], keeps: Iterable[Keep], default: str | None = None
+    ) -> list[Client]:
         """Keep these from now on, and leave alone what has not changed; returns the clients now unused.
 
+        `default` is the model that a request means that names nobody.
         A model that is gone from the config is let go: unloaded if we loaded it, then forgotten.
         """
         now = self._clock()
@@ -174,10 +177,13 @@ class Keeper:
             shelf = self._shelves.get(server.name)
             if shelf is None:
                 shelf = self._shelves[server.name] = _Shelf(server, now)
+                self._unheard[server.name] = asyncio.Event()
             elif shelf.server.client is not server.client:
                 unused.append(shelf.server.client)
                 shelf.models = {key: _forgotten(model, now) for key, model in shelf.models.items()}
                 shelf.upstream = Upstream(name=server.name, since=now)
+                self._names.forget(server.name)
+                self._unheard.setdefault(server.name, asyncio.Event())
             shelf.server = server
             shelf.upstream = replace(
                 shelf.upstream,
@@ -187,10 +193,9 @@ class Keeper:
             )
         self._shelves = {server.name: self._shelves[server.name] for server in servers}
         self._keeps = {keep.model: keep for keep in keeps}
-        self._by_key = {}
-        for keep in keeps:
-            key = fold_key(keep.model.key)
-            self._by_key[key] = (*self._by_key.get(key, ()), keep.model)
+        self._names.configure(self._shelves, {keep.model: keep.aliases for keep in keeps}, default)
+        for name in gone:
+            self._hear(name)
         for model in list(self._news):
             self._announce(model)
         for shelf in self._shelves.values():
@@ -221,8 +226,41 @@ class Keeper:
 
     def find(self, name: str) -> tuple[ModelId, ...]:
         """The models that a request for `name` means, in the config's order; none when nobody keeps it."""
-        key = fold_key(name)
-        return self._by_key.get(key) or self._by_key.get(COPY_NUMBER.sub("", key), ())
+        return self._names.find(name)
+
+    async def meaning(self, name: str | None, within: float) -> Meaning:
+        """What a request means that names `name`, or nobody.
+
+        Where an upstream's first listing decides, it is waited for, until it comes or fails or for `within` seconds.
+        """
+        meaning = self._names.meaning(name, self._up())
+        if not meaning.open:
+            return meaning
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within):
+                for unheard in [self._unheard[name] for name in meaning.open if name in self._unheard]:
+                    await unheard.wait()
+        return self._names.meaning(name, self._up())
+
+    def rows(self, upstream: str) -> Mapping[str, Sequence[str]]:
+        """The aliases that belong to each row of a listing of `upstream`, by the row's folded key."""
+        return self._names.rows(upstream)
+
+    def present(self, upstream: str, kind: str) -> tuple[ModelId, ...]:
+        """Models of a kind that may answer there when LM Studio chooses: those with an instance."""
+        return tuple(
+            model.id
+            for model in self._shelves[upstream].models.values()
+            if model.kind == kind and (model.instances or (model.blind and model.state is State.WARM))
+        )
+
+    def _up(self) -> set[str]:
+        return {name for name, shelf in self._shelves.items() if shelf.upstream.state is UpstreamState.UP}
+
+    def _hear(self, upstream: str) -> None:
+        unheard = self._unheard.pop(upstream, None)
+        if unheard is not None:
+            unheard.set()
 
     def model(self, model: ModelId) -> Model | None:
         """What is known of one model; None when it is no longer in the config."""
@@ -310,6 +348,12 @@ class Keeper:
             return  # a reload has just removed this upstream
         before = shelf.upstream
         shelf.upstream = apply_upstream(before, fact)
+        if isinstance(fact, Listed) and fact.asked > before.asked:
+            self._names.listed(fact.upstream, fact.entries)
+            self._hear(fact.upstream)
+        elif isinstance(fact, ListingFailed):
+            self._names.unheard(fact.upstream)
+            self._hear(fact.upstream)
         self._tell(fact, before, shelf.upstream)
         keys = [fact.model.key] if isinstance(fact, ModelFact) else list(shelf.models)
         for model in [shelf.models[key] for key in keys if key in shelf.models]:

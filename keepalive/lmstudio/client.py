@@ -28,7 +28,7 @@ ANSWER_MAX = 8 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """What an upstream has; `entries` by folded key and alias."""
+    """What an upstream has; `entries` by folded key and variant."""
 
     tier: Tier
     entries: Mapping[str, Entry]

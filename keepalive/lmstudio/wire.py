@@ -81,12 +81,12 @@ def clean(text: str) -> str:
 
 
 def by_key(entries: Iterable[Entry]) -> dict[str, Entry]:
-    """Entries by folded key, and by each alias that is nobody's key."""
+    """Entries by folded key, and by each variant that is nobody's key."""
     entries = list(entries)
     index = {fold_key(e.key): e for e in entries}
     for entry in entries:
-        for alias in entry.aliases:
-            index.setdefault(fold_key(alias), entry)
+        for variant in entry.variants:
+            index.setdefault(fold_key(variant), entry)
     return index
 
 
@@ -122,19 +122,33 @@ def v1_entries(answer: Json) -> list[Entry]:
             config = loaded.get("config")
             context = config.get("context_length") if isinstance(config, Mapping) else None
             instances.append(Instance(_text(loaded, "id", what), _count(context)))
-        variants = row.get("variants") or ()
+        key = _text(row, "key", what)
         entries.append(
             Entry(
-                key=_text(row, "key", what),
+                key=key,
                 kind=_kind(row.get("type")),
                 size_bytes=_count(row.get("size_bytes")),
                 instances=tuple(instances),
-                aliases=tuple(v for v in variants if isinstance(v, str))
-                if isinstance(variants, list)
-                else (),
+                variants=_variants(row),
+                selected=_selected(row, key),
             )
         )
     return entries
+
+
+def _variants(row: Mapping[str, Json]) -> tuple[str, ...]:
+    variants = row.get("variants")
+    return tuple(v for v in variants if isinstance(v, str)) if isinstance(variants, list) else ()
+
+
+def _selected(row: Mapping[str, Json], key: str) -> str | None:
+    """The variant that the key means: named by newer versions, else told by the quantization."""
+    selected = row.get("selected_variant")
+    if isinstance(selected, str) and selected:
+        return selected
+    quantization = row.get("quantization")
+    name = quantization.get("name") if isinstance(quantization, Mapping) else quantization
+    return f"{key}@{name.lower()}" if isinstance(name, str) and name else None
 
 
 _COPY = re.compile(r"(?P<key>.+):(?P<number>[0-9]+)")
@@ -151,7 +165,10 @@ def v0_entries(answer: Json) -> list[Entry]:
     for row in _rows(answer, "data", what):
         key, state = _text(row, "id", what), _text(row, "state", what)
         loaded = (Instance(key, _count(row.get("loaded_context_length"))),) if state == "loaded" else ()
-        entry = Entry(key, _kind(row.get("type")), None, loaded, loading=state == "loading")
+        selected = _selected(row, key)
+        entry = Entry(
+            key, _kind(row.get("type")), None, loaded, loading=state == "loading", selected=selected
+        )
         if _COPY.fullmatch(key):
             copies.append(entry)
         else:

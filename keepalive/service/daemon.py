@@ -252,7 +252,8 @@ class Daemon:
             )
         self._metrics.configure(self._kept)
         self._history.configure({model: self._urls[model.upstream] for model in self._kept})
-        self._closing += self.keeper.configure(servers, map(self._keep, self._kept.values()))
+        keeps = map(self._keep, self._kept.values())
+        self._closing += self.keeper.configure(servers, keeps, settings.server.default_model)
         self._clients = {server.name: self._clients[server.name] for server in servers}
         self._tokens = lm_tokens
         self._playground.key = self._page_key if client_keys else None
@@ -304,6 +305,7 @@ class Daemon:
             load_fields=kept.load_fields,
             windowed=kept.window is not None,
             window_open=self._open.get(model, True),
+            aliases=kept.aliases,
         )
 
     def _is_open(self, kept: Kept) -> bool:

@@ -57,7 +57,7 @@ def test_a_listing_is_told_without_its_entries():
 def test_what_is_not_said_is_not_known():
     assert Instance("gemma") == Instance(id="gemma", context_length=None)
     assert Entry("gemma") == Entry(
-        key="gemma", kind="llm", size_bytes=None, instances=(), loading=None, aliases=()
+        key="gemma", kind="llm", size_bytes=None, instances=(), loading=None, variants=(), selected=None
     )
     assert LoadEnded(1.0, GEMMA, LoadOutcome.OK, 2.0) == LoadEnded(
         at=1.0,

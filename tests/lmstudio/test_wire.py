@@ -51,6 +51,7 @@ def test_a_v1_listing_is_read_with_kinds_sizes_instances_and_variants():
             (Instance("acme/tiny-4b", 8192), Instance("acme/tiny-4b:2", 4096)),
             None,
             ("acme/tiny-4b@q4_k_m",),
+            "acme/tiny-4b@q4_k_m",
         ),
         Entry("text-embedding-nomic-embed-text-v1.5", "embedding", 84106624),
     ]
@@ -64,7 +65,7 @@ def test_a_listing_is_found_by_key_in_any_case_and_by_variant():
 
 
 def test_a_variant_never_hides_a_model_of_that_key():
-    index = wire.by_key([Entry("a", aliases=("b",)), Entry("b")])
+    index = wire.by_key([Entry("a", variants=("b",)), Entry("b")])
 
     assert index["b"].key == "b"
 
@@ -87,6 +88,25 @@ def test_a_v0_listing_is_read_with_its_copies_and_what_is_loading():
         Entry("d", "embedding", None, (), False),
         Entry("odd:7", "llm", None, (Instance("odd:7"),), False),
     ]
+
+
+@pytest.mark.parametrize(
+    ("row", "selected"),
+    [
+        ({"selected_variant": "a@q8_0", "quantization": {"name": "Q4_K_M"}}, "a@q8_0"),
+        ({"quantization": {"name": "Q4_K_M"}}, "a@q4_k_m"),
+        ({"quantization": "4bit"}, "a@4bit"),
+        ({"quantization": None, "selected_variant": None}, None),
+        ({"quantization": {"name": None}, "selected_variant": 7}, None),
+        ({}, None),
+    ],
+)
+def test_the_variant_that_a_key_means_is_told_by_name_or_by_quantization(row, selected):
+    newer = {"models": [{"key": "a", "loaded_instances": [], **row}]}
+
+    assert wire.v1_entries(newer)[0].selected == selected
+    if "selected_variant" not in row:
+        assert wire.v0_entries({"data": [v0_row("a", **row)]})[0].selected == selected
 
 
 @pytest.mark.parametrize("state", ["unloading", "Loaded", "", "sleeping", "error"])

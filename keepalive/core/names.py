@@ -1,0 +1,238 @@
+"""Who is meant by the name in a request. Everything that is given a name asks here.
+
+A name is looked up in this order, case folded: key, alias, instance id of the newest listing, variant, any model
+that some upstream lists, the default model, and then LM Studio decides. What an upstream listed last keeps its
+meaning while that one is away. Where nothing is known of variants, a variant is the kept model: a request that
+waits in vain does less harm than a second copy.
+"""
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from keepalive.core.facts import Entry, ModelId, fold_key
+
+# LM Studio calls further copies of a model `key:2`, `key:3`, …
+COPY_NUMBER: Final = re.compile(r":[0-9]+$")
+
+NONE_UP: Final[Collection[str]] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Meaning:
+    """What a name means.
+
+    `models`: those that are kept, on whichever upstreams. `upstream`: where to ask when none of them is meant, or
+    nobody waits for them. `known`: some upstream has that model; otherwise LM Studio chooses who answers.
+    `perhaps`: kept models that may answer all the same.
+    """
+
+    upstream: str
+    models: tuple[ModelId, ...] = ()
+    known: bool = True
+    perhaps: tuple[ModelId, ...] = ()
+    #: The listing of these has not come yet, and may change what is meant.
+    open: frozenset[str] = frozenset()
+    renamed: bool = False
+    name: str | None = None
+
+    def written(self, model: ModelId | None = None) -> str | None:
+        """The name that LM Studio knows `model` by, or what is meant in its place; None: as it was asked for."""
+        if not self.renamed:
+            return None
+        return self.name if model is None else model.key
+
+
+class _Listing:
+    """What one upstream listed last, by every name that it can be asked for there."""
+
+    __slots__ = ("_instances", "entries")
+
+    def __init__(self, entries: Mapping[str, Entry]) -> None:
+        self.entries = entries
+        self._instances: dict[str, Entry] | None = None
+
+    @property
+    def instances(self) -> Mapping[str, Entry]:
+        # Most names are keys: made when somebody asks for another.
+        if self._instances is None:
+            entries = self.entries.values()
+            self._instances = {fold_key(i.id): entry for entry in entries for i in entry.instances}
+        return self._instances
+
+    def row(self, key: str) -> Entry | None:
+        """The entry of a folded key or variant."""
+        entry = self.entries.get(key)
+        if entry is not None:
+            return entry
+        # A listing that names no variants may have this one.
+        base = self.entries.get(key.rpartition("@")[0])
+        return base if base is not None and not base.variants else None
+
+    def find(self, name: str) -> Entry | None:
+        """The entry that a folded name means."""
+        return self.entries.get(name) or self.instances.get(name) or self.row(name)
+
+
+class Names:
+    """The names of all models: those that are kept, and those that each upstream listed last."""
+
+    def __init__(self) -> None:
+        self._upstreams: tuple[str, ...] = ()
+        self._default: str | None = None
+        self._aliases: Mapping[ModelId, Sequence[str]] = {}
+        self._by_key: dict[str, tuple[ModelId, ...]] = {}
+        self._by_base: dict[str, tuple[ModelId, ...]] = {}
+        self._by_alias: dict[str, tuple[ModelId, ...]] = {}
+        self._listings: dict[str, _Listing] = {}
+        self._heard: set[str] = set()
+
+    def configure(
+        self, upstreams: Iterable[str], kept: Mapping[ModelId, Sequence[str]], default: str | None = None
+    ) -> None:
+        """These are kept, with these aliases; `default` is what a request means that names nobody."""
+        self._upstreams = tuple(upstreams)
+        self._default = default
+        self._aliases = kept
+        self._by_key = _grouped(kept, lambda model: [model.key])
+        self._by_base = _grouped(kept, lambda model: [model.key.rpartition("@")[0]])
+        self._by_alias = _grouped(kept, lambda model: kept[model])
+        for name in self._listings.keys() - set(self._upstreams):
+            self.forget(name)
+
+    # --- what is heard of the upstreams -------------------------------------------------------------
+
+    def listed(self, upstream: str, entries: Mapping[str, Entry]) -> None:
+        """Its newest listing, by folded key and variant."""
+        self._heard.add(upstream)
+        known = self._listings.get(upstream)
+        if known is None or known.entries != entries:
+            self._listings[upstream] = _Listing(entries)
+
+    def unheard(self, upstream: str) -> None:
+        """It was asked and did not say: what it listed last holds on."""
+        self._heard.add(upstream)
+
+    def forget(self, upstream: str) -> None:
+        """Another server may stand behind that name now."""
+        self._heard.discard(upstream)
+        self._listings.pop(upstream, None)
+
+    # --- what is asked ------------------------------------------------------------------------------
+
+    def find(self, name: str) -> tuple[ModelId, ...]:
+        """The kept models that a request for `name` means, in the config's order; none when nobody keeps it."""
+        return self._kept(fold_key(name))[0]
+
+    def meaning(self, name: str | None, up: Collection[str] = NONE_UP) -> Meaning:
+        """What a request means that names `name`, or nobody; `up` are the upstreams that answer now."""
+        meaning = self._named(name, up) if name else None
+        if meaning is not None and (meaning.known or self._default is None):
+            return meaning
+        first = self._upstreams[0]
+        if self._default is None:
+            return Meaning(first, known=False)
+        still = frozenset[str]() if meaning is None else meaning.open
+        default = self._named(self._default, up)
+        return Meaning(
+            default.upstream,
+            default.models,
+            default.known,
+            default.perhaps,
+            open=still | default.open,
+            renamed=True,
+            name=self._default,
+        )
+
+    def rows(self, upstream: str) -> Mapping[str, Sequence[str]]:
+        """The aliases that belong to each row of a listing of `upstream`, by the row's folded key."""
+        found: dict[str, list[str]] = {}
+        for model, aliases in self._aliases.items():
+            if model.upstream == upstream and aliases:
+                entry = self._entry(model)
+                found.setdefault(fold_key(entry.key if entry else model.key), []).extend(aliases)
+        return found
+
+    def _named(self, name: str, up: Collection[str]) -> Meaning:
+        folded = fold_key(name)
+        models, renamed = self._kept(folded)
+        still = frozenset[str]()
+        if folded not in self._by_key and not renamed:
+            still = self._open(folded)
+        if models:
+            order = {m.upstream: (m.upstream not in up, not self._loaded(m)) for m in reversed(models)}
+            return Meaning(min(order, key=order.__getitem__), models, open=still, renamed=renamed)
+        here = []
+        for place, upstream in enumerate(self._upstreams):
+            listing = self._listings.get(upstream)
+            entry = listing.find(folded) if listing is not None else None
+            if entry is not None:
+                here.append((upstream not in up, not entry.instances, place, upstream))
+        if not here:
+            waits = frozenset(self._upstreams) - self._heard
+            return Meaning(self._upstreams[0], known=False, open=waits)
+        upstream = min(here)[-1]
+        # A key asks for any variant that is loaded there, so also for the one that is kept.
+        perhaps = tuple(m for m in self._by_base.get(folded, ()) if m.upstream == upstream)
+        return Meaning(upstream, perhaps=perhaps, open=still)
+
+    def _kept(self, folded: str) -> tuple[tuple[ModelId, ...], bool]:
+        """The kept models of a folded name, and whether LM Studio knows them by another one."""
+        models = self._by_key.get(folded)
+        if models is not None:
+            return models, False
+        models = self._by_alias.get(folded)
+        if models is not None:
+            return models, True
+        models = tuple(m for m in self._aliases if self._is_instance(m, folded)) or self._by_variant(folded)
+        if models:
+            return models, False
+        plain = COPY_NUMBER.sub("", folded)
+        if plain != folded and not any(folded in listing.entries for listing in self._listings.values()):
+            # A copy that is gone, or not listed yet.
+            return self._by_key.get(plain) or self._by_variant(plain), False
+        return (), False
+
+    def _by_variant(self, folded: str) -> tuple[ModelId, ...]:
+        """`key@variant` where the key is kept, and the key where a variant of it is kept."""
+        found = [
+            m for m in self._by_key.get(folded.rpartition("@")[0], ()) if self._selected(m) in (None, folded)
+        ]
+        found += [m for m in self._by_base.get(folded, ()) if self._selected(m) in (None, fold_key(m.key))]
+        return tuple(found)
+
+    def _entry(self, model: ModelId) -> Entry | None:
+        listing = self._listings.get(model.upstream)
+        return listing.row(fold_key(model.key)) if listing is not None else None
+
+    def _selected(self, model: ModelId) -> str | None:
+        """The variant that its key means there, folded; None where that is not known."""
+        entry = self._entry(model)
+        return fold_key(entry.selected) if entry is not None and entry.selected is not None else None
+
+    def _is_instance(self, model: ModelId, folded: str) -> bool:
+        listing = self._listings.get(model.upstream)
+        entry = listing.instances.get(folded) if listing is not None else None
+        return entry is not None and entry is self._entry(model)
+
+    def _loaded(self, model: ModelId) -> bool:
+        entry = self._entry(model)
+        return entry is not None and bool(entry.instances)
+
+    def _open(self, folded: str) -> frozenset[str]:
+        """The upstreams whose first listing may tell that a variant is another model."""
+        related = (*self._by_key.get(folded.rpartition("@")[0], ()), *self._by_base.get(folded, ()))
+        return frozenset(m.upstream for m in related) - self._heard
+
+
+def _grouped(
+    kept: Iterable[ModelId], names: Callable[[ModelId], Iterable[str]]
+) -> dict[str, tuple[ModelId, ...]]:
+    found: dict[str, tuple[ModelId, ...]] = {}
+    for model in kept:
+        for name in names(model):
+            if name:
+                folded = fold_key(name)
+                found[folded] = (*found.get(folded, ()), model)
+    return found

@@ -1,0 +1,228 @@
+"""Who is meant: every kind of name, in the order in which it is looked up."""
+
+import pytest
+
+from keepalive.core.facts import Entry, Instance, ModelId, fold_key
+from keepalive.core.names import Meaning, Names
+
+TINY = ModelId("a", "acme/tiny-4b")
+TINY_B = ModelId("b", "acme/tiny-4b")
+CODER = ModelId("a", "coder")
+
+
+def row(key, *instances, variants=(), selected=None):
+    return Entry(key, instances=tuple(map(Instance, instances)), variants=variants, selected=selected)
+
+
+def names(*rows, kept=None, default=None, upstreams=("a",), **listings):
+    """Names after each upstream's listing: of the first as `rows`, of others by name; None: not heard yet."""
+    made = Names()
+    made.configure(upstreams, {TINY: ["gpt-4o-mini"]} if kept is None else kept, default)
+    for upstream in upstreams:
+        found = listings.get(upstream, rows if upstream == upstreams[0] else ())
+        if found is not None:
+            index = {fold_key(e.key): e for e in found}
+            for entry in found:
+                for variant in entry.variants:
+                    index.setdefault(fold_key(variant), entry)
+            made.listed(upstream, index)
+    return made
+
+
+VARIANTS = ("acme/tiny-4b@q4_k_m", "acme/tiny-4b@q8_0")
+LISTED = row("acme/tiny-4b", variants=VARIANTS, selected=VARIANTS[0])
+LOADED = row(
+    "acme/tiny-4b", "acme/tiny-4b", "acme/tiny-4b:2", "My-Own", variants=VARIANTS, selected=VARIANTS[0]
+)
+
+
+@pytest.mark.parametrize(
+    "name", ["acme/tiny-4b", "ACME/Tiny-4B", "acme/tiny-4b:2", "acme/tiny-4b:17", "my-own"]
+)
+@pytest.mark.parametrize("how", [str, str.upper])
+def test_a_kept_model_is_meant_by_its_key_and_by_each_instance(name, how):
+    assert names(LOADED).meaning(how(name)) == Meaning("a", (TINY,))
+
+
+@pytest.mark.parametrize("how", [str, str.upper])
+def test_an_alias_becomes_the_key(how):
+    meaning = names(LOADED).meaning(how("gpt-4o-mini"))
+
+    assert meaning.models == (TINY,)
+    assert meaning.written(TINY) == "acme/tiny-4b"
+
+
+def test_an_alias_becomes_the_key_of_that_model_that_is_chosen():
+    other = ModelId("b", "acme/large")
+    meaning = names(kept={TINY: ["it"], other: ["it"]}, upstreams=("a", "b")).meaning("it")
+
+    assert [meaning.written(model) for model in meaning.models] == ["acme/tiny-4b", "acme/large"]
+
+
+def test_only_an_alias_or_the_default_changes_the_name():
+    made = names(LOADED, row("other"))
+
+    for name in ("acme/tiny-4b", "ACME/tiny-4b", "acme/tiny-4b:2", VARIANTS[0], "other", "nobody"):
+        assert made.meaning(name).written(TINY) is None
+
+
+@pytest.mark.parametrize(
+    ("kept", "listed", "name", "meant"),
+    [
+        ("acme/tiny-4b", LISTED, "acme/tiny-4b@q4_k_m", True),
+        ("acme/tiny-4b", LISTED, "Acme/tiny-4b@Q4_K_M", True),
+        ("acme/tiny-4b", LISTED, "acme/tiny-4b@q4_k_m:2", True),
+        ("acme/tiny-4b", LISTED, "acme/tiny-4b@q8_0", False),
+        ("acme/tiny-4b", LISTED, "acme/tiny-4b@q8_0:2", False),
+        # Told by the quantization alone.
+        ("acme/tiny-4b", row("acme/tiny-4b", selected=VARIANTS[0]), "acme/tiny-4b@q4_k_m", True),
+        ("acme/tiny-4b", row("acme/tiny-4b", selected=VARIANTS[0]), "acme/tiny-4b@q8_0", False),
+        # Nothing is known of variants: a second copy is the greater harm.
+        ("acme/tiny-4b", row("acme/tiny-4b"), "acme/tiny-4b@q8_0", True),
+        ("acme/tiny-4b", row("something-else"), "acme/tiny-4b@q8_0", True),
+        # The kept one is a variant itself.
+        ("acme/tiny-4b@q4_k_m", LISTED, "acme/tiny-4b@q4_k_m", True),
+        ("acme/tiny-4b@q4_k_m", LISTED, "acme/tiny-4b", True),
+        ("acme/tiny-4b@Q4_K_M", LISTED, "ACME/tiny-4b", True),
+        ("acme/tiny-4b@q8_0", LISTED, "acme/tiny-4b", False),
+        ("acme/tiny-4b@q8_0", LISTED, "acme/tiny-4b@q4_k_m", False),
+        ("acme/tiny-4b@q8_0", row("acme/tiny-4b"), "acme/tiny-4b", True),
+    ],
+)
+def test_a_variant_is_the_kept_model_where_it_is_the_one_that_is_kept_or_selected(kept, listed, name, meant):
+    model = ModelId("a", kept)
+    meaning = names(listed, kept={model: ()}).meaning(name)
+
+    assert meaning.models == ((model,) if meant else ())
+    assert meaning.known or name.endswith(":2")
+
+
+def test_of_a_key_and_its_variant_that_are_both_kept_each_name_means_its_own():
+    bare, variant = ModelId("a", "acme/tiny-4b"), ModelId("a", "acme/tiny-4b@q8_0")
+    made = names(LISTED, kept={bare: (), variant: ()})
+
+    assert made.find("acme/tiny-4b@q8_0") == (variant,)
+    assert made.find("acme/tiny-4b") == (bare,)
+
+
+def test_a_key_may_be_answered_by_a_variant_that_is_kept_and_not_selected():
+    model = ModelId("a", "acme/tiny-4b@q8_0")
+
+    assert names(LISTED, kept={model: ()}).meaning("acme/tiny-4b").perhaps == (model,)
+
+
+def test_a_variant_is_meant_only_where_it_is_selected():
+    other = row("acme/tiny-4b", variants=VARIANTS, selected=VARIANTS[1])
+    made = names(LISTED, kept={TINY: (), TINY_B: ()}, upstreams=("a", "b"), b=[other])
+
+    assert made.find(VARIANTS[0]) == (TINY,)
+    assert made.find(VARIANTS[1]) == (TINY_B,)
+
+
+def test_what_looks_like_a_copy_and_is_listed_as_a_key_is_that_key():
+    made = names(row("coder"), row("coder:7"), kept={CODER: ()})
+
+    assert made.meaning("coder:7") == Meaning("a")
+    assert made.meaning("coder:8").models == (CODER,)
+
+
+def test_an_instance_is_meant_only_on_the_upstream_that_has_it():
+    made = names(kept={TINY: (), TINY_B: ()}, upstreams=("a", "b"), b=[LOADED])
+
+    assert made.find("my-own") == (TINY_B,)
+
+
+def test_a_key_comes_before_an_alias_and_an_alias_before_an_instance_and_that_before_a_listed_model():
+    tiny = row("acme/tiny-4b", "gpt-4o", "coder", "free")
+    made = names(tiny, row("free"), row("gpt-4o"), kept={TINY: ["gpt-5"], CODER: ["gpt-4o"]})
+
+    assert made.find("coder") == (CODER,)
+    assert made.find("gpt-4o") == (CODER,)
+    assert made.find("free") == (TINY,)
+
+
+@pytest.mark.parametrize("name", ["on-b", "ON-B", "on-b-instance", "on-b@q8_0", "plain@q8_0"])
+def test_what_some_upstream_lists_is_asked_for_there(name):
+    listing = [row("on-b", "on-b-instance", variants=("on-b@q8_0",)), row("plain")]
+    made = names(LISTED, upstreams=("a", "b"), b=listing)
+
+    assert made.meaning(name) == Meaning("b")
+
+
+def test_of_several_that_list_it_the_first_is_asked_unless_another_is_up_or_has_it_loaded():
+    cold, warm = row("m"), row("m", "m")
+    up = {"a", "b"}
+
+    assert names(cold, upstreams=("a", "b"), b=[cold]).meaning("m", up).upstream == "a"
+    assert names(cold, upstreams=("a", "b"), b=[warm]).meaning("m", up).upstream == "b"
+    assert names(cold, upstreams=("a", "b"), b=[cold]).meaning("m", {"b"}).upstream == "b"
+    assert names(cold, upstreams=("a", "b"), b=[warm]).meaning("m", {"a"}).upstream == "a"
+
+
+def test_without_a_default_lm_studio_decides_at_the_first_upstream():
+    made = names(LISTED, upstreams=("a", "b"))
+
+    assert made.meaning("nobody") == Meaning("a", known=False)
+    assert made.meaning(None) == made.meaning("") == Meaning("a", known=False)
+
+
+@pytest.mark.parametrize("name", [None, "", "nobody"])
+@pytest.mark.parametrize("default", ["acme/tiny-4b", "ACME/TINY-4B", "gpt-4o-mini", "acme/tiny-4b@q4_k_m"])
+def test_the_default_stands_for_no_name_and_for_one_that_nobody_lists(name, default):
+    meaning = names(LISTED, default=default).meaning(name)
+
+    assert meaning.models == (TINY,)
+    assert meaning.written(TINY) == "acme/tiny-4b"
+    assert meaning.known
+
+
+def test_a_default_that_is_another_variant_is_asked_for_by_its_name():
+    meaning = names(LISTED, default="acme/tiny-4b@q8_0").meaning(None)
+
+    assert (meaning.models, meaning.upstream, meaning.written()) == ((), "a", "acme/tiny-4b@q8_0")
+
+
+def test_the_default_does_not_stand_for_what_is_listed():
+    assert names(LISTED, row("other"), default="acme/tiny-4b").meaning("other") == Meaning("a")
+
+
+def test_a_name_that_nobody_knows_yet_may_still_be_listed():
+    made = names(LISTED, upstreams=("a", "b"), default="acme/tiny-4b", b=None)
+
+    assert made.meaning("on-b").open == {"b"}
+    made.unheard("b")
+    assert made.meaning("on-b").open == set()
+
+
+def test_a_variant_may_still_turn_out_to_be_another_model():
+    made = names(upstreams=("a", "b"), a=None, b=None)
+
+    assert made.meaning("acme/tiny-4b@q8_0") == Meaning("a", (TINY,), open=frozenset("a"))
+    assert made.meaning("acme/tiny-4b").open == made.meaning("gpt-4o-mini").open == set()
+
+
+def test_a_listing_holds_until_the_next_one_or_until_its_server_is_another():
+    made = names(LISTED, upstreams=("a", "b"), b=[row("on-b")])
+
+    made.unheard("b")
+    assert made.meaning("on-b").upstream == "b"
+    made.forget("b")
+    assert made.meaning("on-b") == Meaning("a", known=False, open=frozenset("b"))
+    made.listed("b", {})
+    assert made.meaning("on-b") == Meaning("a", known=False)
+
+
+def test_an_upstream_that_left_the_config_is_no_longer_asked():
+    made = names(LISTED, upstreams=("a", "b"), b=[row("on-b")])
+    made.configure(["a"], {TINY: ()})
+
+    assert made.meaning("on-b") == Meaning("a", known=False)
+
+
+def test_aliases_belong_to_the_row_that_lists_their_model():
+    variant = ModelId("a", "acme/tiny-4b@q4_k_m")
+    made = names(
+        LISTED, kept={variant: ["it"], CODER: ["c1", "c2"], ModelId("b", "x"): ["y"]}, upstreams=("a", "b")
+    )
+
+    assert made.rows("a") == {"acme/tiny-4b": ["it"], "coder": ["c1", "c2"]}
