@@ -14,6 +14,7 @@ import json
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from itertools import chain
 from typing import Any, Protocol
 from urllib.parse import unquote
 
@@ -21,7 +22,7 @@ from aiohttp import ClientError, HttpVersion10, HttpVersion11, web
 from multidict import CIMultiDict
 
 from keepalive import assets
-from keepalive.core.facts import ModelId, fold_key
+from keepalive.core.facts import ModelId
 from keepalive.observers.feed import Feed
 
 # Idle connections are closed, and a head that dribbles in is given up, after this many seconds.
@@ -65,6 +66,10 @@ class Daemon(Protocol):
     def status(self) -> Mapping[str, Any]: ...
     def states(self) -> Sequence[Mapping[str, Any]]:
         """Of each model only key, upstream, state, and whether it is wanted: a fraction of the work."""
+        ...
+
+    def find(self, name: str) -> Collection[ModelId]:
+        """The kept models that a name means: a key, an alias, an instance, a variant."""
         ...
 
     @property
@@ -161,7 +166,11 @@ class Admin:
         return web.Response(body=asset.body, headers=headers)
 
     async def _status(self, request: web.BaseRequest) -> web.StreamResponse:
-        return _packed(request, _json(self._feed.look()))
+        """Of all models; with `?model=NAME` (repeatable), of these."""
+        document, asked = self._feed.look(), request.query.getall("model", [])
+        if asked:
+            document = {**document, "models": list(chain(*self._named(document["models"], asked)))}
+        return _packed(request, _json(document))
 
     async def _metrics(self, request: web.BaseRequest) -> web.StreamResponse:
         page, content_type = self._daemon.metrics(request.headers.get("Accept", ""))
@@ -176,13 +185,7 @@ class Admin:
         """200 when every wanted model is warm; with `?model=KEY` (repeatable), when these are."""
         models = self._daemon.states()
         asked = request.query.getall("model", [])
-        if asked:
-            unknown = [key for key in asked if not _named(models, key)]
-            if unknown:
-                raise _unknown_model(", ".join(unknown))
-            groups = [_named(models, key) for key in asked]
-        else:
-            groups = [[model] for model in models if model["wanted"]]
+        groups = self._named(models, asked) if asked else [[model] for model in models if model["wanted"]]
         # A key that is kept on several upstreams is ready when one of them has it warm.
         cold = [m for group in groups if not any(m["state"] == "warm" for m in group) for m in group]
         stopping = self._daemon.stopping
@@ -201,10 +204,8 @@ class Admin:
     async def _history(self, request: web.BaseRequest) -> web.StreamResponse:
         """What is remembered of all models; with `?model=KEY` (repeatable), of these."""
         models, asked = self._daemon.states(), request.query.getall("model", [])
-        unknown = [key for key in asked if not _named(models, key)]
-        if unknown:
-            raise _unknown_model(", ".join(unknown))
-        meant = {ModelId(m["upstream"], m["key"]): None for key in asked for m in _named(models, key)}
+        named = chain(*self._named(models, asked))
+        meant = {ModelId(m["upstream"], m["key"]): None for m in named}
         stories = []
         for model in meant or [ModelId(m["upstream"], m["key"]) for m in models]:
             story = self._daemon.story(model)
@@ -265,18 +266,31 @@ class Admin:
             raise _Refusal(HTTPStatus.METHOD_NOT_ALLOWED, "a change is made with POST", {"Allow": "POST"})
         self._check_origin(request)
         key = unquote(key)
-        models = _named(self._daemon.states(), key)
+        models = self._named(self._daemon.states(), [key])[0]
         upstream = request.query.get("upstream")
         models = [m for m in models if upstream in (None, m["upstream"])]
         if not models:
             raise _unknown_model(key)
         for model in models:
             change(ModelId(model["upstream"], model["key"]))
-        changed = [
-            m for m in _named(self._daemon.status()["models"], key) if upstream in (None, m["upstream"])
-        ]
+        ids = {(m["upstream"], m["key"]) for m in models}
+        changed = [m for m in self._daemon.status()["models"] if (m["upstream"], m["key"]) in ids]
         # The model's status; kept on several upstreams, it has several.
         return _json({**changed[0], "models": changed}, HTTPStatus.ACCEPTED)
+
+    def _named(
+        self, models: Sequence[Mapping[str, Any]], names: Sequence[str]
+    ) -> list[list[Mapping[str, Any]]]:
+        """Those of `models` that each name means."""
+        found = []
+        for name in names:
+            meant = self._daemon.find(name)
+            exact = [m for m in models if m["key"] == name]
+            found.append(exact or [m for m in models if ModelId(m["upstream"], m["key"]) in meant])
+        unknown = [name for name, those in zip(names, found, strict=True) if not those]
+        if unknown:
+            raise _unknown_model(", ".join(unknown))
+        return found
 
     def _check_host(self, request: web.BaseRequest, path: str) -> None:
         host = request.headers.get("Host", "")
@@ -378,11 +392,6 @@ def _host_name(host: str) -> str:
     if name.startswith("["):
         return name[1:].partition("]")[0]
     return name.partition(":")[0].rstrip(".")
-
-
-def _named(models: Sequence[Mapping[str, Any]], key: str) -> list[Mapping[str, Any]]:
-    exact = [m for m in models if m["key"] == key]
-    return exact or [m for m in models if fold_key(m["key"]) == fold_key(key)]
 
 
 def _key_in(authorization: str) -> bytes:

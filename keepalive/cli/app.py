@@ -1,6 +1,7 @@
 """The `keepalive` command. Exit codes are part of the contract; colours and bars only on a terminal."""
 
 import asyncio
+import contextlib
 import http.client
 import io
 import json
@@ -203,7 +204,8 @@ def wait(
     path: ConfigOption = None,
 ) -> None:
     """Block until models are warm. Exit code as `status`."""
-    address, keys = _admin_url(url, path), models or []
+    address, names = _admin_url(url, path), models or []
+    keys = names
     try:
         deadline = time.monotonic() + config.seconds(timeout)
     except ValueError:
@@ -227,6 +229,7 @@ def wait(
                     typer.echo(f"{error} Waiting for it.", err=True)
                 time.sleep(POLL)
                 continue
+            keys = _keys(address, document, names)
             trouble = _unknown(document, keys)
             if trouble:
                 break
@@ -290,12 +293,14 @@ def doctor(url: UrlOption = None, path: ConfigOption = None) -> None:
 
 
 def _change(address: str, model: str, verb: str) -> None:
-    unknown = _unknown(_ask(address), [model])
+    document = _ask(address)
+    keys = _keys(address, document, [model])
+    unknown = _unknown(document, keys)
     if unknown:
         _fail(unknown, view.CANNOT_TELL)
     _ask(address, f"/api/models/{quote(model, safe='')}/{verb}", method="POST")
     document = _ask(address)
-    _console().print(view.table({**document, "models": [m for m in document["models"] if m["key"] == model]}))
+    _console().print(view.table({**document, "models": view.chosen(document, keys)}))
     raise typer.Exit(view.exit_code(document))
 
 
@@ -335,6 +340,19 @@ def _say_changes(console: Console, document: Any, said: dict[str, str]) -> None:
         if said.get(place) != state:
             said[place] = state
             console.print(line, markup=False)
+
+
+def _keys(address: str, document: Any, names: list[str]) -> list[str]:
+    """The keys that the daemon understands by names; a name that it does not know stays as it is."""
+    keys: list[str] = []
+    for name in names:
+        meant = [name]
+        if view.unknown_keys(document, [name]):
+            with contextlib.suppress(_NoAnswer):
+                found = _fetch(address, f"/api/status?model={quote(name, safe='')}")
+                meant = [m["key"] for m in found["models"]]
+        keys += meant
+    return list(dict.fromkeys(keys))
 
 
 def _unknown(document: Any, keys: list[str]) -> str:

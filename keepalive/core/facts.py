@@ -114,6 +114,11 @@ class ClockJumped(UpstreamFact):
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class ModelsChanged(UpstreamFact):
+    """A caller loaded, unloaded or downloaded a model there: what was listed may be old."""
+
+
 # --- about a model: what we did -------------------------------------------------------------------
 
 

@@ -1,10 +1,11 @@
 """Who keeps the models, as those see it who ask for one."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from keepalive.core.facts import ModelFact, ModelId
+from keepalive.core.facts import ModelFact, ModelId, UpstreamFact
+from keepalive.core.names import Meaning
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,17 +21,33 @@ class View:
     waiting: int = 0
     retry_after: float | None = None
     max_wait: float = 600.0
+    wanted: bool = True
+    kind: str = "llm"
+    context_length: int | None = None  # of the instance
+    load_fields: Mapping[str, object] = field(default_factory=dict)
 
 
 class Keeping(Protocol):
     """Who keeps the models."""
 
-    def find(self, key: str, /) -> Sequence[ModelId]:
-        """The models that a request for `key` means, on whichever upstreams; none when nobody keeps it."""
+    def find(self, name: str, /) -> Sequence[ModelId]:
+        """The models that a request for `name` means, on whichever upstreams; none when nobody keeps it."""
+
+    async def meaning(self, name: str | None, /, *, default: bool = True) -> Meaning:
+        """What a request means that names `name`, or nobody; see `Names.meaning`.
+
+        May wait for an upstream's first listing.
+        """
+
+    def present(self, upstream: str, kind: str, /) -> Sequence[ModelId]:
+        """The models of a kind that may answer there when LM Studio chooses."""
+
+    def rows(self, upstream: str, /) -> Mapping[str, Sequence[str]]:
+        """The aliases of each row of that upstream's listing, by the row's folded key."""
 
     def view(self, model: ModelId, /) -> View: ...
 
     async def ensure_warm(self, models: Sequence[ModelId], /) -> ModelId:
         """Waits until one of them is warm. Raises NotWarm. Cancelling it is leaving: the load goes on."""
 
-    def record(self, fact: ModelFact, /) -> None: ...
+    def record(self, fact: ModelFact | UpstreamFact, /) -> None: ...

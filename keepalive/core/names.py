@@ -125,22 +125,22 @@ class Names:
         """The kept models that a request for `name` means, in the config's order; none when nobody keeps it."""
         return self._kept(fold_key(name))[0]
 
-    def meaning(self, name: str | None, up: Collection[str] = NONE_UP) -> Meaning:
-        """What a request means that names `name`, or nobody; `up` are the upstreams that answer now."""
-        meaning = self._named(name, up) if name else None
-        if meaning is not None and (meaning.known or self._default is None):
-            return meaning
+    def meaning(self, name: str | None, up: Collection[str] = NONE_UP, *, default: bool = True) -> Meaning:
+        """What a request means that names `name`, or nobody; `up` are the upstreams that answer now.
+
+        `default`: the default model may stand in for nobody.
+        """
         first = self._upstreams[0]
-        if self._default is None:
-            return Meaning(first, known=False)
-        still = frozenset[str]() if meaning is None else meaning.open
-        default = self._named(self._default, up)
+        meaning = self._named(name, up) if name else Meaning(first, known=False)
+        if meaning.known or not default or self._default is None:
+            return meaning
+        stand_in = self._named(self._default, up)
         return Meaning(
-            default.upstream,
-            default.models,
-            default.known,
-            default.perhaps,
-            open=still | default.open,
+            stand_in.upstream,
+            stand_in.models,
+            stand_in.known,
+            stand_in.perhaps,
+            open=meaning.open | stand_in.open,
             renamed=True,
             name=self._default,
         )

@@ -13,6 +13,7 @@ from keepalive.core.facts import (
     LoadEnded,
     LoadOutcome,
     LoadStarted,
+    ModelsChanged,
     PingEnded,
     PingOutcome,
     Tier,
@@ -48,7 +49,7 @@ def apply_upstream(upstream: Upstream, fact: Fact) -> Upstream:
             return replace(upstream, on_trial=trial, trial_over_at=None)
         case PingEnded(outcome=outcome) if outcome not in (PingOutcome.OK, PingOutcome.SKIPPED):
             return replace(upstream, due_at=min(upstream.due_at, fact.at))
-        case UnloadEnded() | InstanceLost():
+        case UnloadEnded() | InstanceLost() | ModelsChanged():
             return replace(upstream, due_at=min(upstream.due_at, fact.at))
         case WarmAsked():
             return replace(upstream, due_at=-inf)

@@ -228,19 +228,19 @@ class Keeper:
         """The models that a request for `name` means, in the config's order; none when nobody keeps it."""
         return self._names.find(name)
 
-    async def meaning(self, name: str | None, within: float) -> Meaning:
-        """What a request means that names `name`, or nobody.
+    async def meaning(self, name: str | None, within: float, *, default: bool = True) -> Meaning:
+        """What a request means that names `name`, or nobody; see `Names.meaning`.
 
         Where an upstream's first listing decides, it is waited for, until it comes or fails or for `within` seconds.
         """
-        meaning = self._names.meaning(name, self._up())
+        meaning = self._names.meaning(name, self._up(), default=default)
         if not meaning.open:
             return meaning
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within):
                 for unheard in [self._unheard[name] for name in meaning.open if name in self._unheard]:
                     await unheard.wait()
-        return self._names.meaning(name, self._up())
+        return self._names.meaning(name, self._up(), default=default)
 
     def rows(self, upstream: str) -> Mapping[str, Sequence[str]]:
         """The aliases that belong to each row of a listing of `upstream`, by the row's folded key."""
@@ -248,11 +248,14 @@ class Keeper:
 
     def present(self, upstream: str, kind: str) -> tuple[ModelId, ...]:
         """Models of a kind that may answer there when LM Studio chooses: those with an instance."""
-        return tuple(
-            model.id
-            for model in self._shelves[upstream].models.values()
-            if model.kind == kind and (model.instances or (model.blind and model.state is State.WARM))
-        )
+        shelf = self._shelves.get(upstream)
+        found = []
+        for model in shelf.models.values() if shelf else ():
+            keep = self._keeps.get(model.id)
+            may_answer = model.instances or (model.blind and model.state is State.WARM)
+            if may_answer and kind == (model.kind if keep is None else self._kind(keep)):
+                found.append(model.id)
+        return tuple(found)
 
     def _up(self) -> set[str]:
         return {name for name, shelf in self._shelves.items() if shelf.upstream.state is UpstreamState.UP}

@@ -2,6 +2,9 @@
 
     routes     which route a request is for
     asked      which model its body names, and which conversation it goes on with
+    renamed    a body with another name for its model
+    joined     what LM Studio would say to a load
+    listings   several listings of models as one
     toplevel   the top level of a JSON object that is too large to be parsed
     json_text  JSON as LM Studio's runtime reads it
     words      what is ours to say: errors and heartbeats, in the layout of the route

@@ -17,7 +17,8 @@ SMALL_BODY: Final = 64 * 1024
 # What a conversation is told by, beside its model. It is cut at this many bytes of each of them.
 _OPENING: Final = ("system", "system_prompt", "instructions", "messages", "input", "prompt")
 _OPENING_BYTES: Final = 64 * 1024
-_KEYS: Final = frozenset(("model", "stream", *_OPENING))
+_PREVIOUS: Final = "previous_response_id"
+_KEYS: Final = frozenset(("model", "stream", "instance_id", _PREVIOUS, *_OPENING))
 _NAME_BYTES: Final = 4096  # nobody's model has a longer name
 
 
@@ -33,6 +34,14 @@ class Asked:
     model: str | None = None
     stream: bool = False
     conversation: bytes | None = None
+    #: The answer that this one goes on from.
+    previous: str | None = None
+    #: The instance that is to be unloaded.
+    instance: str | None = None
+    #: It is a JSON object.
+    readable: bool = False
+    #: What stands under `model` can be nobody's name.
+    misnamed: bool = False
 
 
 NOTHING_ASKED: Final = Asked()
@@ -112,19 +121,38 @@ def _asked_by(body: object) -> Asked:
     if not isinstance(body, dict):
         return NOTHING_ASKED
     model = body.get("model")
-    if not isinstance(model, str) or len(model) > _NAME_BYTES:
-        return Asked(stream=body.get("stream") is True)
-    return Asked(model, body.get("stream") is True, _conversation(model, body))
+    return _asked(model, body.get("stream") is True, body, misnamed=model is not None and not _is_name(model))
+
+
+def _asked(model: object, stream: bool, body: dict[str, object], *, misnamed: bool) -> Asked:
+    return Asked(
+        model if isinstance(model, str) and not misnamed else None,
+        stream,
+        None if misnamed or not isinstance(model, str) else _conversation(model, body),
+        _name(body.get(_PREVIOUS)),
+        _name(body.get("instance_id")),
+        readable=True,
+        misnamed=misnamed,
+    )
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= _NAME_BYTES
+
+
+def _name(value: object) -> str | None:
+    return value if isinstance(value, str) and len(value) <= _NAME_BYTES else None
 
 
 def _asked_by_parts(values: Mapping[str, bytes]) -> Asked:
     """The same, by the raw values of `_KEYS`, of which the beginning is there."""
-    model = parsed(values.get("model", b""))
-    stream = values.get("stream") == b"true"
-    if not isinstance(model, str) or len(model) > _NAME_BYTES:
-        return Asked(stream=stream)
-    body = {name: _leading(raw) for name in _OPENING if (raw := values.get(name)) is not None}
-    return Asked(model, stream, _conversation(model, body))
+    raw = values.get("model", b"null")
+    model = parsed(raw)
+    body = {name: _leading(part) for name in _OPENING if (part := values.get(name)) is not None}
+    body |= {name: parsed(values[name]) for name in (_PREVIOUS, "instance_id") if name in values}
+    return _asked(
+        model, values.get("stream") == b"true", body, misnamed=raw != b"null" and not _is_name(model)
+    )
 
 
 def _conversation(model: str, body: dict[str, object]) -> bytes | None:

@@ -29,29 +29,49 @@ class Route:
     streams: bool = False  # may answer with server-sent events
     websocket: bool = False  # one of the namespaces of LM Studio's own SDKs
     changes: bool = False  # loads, unloads or downloads a model: what was listed before is stale
+    kind: str = "llm"  # of the models that it is for
+    rows: str = ""  # it lists models, in a list of that name
+    one: bool = False  # its path names a model
+    stores: bool = False  # what it answers may be gone on from, by its id
+    stored: bool = False  # its path names such an answer
+
+    @property
+    def names(self) -> bool:
+        """Its body says who is meant."""
+        return self.inference or self.name in ("load", "unload")
 
 
 OTHER: Final = Route("other", Protocol.PLAIN)
 _OTHER_OPENAI: Final = Route("other", Protocol.OPENAI)
 _OTHER_NATIVE: Final = Route("other", Protocol.NATIVE)
-_MODELS: Final = Route("models", Protocol.OPENAI)
+_MODELS: Final = Route("models", Protocol.OPENAI, rows="data")
+_MODEL_V0: Final = Route("models", Protocol.OPENAI, one=True)
+_MODEL: Final = Route("other", Protocol.OPENAI, one=True)
+_STORED: Final = Route("other", Protocol.OPENAI, stored=True)
 _SDK: Final = Route("sdk", Protocol.PLAIN, websocket=True)
 
 _ROUTES: Final = {
     (b"POST", b"/v1/chat/completions"): Route("chat", Protocol.CHAT, inference=True, streams=True),
     (b"POST", b"/v1/completions"): Route("completions", Protocol.COMPLETIONS, inference=True, streams=True),
-    (b"POST", b"/v1/responses"): Route("responses", Protocol.RESPONSES, inference=True, streams=True),
+    (b"POST", b"/v1/responses"): Route(
+        "responses", Protocol.RESPONSES, inference=True, streams=True, stores=True
+    ),
     (b"POST", b"/v1/messages"): Route("messages", Protocol.MESSAGES, inference=True, streams=True),
-    (b"POST", b"/v1/embeddings"): Route("embeddings", Protocol.OPENAI, inference=True),
+    (b"POST", b"/v1/embeddings"): Route("embeddings", Protocol.OPENAI, inference=True, kind="embedding"),
+    (b"POST", b"/v1/rerank"): Route("rerank", Protocol.OPENAI, inference=True, kind="reranker"),
     (b"GET", b"/v1/models"): _MODELS,
     (b"POST", b"/api/v0/chat/completions"): Route("v0_chat", Protocol.CHAT, inference=True, streams=True),
     (b"POST", b"/api/v0/completions"): Route(
         "v0_completions", Protocol.COMPLETIONS, inference=True, streams=True
     ),
-    (b"POST", b"/api/v0/embeddings"): Route("v0_embeddings", Protocol.OPENAI, inference=True),
+    (b"POST", b"/api/v0/embeddings"): Route(
+        "v0_embeddings", Protocol.OPENAI, inference=True, kind="embedding"
+    ),
     (b"GET", b"/api/v0/models"): _MODELS,
-    (b"POST", b"/api/v1/chat"): Route("native_chat", Protocol.NATIVE, inference=True, streams=True),
-    (b"GET", b"/api/v1/models"): Route("models", Protocol.NATIVE),
+    (b"POST", b"/api/v1/chat"): Route(
+        "native_chat", Protocol.NATIVE, inference=True, streams=True, stores=True
+    ),
+    (b"GET", b"/api/v1/models"): Route("models", Protocol.NATIVE, rows="models"),
     (b"POST", b"/api/v1/models/load"): Route("load", Protocol.NATIVE, changes=True),
     (b"POST", b"/api/v1/models/unload"): Route("unload", Protocol.NATIVE, changes=True),
     (b"POST", b"/api/v1/models/download"): Route("download", Protocol.NATIVE, changes=True),
@@ -80,5 +100,25 @@ def route_of(method: bytes, path: bytes) -> Route:
     if route is not None:
         return route
     if path.startswith((b"/v1/", b"/api/v0/")):
-        return _MODELS if method == b"GET" and path.startswith(b"/api/v0/models/") else _OTHER_OPENAI
+        if method == b"GET" and path.startswith((b"/api/v0/models/", b"/v1/models/")):
+            return _MODEL_V0 if path.startswith(b"/api") else _MODEL
+        return _STORED if path.startswith(b"/v1/responses/") else _OTHER_OPENAI
     return _OTHER_NATIVE if path.startswith(b"/api/v1/") else OTHER
+
+
+_NAMED: Final = re.compile(rb"(/+(?:api/+v0|v1)/+models/+)([^?]+)(.*)", re.IGNORECASE | re.DOTALL)
+_STORED_PATH: Final = re.compile(rb"/+v1/+responses/+([^/?]+)", re.IGNORECASE)
+
+
+def named_in(target: bytes) -> tuple[bytes, str, bytes]:
+    """The model that the target of a `one` route names, with what stands before it and behind; "" for none."""
+    found = _NAMED.fullmatch(target)
+    if found is None:
+        return target, "", b""
+    return found[1], unquote_to_bytes(found[2]).decode("utf-8", "replace").rstrip("/"), found[3]
+
+
+def stored_in(target: bytes) -> str | None:
+    """The stored answer that a target names."""
+    found = _STORED_PATH.match(target)
+    return unquote_to_bytes(found[1]).decode("utf-8", "replace") if found else None

@@ -11,10 +11,12 @@ class TopLevel:
     """Walks through a JSON object, sees its own keys, and passes over everything deeper at the speed of C.
 
     Keeps the last value of each of `keys`, raw, up to one byte more than `most`: the one tells that something is
-    missing.
+    missing. And where in the whole it stands.
     """
 
     __slots__ = (
+        "_base",
+        "_began",
         "_depth",
         "_escaped",
         "_expect",
@@ -26,6 +28,9 @@ class TopLevel:
         "_raw",
         "_string",
         "_taken",
+        "bare",
+        "opened",
+        "spans",
         "values",
     )
 
@@ -42,6 +47,13 @@ class TopLevel:
 
     def __init__(self, keys: Collection[str], most: int) -> None:
         self.values: dict[str, bytes] = {}
+        #: Where the last value of each of `keys` begins and ends, in bytes of all that came.
+        self.spans: dict[str, tuple[int, int]] = {}
+        #: Where the object's first key may stand, and whether it has none.
+        self.opened = 0
+        self.bare = True
+        self._base = 0  # bytes before this chunk
+        self._began = 0
         self._keys = keys
         self._most = most
         self._expect = self.START
@@ -72,6 +84,7 @@ class TopLevel:
                 at = self._step(chunk, at)
         if self._keeps:
             self._keep(chunk, end)
+        self._base += end
 
     def _step(self, chunk: bytes, at: int) -> int:
         """One token of the top level; `at` stands outside of strings and brackets."""
@@ -106,6 +119,7 @@ class TopLevel:
             self._expect = self.END
         elif byte == 0x7B and expect == self.START:
             self._expect = self.KEY_OR_END
+            self.opened = self._base + at + 1
         else:
             self._expect = self.BROKEN
         return at + 1
@@ -151,6 +165,7 @@ class TopLevel:
         self._keeps = keeps
         self._limit = limit
         self._taken = at
+        self._began = self._base + at
         self._raw.clear()
 
     def _keep(self, chunk: bytes, end: int) -> None:
@@ -162,6 +177,7 @@ class TopLevel:
         self._keep(chunk, end)
         self._keeps = False
         self._expect = self.COLON
+        self.bare = False
         key = parsed(bytes(self._raw)) if len(self._raw) <= self._limit else None
         self._key = key if isinstance(key, str) else ""
 
@@ -171,6 +187,7 @@ class TopLevel:
             self._keep(chunk, end)
             self._keeps = False
             self.values[self._key] = bytes(self._raw)
+            self.spans[self._key] = (self._began, self._base + end)
 
 
 def _past(pattern: re.Pattern[bytes], chunk: bytes, at: int) -> int:

@@ -4,6 +4,8 @@
     access     who may ask: keys, Host, Origin
     body       what was asked, kept while it waits
     homes      where each conversation was last
+    stored     where answers are kept that others go on from
+    listings   the models of all upstreams as one list
     patience   heartbeats, while it waits
     call       the request to the upstream, and its answer back
     upstreams  the connections to each, and what is sent on them

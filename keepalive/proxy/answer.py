@@ -100,6 +100,11 @@ class Answer:
         else:
             caller.abort()
 
+    def whole(self, status: int, headers: Headers, body: bytes) -> None:
+        """An answer that we have put together."""
+        self._account.status = status
+        self._caller.answer(status, [*headers, *self._account.headers()], body)
+
     def not_ready(self, model: ModelId, view: View) -> None:
         reason = f": {view.reason}" if view.reason else ""
         self.fail(

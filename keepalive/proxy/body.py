@@ -2,6 +2,7 @@
 
 from keepalive.http1 import Caller
 from keepalive.protocols.asked import Asked, ModelFinder, read_body
+from keepalive.protocols.renamed import renamed
 
 
 class Room:
@@ -39,6 +40,10 @@ class Body:
             pieces.append(data)
         self.data = b"".join(pieces)
         return finder.finish() if finder is not None else Asked()
+
+    def rename(self, name: str) -> None:
+        """It asks for `name` from now on."""
+        self.data = renamed(self.data, name) or self.data
 
     def release(self) -> None:
         self.data = b""

@@ -9,6 +9,7 @@ from keepalive.core.callers import Outcome, Seen
 from keepalive.core.errors import Reason, UpstreamError
 from keepalive.core.facts import InstanceLost, ModelId, RequestEnded, RequestStarted
 from keepalive.core.keeping import Keeping
+from keepalive.core.names import Meaning
 from keepalive.http1 import Caller, Reply, Ticker, preferred_wait
 from keepalive.protocols.answers import error_message
 from keepalive.protocols.asked import Asked
@@ -21,6 +22,7 @@ from keepalive.proxy.body import Body, Room
 from keepalive.proxy.patience import Patience
 from keepalive.proxy.relay import Events, Whole
 from keepalive.proxy.settings import Heartbeat, Settings
+from keepalive.proxy.stored import Stored, Watch
 from keepalive.proxy.upstreams import Upstreams
 
 #: Of an upstream's error answer: read before it is decided what becomes of it.
@@ -35,6 +37,7 @@ class Owner(Protocol):
     upstreams: Upstreams
     room: Room
     ticker: Ticker
+    stored: Stored
     seen: Callable[[Seen], None]
 
 
@@ -46,12 +49,14 @@ class Call:
         "_forwarded",
         "_owner",
         "_patience",
+        "_watch",
         "account",
         "answer",
         "asked",
         "body",
         "caller",
         "deadline",
+        "meaning",
         "route",
         "task",
     )
@@ -69,8 +74,10 @@ class Call:
         self.asked = Asked()
         self.deadline = 0.0
         self._owner = owner
-        self._forwarded: ModelId | None = None  # told the keeper; its end is still to be told
+        self.meaning: Meaning | None = None
+        self._forwarded: Sequence[ModelId] = ()  # told the keeper; its end is still to be told
         self._first = b""  # of an error answer, read already
+        self._watch: Watch | None = None
 
     # --- to the upstream --------------------------------------------------------------------------
 
@@ -97,23 +104,34 @@ class Call:
         if self._patience is not None:
             self._patience.beat()
 
-    async def ask(self, upstream: str, model: ModelId | None, *, upgrade: bool = False) -> Reply:
-        """Passes the request on; its answer's head."""
+    async def ask(
+        self,
+        upstream: str,
+        model: ModelId | None,
+        *,
+        perhaps: Sequence[ModelId] = (),
+        upgrade: bool = False,
+    ) -> Reply:
+        """Passes the request on; its answer's head. `perhaps` may answer where LM Studio chooses who does."""
         caller, account = self.caller, self.account
         if not self.body.data and caller.head.body:
             # Small bodies come at once; only the others are sent while they come, and cannot be sent again.
             self.body.data = await caller.read()
+        if self.meaning is not None and (name := self.meaning.written(model)) is not None:
+            self.body.rename(name)
+        self._watch = Watch(self._owner.stored, upstream) if self.route.stores else None
         account.model = model
         account.sent_at = account.now()
-        if model is not None:
-            self._forwarded = model
-            self._owner.keeping.record(RequestStarted(account.sent_at, model))
+        self._forwarded = perhaps if model is None else (model,)
+        for one in self._forwarded:
+            self._owner.keeping.record(RequestStarted(account.sent_at, one))
         try:
             return await self._owner.upstreams.send(
                 upstream,
                 caller,
                 self.body.data,
-                readable=self.asked.stream,  # between the bytes of a compressed stream no heartbeat has a place
+                # Between the bytes of a compressed stream no heartbeat has a place, and in them no id is seen.
+                readable=self.asked.stream or self.route.stores,
                 upgrade=upgrade,
                 once=self.route.changes,  # a load that is sent twice is a second copy in memory
             )
@@ -135,7 +153,7 @@ class Call:
         return lost
 
     def lost(self, message: str, why: Reason | None = None) -> None:
-        model = self.account.model
+        model = self.account.model or self._only
         if model is not None:
             self._owner.keeping.record(InstanceLost(self.account.now(), model, message, why))
 
@@ -144,9 +162,16 @@ class Call:
         reply.close()
         self._told(answered=False)
 
+    @property
+    def _only(self) -> ModelId | None:
+        """Who answers, where that is no guess: LM Studio chooses only where there is but one."""
+        chosen = self.account.model is not None or (self.meaning is not None and not self.meaning.known)
+        return self._forwarded[0] if chosen and len(self._forwarded) == 1 else None
+
     def _told(self, *, answered: bool) -> None:
-        model, self._forwarded = self._forwarded, None
-        if model is not None:
+        answered = answered and self._only is not None
+        models, self._forwarded = self._forwarded, ()
+        for model in models:
             self._owner.keeping.record(RequestEnded(self.account.now(), model, answered))
 
     # --- back to the caller -----------------------------------------------------------------------
@@ -169,7 +194,7 @@ class Call:
         account, answer = self.account, self.answer
         events = Events(self.caller.push, account.now, Meter(self.route.protocol, account.began))
         answer.passed = events
-        reply.pour(events.take)
+        reply.pour(self._watched(events.take))
         self.caller.flush()
         complete = await reply.ended()
         meter = events.meter
@@ -193,7 +218,7 @@ class Call:
         first, self._first = self._first, b""
         if first:
             whole.take(first)
-        reply.pour(whole.take)
+        reply.pour(self._watched(whole.take))
         if not (reply.complete or reply.cut):
             self.caller.flush()
         if not await reply.ended():
@@ -208,6 +233,17 @@ class Call:
             self.account.outcome = Outcome.UPSTREAM_ERROR
             if status < 400:
                 self._look(status, whole.first)
+
+    def _watched(self, take: Callable[[bytes], None]) -> Callable[[bytes], None]:
+        watch = self._watch
+        if watch is None:
+            return take
+
+        def take_and_look(data: bytes) -> None:
+            take(data)
+            watch.look(data)
+
+        return take_and_look
 
     async def _explain(self, reply: Reply) -> None:
         """An answer that is no event stream, to a caller that was promised one."""

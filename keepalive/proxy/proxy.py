@@ -7,18 +7,22 @@ nothing is tried again. What measures a stream stands behind it and cannot touch
 
 import asyncio
 from collections.abc import Callable, Sequence
+from urllib.parse import quote
 
 from keepalive.core.callers import Key, Outcome, Seen
 from keepalive.core.errors import Cut, NotWarm, Unreachable, UpstreamError
-from keepalive.core.facts import ModelId
+from keepalive.core.facts import InstanceLost, ModelId, ModelsChanged, WarmAsked
 from keepalive.core.keeping import Keeping
-from keepalive.http1 import Caller, RequestHead, Ticker, end_to_end, values
-from keepalive.protocols.routes import Route, route_of
+from keepalive.http1 import NO_STORE, Caller, RequestHead, Ticker, end_to_end, values
+from keepalive.protocols.joined import joined
+from keepalive.protocols.routes import Route, named_in, route_of, stored_in
 from keepalive.proxy import access
 from keepalive.proxy.body import Room
 from keepalive.proxy.call import Call
 from keepalive.proxy.homes import Homes
+from keepalive.proxy.listings import answer_listing
 from keepalive.proxy.settings import Settings
+from keepalive.proxy.stored import Stored
 from keepalive.proxy.upstreams import UPGRADE, Upstreams
 
 
@@ -37,6 +41,7 @@ class Proxy:
         self.ticker = Ticker(_turn(settings))
         self.upstreams = Upstreams(settings)
         self.stopping: str | None = None
+        self.stored = Stored()
         self._homes = Homes()
 
     def configure(self, settings: Settings) -> None:
@@ -80,8 +85,8 @@ class Proxy:
             return answer.fail(*refused, outcome=Outcome.REJECTED)
         if head.upgrade is not None and head.upgrade.lower() == b"websocket":
             return await self._tunnel(call)
-        if not (call.route.inference and head.method == b"POST"):
-            return await self._pass(call)
+        if not (call.route.names and head.method == b"POST"):
+            return await self._show(call)
         if values(head.headers, b"content-encoding"):
             # LM Studio would unpack it and find the model that we did not see.
             why = "send the body uncompressed"
@@ -90,8 +95,61 @@ class Proxy:
         if asked is None:
             return answer.fail(503, "too many requests are waiting", "overloaded", retry_after=1)
         call.asked = asked
-        models = self.keeping.find(asked.model) if asked.model is not None else ()
-        return await (self._hold(call, models) if models else self._pass(call))
+        return await self._ask(call)
+
+    async def _ask(self, call: Call) -> None:
+        """For whoever is meant by the body."""
+        asked, route = call.asked, call.route
+        if route.name == "unload":
+            return await self._unload(call)
+        if asked.misnamed:
+            why = "model is no name: write the key of a model, as text"
+            return call.answer.fail(400, why, "invalid_model", outcome=Outcome.REJECTED)
+        if not asked.readable:
+            return await self._pass(call, self.upstreams.default)  # LM Studio says what is wrong with it
+        meaning = await self.keeping.meaning(asked.model, default=route.inference)
+        call.meaning, models, upstream = meaning, meaning.models, meaning.upstream
+        if route.name == "load" and models and self.settings.join_loads:
+            return await self._join(call, models)
+        if not route.inference:
+            return await self._pass(call, upstream)
+        home = await self._home(call, asked.previous) if asked.previous and route.stores else None
+        if models:
+            return await self._hold(call, self._at(home, models))
+        upstream = home or upstream
+        perhaps = meaning.perhaps if meaning.known else self.keeping.present(upstream, route.kind)
+        return await self._pass(call, upstream, perhaps)
+
+    async def _show(self, call: Call) -> None:
+        """What no body names a model for."""
+        head, route, upstream = call.caller.head, call.route, self.upstreams.default
+        if route.rows and head.method == b"GET":
+            if len(self.upstreams.pools) > 1 or self.keeping.rows(upstream):
+                return await answer_listing(call, self.upstreams, self.keeping, self.settings.list_timeout)
+        elif route.one:
+            upstream = await self._whereabouts(call)
+        elif route.stored and (ident := stored_in(head.target)) is not None:
+            upstream = await self._home(call, ident) or upstream
+        return await self._pass(call, upstream)
+
+    async def _whereabouts(self, call: Call) -> str:
+        """The upstream of the model that a path names, by the name that is known there."""
+        head = call.caller.head
+        path, name, query = named_in(head.target)
+        meaning = await self.keeping.meaning(name or None, default=False)
+        written = meaning.written(meaning.models[0]) if meaning.models else None
+        if written is not None:
+            head.target = path + quote(written, safe="").encode() + query
+        return meaning.upstream
+
+    async def _home(self, call: Call, ident: str) -> str | None:
+        headers = call.caller.head.headers
+        return await self.stored.home(ident, self.upstreams, headers, self.settings.list_timeout)
+
+    def _at(self, home: str | None, models: Sequence[ModelId]) -> Sequence[ModelId]:
+        """Those where an answer is stored that is to be gone on from, while that upstream is there."""
+        there = [m for m in models if m.upstream == home and self.keeping.view(m).state != "unknown"]
+        return there or models
 
     async def _hold(self, call: Call, models: Sequence[ModelId]) -> None:
         """For a model that we keep: passed on once that is warm."""
@@ -144,16 +202,51 @@ class Proxy:
         self._homes.remember(call.asked.conversation, model)
         return model
 
-    async def _pass(self, call: Call) -> None:
+    async def _join(self, call: Call, models: Sequence[ModelId]) -> None:
+        """A caller's load of a model that we keep is our one load, whatever else it asks for."""
+        call.hold(models)
+        for model in models:
+            if not self.keeping.view(model).wanted:
+                self.keeping.record(WarmAsked(call.account.now(), model))
+        began = call.account.now()
+        try:
+            model = await self._warm(call, models)
+        except TimeoutError:
+            return call.answer.not_ready(models[0], self.keeping.view(models[0]))
+        except NotWarm as error:
+            later = error.retry_after or 5
+            return call.answer.fail(503, str(error), "model_not_ready", retry_after=later)
+        call.account.model = model
+        body, differs = joined(
+            call.body.data, self.keeping.view(model), model.key, call.account.now() - began
+        )
+        headers = [(b"Content-Type", b"application/json"), (b"X-Keepalive-Load", b"joined")]
+        if differs:
+            headers.append((b"X-Keepalive-Load-Differs", ", ".join(differs).encode()))
+        call.account.outcome = Outcome.OK
+        return call.answer.whole(200, [*headers, *NO_STORE], body)
+
+    async def _pass(self, call: Call, upstream: str, perhaps: Sequence[ModelId] = ()) -> None:
         """Straight through."""
         try:
-            reply = await call.ask(self.upstreams.default, None)
+            reply = await call.ask(upstream, None, perhaps=perhaps)
         except UpstreamError as error:
             return call.answer.broken(error)
         try:
             return await call.relay(reply)
         finally:
             call.close(reply)
+            if call.route.changes:
+                self.keeping.record(ModelsChanged(call.account.now(), upstream))
+
+    async def _unload(self, call: Call) -> None:
+        """A caller may unload what is ours. It is known at once, not with the next listing."""
+        meaning = await self.keeping.meaning(call.asked.instance, default=False)
+        await self._pass(call, meaning.upstream)
+        if call.account.status == 200:
+            for model in meaning.models:
+                if model.upstream == meaning.upstream:
+                    self.keeping.record(InstanceLost(call.account.now(), model, "a caller unloaded it"))
 
     async def _tunnel(self, call: Call) -> None:
         """A WebSocket: bytes both ways until both sides are done."""

@@ -27,6 +27,8 @@ class Settings:
     heartbeat_mode: Heartbeat = Heartbeat.COMMENT
     limits: Limits = field(default_factory=Limits)
     connect_timeout: float = 5.0
+    list_timeout: float = 10.0
+    join_loads: bool = True  # a caller's load of a model that we keep is our load
     #: Of the bodies of all requests that wait, together.
     kept_bytes: int = 512 * 1024 * 1024
     loopback: bool = True  # nobody but this machine can reach the listener

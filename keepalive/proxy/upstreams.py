@@ -1,10 +1,26 @@
 """The upstreams by their names: the connections to each, and what of a caller's request it is sent."""
 
-from keepalive.http1 import Caller, Headers, Pool, Reply, end_to_end
+import asyncio
+from dataclasses import dataclass
+from typing import Final
+
+from keepalive.core.errors import Cut, TimedOut, Unexpected
+from keepalive.http1 import Caller, Headers, Pool, Reply, ReplyHead, end_to_end
 from keepalive.proxy.settings import Settings
 
 #: What both ends of a tunnel say to each other.
 UPGRADE: Headers = [(b"Connection", b"Upgrade"), (b"Upgrade", b"websocket")]
+
+#: A listing of a thousand models is about 1 MB. More than this is not a listing.
+LOOKED_BYTES: Final = 8 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """A whole answer that we asked for ourselves."""
+
+    head: ReplyHead
+    body: bytes
 
 
 class Upstreams:
@@ -61,6 +77,29 @@ class Upstreams:
             upgrade=upgrade,
             once=once,
         )
+
+    async def look(self, name: str, target: bytes, headers: Headers, within: float) -> Looked:
+        """Asks one upstream what a caller with these headers would read there. Raises UpstreamError."""
+        pool = self.pools[name]
+        asked = [
+            pair
+            for pair in self._headers(name, headers, readable=True)
+            if not pair[0].lower().startswith((b"if-", b"range", b"content-"))
+        ]
+        try:
+            async with asyncio.timeout(within):
+                reply = await pool.send(b"GET", target, asked)
+                try:
+                    body = await reply.read(LOOKED_BYTES)
+                    if reply.cut:
+                        raise Cut(f"{pool.name} broke off its answer")
+                    if not reply.complete:
+                        raise Unexpected(f"{pool.name} answered with more than {LOOKED_BYTES >> 20} MiB")
+                finally:
+                    reply.close()
+        except TimeoutError:
+            raise TimedOut(f"{pool.name} did not answer within {within:g} s") from None
+        return Looked(reply.head, body)
 
     def _headers(self, name: str, headers: Headers, *, readable: bool) -> Headers:
         token = self._settings.upstreams[name].token

@@ -190,6 +190,9 @@ class Daemon:
     def states(self) -> list[dict[str, Any]]:
         return [status.state(model) for model in self.keeper.snapshot().models]
 
+    def find(self, name: str) -> tuple[ModelId, ...]:
+        return self.keeper.find(name)
+
     def metrics(self, accept: str) -> tuple[bytes, str]:
         self._scraped = self._wall()
         return self._metrics.render(accept)

@@ -13,12 +13,13 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from keepalive import prompts
 from keepalive.config import Address as Listen
-from keepalive.config import Config
+from keepalive.config import Config, Kept
 from keepalive.core.callers import Key, Outcome, Seen
 from keepalive.core.errors import KeepaliveError
 from keepalive.core.explain import eta
-from keepalive.core.facts import ModelFact, ModelId, WarmAsked
+from keepalive.core.facts import ModelFact, ModelId, UpstreamFact, WarmAsked
 from keepalive.core.keeping import View
+from keepalive.core.names import Meaning
 from keepalive.http1 import Exchange, Limits, Listener, bind, serve
 from keepalive.keeper.keeper import Keeper
 from keepalive.observers import logs
@@ -54,7 +55,8 @@ class Front:
         self._log = logs.logger()
         self._keeper = keeper
         self._clock = clock
-        self._waits: dict[ModelId, float] = {}
+        self._kept: dict[ModelId, Kept] = {}
+        self._list_timeout = 10.0
         self._limits = _limits(settings)
         self._listener: Listener | None = None
         self._proxy = Proxy(self._settings(settings, {}, ()), self, self._seen)
@@ -123,14 +125,23 @@ class Front:
 
     # --- what the proxy asks ------------------------------------------------------------------------
 
-    def find(self, key: str) -> Sequence[ModelId]:
-        return self._keeper.find(key)
+    def find(self, name: str) -> Sequence[ModelId]:
+        return self._keeper.find(name)
+
+    async def meaning(self, name: str | None, *, default: bool = True) -> Meaning:
+        return await self._keeper.meaning(name, self._list_timeout, default=default)
+
+    def present(self, upstream: str, kind: str) -> Sequence[ModelId]:
+        return self._keeper.present(upstream, kind)
+
+    def rows(self, upstream: str) -> Mapping[str, Sequence[str]]:
+        return self._keeper.rows(upstream)
 
     def view(self, model: ModelId) -> View:
         known, now = self._keeper.model(model), self._clock()
         if known is None:
             return View("unknown", reason="it is no longer kept here", max_wait=0.0)
-        since = known.loading_since
+        since, kept = known.loading_since, self._kept.get(model)
         return View(
             known.state.value,
             reason=known.reason,
@@ -140,13 +151,17 @@ class Front:
             in_flight=known.in_flight,
             waiting=known.waiting,
             retry_after=None if known.retry_at is None else max(0.0, known.retry_at - now),
-            max_wait=self._waits.get(model, 0.0),
+            max_wait=kept.max_wait if kept else 0.0,
+            wanted=known.wanted,
+            kind=known.kind,
+            context_length=known.instances[0].context_length if known.instances else None,
+            load_fields=kept.load_fields if kept else {},
         )
 
     async def ensure_warm(self, models: Sequence[ModelId]) -> ModelId:
         return await self._keeper.ensure_warm(models)
 
-    def record(self, fact: ModelFact) -> None:
+    def record(self, fact: ModelFact | UpstreamFact) -> None:
         self._keeper.record(fact)
 
     def _warm(self, model: ModelId) -> None:
@@ -156,13 +171,16 @@ class Front:
 
     def _settings(self, settings: Config, tokens: Mapping[str, str | None], keys: Sequence[Key]) -> Settings:
         server = settings.server
-        self._waits = {ModelId(kept.upstream, kept.key): kept.max_wait for kept in settings.kept}
+        self._kept = {ModelId(kept.upstream, kept.key): kept for kept in settings.kept}
+        self._list_timeout = max(upstream.list_timeout for upstream in settings.upstreams)
         return Settings(
             upstreams={u.name: Address(u.url, tokens.get(u.name)) for u in settings.upstreams},
             heartbeat=server.heartbeat,
             heartbeat_mode=Heartbeat(server.heartbeat_mode),
             limits=self._limits,
             connect_timeout=min(u.connect_timeout for u in settings.upstreams),
+            list_timeout=self._list_timeout,
+            join_loads=server.loads == "join",
             loopback=is_loopback(server.listen.host),
             allowed_hosts=frozenset(server.allowed_hosts),
             allowed_origins=frozenset(server.allowed_origins),

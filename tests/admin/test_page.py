@@ -163,6 +163,9 @@ class Written:
     def status(self) -> Mapping[str, Any]:
         return self.document
 
+    def find(self, name: str) -> list[ModelId]:
+        return [ModelId(m["upstream"], m["key"]) for m in self.document["models"] if m["key"] == name]
+
     def states(self) -> Any:
         return self.document["models"]
 

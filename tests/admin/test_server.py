@@ -62,6 +62,11 @@ class Shown:
         self.rendered += 1
         return copy.deepcopy(self.document)
 
+    def find(self, name: str) -> list[ModelId]:
+        name = "acme/gemma" if name == "an-alias" else name
+        models = self.document["models"]
+        return [ModelId(m["upstream"], m["key"]) for m in models if m["key"].lower() == name.lower()]
+
     def states(self) -> list[dict[str, Any]]:
         return copy.deepcopy(self.document["models"])
 

@@ -5,13 +5,14 @@ import contextlib
 import gc
 import os
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from keepalive.core.callers import Seen
 from keepalive.core.errors import NotWarm
-from keepalive.core.facts import Fact, ModelId, fold_key
+from keepalive.core.facts import Entry, Fact, ModelId
 from keepalive.core.keeping import View
+from keepalive.core.names import Meaning, Names
 from keepalive.http1 import Limits, Listener, bind, serve
 from keepalive.proxy import Address, Proxy, Settings
 from tests.kit.live import PATIENCE, bound
@@ -143,6 +144,8 @@ class Model:
     load_seconds: float = 0.0
     loaded: asyncio.Event | None = None  # ends the load, where the test says when
     max_wait: float = 600.0
+    aliases: tuple[str, ...] = ()
+    kind: str = "llm"
     fails: NotWarm | None = None
     loads: int = 0
     loading: asyncio.Task[None] | None = None
@@ -154,6 +157,9 @@ class Keep:
 
     def __init__(self) -> None:
         self.models: dict[ModelId, Model] = {}
+        self.upstreams: tuple[str, ...] = ("local",)
+        self.default: str | None = None
+        self.listings: dict[str, dict[str, Entry]] = {}
         self.waiting = 0
         self.warm_asked = 0
 
@@ -161,8 +167,28 @@ class Keep:
         model = self.models[ModelId(upstream, key)] = Model(**how)  # type: ignore[arg-type]
         return model
 
-    def find(self, key: str, /) -> Sequence[ModelId]:
-        return [model for model in self.models if fold_key(model.key) == fold_key(key)]
+    @property
+    def names(self) -> Names:
+        names = Names()
+        names.configure(
+            self.upstreams, {model: it.aliases for model, it in self.models.items()}, self.default
+        )
+        for upstream, entries in self.listings.items():
+            names.listed(upstream, entries)
+        return names
+
+    def find(self, name: str, /) -> Sequence[ModelId]:
+        return self.names.find(name)
+
+    async def meaning(self, name: str | None, /, *, default: bool = True) -> Meaning:
+        return self.names.meaning(name, self.upstreams, default=default)
+
+    def present(self, upstream: str, kind: str, /) -> Sequence[ModelId]:
+        here = [(model, it) for model, it in self.models.items() if model.upstream == upstream]
+        return [model for model, it in here if it.state == "warm" and it.kind == kind]
+
+    def rows(self, upstream: str, /) -> Mapping[str, Sequence[str]]:
+        return self.names.rows(upstream)
 
     def view(self, model: ModelId, /) -> View:
         it = self.models[model]
@@ -246,6 +272,7 @@ async def fronted(
     keep = keep or Keep()
     seen: list[Seen] = []
     chosen = upstreams or {"local": Address(f"http://127.0.0.1:{upstream.port}")}
+    keep.upstreams = tuple(chosen)
     proxy = Proxy(Settings(upstreams=chosen, limits=limits, **settings), keep, seen.append)  # type: ignore[arg-type]
     listener = await serve(proxy, sockets=bind("127.0.0.1", 0), limits=limits)
     front = Front(proxy, listener, keep, seen)
@@ -272,6 +299,7 @@ async def fronted(
 
 async def _epilogue(front: Front, upstream: Upstream) -> None:
     upstream.script = answer_ok
+    front.keep.upstreams = ("local",)
     front.proxy.configure(
         replace(
             front.proxy.settings,

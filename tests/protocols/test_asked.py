@@ -76,7 +76,39 @@ def test_the_model_is_read_as_a_parser_would_read_it(body, model, stream):
 )  # fmt: skip
 def test_a_body_without_a_model_or_without_sense_asks_for_nothing(body):
     for asked in small_and_large(body):
-        assert asked == Asked()
+        assert (asked.model, asked.stream, asked.conversation, asked.misnamed) == (None, False, None, False)
+
+
+@pytest.mark.parametrize(
+    ("body", "readable", "misnamed"),
+    [
+        ("{}", True, False),
+        ('{"model":null}', True, False),
+        ('{"model":""}', True, False),
+        ('{"model":7}', True, True),
+        ('{"model":"a","model":7}', True, True),
+        ('{"model":7,"model":null}', True, False),
+        ('{"model":["a"]}', True, True),
+        ('{"model":{"id":"a"}}', True, True),
+        ('{"model":false}', True, True),
+        ('{"model":"%s"}' % ("m" * 4097), True, True),
+        ('{"model":"%s"}' % ("m" * 1_000_000), True, True),
+        ('{"model":}', False, False),
+        ('{"model":7', False, False),
+    ],
+)
+def test_what_is_no_name_is_told_from_no_name(body, readable, misnamed):
+    for asked in small_and_large(body):
+        assert (asked.readable, asked.misnamed) == (readable, misnamed)
+
+
+def test_the_answer_that_is_gone_on_from_and_the_instance_to_unload_are_read():
+    body = '{"previous_response_id":"resp_1","instance_id":"a:2","input":"x"}'
+
+    for asked in small_and_large(body):
+        assert (asked.previous, asked.instance) == ("resp_1", "a:2")
+    for asked in small_and_large('{"previous_response_id":7,"instance_id":null}'):
+        assert (asked.previous, asked.instance) == (None, None)
 
 
 @pytest.mark.parametrize(

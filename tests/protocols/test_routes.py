@@ -14,6 +14,7 @@ from keepalive.protocols.routes import Protocol, route_of
         (b"POST", b"/v1/responses", "responses", Protocol.RESPONSES),
         (b"POST", b"/v1/messages", "messages", Protocol.MESSAGES),
         (b"POST", b"/v1/embeddings", "embeddings", Protocol.OPENAI),
+        (b"POST", b"/v1/rerank", "rerank", Protocol.OPENAI),
         (b"POST", b"/api/v1/chat", "native_chat", Protocol.NATIVE),
         (b"POST", b"/api/v0/chat/completions", "v0_chat", Protocol.CHAT),
         (b"POST", b"/api/v0/completions", "v0_completions", Protocol.COMPLETIONS),
@@ -30,7 +31,7 @@ def test_routes_that_need_a_model_are_known_in_every_spelling(method, path, name
     route = route_of(method, path)
 
     assert (route.name, route.protocol, route.inference) == (name, protocol, True)
-    assert route.streams == (name not in ("embeddings", "v0_embeddings"))
+    assert route.streams == (name not in ("embeddings", "v0_embeddings", "rerank"))
 
 
 @pytest.mark.parametrize(
@@ -66,6 +67,30 @@ def test_loads_and_sdk_connections_are_told_apart():
     assert route_of(b"GET", b"/llm").websocket
     assert route_of(b"GET", b"/embedding").websocket
     assert not route_of(b"POST", b"/llm").websocket
+
+
+@pytest.mark.parametrize(
+    ("path", "before", "name", "behind"),
+    [
+        (b"/v1/models/acme/tiny", b"/v1/models/", "acme/tiny", b""),
+        (b"/v1/models/acme%2Ftiny/?x=1", b"/v1/models/", "acme/tiny", b"?x=1"),
+        (b"//API//v0/Models/a%40q8", b"//API//v0/Models/", "a@q8", b""),
+    ],
+)
+def test_a_path_may_name_a_model(path, before, name, behind):
+    assert route_of(b"GET", path).one
+    assert routes.named_in(path) == (before, name, behind)
+
+
+def test_a_path_that_only_looks_like_it_names_nobody():
+    assert routes.named_in(b"/v1/%6dodels/a") == (b"/v1/%6dodels/a", "", b"")
+
+
+@pytest.mark.parametrize("path", [b"/v1/responses/resp_1", b"//V1/responses/resp%5f1/input_items?after=2"])
+def test_a_path_may_name_a_stored_answer(path):
+    assert route_of(b"GET", path).stored
+    assert route_of(b"DELETE", path).stored
+    assert routes.stored_in(path) == "resp_1"
 
 
 @given(st.binary(), st.binary())
