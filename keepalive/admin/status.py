@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from keepalive import __version__
-from keepalive.core.explain import eta, explain
+from keepalive.core.explain import eta, explain, next_try
 from keepalive.core.facts import ModelId
 from keepalive.core.records import Model, Snapshot, Upstream
 from keepalive.core.states import State
@@ -109,7 +109,7 @@ def model_document(
         if last is None
         else {"at": at(last.at), "outcome": last.outcome.value, "seconds": round(last.seconds, 3)},
         "next_ping_at": at(_next_ping(model, now)),
-        "retry_at": at(model.retry_at),
+        "retry_at": at(next_try(upstream, model, now)),
         "reason": explain(upstream, siblings, model),
     }
 

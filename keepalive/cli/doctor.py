@@ -222,7 +222,7 @@ def _upstream(seen: Evidence, upstream: Upstream) -> Iterator[Finding]:
         case Unauthorized():
             yield Finding(
                 str(probe.error),
-                "LM Studio answers nothing without it, and the daemon asks only every five minutes",
+                "LM Studio answers nothing without it, and the daemon asks only once a minute",
                 "LM Studio: Developer, Server Settings, Manage Tokens; then name it in [[upstreams]] "
                 f"{upstream.name!r}: api_token_env, api_token_file or the credential lm_token.{upstream.name}",
             )

@@ -18,7 +18,7 @@ from keepalive.core.facts import (
     UnloadEnded,
     UnloadStarted,
 )
-from keepalive.core.moves import BACKOFF_MAX, absent, backoff, failed, move, proved
+from keepalive.core.moves import BACKOFF_MAX, TOKEN_RETRY, absent, backoff, failed, move, proved
 from keepalive.core.records import LISTING_LAG, LOADS_REMEMBERED, Cause, Model, Pending, Ping
 from keepalive.core.states import IllegalMove, Sign, State
 
@@ -51,7 +51,8 @@ def load_ended(model: Model, fact: LoadEnded) -> Model:
     model = failed(model, fact.at, fact.message or "the load failed")
     if fact.outcome is LoadOutcome.REFUSED:
         # Memory does not come back by asking: bug reports show guardrails refusing in a tight loop.
-        model = replace(model, retry_at=fact.at + BACKOFF_MAX)
+        wait = TOKEN_RETRY if fact.why is Reason.UNAUTHORIZED else BACKOFF_MAX
+        model = replace(model, retry_at=fact.at + wait)
     return model
 
 
@@ -120,8 +121,7 @@ def ping_ended(model: Model, fact: PingEnded) -> Model:
 
 def _disproved(model: Model, at: float, message: str, why: Reason | None) -> Model:
     failures = model.failures + 1
-    # A token does not become right by asking again.
-    retry_at = at + (BACKOFF_MAX if why is Reason.UNAUTHORIZED else backoff(failures))
+    retry_at = at + (TOKEN_RETRY if why is Reason.UNAUTHORIZED else backoff(failures))
     model = replace(
         model,
         failures=failures,

@@ -1,10 +1,11 @@
 """What to say about a model: why it is not warm, and when it should be."""
 
 from collections.abc import Iterable, Sequence
+from math import inf
 from statistics import median
 
 from keepalive.core.plan import blocked_by, is_loading
-from keepalive.core.records import Model, Upstream
+from keepalive.core.records import Model, Upstream, UpstreamState
 from keepalive.core.states import State
 
 
@@ -22,6 +23,14 @@ def eta(model: Model, siblings: Iterable[Model], now: float) -> float | None:
         rates = [s.size_bytes / took for s in siblings if s.size_bytes and (took := s.expected_load)]
         expected = model.size_bytes / median(rates) if rates else None
     return None if expected is None else max(0.0, expected - (now - since))
+
+
+def next_try(upstream: Upstream, model: Model, now: float) -> float | None:
+    """When what went wrong is tried again; None where nothing went wrong, and where it is due already."""
+    again = -inf if model.retry_at is None else model.retry_at
+    if upstream.state is UpstreamState.UNAUTHORIZED and model.state is not State.WARM:
+        again = max(again, upstream.due_at)
+    return again if again > now else None
 
 
 def explain(upstream: Upstream, models: Sequence[Model], model: Model) -> str | None:

@@ -149,6 +149,7 @@ class LoadEnded(ModelFact):
     instance_id: str | None = None
     proved: bool = False  # the load was a ping, so the model has answered already
     message: str | None = None
+    why: Reason | None = None  # what kind of no
 
 
 @dataclass(frozen=True, slots=True)

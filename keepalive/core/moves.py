@@ -7,6 +7,8 @@ from keepalive.core.states import TABLE, IllegalMove, Sign, State
 
 BACKOFF_FIRST = 5.0
 BACKOFF_MAX = 300.0
+# A token does not become right by asking again; but LM Studio has been seen to refuse one for a moment.
+TOKEN_RETRY = 60.0
 # A model that held this long is stable: losing it afterwards is a new story, not a repetition.
 STABLE = 300.0
 

@@ -192,6 +192,7 @@ class Upstream:
     error: str | None = None
     failures: int = 0
     listing: bool = False  # one is under way
+    tried_at: float = -inf  # when the newest one began
     asked: float = -inf
     answered_at: float = -inf
     due_at: float = -inf

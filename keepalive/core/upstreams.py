@@ -19,20 +19,32 @@ from keepalive.core.facts import (
     Tier,
     Trouble,
     UnloadEnded,
+    WaitStarted,
     WarmAsked,
 )
-from keepalive.core.moves import BACKOFF_MAX
+from keepalive.core.moves import TOKEN_RETRY
 from keepalive.core.records import Upstream, UpstreamState
 
 DOWN_AFTER_TIMEOUTS = 3
-REFRESH_MAX = 60.0
+# The longest from one try to the next at a server that cannot be asked, whatever its pace is otherwise. A refused
+# connection costs neither side anything, and the sooner its return is seen, the sooner its models load; one that
+# runs into a time-out holds a socket for seconds, and one that answers oddly may write each try into its log.
+TRIED_AGAIN = {
+    Trouble.REFUSED: 2.0,
+    Trouble.UNREACHABLE: 15.0,
+    Trouble.TIMEOUT: 15.0,
+    Trouble.BAD_ANSWER: 15.0,
+    Trouble.UNAUTHORIZED: TOKEN_RETRY,
+}
+# Whoever starts to wait has it tried at once; a thousand of them are no thousand tries.
+TRIED_LEAST = 2.0
 
 
 def apply_upstream(upstream: Upstream, fact: Fact) -> Upstream:
     """The record of `upstream` after `fact`, be it about the upstream or about one of its models."""
     match fact:
         case ListingStarted():
-            return replace(upstream, listing=True)
+            return replace(upstream, listing=True, tried_at=fact.at)
         case Listed():
             return _upstream_listed(upstream, fact)
         case ListingFailed():
@@ -53,6 +65,9 @@ def apply_upstream(upstream: Upstream, fact: Fact) -> Upstream:
             return replace(upstream, due_at=min(upstream.due_at, fact.at))
         case WarmAsked():
             return replace(upstream, due_at=-inf)
+        case WaitStarted() if upstream.failures:
+            soon = max(fact.at, upstream.tried_at + TRIED_LEAST)
+            return replace(upstream, due_at=min(upstream.due_at, soon))
         case _:
             return upstream
 
@@ -85,14 +100,12 @@ def _upstream_listed(upstream: Upstream, fact: Listed) -> Upstream:
 
 def _upstream_failed(upstream: Upstream, fact: ListingFailed) -> Upstream:
     failures = upstream.failures + 1
-    state, wait = UpstreamState.DOWN, upstream.refresh_interval
+    state, wait = UpstreamState.DOWN, TRIED_AGAIN[fact.trouble]
     if fact.trouble is Trouble.UNAUTHORIZED:
-        state, wait = UpstreamState.UNAUTHORIZED, BACKOFF_MAX
-    else:
-        wait = min(wait * 2.0 ** min(failures - 1, 16), max(wait, REFRESH_MAX))
-        if fact.trouble is Trouble.TIMEOUT and upstream.state is UpstreamState.UP:
-            # A busy server answers late. One late answer is no outage.
-            state = UpstreamState.DOWN if failures >= DOWN_AFTER_TIMEOUTS else UpstreamState.UP
+        state = UpstreamState.UNAUTHORIZED
+    elif fact.trouble is Trouble.TIMEOUT and upstream.state is UpstreamState.UP:
+        # A busy server answers late. One late answer is no outage.
+        state = UpstreamState.DOWN if failures >= DOWN_AFTER_TIMEOUTS else UpstreamState.UP
     return replace(
         upstream,
         listing=False,
@@ -101,7 +114,8 @@ def _upstream_failed(upstream: Upstream, fact: ListingFailed) -> Upstream:
         error=fact.message,
         failures=failures,
         answered_at=-inf,
-        due_at=fact.at + wait,
+        # From try to try: a time-out of its own does not make them rarer.
+        due_at=max(fact.asked + wait, fact.at + min(wait, TRIED_LEAST)),
         evicts=None if fact.trouble is Trouble.REFUSED else upstream.evicts,
         on_trial=frozenset(),
     )

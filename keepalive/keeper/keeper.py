@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any, Protocol
 
 from keepalive.core.actions import Action, Load, Refresh, SendPing, SkipPing, Unload
@@ -24,6 +25,7 @@ from keepalive.core.errors import (
     Unreachable,
     UpstreamError,
 )
+from keepalive.core.explain import next_try
 from keepalive.core.facts import (
     Entry,
     Fact,
@@ -190,6 +192,8 @@ class Keeper:
                 refresh_interval=server.refresh_interval,
                 max_loading=server.max_loading,
                 auto_evict=server.auto_evict,
+                # Whoever reads the config anew may have mended the token where it is made.
+                due_at=-inf if shelf.upstream.state is UpstreamState.UNAUTHORIZED else shelf.upstream.due_at,
             )
         self._shelves = {server.name: self._shelves[server.name] for server in servers}
         self._keeps = {keep.model: keep for keep in keeps}
@@ -209,6 +213,10 @@ class Keeper:
         for rank, keep in enumerate(keeps):
             new = Model(id=keep.model, since=now, window_open=keep.window_open, kind=keep.kind or "llm")
             model = shelf.models.get(keep.model.key, new)
+            if model.state is State.BACKOFF:
+                # Whoever reads the config anew may have mended what holds it off.
+                due = None if model.ping_at is None else -inf
+                model = replace(model, retry_at=None, ping_at=due)
             models[keep.model.key] = replace(
                 model,
                 rank=rank,
@@ -325,12 +333,13 @@ class Keeper:
         if model is None:
             return f"{wanted.key} is no longer kept here", None
         upstream, siblings = self._shelves[wanted.upstream].upstream, self.siblings(wanted)
-        left = model.retry_at - now if model.retry_at is not None else 0.0
+        again = next_try(upstream, model, now)
+        left = None if again is None else again - now
         # A first failure is tried again soon enough to wait for it, and what was taken from us at once.
-        if model.state is State.BACKOFF and left > BACKOFF_FIRST and not model.contested:
+        if model.state is State.BACKOFF and left is not None and left > BACKOFF_FIRST and not model.contested:
             return f"{wanted.key} cannot be had now: {model.reason}", left
         if upstream.state is UpstreamState.UNAUTHORIZED:
-            return f"{wanted.key} cannot be had: {upstream.error}", None
+            return f"{wanted.key} cannot be had: {upstream.error}", left
         if model.state is State.COLD:
             blocked = blocked_by(upstream, siblings, model) if model.listed else model.reason
             if blocked is not None:
@@ -441,7 +450,7 @@ class Keeper:
 
     async def _load(self, client: Client, keep: Keep, tier: Tier, began: float) -> None:
         model, timeout = keep.model, keep.policy.load_timeout
-        outcome, message, loaded = LoadOutcome.OK, None, None
+        outcome, message, why, loaded = LoadOutcome.OK, None, None, None
         try:
             if tier is Tier.V1:
                 loaded = await client.load(model.key, keep.load_fields or {}, timeout=timeout)
@@ -457,7 +466,7 @@ class Keeper:
         except (TimedOut, Cut) as error:
             outcome, message = LoadOutcome.UNKNOWN, str(error)
         except Unauthorized as error:
-            outcome, message = LoadOutcome.REFUSED, str(error)
+            outcome, message, why = LoadOutcome.REFUSED, str(error), Reason.UNAUTHORIZED
         except (Refused, Unexpected) as error:
             outcome, message = _load_outcome(error, tier), str(error)
         except UpstreamError as error:
@@ -476,6 +485,7 @@ class Keeper:
                 instance_id=instance_id if outcome is LoadOutcome.OK else None,
                 proved=tier is not Tier.V1 and outcome is LoadOutcome.OK,
                 message=message,
+                why=why,
             ),
         )
 

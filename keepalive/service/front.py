@@ -150,7 +150,7 @@ class Front:
             instance_id=known.instance_id,
             in_flight=known.in_flight,
             waiting=known.waiting,
-            retry_after=None if known.retry_at is None else max(0.0, known.retry_at - now),
+            retry_after=None if known.retry_at is None or known.retry_at <= now else known.retry_at - now,
             max_wait=kept.max_wait if kept else 0.0,
             wanted=known.wanted,
             kind=known.kind,

@@ -72,6 +72,16 @@ def test_a_guardrail_refusal_waits_five_minutes_at_once():
     assert (model.state, model.retry_at, model.reason) == (State.BACKOFF, 310, "no memory")
 
 
+def test_a_load_that_wants_a_token_waits_a_minute():
+    model = after(
+        cold(),
+        LoadStarted(2, GEMMA),
+        load_ended(10, LoadOutcome.REFUSED, message="it wants a token", why=Reason.UNAUTHORIZED),
+    )
+
+    assert (model.state, model.retry_at, model.reason) == (State.BACKOFF, 70, "it wants a token")
+
+
 def test_our_own_illegal_moves_raise():
     for model in (warm(), found(), unanswered(), after(cold(), LoadStarted(2, GEMMA))):
         with pytest.raises(IllegalMove):
@@ -139,12 +149,12 @@ def test_a_ping_that_the_model_refuses_is_backoff_with_its_words():
     assert (model.state, model.retry_at, model.ping_at, model.reason) == (State.BACKOFF, 309, 309, "HTTP 500")
 
 
-def test_a_ping_that_wants_a_token_waits_five_minutes():
+def test_a_ping_that_wants_a_token_waits_a_minute():
     model = after(
         warm(), PingStarted(303, GEMMA), PingEnded(304, GEMMA, PingOutcome.ERROR, why=Reason.UNAUTHORIZED)
     )
 
-    assert (model.state, model.retry_at) == (State.BACKOFF, 604)
+    assert (model.state, model.retry_at) == (State.BACKOFF, 364)
 
 
 def test_a_ping_answered_by_another_model_does_not_prove_this_one():

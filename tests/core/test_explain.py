@@ -1,14 +1,29 @@
 """What is said of a model: when it will be there, and why it is not."""
 
+import contextlib
+import itertools
 from dataclasses import replace
 
 import pytest
 
-from keepalive.core.explain import eta, explain
+from keepalive.core.apply import apply
+from keepalive.core.explain import eta, explain, next_try
 from keepalive.core.facts import Instance, LoadStarted, ModelId, Tier
-from keepalive.core.records import Pending, Upstream
-from keepalive.core.states import State
-from tests.kit.models import GEMMA, QWEN, a_model, after, cold, entry, listed, ours, warm
+from keepalive.core.records import Pending, Upstream, UpstreamState
+from keepalive.core.states import IllegalMove, State
+from tests.kit.models import (
+    GEMMA,
+    QWEN,
+    a_model,
+    after,
+    cold,
+    entry,
+    every_fact,
+    every_model,
+    listed,
+    ours,
+    warm,
+)
 
 
 def test_several_copies_are_said_and_the_oldest_of_ours_is_addressed():
@@ -63,6 +78,29 @@ def test_an_eta_is_never_invented():
     assert eta(replace(loading, size_bytes=4_000), [loading], 10) is None
     assert eta(warm(recent_loads=(3.0,)), [], 10) is None
     assert eta(loading, [loading, a_model(QWEN, size_bytes=1_000, recent_loads=(10.0,))], 10) is None
+
+
+@pytest.mark.parametrize("state", UpstreamState)
+def test_no_next_try_ever_lies_in_the_past(state: UpstreamState):
+    upstream = replace(Upstream("local"), state=state, due_at=70.0)
+    for model, fact in itertools.product(every_model().values(), every_fact(50.0)):
+        with contextlib.suppress(IllegalMove):
+            after_it = apply(model, fact)
+            for now in (0.0, 49.9, 50.0, 69.9, 70.0, 1e6):
+                again = next_try(upstream, after_it, now)
+
+                assert again is None or again > now
+
+
+def test_the_next_try_of_what_failed_is_told_and_behind_a_wrong_token_that_of_the_token():
+    held, upstream = a_model(state=State.BACKOFF, retry_at=60.0), replace(UP, due_at=70.0)
+    barred = replace(upstream, state=UpstreamState.UNAUTHORIZED)
+
+    assert (next_try(upstream, held, 50.0), next_try(upstream, held, 60.0)) == (60.0, None)
+    assert next_try(barred, held, 50.0) == 70.0
+    assert next_try(barred, replace(held, retry_at=90.0), 50.0) == 90.0
+    assert next_try(barred, a_model(), 50.0) == 70.0
+    assert (next_try(upstream, a_model(), 50.0), next_try(barred, warm(), 50.0)) == (None, None)
 
 
 def test_a_warm_model_needs_no_explanation():

@@ -20,6 +20,7 @@ from keepalive.core.facts import (
     Tier,
     Trouble,
     UnloadEnded,
+    WaitStarted,
     WarmAsked,
 )
 from keepalive.core.records import Upstream, UpstreamState
@@ -38,7 +39,6 @@ from tests.kit.models import (
     loaded_on_demand,
     nothing,
     old,
-    refused,
     warm,
 )
 
@@ -50,23 +50,66 @@ def test_an_upstream_believes_no_listing_older_than_the_one_it_knows():
     assert late == upstream
 
 
-def test_a_dead_upstream_is_asked_ever_more_slowly_up_to_a_minute():
-    upstream, at, waits = Upstream("local"), 1.0, []
-    for _ in range(5):
-        upstream = apply_upstream(upstream, refused(at))
+@pytest.mark.parametrize(
+    ("trouble", "wait"),
+    [
+        (Trouble.REFUSED, 2.0),
+        (Trouble.UNREACHABLE, 15.0),
+        (Trouble.TIMEOUT, 15.0),
+        (Trouble.BAD_ANSWER, 15.0),
+        (Trouble.UNAUTHORIZED, 60.0),
+    ],
+)
+@pytest.mark.parametrize("refresh_interval", [1.0, 15.0, 600.0])
+def test_one_that_is_away_is_tried_at_the_same_pace_for_ever(
+    trouble: Trouble, wait: float, refresh_interval: float
+):
+    upstream, at, waits = Upstream("local", refresh_interval=refresh_interval), 1.0, []
+    for _ in range(30):
+        upstream = apply_upstream(upstream, failed(at, trouble, asked=at))
         waits.append(upstream.due_at - at)
         at = upstream.due_at
 
-    assert waits == [15, 30, 60, 60, 60]
-    assert upstream.state is UpstreamState.DOWN
+    assert set(waits) == {wait}
+    assert upstream.failures == 30
 
 
-def test_a_wrong_token_is_not_tried_again_soon():
+def test_what_a_time_out_takes_is_part_of_its_pace_and_still_there_is_a_rest_between_two():
+    asked_for = {
+        took: apply_upstream(Upstream("local"), failed(100.0, Trouble.TIMEOUT, asked=100.0 - took)).due_at
+        for took in (5.0, 13.0, 14.0, 40.0)
+    }
+
+    assert asked_for == {5.0: 110.0, 13.0: 102.0, 14.0: 102.0, 40.0: 102.0}
+
+
+def test_who_starts_to_wait_has_one_that_is_away_tried_at_once_and_a_thousand_do_no_more():
+    away = apply_upstream(
+        apply_upstream(Upstream("local"), ListingStarted(45, "local")),
+        failed(50, Trouble.TIMEOUT, asked=45.0),
+    )
+    waiting = apply_upstream(away, WaitStarted(55, GEMMA))
+    tried = apply_upstream(
+        apply_upstream(waiting, ListingStarted(55, "local")), failed(55.5, Trouble.TIMEOUT)
+    )
+    for n in range(1000):
+        tried = apply_upstream(tried, WaitStarted(55.6 + n / 1e6, GEMMA))
+
+    assert (away.due_at, waiting.due_at, tried.due_at) == (60.0, 55, 57)
+
+
+def test_who_starts_to_wait_for_one_that_answers_changes_nothing():
+    up = apply_upstream(Upstream("local"), listed(1, entry("gemma")))
+
+    assert apply_upstream(up, WaitStarted(5, GEMMA)) == up
+
+
+def test_a_wrong_token_is_tried_again_within_a_minute():
     upstream = apply_upstream(Upstream("local"), failed(10, Trouble.UNAUTHORIZED, "wants a token"))
 
     assert (upstream.state, upstream.due_at, upstream.error) == (
         UpstreamState.UNAUTHORIZED,
-        310,
+        69.99,
         "wants a token",
     )
 
@@ -157,7 +200,8 @@ def asked_long_ago(state: UpstreamState = UpstreamState.DOWN, **changes: object)
 
 def test_one_listing_is_under_way_at_a_time():
     assert changed(Upstream("local"), apply_upstream(Upstream("local"), ListingStarted(1, "local"))) == {
-        "listing": True
+        "listing": True,
+        "tried_at": 1,
     }
 
 
@@ -200,7 +244,7 @@ def test_a_closed_port_is_down_and_what_listens_there_next_has_to_show_anew_whet
         "error": "nothing listens",
         "failures": 3,
         "answered_at": -inf,
-        "due_at": 110.0,
+        "due_at": 52,
         "evicts": None,
         "on_trial": frozenset(),
     }
@@ -222,14 +266,6 @@ def test_a_late_answer_is_forgiven_only_where_others_came_in_time():
     assert apply_upstream(
         asked_long_ago(UpstreamState.UP, failures=0), failed(50, Trouble.BAD_ANSWER)
     ).state is (UpstreamState.DOWN)
-
-
-def test_an_upstream_that_is_asked_seldom_is_not_asked_more_often_when_it_is_down():
-    seldom = apply_upstream(Upstream("local", refresh_interval=90.0), refused(10))
-    for_long = apply_upstream(Upstream("local", failures=100_000), refused(10))
-
-    assert (seldom.due_at, for_long.due_at) == (100, 70)
-    assert apply_upstream(seldom, refused(100)).due_at == 190
 
 
 def test_after_a_clock_jump_no_answer_counts():

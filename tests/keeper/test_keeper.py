@@ -338,7 +338,7 @@ def test_a_refusal_for_want_of_memory_is_said_and_not_hammered():
     assert len(events(site, "load.started")) == 5
 
 
-def test_a_wrong_token_is_said_and_asked_again_only_every_five_minutes():
+def test_a_wrong_token_is_said_and_asked_again_once_a_minute():
     async def go(judge: Judge) -> tuple[Model, Upstream, int]:
         site = a_site(judge, auth_token="sk-lm-x:y")
         world = a_world(site)
@@ -355,7 +355,80 @@ def test_a_wrong_token_is_said_and_asked_again_only_every_five_minutes():
     assert kept.reason == (
         "http://local:1234 wants an API token: name one with api_token_env or api_token_file"
     )
-    assert asked <= 2 * 4
+    assert 2 * 16 <= asked <= 2 * 17
+
+
+def test_an_hour_of_refused_connections_changes_no_model_and_ends_within_three_seconds():
+    class Changes:
+        def __init__(self) -> None:
+            self.tries, self.models = 0, 0
+
+        def observe(self, fact: Fact, before: Model | Upstream, after: Model | Upstream) -> None:
+            if isinstance(before, Model):
+                self.models += before != after
+            elif isinstance(fact, ListingFailed):
+                self.tries += 1
+
+    async def go(judge: Judge) -> tuple[int, int, float]:
+        site, seen, loop = a_site(judge), Changes(), asyncio.get_running_loop()
+        world = a_world(site, observers=[seen])
+        world.start()
+        await warm(world)
+        site.studio.restart(3700.0)
+        await asyncio.sleep(60)
+        seen.tries, seen.models = 0, 0
+        await asyncio.sleep(3600)
+        tries, changes = seen.tries, seen.models
+        while not site.studio.memory.loads:
+            await asyncio.sleep(0.1)
+        began = loop.time()
+        back = next(e["t"] for e in site.studio.log() if e["kind"] == "restart.up")
+        await world.kill()
+        return tries, changes, began - back
+
+    tries, changes, took = virtually(go)
+
+    assert 1500 < tries <= 1800
+    assert changes == 0
+    assert took <= 3.0
+
+
+def test_a_token_that_is_refused_for_a_moment_keeps_nothing_cold_for_longer_than_a_minute():
+    async def go(judge: Judge) -> tuple[set[str], float]:
+        site = a_site(judge, auth_token="sk-lm-x:y", auth_on_chat_only=True)
+        world = a_world(site)
+        world.start()
+        await asyncio.sleep(100)
+        states_then = {m.state for m in world.life.keeper.snapshot().models}
+        site.studio.set_faults({"auth_token": ""})
+        mended = asyncio.get_running_loop().time()
+        await warm(world, 90)
+        took = asyncio.get_running_loop().time() - mended
+        await world.kill()
+        return states_then, took
+
+    states_then, took = virtually(go)
+
+    assert State.BACKOFF in states_then
+    assert took <= 61
+
+
+def test_reading_the_config_anew_asks_at_once_what_was_refused_for_its_token_or_held_off():
+    async def go(judge: Judge) -> list[bool]:
+        warmed = []
+        for faults in ({"unauthorized": True}, {"load_result": "guardrail"}):
+            world = a_world(a_site(judge, **faults))
+            life = world.start()
+            await asyncio.sleep(20)
+            world.sites[0].studio.set_faults(dict.fromkeys(faults))
+            site = world.sites[0]
+            life.keeper.configure([Server(site.name, life.clients[0], site.refresh)], world.keeps)
+            await asyncio.sleep(25)
+            warmed.append(set(states(world).values()) == {State.WARM})
+            await world.kill()
+        return warmed
+
+    assert virtually(go) == [True, True]
 
 
 def test_an_answer_of_another_model_is_never_taken_for_ours():

@@ -1030,10 +1030,7 @@ BACK_WITHIN = {
 LOOKED_AT = BACK_WITHIN.keys() - {"power cut while loading"}
 # Kinds that the product survives, but not within their bound yet, and why. Who mends one takes it out of here.
 TOO_LATE_YET = {
-    "away for long": "a server that is down is asked again after up to a minute",
-    "vanishes": "as one that refuses",
     "says that it loads": "a 503 counts as down",
-    "401 for a moment": "asked again after five minutes",
     "power cut while loading": "an open load without a known time counts as alive until its timeout",
 }
 GARBLED = ("error_200", "error_500", "html_500", "empty_body", "truncated_json", "fin", "rst")

@@ -468,7 +468,7 @@ async def test_a_good_reload_after_a_bad_one_mends_the_gauge(tmp_path: Path) -> 
 async def test_a_token_that_was_refused_counts_from_the_reload_on_that_brings_the_right_one(
     tmp_path: Path,
 ) -> None:
-    """After a 401 nobody asks again for five minutes; whoever mends the token does not wait that long."""
+    """After a 401 nobody asks again for a minute; whoever mends the token does not wait that long."""
     path, token = tmp_path / "config.toml", tmp_path / "token"
     token.write_text("wrong")
     async with simulator(GEMMA, auth_token=CANARY) as studio:
