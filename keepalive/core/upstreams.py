@@ -30,7 +30,7 @@ DOWN_AFTER_TIMEOUTS = 3
 # connection costs neither side anything, and the sooner its return is seen, the sooner its models load; one that
 # runs into a time-out holds a socket for seconds, and one that answers oddly may write each try into its log.
 TRIED_AGAIN = {
-    Trouble.REFUSED: 2.0,
+    Trouble.REFUSED: 1.5,  # planned each second, that makes every two
     Trouble.UNREACHABLE: 15.0,
     Trouble.TIMEOUT: 15.0,
     Trouble.BAD_ANSWER: 15.0,

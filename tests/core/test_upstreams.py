@@ -53,7 +53,7 @@ def test_an_upstream_believes_no_listing_older_than_the_one_it_knows():
 @pytest.mark.parametrize(
     ("trouble", "wait"),
     [
-        (Trouble.REFUSED, 2.0),
+        (Trouble.REFUSED, 1.5),
         (Trouble.UNREACHABLE, 15.0),
         (Trouble.TIMEOUT, 15.0),
         (Trouble.BAD_ANSWER, 15.0),
@@ -244,7 +244,7 @@ def test_a_closed_port_is_down_and_what_listens_there_next_has_to_show_anew_whet
         "error": "nothing listens",
         "failures": 3,
         "answered_at": -inf,
-        "due_at": 52,
+        "due_at": 51.5,
         "evicts": None,
         "on_trial": frozenset(),
     }
