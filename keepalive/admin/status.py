@@ -110,7 +110,7 @@ def model_document(
         else {"at": at(last.at), "outcome": last.outcome.value, "seconds": round(last.seconds, 3)},
         "next_ping_at": at(_next_ping(model, now)),
         "retry_at": at(next_try(upstream, model, now)),
-        "reason": explain(upstream, siblings, model),
+        "reason": explain(upstream, siblings, model, now, lambda moment: clock_time(date(moment))),
     }
 
 
@@ -135,6 +135,11 @@ def story_document(model: ModelId, story: Story, wall: float) -> Json:
         "waits": {"requests": requests, "seconds": round(seconds, 3)},
         "pings": {outcome.value: count for outcome, count in story.pings_lately(wall).items()},
     }
+
+
+def clock_time(moment: float) -> str:
+    """A time in Unix seconds, by the clock on the wall here."""
+    return f"{datetime.fromtimestamp(moment).astimezone():%H:%M:%S}"
 
 
 def utc(moment: float) -> str:

@@ -19,7 +19,7 @@ from keepalive.core.facts import (
     UnloadStarted,
 )
 from keepalive.core.moves import BACKOFF_MAX, TOKEN_RETRY, absent, backoff, failed, move, proved
-from keepalive.core.records import LISTING_LAG, LOADS_REMEMBERED, Cause, Model, Pending, Ping
+from keepalive.core.records import LISTING_LAG, LOADS_REMEMBERED, UNSEEN, Cause, Model, Pending, Ping
 from keepalive.core.states import IllegalMove, Sign, State
 
 
@@ -31,14 +31,11 @@ def load_started(model: Model, fact: LoadStarted) -> Model:
 
 
 def load_remembered(model: Model, fact: LoadRemembered) -> Model:
-    until = fact.started + _longest_load(model, fact.expected)
-    pending = Pending(since=fact.started, until=until, alive_at=fact.at)
-    return replace(
-        model,
-        pending=pending,
-        tells_loading=fact.tells_loading,
-        reason="an earlier life of the daemon had begun to load it",
-    )
+    until = fact.started + model.longest_load(fact.expected)
+    why = "it was begun before this daemon was started or its config read anew, and nobody saw it end"
+    pending = Pending(fact.started, until, alive_at=fact.at, expected=fact.expected, why=why)
+    reason = f"{UNSEEN}, because {why}"
+    return replace(model, pending=pending, tells_loading=fact.tells_loading, reason=reason)
 
 
 def load_ended(model: Model, fact: LoadEnded) -> Model:
@@ -74,23 +71,21 @@ def _loaded(model: Model, fact: LoadEnded, started: float) -> Model:
 
 def _unanswered(model: Model, fact: LoadEnded, started: float) -> Model:
     message = fact.message or "no answer to the load"
-    span = _longest_load(model, max(model.recent_loads, default=None))
+    why = f"its end was not seen: {message}"
+    expected = max(model.recent_loads, default=None)
+    span = model.longest_load(expected)
     if fact.at - started >= span:
-        span = 2 * (fact.at - started)
+        expected = fact.at - started
+        span = 2 * expected
     failures = model.failures + 1
     model = replace(
         model,
-        pending=Pending(since=started, until=started + span, alive_at=fact.at),
+        pending=Pending(started, started + span, alive_at=fact.at, expected=expected, why=why),
         failures=failures,
         failure=message,
         retry_at=fact.at + backoff(failures),
     )
-    return move(model, Sign.SEEN_LOADING, fact.at, f"{message}; it may still be loading")
-
-
-def _longest_load(model: Model, expected: float | None) -> float:
-    """Seconds from its start after which an unseen load is given up, the lag of the listing included."""
-    return (expected * 2 if expected is not None else model.policy.load_timeout) + LISTING_LAG
+    return move(model, Sign.SEEN_LOADING, fact.at, f"{UNSEEN}, because {why}")
 
 
 def ping_started(model: Model, fact: PingStarted) -> Model:

@@ -1,11 +1,11 @@
 """What to say about a model: why it is not warm, and when it should be."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import inf
 from statistics import median
 
-from keepalive.core.plan import blocked_by, is_loading
-from keepalive.core.records import Model, Upstream, UpstreamState
+from keepalive.core.plan import blocked_by, holds_a_slot
+from keepalive.core.records import UNSEEN, Model, Upstream, UpstreamState
 from keepalive.core.states import State
 
 
@@ -33,8 +33,17 @@ def next_try(upstream: Upstream, model: Model, now: float) -> float | None:
     return again if again > now else None
 
 
-def explain(upstream: Upstream, models: Sequence[Model], model: Model) -> str | None:
-    """Why this model is not warm, in a sentence; for a warm one what is odd about it, or None."""
+def explain(
+    upstream: Upstream,
+    models: Sequence[Model],
+    model: Model,
+    now: float,
+    tell: Callable[[float], str] | None = None,
+) -> str | None:
+    """Why this model is not warm, in a sentence; for a warm one what is odd about it, or None.
+
+    `tell` says a moment as people read it.
+    """
     if model.state is State.WARM and len(model.instances) > 1:
         return f"{len(model.instances)} copies are in memory"
     if model.state is State.COLD and not model.needed:
@@ -43,7 +52,9 @@ def explain(upstream: Upstream, models: Sequence[Model], model: Model) -> str | 
         blocked = blocked_by(upstream, models, model)
         if blocked:
             return blocked
-        other = next((m for m in models if is_loading(m)), None)
+        other = next((m for m in models if holds_a_slot(m, now)), None)
         if other and other is not model:
             return f"waits for its turn: {other.id.key} is loading"
+    if tell and model.pending and model.reason and model.reason.startswith(UNSEEN):
+        return f"{UNSEEN} until {tell(model.pending.until)}{model.reason.removeprefix(UNSEEN)}"
     return model.reason

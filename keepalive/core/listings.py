@@ -12,7 +12,7 @@ from math import inf
 from keepalive.core.evictions import count_eviction, why_missing
 from keepalive.core.facts import Entry, Listed, ListingFailed, Tier, Trouble, fold_key
 from keepalive.core.moves import absent, failed, move, proved
-from keepalive.core.records import LISTING_LAG, Cause, Model, Pending
+from keepalive.core.records import LISTING_LAG, UNSEEN, Cause, Model, Pending
 from keepalive.core.states import Sign, State
 
 # Comparing a key with each of a hundred thousand listed ones would hold up everything else for seconds.
@@ -123,12 +123,22 @@ def _missing(model: Model, at: float, cause: Cause, *, told: bool) -> Model:
     if model.load_started is not None:
         return model
     if model.pending is not None:
-        resolved = _resolve(model, model.pending, at, told=told)
-        reason = model.reason if model.state is State.LOADING else "an earlier load may still be under way"
+        pending = model.pending
+        if pending.expected is None and not pending.loaded:
+            # Its size, which bounds the guess, may not have been known before.
+            guess = pending.since + model.longest_load(None)
+            pending = replace(pending, until=min(pending.until, guess))
+            model = replace(model, pending=pending)
+        resolved = _resolve(model, pending, at, told=told)
+        reason = model.reason if model.state is State.LOADING else _unseen(pending)
         return resolved or move(model, Sign.SEEN_LOADING, at, reason)
     evicted = bool(model.instances)
     model = count_eviction(model, at, cause)
     return absent(model, at, "LM Studio no longer has it in memory" if evicted else None)
+
+
+def _unseen(pending: Pending) -> str:
+    return f"{UNSEEN}, because {pending.why}" if pending.why else UNSEEN
 
 
 def _resolve(model: Model, pending: Pending, at: float, *, told: bool) -> Model | None:

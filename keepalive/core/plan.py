@@ -57,8 +57,16 @@ def _refresh_is_due(upstream: Upstream, models: Sequence[Model], now: float, *, 
         return False  # it is down or refuses us: its own pace
     if stale:
         return True
+    if any(_may_tell(upstream, m, now) for m in models):
+        return True
     pending = any(m.pending is not None and m.load_started is None for m in models)
     return pending and now >= upstream.answered_at + PENDING_POLL
+
+
+def _may_tell(upstream: Upstream, model: Model, now: float) -> bool:
+    """Whether a look at our own load would say if this server shows loads: who comes after us may have to know."""
+    began = model.load_started
+    return began is not None and not model.tells_loading and upstream.asked < began + PENDING_POLL <= now
 
 
 def _may_be_loading(model: Model) -> bool:
@@ -71,8 +79,21 @@ def is_loading(model: Model) -> bool:
     return model.load_started is not None or (model.pending is not None and model.pending.ours)
 
 
+def holds_a_slot(model: Model, now: float) -> bool:
+    """Whether others wait for its load: not behind one of which nothing shows that it is alive.
+
+    That is begun and not seen to end, and takes longer than it is known to, or nobody knows how long it takes.
+    """
+    pending = model.pending
+    if model.load_started is not None or pending is None:
+        return model.load_started is not None
+    if not pending.ours or pending.seen or pending.loaded:
+        return pending.ours
+    return pending.expected is not None and now < pending.since + pending.expected
+
+
 def _loads(upstream: Upstream, models: Sequence[Model], now: float) -> list[tuple[Model, Action]]:
-    slots = upstream.max_loading - sum(map(is_loading, models))
+    slots = upstream.max_loading - sum(holds_a_slot(m, now) for m in models)
     ready = [m for m in models if _is_loadable(m, now) and blocked_by(upstream, models, m) is None]
     # Somebody waits for the first of these; then the order of the config.
     ready.sort(key=lambda m: (m.waiting == 0, m.rank))

@@ -14,6 +14,12 @@ from keepalive.core.states import State
 # LM Studio has been seen to list a model only some time after it said that it had loaded it.
 LISTING_LAG = 45.0
 LOADS_REMEMBERED = 5
+# A load that nobody has ever seen succeed, and whose end is not seen, is believed in for as long as its file takes
+# to read at the pace of a slow disk, twice, within these bounds. Longer than that a caller waits in vain more often
+# than a second copy is begun beside a living load.
+SLOW_DISK = 100e6  # bytes a second
+GUESS_LEAST, GUESS_MOST = 60.0, 240.0
+UNSEEN = "an earlier load may still be under way"
 
 
 class Cause(StrEnum):
@@ -45,6 +51,8 @@ class Pending:
     since: float
     until: float  # believed to go on until then, unless a listing resolves it
     alive_at: float  # when it was last under way, for all we know
+    expected: float | None = None  # seconds that it is known to take; None: `until` is a guess
+    why: str | None = None  # why its end was not seen
     loaded: bool = False  # it did end, well; only the listing lags
     proved: bool = False  # and the model has answered
     seen: bool = False  # a listing showed it in progress
@@ -163,6 +171,13 @@ class Model:
     def expected_load(self) -> float | None:
         """Seconds that its past loads took; None before the first."""
         return median(self.recent_loads) if self.recent_loads else None
+
+    def longest_load(self, expected: float | None) -> float:
+        """Seconds from its start after which an unseen load is given up, the lag of the listing included."""
+        if expected is not None:
+            return expected * 2 + LISTING_LAG
+        guess = GUESS_MOST if self.size_bytes is None else 2 * self.size_bytes / SLOW_DISK
+        return min(max(guess, GUESS_LEAST), GUESS_MOST, self.policy.load_timeout) + LISTING_LAG
 
     @property
     def proof_expires(self) -> float:

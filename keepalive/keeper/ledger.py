@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,20 +37,27 @@ class Entry:
     started: float
     expected: float | None
     tells_loading: bool
+    boot: str | None = None  # in which life of its machine, where that is known
 
 
 class Ledger:
     """Open loads in `folder`.
 
-    `urls` gives each upstream's address, since a name may come to mean another server; `wall` Unix seconds.
+    `urls` gives each upstream's address, since a name may come to mean another server; `wall` Unix seconds;
+    `boot` names the present life of the machine on which the server at an address runs, where that is known.
     """
 
     def __init__(
-        self, folder: Path, urls: Callable[[], Mapping[str, str]], wall: Callable[[], float]
+        self,
+        folder: Path,
+        urls: Callable[[], Mapping[str, str]],
+        wall: Callable[[], float],
+        boot: Callable[[str], str | None] = lambda url: None,
     ) -> None:
         self._folder = folder
         self._urls = urls
         self._wall = wall
+        self._boot = boot
         self._written: dict[ModelId, Path] = {}
 
     def observe(self, fact: Fact, before: Model | Upstream, after: Model | Upstream) -> None:
@@ -60,6 +68,9 @@ class Ledger:
             self._write(after, started)
         elif _is_open(before) and not _is_open(after):
             self._strike(after.id)
+        elif _is_open(after) and after.tells_loading and not before.tells_loading:
+            # What the next life learns from a listing hangs on it.
+            self._write(after, self._wall() - (fact.at - (after.loading_since or fact.at)))
 
     def recall(self, model: ModelId, at: float) -> LoadRemembered | None:
         """The load of this model that an earlier life did not see end, on the keeper's clock."""
@@ -72,6 +83,11 @@ class Ledger:
             or entry is None
             or (entry.url, entry.key) != (self._urls()[model.upstream], model.key)
         ):
+            return None
+        if entry.boot is not None and self._boot(entry.url) not in (None, entry.boot):
+            # The machine that was loading it has been started anew since.
+            with suppress(OSError):
+                path.unlink()
             return None
         self._written[model] = path
         # A clock that was set back may put it into the future: then it began just now.
@@ -90,7 +106,7 @@ class Ledger:
         if path is None:
             return
         url = self._urls()[model.id.upstream]
-        entry = Entry(url, model.id.key, started, model.expected_load, model.tells_loading)
+        entry = Entry(url, model.id.key, started, model.expected_load, model.tells_loading, self._boot(url))
         draft = path.with_suffix(f".{os.getpid()}")
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -140,6 +156,8 @@ def _read(path: Path) -> Entry | None:
             started=started,
             expected=expected,
             tells_loading=row["tells_loading"] is True,
+            # Version 1.0 wrote none.
+            boot=row["boot"] if isinstance(row.get("boot"), str) else None,
         )
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None

@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from aiohttp import web
 
@@ -395,7 +396,12 @@ def _strictly_increasing(clock: Callable[[], float]) -> Callable[[], float]:
 def _ledger(
     settings: Config, urls: Callable[[], Mapping[str, str]], wall: Callable[[], float]
 ) -> Ledger | None:
-    return Ledger(settings.server.state_dir, urls, wall) if settings.server.state_dir else None
+    folder, boot = settings.server.state_dir, platform.boot_id()
+
+    def boot_of(url: str) -> str | None:
+        return boot if is_loopback(urlsplit(url).hostname or "") else None
+
+    return Ledger(folder, urls, wall, boot_of) if folder else None
 
 
 def _history(settings: Config, wall: Callable[[], float], report: Callable[[BaseException], None]) -> History:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 # Without limits of its own it is Windows, whose `select()` in Python takes so many sockets.
 SELECTABLE = 512
@@ -44,6 +45,14 @@ def files(wanted: int) -> int:
     except (AttributeError, ValueError, OSError):
         return USUAL_FILES
     return sys.maxsize if soft < 0 else soft
+
+
+def boot_id() -> str | None:
+    """What names this life of the machine, where the system tells: Linux does."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() or None
+    except (OSError, ValueError):
+        return None
 
 
 def watch_signals(actions: Mapping[str, Callable[[], None]]) -> None:

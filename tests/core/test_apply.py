@@ -60,7 +60,7 @@ def test_every_state_meets_every_fact(name: str):
         assert result.in_flight >= 0
         assert result.reason or result.state not in (State.UNKNOWN, State.BACKOFF), f"{name}: {fact}"
         assert plan(Upstream("local"), [result], 1001.0) is not None
-        assert explain(Upstream("local"), [result], result) or result.state is not State.BACKOFF
+        assert explain(Upstream("local"), [result], result, 99.0) or result.state is not State.BACKOFF
 
 
 def test_a_fact_of_an_unknown_kind_changes_nothing():
@@ -99,7 +99,7 @@ def test_a_model_released_by_hand_stays_so_until_its_window_next_opens():
     state = box(ReleaseAsked(1, GEMMA), listed(3, entry("gemma")))
 
     assert state.plan(3.1) == []
-    assert explain(state.upstream, [state[GEMMA]], state[GEMMA]) == "released by hand"
+    assert explain(state.upstream, [state[GEMMA]], state[GEMMA], 99.0) == "released by hand"
     assert state.see(WindowOpened(4, GEMMA), listed(5, entry("gemma"))).plan(5.1) == [Load(GEMMA)]
 
 

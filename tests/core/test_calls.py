@@ -21,7 +21,7 @@ from keepalive.core.facts import (
     UnloadEnded,
     UnloadStarted,
 )
-from keepalive.core.records import Cause, Model, Pending, Ping, Policy
+from keepalive.core.records import UNSEEN, Cause, Model, Pending, Ping, Policy
 from keepalive.core.states import IllegalMove, State
 from tests.kit.models import (
     GEMMA,
@@ -96,9 +96,12 @@ def test_our_own_illegal_moves_raise():
 def test_a_load_without_an_answer_is_unknown_and_not_failed():
     model = unanswered()
 
-    assert (model.state, model.reason) == (State.LOADING, "it was cut; it may still be loading")
+    assert (model.state, model.reason) == (
+        State.LOADING,
+        f"{UNSEEN}, because its end was not seen: it was cut",
+    )
     assert model.pending is not None
-    assert model.pending.until == 2 + 900 + 45
+    assert model.pending.until == 2 + 240 + 45
 
 
 def test_a_load_of_an_earlier_life_is_waited_for():
@@ -216,16 +219,19 @@ def test_no_load_begins_beside_another_call_an_unseen_load_or_an_instance(change
         apply(replace(cold(), **changes), LoadStarted(99, GEMMA))  # type: ignore[arg-type]
 
 
+BEFORE = "it was begun before this daemon was started or its config read anew, and nobody saw it end"
+
+
 def test_a_load_of_an_earlier_life_is_believed_to_go_on_for_as_long_as_it_may_take():
     known = apply(a_model(), LoadRemembered(1, GEMMA, started=-20.0, expected=30.0, tells_loading=True))
     unknown = apply(a_model(), LoadRemembered(1, GEMMA, started=-20.0, expected=None))
 
     assert changed(a_model(), known) == {
-        "pending": Pending(since=-20.0, until=85.0, alive_at=1),
+        "pending": Pending(since=-20.0, until=85.0, alive_at=1, expected=30.0, why=BEFORE),
         "tells_loading": True,
-        "reason": "an earlier life of the daemon had begun to load it",
+        "reason": f"an earlier load may still be under way, because {BEFORE}",
     }
-    assert unknown.pending == Pending(since=-20.0, until=925.0, alive_at=1)
+    assert unknown.pending == Pending(since=-20.0, until=265.0, alive_at=1, why=BEFORE)
 
 
 def loading(**changes: object) -> Model:
@@ -273,31 +279,38 @@ def test_a_load_without_an_answer_may_go_on_and_counts_as_a_failure():
     before = loading()
 
     assert changed(before, apply(before, load_ended(50, LoadOutcome.UNKNOWN, message="it was cut"))) == {
-        "reason": "it was cut; it may still be loading",
+        "reason": f"{UNSEEN}, because its end was not seen: it was cut",
         "load_started": None,
         "touched_at": 50,
-        "pending": Pending(since=30.0, until=30.0 + 900.0 + 45.0, alive_at=50),
+        "pending": Pending(30.0, 30.0 + 240.0 + 45.0, alive_at=50, why="its end was not seen: it was cut"),
         "failures": 3,
         "failure": "it was cut",
         "retry_at": 70.0,
     }
     assert apply(before, load_ended(50, LoadOutcome.UNKNOWN)).reason == (
-        "no answer to the load; it may still be loading"
+        f"{UNSEEN}, because its end was not seen: no answer to the load"
     )
 
 
 @pytest.mark.parametrize(
-    ("at", "until"),
+    ("at", "until", "expected"),
     [
-        (134.9, 30.0 + 105.0),  # twice the longest of its loads, and the lag
-        (135.0, 30.0 + 210.0),  # it has taken as long already: as long again
-        (230.0, 30.0 + 400.0),
+        (134.9, 30.0 + 105.0, 30.0),  # twice the longest of its loads, and the lag
+        (135.0, 30.0 + 210.0, 105.0),  # it has taken as long already: as long again
+        (230.0, 30.0 + 400.0, 200.0),
     ],
 )
-def test_an_unseen_load_that_has_outlasted_what_was_known_is_given_twice_that_time(at: float, until: float):
+def test_an_unseen_load_that_has_outlasted_what_was_known_is_given_twice_that_time(
+    at: float, until: float, expected: float
+):
     model = apply(loading(recent_loads=(20.0, 30.0)), load_ended(at, LoadOutcome.UNKNOWN))
 
-    assert model.pending == Pending(since=30.0, until=pytest.approx(until), alive_at=at)
+    assert model.pending is not None
+    assert (model.pending.until, model.pending.expected) == (pytest.approx(until), pytest.approx(expected))
+    # A listing that does not show it shortens a guess, and no more.
+    late = apply(model, listed(at + 0.02, entry("gemma", size=1)))
+    assert late.pending is not None
+    assert late.pending.until == model.pending.until
 
 
 def test_a_load_that_failed_says_why_and_is_tried_again():

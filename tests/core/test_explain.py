@@ -8,7 +8,7 @@ import pytest
 
 from keepalive.core.apply import apply
 from keepalive.core.explain import eta, explain, next_try
-from keepalive.core.facts import Instance, LoadStarted, ModelId, Tier
+from keepalive.core.facts import Instance, LoadRemembered, LoadStarted, ModelId, Tier
 from keepalive.core.records import Pending, Upstream, UpstreamState
 from keepalive.core.states import IllegalMove, State
 from tests.kit.models import (
@@ -30,14 +30,14 @@ def test_several_copies_are_said_and_the_oldest_of_ours_is_addressed():
     model = after(ours(), listed(20, entry("gemma", "gemma:2", "gemma")))
 
     assert model.instance_id == "gemma"
-    assert explain(Upstream("local"), [model], model) == "2 copies are in memory"
+    assert explain(Upstream("local"), [model], model, 99.0) == "2 copies are in memory"
 
 
 def test_copies_of_what_does_not_answer_are_not_what_is_odd_about_it():
     copies = (Instance("gemma"), Instance("gemma:2"))
     model = a_model(state=State.BACKOFF, reason="HTTP 500", instances=copies)
 
-    assert explain(Upstream("local"), [model], model) == "HTTP 500"
+    assert explain(Upstream("local"), [model], model, 99.0) == "HTTP 500"
 
 
 def test_the_eta_comes_from_past_loads():
@@ -104,7 +104,7 @@ def test_the_next_try_of_what_failed_is_told_and_behind_a_wrong_token_that_of_th
 
 
 def test_a_warm_model_needs_no_explanation():
-    assert explain(Upstream("local"), [warm()], warm()) is None
+    assert explain(Upstream("local"), [warm()], warm(), 99.0) is None
 
 
 # --- why it is not warm ---------------------------------------------------------------------------
@@ -115,30 +115,30 @@ UP = Upstream("local")
 def test_a_warm_model_says_what_is_odd_about_it():
     model = replace(warm(), reason="no answer in 60 s")
 
-    assert explain(UP, [model], model) == "no answer in 60 s"
+    assert explain(UP, [model], model, 99.0) == "no answer in 60 s"
 
 
 def test_what_nobody_wants_says_who_does_not():
-    assert explain(UP, [], cold(window_open=False)) == "outside its window"
-    assert explain(UP, [], cold(asked_for=False)) == "released by hand"
+    assert explain(UP, [], cold(window_open=False), 99.0) == "outside its window"
+    assert explain(UP, [], cold(asked_for=False), 99.0) == "released by hand"
 
 
 def test_what_has_to_wait_says_for_which():
     model, other = cold(), a_model(QWEN, load_started=1.0)
 
-    assert explain(UP, [a_model(ModelId("local", "c")), other, model], model) == (
+    assert explain(UP, [a_model(ModelId("local", "c")), other, model], model, 99.0) == (
         "waits for its turn: qwen is loading"
     )
 
 
 def test_what_is_about_to_be_loaded_has_no_more_to_say():
-    assert explain(UP, [cold(), warm()], cold()) is None
+    assert explain(UP, [cold(), warm()], cold(), 99.0) is None
 
 
 def test_what_is_not_listed_waits_for_nothing():
     unlisted = replace(cold(), listed=False, reason="LM Studio does not list this key")
 
-    assert explain(UP, [unlisted, a_model(QWEN, load_started=1.0)], unlisted) == (
+    assert explain(UP, [unlisted, a_model(QWEN, load_started=1.0)], unlisted, 99.0) == (
         "LM Studio does not list this key"
     )
 
@@ -147,7 +147,27 @@ def test_a_model_does_not_wait_for_its_own_load():
     pending = Pending(since=1.0, until=9.0, alive_at=1.0)
     model = replace(cold(), pending=pending, reason="an earlier life began to load it")
 
-    assert explain(UP, [model], model) == "an earlier life began to load it"
+    assert explain(UP, [model], model, 99.0) == "an earlier life began to load it"
+
+
+def test_a_load_whose_end_was_not_seen_says_until_when_it_is_believed_in_and_why():
+    model = after(a_model(), LoadRemembered(1, GEMMA, -20.0, 30.0), listed(2, entry("gemma")))
+    tell = "second {:.0f}".format
+
+    assert explain(UP, [model], model, 3.0, tell) == (
+        "an earlier load may still be under way until second 85, because it was begun before this daemon was "
+        "started or its config read anew, and nobody saw it end"
+    )
+    assert explain(UP, [warm()], warm(), 3.0, tell) is None
+
+
+def test_nobody_waits_for_the_turn_of_a_load_of_which_nothing_shows_that_it_is_alive():
+    ghost = a_model(QWEN, pending=Pending(since=1.0, until=300.0, alive_at=1.0))
+    known = replace(ghost, pending=Pending(since=1.0, until=105.0, alive_at=1.0, expected=30.0))
+
+    assert explain(UP, [ghost, cold()], cold(), 2.0) is None
+    assert explain(UP, [known, cold()], cold(), 30.9) == "waits for its turn: qwen is loading"
+    assert explain(UP, [known, cold()], cold(), 31.0) is None
 
 
 @pytest.mark.parametrize("state", [State.UNKNOWN, State.LOADING, State.BACKOFF])
@@ -155,13 +175,13 @@ def test_a_model_that_is_not_cold_has_a_reason_of_its_own(state: State):
     model = a_model(state=state, reason="its own", window_open=False)
     foreign = replace(UP, tier=Tier.V0, resident=frozenset({"llama"}))
 
-    assert explain(foreign, [model, a_model(QWEN, load_started=1.0)], model) == "its own"
+    assert explain(foreign, [model, a_model(QWEN, load_started=1.0)], model, 99.0) == "its own"
 
 
 def test_what_must_not_push_out_another_says_so_before_it_speaks_of_its_turn():
     model = cold()
     foreign = replace(UP, tier=Tier.V0, resident=frozenset({"llama"}))
 
-    assert explain(foreign, [model, a_model(QWEN, load_started=1.0)], model) == (
+    assert explain(foreign, [model, a_model(QWEN, load_started=1.0)], model, 99.0) == (
         "loading it on LM Studio 0.3.x could push out llama, which we did not load"
     )

@@ -22,6 +22,7 @@ from keepalive.core.records import Cause, Eviction, Model, Pending
 from keepalive.core.states import State
 from tests.kit.models import (
     GEMMA,
+    POLICY,
     QWEN,
     Box,
     a_model,
@@ -245,11 +246,34 @@ def test_anothers_copy_that_vanishes_beside_our_unanswered_load_is_not_pinged():
 def test_an_unanswered_load_on_a_server_without_residency_is_given_up_in_time(outcome: LoadOutcome):
     blind = Tier.OPENAI
     state = box(listed(1, entry("gemma"), tier=blind), LoadStarted(2, GEMMA), load_ended(10, outcome))
-    waiting = state.see(listed(900, entry("gemma"), tier=blind)).plan(900.1)
-    state.see(listed(948, entry("gemma"), tier=blind))
+    waiting = state.see(listed(286, entry("gemma"), tier=blind)).plan(286.1)
+    state.see(listed(288, entry("gemma"), tier=blind))
 
     assert waiting == []
-    assert state.plan(948.1) == [Load(GEMMA)]
+    assert state.plan(288.1) == [Load(GEMMA)]
+
+
+@pytest.mark.parametrize(
+    ("size", "load_timeout", "until"),
+    [
+        (None, 900.0, 285.0),
+        (200, 900.0, 105.0),
+        (4_000_000_000, 900.0, 125.0),
+        (60_000_000_000, 900.0, 285.0),
+        (None, 30.0, 75.0),
+    ],
+)
+def test_a_load_that_nobody_has_seen_succeed_is_believed_in_for_as_long_as_a_slow_disk_takes(
+    size: int | None, load_timeout: float, until: float
+):
+    policy = replace(POLICY, load_timeout=load_timeout)
+    model = after(a_model(policy=policy), LoadRemembered(1, GEMMA, 0.0, None))
+    waiting = after(model, listed(until - 0.1, entry("gemma", size=size)))
+    over = after(waiting, listed(until, entry("gemma", size=size)))
+
+    assert waiting.pending is not None
+    assert (waiting.state, waiting.pending.until) == (State.LOADING, until)
+    assert (over.state, over.pending) == (State.COLD, None)
 
 
 def test_a_remembered_load_on_a_server_without_residency_is_given_up_in_time():

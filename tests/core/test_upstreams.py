@@ -149,7 +149,7 @@ def test_mutual_eviction_is_recognised_and_the_first_listed_model_wins():
     assert state.upstream.displaces is True
     assert again == [Load(GEMMA)]
     assert state.plan(22.1) == []
-    assert explain(state.upstream, list(state.models.values()), state[QWEN]) == (
+    assert explain(state.upstream, list(state.models.values()), state[QWEN], 99.0) == (
         "LM Studio 0.3.x keeps one model at a time here, and gemma comes first in the config"
     )
 

@@ -509,7 +509,7 @@ def test_a_model_that_waits_for_its_turn_says_for_whom():
         world.start()
         await asyncio.sleep(30)
         snapshot = world.life.keeper.snapshot()
-        said = explain(snapshot.upstreams[0], snapshot.models, snapshot.models[1])
+        said = explain(snapshot.upstreams[0], snapshot.models, snapshot.models[1], 99.0)
         await world.kill()
         return said
 
@@ -526,7 +526,7 @@ def test_on_an_old_server_the_first_listed_model_wins_and_the_other_says_why():
         world.start()
         await asyncio.sleep(3600)
         snapshot = world.life.keeper.snapshot()
-        said = [explain(snapshot.upstreams[0], snapshot.models, m) for m in snapshot.models]
+        said = [explain(snapshot.upstreams[0], snapshot.models, m, 99.0) for m in snapshot.models]
         assert snapshot.models[0].state is State.WARM
         await world.kill()
         return said, site

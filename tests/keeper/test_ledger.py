@@ -32,8 +32,10 @@ GEMMA = ModelId("local", "gemma")
 URLS = {"local": "http://127.0.0.1:1234", "gpu": "http://127.0.0.1:1235"}
 
 
-def ledger(folder: Path, wall: float = 10_000.0, urls: dict[str, str] = URLS) -> Ledger:
-    return Ledger(folder, lambda: urls, lambda: wall)
+def ledger(
+    folder: Path, wall: float = 10_000.0, urls: dict[str, str] = URLS, boot: str | None = None
+) -> Ledger:
+    return Ledger(folder, lambda: urls, lambda: wall, lambda url: boot)
 
 
 class Story:
@@ -71,6 +73,7 @@ def test_a_load_is_on_disk_when_its_start_has_been_told(tmp_path: Path) -> None:
             "started": 10_000.0,
             "expected": None,
             "tells_loading": False,
+            "boot": None,
         }
     ]
     assert folder.stat().st_mode & 0o777 == 0o700
@@ -106,6 +109,43 @@ def test_a_load_ends_with_the_server_that_was_doing_it(tmp_path: Path) -> None:
     story.goes(ListingFailed(4.0, "local", 4.0, Trouble.REFUSED, "nothing listens"))
 
     assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("written_in", "read_in", "is_alive"),
+    [("a", "a", True), ("a", "b", False), ("a", None, True), (None, "b", True)],
+)
+def test_a_load_dies_with_its_machine(
+    tmp_path: Path, written_in: str | None, read_in: str | None, is_alive: bool
+) -> None:
+    Story(ledger(tmp_path, boot=written_in)).goes(listed(1.0), LoadStarted(2.0, GEMMA))
+
+    remembered = ledger(tmp_path, boot=read_in).recall(GEMMA, 50.0)
+
+    assert (remembered is not None) is is_alive
+    assert bool(files(tmp_path)) is is_alive
+
+
+def test_a_file_of_version_1_is_read(tmp_path: Path) -> None:
+    Story(ledger(tmp_path)).goes(listed(1.0), LoadStarted(2.0, GEMMA))
+    (path,) = tmp_path.iterdir()
+    old = json.loads(path.read_text())
+    del old["boot"]
+    path.write_text(json.dumps(old))
+
+    assert ledger(tmp_path, wall=10_020.0, boot="b").recall(GEMMA, 50.0) == LoadRemembered(
+        50.0, GEMMA, 30.0, None
+    )
+
+
+def test_that_a_listing_showed_the_load_is_written_down_while_it_goes_on(tmp_path: Path) -> None:
+    story = Story(ledger(tmp_path)).goes(listed(1.0), LoadStarted(2.0, GEMMA))
+    before = files(tmp_path)[0]
+    story.goes(listed(4.0, loading=True))
+    (after,) = files(tmp_path)
+
+    assert (before["tells_loading"], after["tells_loading"]) == (False, True)
+    assert ledger(tmp_path).recall(GEMMA, 50.0) == LoadRemembered(50.0, GEMMA, 50.0 - 2.0, None, True)
 
 
 def test_somebody_elses_load_is_not_written_down(tmp_path: Path) -> None:
