@@ -17,8 +17,8 @@ LOADS_REMEMBERED = 5
 # A load that nobody has ever seen succeed, and whose end is not seen, is believed in for as long as its file takes
 # to read at the pace of a slow disk, twice, within these bounds. Longer than that a caller waits in vain more often
 # than a second copy is begun beside a living load.
-SLOW_DISK = 100e6  # bytes a second
-GUESS_LEAST, GUESS_MOST = 60.0, 240.0
+SLOW_DISK = 50e6  # bytes a second
+GUESS_LEAST, GUESS_MOST = 120.0, 240.0
 UNSEEN = "an earlier load may still be under way"
 
 

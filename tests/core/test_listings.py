@@ -257,8 +257,8 @@ def test_an_unanswered_load_on_a_server_without_residency_is_given_up_in_time(ou
     ("size", "load_timeout", "until"),
     [
         (None, 900.0, 285.0),
-        (200, 900.0, 105.0),
-        (4_000_000_000, 900.0, 125.0),
+        (200, 900.0, 165.0),
+        (5_000_000_000, 900.0, 245.0),
         (60_000_000_000, 900.0, 285.0),
         (None, 30.0, 75.0),
     ],

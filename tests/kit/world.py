@@ -460,7 +460,7 @@ class Judge:
 def believed_in(site: Site, key: str) -> float:
     """Seconds for which a load is believed in that nobody has ever seen succeed, as the manual says it."""
     size = next(m.size_bytes for m in site.models if m.key == key)
-    by_size = 240.0 if site.studio.tier != "v1" else min(max(2 * size / 100e6, 60.0), 240.0)
+    by_size = 240.0 if site.studio.tier != "v1" else min(max(2 * size / 50e6, 120.0), 240.0)
     return by_size + LISTING_LAG
 
 
