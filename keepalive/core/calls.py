@@ -18,7 +18,16 @@ from keepalive.core.facts import (
     UnloadEnded,
     UnloadStarted,
 )
-from keepalive.core.moves import BACKOFF_MAX, TOKEN_RETRY, absent, backoff, failed, move, proved
+from keepalive.core.moves import (
+    BACKOFF_MAX,
+    TOKEN_RETRY,
+    absent,
+    backoff,
+    failed,
+    move,
+    proved,
+    says_that_it_loads,
+)
 from keepalive.core.records import LISTING_LAG, LOADS_REMEMBERED, UNSEEN, Cause, Model, Pending, Ping
 from keepalive.core.states import IllegalMove, Sign, State
 
@@ -43,6 +52,8 @@ def load_ended(model: Model, fact: LoadEnded) -> Model:
     model = replace(model, load_started=None, touched_at=fact.at)
     if fact.outcome is LoadOutcome.OK:
         return _loaded(model, fact, started)
+    if fact.why is Reason.LOADING:
+        return says_that_it_loads(model, fact.at, fact.message or "no more words")
     if fact.outcome is LoadOutcome.UNKNOWN:
         return _unanswered(model, fact, started)
     model = failed(model, fact.at, fact.message or "the load failed")
@@ -111,6 +122,8 @@ def ping_ended(model: Model, fact: PingEnded) -> Model:
     if fact.outcome is PingOutcome.ERROR and fact.why is None:
         # The connection failed, not the model: the listing tells more.
         return replace(model, ping_at=at + policy.refresh_interval, reason=message)
+    if fact.why is Reason.LOADING:
+        return says_that_it_loads(model, at, message)
     return _disproved(model, at, message, fact.why)
 
 

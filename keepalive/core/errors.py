@@ -70,6 +70,7 @@ class Reason(StrEnum):
     UNKNOWN_ROUTE = "unknown_route"
     UNAUTHORIZED = "unauthorized"
     LOAD_FAILED = "load_failed"
+    LOADING = "loading"  # the server itself is not ready yet, and says so
     OTHER = "other"
 
 

@@ -39,6 +39,7 @@ class Trouble(StrEnum):
     TIMEOUT = "timeout"  # it may be busy: says nothing about the models
     UNAUTHORIZED = "unauthorized"
     BAD_ANSWER = "bad_answer"
+    LOADING = "loading"  # it says that it is loading, and answers nothing else until it has
 
 
 @dataclass(frozen=True, slots=True)

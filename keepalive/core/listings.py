@@ -11,7 +11,7 @@ from math import inf
 
 from keepalive.core.evictions import count_eviction, why_missing
 from keepalive.core.facts import Entry, Listed, ListingFailed, Tier, Trouble, fold_key
-from keepalive.core.moves import absent, failed, move, proved
+from keepalive.core.moves import absent, failed, move, proved, says_that_it_loads
 from keepalive.core.records import LISTING_LAG, UNSEEN, Cause, Model, Pending
 from keepalive.core.states import Sign, State
 
@@ -170,6 +170,10 @@ def listing_failed(model: Model, fact: ListingFailed) -> Model:
             return replace(model, reason=fact.message)
         if model.state is not State.WARM or model.in_flight or fact.at <= model.proof_expires:
             return model
+    if fact.trouble is Trouble.LOADING:
+        # What is answering a user is not loading, whatever stands in front of it says.
+        busy = model.state is State.WARM and model.in_flight > 0
+        return model if busy else says_that_it_loads(model, fact.at, fact.message)
     if fact.trouble in (Trouble.REFUSED, Trouble.UNREACHABLE):
         # Behind a broken network anything may happen to what has an idle timer.
         gone = fact.trouble is Trouble.REFUSED or model.ours

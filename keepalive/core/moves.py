@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 
-from keepalive.core.records import Model
+from keepalive.core.records import Cause, Model, Pending
 from keepalive.core.states import TABLE, IllegalMove, Sign, State
 
 BACKOFF_FIRST = 5.0
 BACKOFF_MAX = 300.0
+# How soon one that says that it is loading is asked again.
+LOOK_AGAIN = 2.0
 # A token does not become right by asking again; but LM Studio has been seen to refuse one for a moment.
 TOKEN_RETRY = 60.0
 # A model that held this long is stable: losing it afterwards is a new story, not a repetition.
@@ -22,6 +24,24 @@ def move(model: Model, sign: Sign, at: float, reason: str | None) -> Model:
 
 def backoff(failures: int) -> float:
     return min(BACKOFF_FIRST * 2.0 ** min(failures - 1, 16), BACKOFF_MAX)
+
+
+def says_that_it_loads(model: Model, at: float, message: str) -> Model:
+    """The server answers that it is loading. It is looked at again soon, and asked for nothing until then."""
+    if model.load_started is not None:
+        return model
+    known = model.pending
+    again = at + LOOK_AGAIN
+    if known is None or not known.ours:
+        known = Pending(known.since if known else at, again, alive_at=at, seen=True, ours=False)
+    model = replace(
+        model,
+        pending=replace(known, alive_at=at),
+        suspected=model.suspected or Cause.RESTART,
+        busy=False,
+        ping_at=again,
+    )
+    return move(model, Sign.SEEN_LOADING, at, f"the server says that it is loading: {message}")
 
 
 def proved(model: Model, at: float) -> Model:

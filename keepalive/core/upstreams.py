@@ -31,6 +31,7 @@ DOWN_AFTER_TIMEOUTS = 3
 # runs into a time-out holds a socket for seconds, and one that answers oddly may write each try into its log.
 TRIED_AGAIN = {
     Trouble.REFUSED: 1.5,  # planned each second, that makes every two
+    Trouble.LOADING: 1.5,
     Trouble.UNREACHABLE: 15.0,
     Trouble.TIMEOUT: 15.0,
     Trouble.BAD_ANSWER: 15.0,
@@ -103,6 +104,8 @@ def _upstream_failed(upstream: Upstream, fact: ListingFailed) -> Upstream:
     state, wait = UpstreamState.DOWN, TRIED_AGAIN[fact.trouble]
     if fact.trouble is Trouble.UNAUTHORIZED:
         state = UpstreamState.UNAUTHORIZED
+    elif fact.trouble is Trouble.LOADING:
+        state = UpstreamState.UP  # it answers; what it says is that its models do not yet
     elif fact.trouble is Trouble.TIMEOUT and upstream.state is UpstreamState.UP:
         # A busy server answers late. One late answer is no outage.
         state = UpstreamState.DOWN if failures >= DOWN_AFTER_TIMEOUTS else UpstreamState.UP

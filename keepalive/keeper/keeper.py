@@ -469,6 +469,7 @@ class Keeper:
             outcome, message, why = LoadOutcome.REFUSED, str(error), Reason.UNAUTHORIZED
         except (Refused, Unexpected) as error:
             outcome, message = _load_outcome(error, tier), str(error)
+            why = error.reason if isinstance(error, Refused) else None
         except UpstreamError as error:
             outcome, message = LoadOutcome.FAILED, str(error)
         now = self._clock()
@@ -558,6 +559,8 @@ def _forgotten(model: Model, now: float) -> Model:
 def _load_outcome(error: Refused | Unexpected, tier: Tier) -> LoadOutcome:
     if isinstance(error, Refused) and error.reason is Reason.RESOURCES:
         return LoadOutcome.REFUSED
+    if isinstance(error, Refused) and error.reason is Reason.LOADING:
+        return LoadOutcome.UNKNOWN
     if tier is Tier.OPENAI and error.status is not None and 400 <= error.status <= 500:
         # There the load is part of the request, and a whole answer of the server's own ends both. (502 to 504
         # may be a gateway's, and say nothing about what goes on behind it.)
@@ -579,5 +582,7 @@ def _trouble(error: UpstreamError) -> Trouble:
             return Trouble.UNREACHABLE
         case TimedOut():
             return Trouble.TIMEOUT
+        case Refused(reason=Reason.LOADING):
+            return Trouble.LOADING
         case _:
             return Trouble.BAD_ANSWER

@@ -204,7 +204,7 @@ class Client:
                     content += chunk
                     if len(content) > ANSWER_MAX:
                         raise Unexpected(f"{what} was answered with more than {ANSWER_MAX >> 20} MiB")
-                status = response.status_code
+                status, retry_after = response.status_code, "retry-after" in response.headers
         except httpx.ConnectTimeout:
             raise Unreachable(f"no connection to {self.url} within {self._connect_timeout:g} s") from None
         except httpx.ConnectError as error:
@@ -214,7 +214,7 @@ class Client:
         except httpx.HTTPError as error:
             # Neither its words nor it as a cause: h11 quotes a header that cannot be sent, token included.
             raise Unexpected(f"{what} could not be sent ({type(error).__name__})") from None
-        return self._answer(status, self._without_token(bytes(content)), what)
+        return self._answer(status, self._without_token(bytes(content)), what, retry_after=retry_after)
 
     def _without_token(self, content: bytes) -> bytes:
         """LM Studio quotes a token that it does not like, and anything may quote a header."""
@@ -222,12 +222,14 @@ class Client:
             return content
         return re.sub(re.escape(self._token.encode()), b"(token)", content, flags=re.IGNORECASE)
 
-    def _answer(self, status: int, content: bytes, what: str) -> wire.Json:
+    def _answer(self, status: int, content: bytes, what: str, *, retry_after: bool) -> wire.Json:
         try:
             answer = wire.decode(content, what)
         except Unexpected as error:
+            if status == 503 and retry_after:
+                raise Refused("HTTP 503 with Retry-After", reason=Reason.LOADING, status=status) from None
             raise Unexpected(f"{error}, with status {status}", status=status) from None
-        refused = wire.refusal(status, answer)
+        refused = wire.refusal(status, answer, retry_after=retry_after)
         if refused:
             if refused.reason is Reason.UNAUTHORIZED:
                 raise Unauthorized(self._unauthorized())

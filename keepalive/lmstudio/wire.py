@@ -53,8 +53,11 @@ def decode(body: bytes, what: str) -> Json:
         raise Unexpected(f"{what} was answered with {kind} ({len(body)} bytes)") from None
 
 
-def refusal(status: int, answer: Json) -> Refused | None:
-    """The error that an answer carries, in any of LM Studio's layouts, with any status; None without one."""
+def refusal(status: int, answer: Json, *, retry_after: bool = False) -> Refused | None:
+    """The error that an answer carries, in any of LM Studio's layouts, with any status; None without one.
+
+    `retry_after`: its head said when to ask again.
+    """
     error = answer.get("error") if isinstance(answer, Mapping) else None
     if not error and status < 400:
         return None
@@ -67,6 +70,8 @@ def refusal(status: int, answer: Json) -> Refused | None:
         message = error if isinstance(error, str) else ""
     haystack = f"{message} {kind} {code}".lower()
     otherwise = Reason.UNKNOWN_ROUTE if status in (404, 405) else Reason.OTHER
+    if status == 503 and (retry_after or "loading model" in haystack or "unavailable_error" in haystack):
+        otherwise = Reason.LOADING  # how llama-server says it, on every path
     reason = next((reason for text, reason in _REASONS if text in haystack), otherwise)
     return Refused(clean(message) or f"HTTP {status} {kind or code}".strip(), reason=reason, status=status)
 

@@ -28,7 +28,7 @@ def test_a_model_is_called_by_its_key_and_its_upstream():
     ("kind", "words"),
     [
         (Tier, ["v1", "v0", "openai"]),
-        (Trouble, ["refused", "unreachable", "timeout", "unauthorized", "bad_answer"]),
+        (Trouble, ["refused", "unreachable", "timeout", "unauthorized", "bad_answer", "loading"]),
         (LoadOutcome, ["ok", "failed", "refused", "unknown"]),
         (PingOutcome, ["ok", "error", "timeout", "wrong_model", "skipped"]),
     ],

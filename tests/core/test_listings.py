@@ -5,8 +5,9 @@ from math import inf
 
 import pytest
 
-from keepalive.core.actions import Load, SendPing
+from keepalive.core.actions import Load, Refresh, SendPing
 from keepalive.core.apply import apply
+from keepalive.core.errors import Reason
 from keepalive.core.facts import (
     ClockJumped,
     Entry,
@@ -15,6 +16,9 @@ from keepalive.core.facts import (
     LoadRemembered,
     LoadStarted,
     ModelId,
+    PingEnded,
+    PingOutcome,
+    PingStarted,
     Tier,
     Trouble,
 )
@@ -694,3 +698,76 @@ def test_who_does_not_list_for_too_long_leaves_nothing_to_be_claimed():
         "busy": False,
         "ping_at": -inf,
     }
+
+
+# --- a server that says that it loads ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", State)
+def test_a_server_that_says_that_it_loads_makes_its_models_loading(state: State):
+    before = tried(state, pending=None)
+
+    after_it = apply(before, failed(50, Trouble.LOADING, "Loading model"))
+
+    assert (after_it.state, after_it.reason) == (
+        State.LOADING,
+        "the server says that it is loading: Loading model",
+    )
+    assert after_it.pending == Pending(50, 52, alive_at=50, seen=True, ours=False)
+    assert after_it.ping_at == 52
+
+
+def test_it_is_loading_since_it_first_said_so_and_looked_at_every_two_seconds():
+    state = Box(warm()).see(failed(50, Trouble.LOADING), failed(52, Trouble.LOADING))
+
+    assert (state[GEMMA].loading_since, state[GEMMA].since) == (50, 50)
+    assert state.plan(53.4) == []
+    assert state.plan(53.5) == [Refresh("local", loading=True)]
+
+
+def test_what_answers_users_is_not_loading_whatever_stands_in_front_of_it_says():
+    busy = replace(warm(), in_flight=1)
+
+    assert apply(busy, failed(50, Trouble.LOADING)) == busy
+
+
+def test_a_load_of_ours_goes_on_beside_what_the_server_says():
+    ours_under_way = after(cold(), LoadStarted(2, GEMMA))
+    unseen = unanswered()
+
+    assert apply(ours_under_way, failed(50, Trouble.LOADING)) == ours_under_way
+    after_it = apply(unseen, failed(50, Trouble.LOADING))
+    assert unseen.pending is not None
+    assert after_it.pending == replace(unseen.pending, alive_at=50)
+
+
+def test_once_it_has_loaded_it_is_asked_again_and_not_before():
+    blind = Tier.OPENAI
+    state = box(failed(50, Trouble.LOADING), listed(51.9, entry("gemma"), tier=blind))
+    early = state.plan(51.91)
+    late = state.see(listed(52.1, entry("gemma"), tier=blind)).plan(52.11)
+
+    assert early == []
+    assert late == [Load(GEMMA)]
+
+
+def test_what_is_listed_when_it_has_loaded_is_proved_at_once():
+    state = box(failed(50, Trouble.LOADING), listed(51.9, entry("gemma", "gemma")))
+
+    assert state.plan(51.91) == [SendPing(GEMMA, "gemma")]
+
+
+def test_a_ping_that_hears_that_the_server_loads_is_no_failure():
+    no = PingEnded(21, GEMMA, PingOutcome.ERROR, 0.1, "Loading model", Reason.LOADING)
+    model = after(warm(), PingStarted(20, GEMMA), no)
+
+    assert (model.state, model.failures, model.retry_at) == (State.LOADING, 0, None)
+    assert model.reason == "the server says that it is loading: Loading model"
+
+
+def test_a_load_that_hears_that_the_server_loads_is_no_failure_and_is_not_believed_in():
+    no = load_ended(21, LoadOutcome.UNKNOWN, message="Loading model", why=Reason.LOADING)
+    model = after(cold(), LoadStarted(20, GEMMA), no)
+
+    assert (model.state, model.failures, model.retry_at) == (State.LOADING, 0, None)
+    assert model.pending == Pending(21, 23, alive_at=21, seen=True, ours=False)

@@ -54,6 +54,7 @@ def test_an_upstream_believes_no_listing_older_than_the_one_it_knows():
     ("trouble", "wait"),
     [
         (Trouble.REFUSED, 1.5),
+        (Trouble.LOADING, 1.5),
         (Trouble.UNREACHABLE, 15.0),
         (Trouble.TIMEOUT, 15.0),
         (Trouble.BAD_ANSWER, 15.0),
@@ -72,6 +73,12 @@ def test_one_that_is_away_is_tried_at_the_same_pace_for_ever(
 
     assert set(waits) == {wait}
     assert upstream.failures == 30
+
+
+def test_one_that_says_that_it_loads_is_up_and_says_so():
+    upstream = apply_upstream(asked_long_ago(), failed(50, Trouble.LOADING, "Loading model"))
+
+    assert (upstream.state, upstream.error, upstream.answered_at) == (UpstreamState.UP, "Loading model", -inf)
 
 
 def test_what_a_time_out_takes_is_part_of_its_pace_and_still_there_is_a_rest_between_two():

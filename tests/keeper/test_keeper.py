@@ -394,6 +394,37 @@ def test_an_hour_of_refused_connections_changes_no_model_and_ends_within_three_s
     assert took <= 3.0
 
 
+@pytest.mark.parametrize("tier", ["v1", "openai"])
+def test_a_server_that_says_that_it_loads_is_loading_for_those_who_wait_and_warm_soon_after(tier: str):
+    async def go(judge: Judge) -> tuple[State, UpstreamState, str | None, float]:
+        site, loop = (
+            a_site(judge, "local", SimModel("a", load_seconds=1.0), tier=tier),
+            asyncio.get_running_loop(),
+        )
+        world = a_world(site)
+        world.start()
+        await warm(world)
+        site.studio.set_faults({"loading_503": "always"})
+        await asyncio.sleep(100)
+        life = world.life
+        assert life is not None
+        kept, upstream = model(world, "a"), life.keeper.snapshot().upstreams[0]
+        waiting = asyncio.ensure_future(life.keeper.ensure_warm([kept.id]))
+        await asyncio.sleep(100)
+        site.studio.set_faults({"loading_503": "no"})
+        began = loop.time()
+        await waiting
+        took = loop.time() - began
+        await world.kill()
+        return kept.state, upstream.state, kept.reason, took
+
+    state, upstream, reason, took = virtually(go)
+
+    assert (state, upstream) == (State.LOADING, UpstreamState.UP)
+    assert reason == "the server says that it is loading: Loading model"
+    assert took <= 6.0
+
+
 def test_a_token_that_is_refused_for_a_moment_keeps_nothing_cold_for_longer_than_a_minute():
     async def go(judge: Judge) -> tuple[set[str], float]:
         site = a_site(judge, auth_token="sk-lm-x:y", auth_on_chat_only=True)

@@ -268,14 +268,12 @@ def forgets_why(patch: pytest.MonkeyPatch) -> None:
 
 def looks_at_a_lost_server_late(patch: pytest.MonkeyPatch) -> None:
     failed = upstreams._upstream_failed
-    patch.setattr("tests.kit.world.TOO_LATE_YET", {})
     patch.setattr(
         upstreams, "_upstream_failed", lambda u, fact: replace(failed(u, fact), due_at=fact.at + 100)
     )
 
 
 def waits_for_a_load_that_died_with_the_power(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("tests.kit.world.TOO_LATE_YET", {})
     waits_for_ever(patch)
 
 

@@ -793,7 +793,7 @@ class World:
 
         def back() -> None:
             odd = site.studio.faults.shown().keys() - LASTING
-            if site.network != "open" or not site.studio.up or odd or kind in TOO_LATE_YET:
+            if site.network != "open" or not site.studio.up or odd:
                 return
             now = self.judge.now()
             until = now + BACK_WITHIN[kind] + self.tick
@@ -1043,10 +1043,6 @@ BACK_WITHIN = {
     "power cut while loading": 300.0,  # nobody is left who could say that the load is dead
 }
 LOOKED_AT = BACK_WITHIN.keys() - {"power cut while loading"}
-# Kinds that the product survives, but not within their bound yet, and why. Who mends one takes it out of here.
-TOO_LATE_YET = {
-    "says that it loads": "a 503 counts as down",
-}
 GARBLED = ("error_200", "error_500", "html_500", "empty_body", "truncated_json", "fin", "rst")
 KINDS = (
     "load slow",

@@ -307,3 +307,27 @@ def test_what_we_send_is_json():
 
             assert json.loads(json.dumps(body)) == body
             assert body["model"] == "a"
+
+
+LOADING = {"error": {"message": "Loading model", "type": "unavailable_error", "code": 503}}
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "retry_after", "reason"),
+    [
+        (503, LOADING, False, Reason.LOADING),
+        (503, {"error": {"message": "loading model"}}, False, Reason.LOADING),
+        (503, {"error": "busy"}, True, Reason.LOADING),
+        (503, {"error": "busy"}, False, Reason.OTHER),
+        (500, LOADING, True, Reason.OTHER),
+        (503, {"error": "Error loading model. (Exit code: 1)"}, True, Reason.LOAD_FAILED),
+        (503, {"error": "insufficient system resources"}, True, Reason.RESOURCES),
+    ],
+)
+def test_a_server_that_says_that_it_loads_is_told_from_one_in_trouble(
+    status: int, answer: object, retry_after: bool, reason: Reason
+):
+    refused = wire.refusal(status, answer, retry_after=retry_after)
+
+    assert refused is not None
+    assert refused.reason is reason
