@@ -65,14 +65,19 @@ class Reply:
 
     async def read(self, limit: int) -> bytes:
         """The body until its end, or until `limit` bytes have come: `complete` and `cut` tell which."""
-        taken = bytearray()
+        if AHEAD_BYTES < self._parts_bytes < limit:
+            self.resume()
         while not (self.complete or self.cut) and self._parts_bytes < limit:
             self._ended = asyncio.get_running_loop().create_future()
             await self._ended
-        for part in self._parts:
-            taken += part
+        taken = b"".join(self._parts)
         self._parts.clear()
-        return bytes(taken)
+        # Nobody waits any more, and what was taken is ahead of nobody.
+        self._ended = None
+        if self._parts_bytes > AHEAD_BYTES:
+            self.resume()
+        self._parts_bytes = 0
+        return taken
 
     def pause(self) -> None:
         if self._link is not None:

@@ -9,6 +9,7 @@
     json_text  JSON as LM Studio's runtime reads it
     words      what is ours to say: errors and heartbeats, in the layout of the route
     answers    what an answer says: errors, and the events of a chat
+    begun      a streamed response as far as it has come: its names, its count
     lost       answers that say that the model went away
     sse        server-sent events: where one ends, what it says, how one is written
     meter      what a user felt of a stream, told from its events

@@ -1,7 +1,10 @@
 """What an answer says: its errors, in any of LM Studio's layouts, and the events of a chat."""
 
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from keepalive.protocols.json_text import text
 
@@ -51,19 +54,32 @@ def chat_error(body: bytes) -> Delta:
     message = error_message(body)
     if message is None:
         return Delta()
-    error = json.loads(text(body)).get("error")
-    return Delta(error=message, code=_text_of(error, "code") or None, field=_text_of(error, "field") or None)
+    error = error_object(body)
+    return Delta(error=message, code=error_code(error), field=_text_of(error, "field") or None)
 
 
 def _text_of(value: object, name: str) -> str:
-    found = value.get(name) if isinstance(value, dict) else None
+    found = value.get(name) if isinstance(value, Mapping) else None
     return found if isinstance(found, str) else ""
 
 
 def error_message(body: bytes) -> str | None:
     """What an error of any of LM Studio's layouts says; None when `body` is no error."""
+    return _message_of(_error_of(body))
+
+
+def error_object(body: bytes) -> dict[str, object]:
+    """Every field of such an error, `message` always among them; empty when `body` is no error."""
+    error = _error_of(body)
+    message = _message_of(error)
+    if message is None:
+        return {}
+    return (error if isinstance(error, dict) else {}) | {"message": message}
+
+
+def _error_of(body: bytes) -> object:
     try:
-        answer = json.loads(text(body))
+        answer = json.loads(text(body), parse_constant=str)
     except (ValueError, RecursionError):
         return None
     if not isinstance(answer, dict):
@@ -71,9 +87,29 @@ def error_message(body: bytes) -> str | None:
     error = answer.get("error")
     if error is None and isinstance(answer.get("response"), dict):
         error = answer["response"].get("error")  # OpenAI's response.failed
+    if not isinstance(error, dict | str) and answer.get("type") == "error":
+        told = {name: value for name, value in answer.items() if name not in ("type", "error")}
+        return told if isinstance(answer.get("message"), str) else None  # OpenAI's flat event
+    return error
+
+
+def _message_of(error: object) -> str | None:
     if isinstance(error, dict):
         error = error.get("message") or error.get("type") or ""
-    if isinstance(error, str):
-        return error
-    message = answer.get("message")
-    return message if answer.get("type") == "error" and isinstance(message, str) else None
+    return error if isinstance(error, str) else None
+
+
+_NO_CONTEXT: Final = re.compile(r"exceed_context_size|context[ _](?:length|size|window)", re.IGNORECASE)
+
+#: What OpenAI calls a prompt that is too long. Agents shorten theirs when they read it, and at no other word.
+CONTEXT_LENGTH_EXCEEDED: Final = "context_length_exceeded"
+
+
+def error_code(error: Mapping[str, object]) -> str | None:
+    """The `code` of an error, if it has one that is a word, and OpenAI's where a prompt was too long."""
+    code, message = _text_of(error, "code"), _text_of(error, "message")
+    told = (code, _text_of(error, "type"), message)
+    # A load that is refused may speak of the context it was to have: no shorter prompt would help.
+    if any(_NO_CONTEXT.search(said) for said in told) and not message.casefold().startswith("failed to load"):
+        return CONTEXT_LENGTH_EXCEEDED
+    return code or None

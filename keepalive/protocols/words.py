@@ -2,11 +2,17 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final
 
 from keepalive.protocols import sse
+from keepalive.protocols.answers import error_code
+from keepalive.protocols.begun import Begun
 from keepalive.protocols.routes import Protocol, Route
+
+NO_ERROR: Final[Mapping[str, object]] = MappingProxyType({})
 
 # --- how it says no --------------------------------------------------------------------------------
 
@@ -18,30 +24,66 @@ def error_body(route: Route, status: int, message: str, code: str) -> bytes:
     return _json(_error(route.protocol, status, message, code))
 
 
-def error_event(route: Route, message: str, code: str) -> bytes:
+def error_event(
+    route: Route,
+    message: str,
+    code: str,
+    *,
+    status: int = 500,
+    error: Mapping[str, object] = NO_ERROR,
+    begun: Begun | None = None,
+) -> bytes:
     """The end of a stream that failed, so that the official client of `route` raises.
 
     It has to stand at an event boundary, and nothing follows it but the proper end of the body: no `[DONE]`,
     no `message_stop`, no `chat.end`, because a client that waits only for those would think the answer whole.
+
+    `error` is what the upstream said where it did: its fields are told as they are, since programs decide by
+    them, and ours fill in for those of an upstream that had only a sentence. `begun` is what the caller has of
+    the answer.
     """
-    body = _error(route.protocol, 500, message, code)
+    body = _error(route.protocol, status, message, code, error)
     match route.protocol:
         case Protocol.RESPONSES:
+            begun = begun or Begun()
+            number = begun.next_number
             # The documented event is flat, and what makes OpenAI's own client raise is `error`: both, then.
-            body = {
+            flat = {
                 "type": "error",
-                "code": code,
+                "code": _text(error, "code") or code,
                 "message": message,
-                "param": None,
-                "sequence_number": 0,
+                "param": error.get("param"),
+                "sequence_number": number + 1,
             } | body
-            return sse.encode(_json(body).decode(), event="error")
+            return response_failed(message, error_code(error) or code, begun) + sse.encode(
+                _json(flat).decode(), event="error"
+            )
         case Protocol.MESSAGES:
             return sse.encode(_json(body).decode(), event="error")
         case Protocol.NATIVE:
             return sse.encode(_json({"type": "error"} | body).decode(), event="error")
         case _:
             return sse.encode(_json(body).decode())
+
+
+def response_failed(message: str, code: str, begun: Begun) -> bytes:
+    """The event by which OpenAI's responses fail: Codex reads the reason here and nowhere else."""
+    response = {
+        "id": "resp_keepalive",
+        "object": "response",
+        "created_at": 0,
+        "model": "",
+        "output": [],
+        "parallel_tool_calls": True,
+        "tool_choice": "auto",
+        "tools": [],
+        **begun.response(),
+        "status": "failed",
+        "error": {"code": code, "message": message},
+        "incomplete_details": None,
+    }
+    event = {"type": "response.failed", "sequence_number": begun.next_number, "response": response}
+    return sse.encode(_json(event).decode(), event="response.failed")
 
 
 _ANTHROPIC_TYPES: Final = {
@@ -56,15 +98,31 @@ _ANTHROPIC_TYPES: Final = {
 }
 
 
-def _error(protocol: Protocol, status: int, message: str, code: str) -> dict[str, object]:
+def _error(
+    protocol: Protocol, status: int, message: str, code: str, error: Mapping[str, object] = NO_ERROR
+) -> dict[str, object]:
+    if len(error) > 1:
+        # More than a sentence: an error of a layout, and whoever reads that route knows it.
+        if protocol is Protocol.MESSAGES:
+            return {"type": "error", "error": {"type": _anthropic_type(status)} | dict(error)}
+        return {"error": dict(error)}
+    code = error_code(error) or code
     if protocol is Protocol.MESSAGES:
-        kind = _ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
-        return {"type": "error", "error": {"type": kind, "message": message}}
+        return {"type": "error", "error": {"type": _anthropic_type(status), "message": message}}
     if protocol is Protocol.NATIVE:
         kind = "internal_error" if status >= 500 else "invalid_request"
         return {"error": {"type": kind, "message": message, "code": code}}
     kind = "server_error" if status >= 500 else "invalid_request_error"
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+def _anthropic_type(status: int) -> str:
+    return _ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
+
+
+def _text(error: Mapping[str, object], name: str) -> str:
+    found = error.get(name)
+    return found if isinstance(found, str) else ""
 
 
 def _json(value: object) -> bytes:

@@ -6,16 +6,19 @@ for the whole.
 """
 
 import math
+from collections.abc import Mapping
 
 from keepalive.core.callers import Outcome
 from keepalive.core.errors import Cut, TimedOut, Unreachable, UpstreamError
 from keepalive.core.facts import ModelId
 from keepalive.core.keeping import View
 from keepalive.http1 import NO_STORE, Caller, Headers, ReplyHead, end_to_end
-from keepalive.protocols.routes import Route
-from keepalive.protocols.words import error_body, error_event
+from keepalive.protocols.answers import error_code, error_object
+from keepalive.protocols.begun import Begun
+from keepalive.protocols.routes import Protocol, Route
+from keepalive.protocols.words import NO_ERROR, error_body, error_event, response_failed
 from keepalive.proxy.account import Account
-from keepalive.proxy.relay import Events, Whole
+from keepalive.proxy.relay import Events, Push, Whole
 
 _EVENTS: Headers = [
     (b"Content-Type", b"text/event-stream"),
@@ -27,12 +30,13 @@ _EVENTS: Headers = [
 class Answer:
     """The answer to one request, as far as it has come."""
 
-    __slots__ = ("_account", "_caller", "_route", "passed", "promised")
+    __slots__ = ("_account", "_begun", "_caller", "_route", "passed", "promised")
 
     def __init__(self, caller: Caller, route: Route, account: Account) -> None:
         self._caller = caller
         self._route = route
         self._account = account
+        self._begun = Begun() if route.protocol is Protocol.RESPONSES else None
         #: 200 and events were promised before the upstream answered.
         self.promised = False
         #: The upstream's answer, once it passes.
@@ -42,6 +46,11 @@ class Answer:
     def torn(self) -> bool:
         """The caller has a part of an event: nothing may follow but the rest of it."""
         return isinstance(self.passed, Events) and self.passed.torn
+
+    @property
+    def push(self) -> Push:
+        """For the bytes of a stream."""
+        return self._caller.push if self._begun is None else self._push_response
 
     def promise(self) -> None:
         self.promised = True
@@ -63,14 +72,26 @@ class Answer:
             length=head.body if sized else None,
         )
 
+    def _push_response(self, data: bytes) -> None:
+        self._caller.push(data)
+        if self._begun is not None:
+            self._begun.feed(data)
+
     def cut(self) -> None:
         """The upstream's answer has broken off."""
-        self._account.outcome = Outcome.CUT
-        if isinstance(self.passed, Events) and not self.passed.torn:
-            self._caller.push(error_event(self._route, "the upstream's answer was cut", "upstream_cut"))
-            self._caller.finish()
+        if isinstance(self.passed, Events):
+            self.fail(502, "the upstream's answer was cut", "upstream_cut", outcome=Outcome.CUT)
         else:
+            self._account.outcome = Outcome.CUT
             self._caller.abort()
+
+    def told_error(self, data: bytes) -> None:
+        """A stream has come to its end with the upstream's own error event, which said `data`."""
+        if self._begun is not None and not self._begun.failed:
+            # LM Studio sends `error` alone. OpenAI's clients raise at it, but others wait for this one.
+            error = error_object(data)
+            code = error_code(error) or "upstream_error"
+            self._caller.push(response_failed(str(error.get("message")), code, self._begun))
 
     def fail(
         self,
@@ -80,8 +101,12 @@ class Answer:
         *,
         retry_after: float | None = None,
         outcome: Outcome = Outcome.UPSTREAM_ERROR,
+        error: Mapping[str, object] = NO_ERROR,
     ) -> None:
-        """The end, in the way of the route: an error answer, or an error event where events were promised."""
+        """The end, in the way of the route: an error answer, or an error event where events were promised.
+
+        `error` has what the upstream said, as it said it.
+        """
         caller = self._caller
         self._account.outcome = outcome
         if caller.finished or caller.gone:
@@ -95,7 +120,7 @@ class Answer:
                 headers.append((b"WWW-Authenticate", b"Bearer"))
             caller.answer(status, headers, error_body(self._route, status, message, code))
         elif (self.promised or isinstance(self.passed, Events)) and not self.torn:
-            caller.push(error_event(self._route, message, code))
+            self.push(error_event(self._route, message, code, status=status, error=error, begun=self._begun))
             caller.finish()
         else:
             caller.abort()
@@ -104,6 +129,12 @@ class Answer:
         """An answer that we have put together."""
         self._account.status = status
         self._caller.answer(status, [*headers, *self._account.headers()], body)
+
+    def explain(self, status: int, body: bytes) -> None:
+        """The upstream gave another answer than the events that were promised."""
+        error = error_object(body)
+        message = str(error.get("message") or f"the upstream answered {status} without events")
+        self.fail(502 if status < 400 else status, message, f"upstream_{status}", error=error)
 
     def not_ready(self, model: ModelId, view: View) -> None:
         reason = f": {view.reason}" if view.reason else ""

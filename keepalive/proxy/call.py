@@ -11,7 +11,6 @@ from keepalive.core.facts import InstanceLost, ModelId, RequestEnded, RequestSta
 from keepalive.core.keeping import Keeping
 from keepalive.core.names import Meaning
 from keepalive.http1 import Caller, Reply, Ticker, preferred_wait
-from keepalive.protocols.answers import error_message
 from keepalive.protocols.asked import Asked
 from keepalive.protocols.lost import Lost, looks_lost
 from keepalive.protocols.meter import Meter
@@ -26,7 +25,7 @@ from keepalive.proxy.stored import Stored, Watch
 from keepalive.proxy.upstreams import Upstreams
 
 #: Of an upstream's error answer: read before it is decided what becomes of it.
-ERROR_BYTES: Final = 65_536
+ERROR_BYTES: Final = 262_144
 
 
 class Owner(Protocol):
@@ -192,7 +191,7 @@ class Call:
 
     async def _relay_events(self, reply: Reply) -> None:
         account, answer = self.account, self.answer
-        events = Events(self.caller.push, account.now, Meter(self.route.protocol, account.began))
+        events = Events(answer.push, account.now, Meter(self.route.protocol, account.began))
         answer.passed = events
         reply.pour(self._watched(events.take))
         self.caller.flush()
@@ -203,10 +202,12 @@ class Call:
             answer.cut()
         else:
             events.finish()
-            self.caller.finish()
             account.outcome = Outcome.OK
             if meter is not None and not meter.ended:
                 account.outcome = Outcome.CUT if error is None else Outcome.UPSTREAM_ERROR
+                if error is not None:
+                    answer.told_error(error)
+            self.caller.finish()
         lost = self._look(200, error) if error is not None else None
         answered = meter is not None and meter.first_token_seconds is not None
         self._told(answered=answered and lost is None)
@@ -248,11 +249,7 @@ class Call:
     async def _explain(self, reply: Reply) -> None:
         """An answer that is no event stream, to a caller that was promised one."""
         body = self._first or await reply.read(ERROR_BYTES)
-        status = reply.head.status
-        message = error_message(body)
-        if message is None:
-            message = f"the upstream answered {status} without events"
-        self.answer.fail(502 if status < 400 else status, message, f"upstream_{status}")
+        self.answer.explain(reply.head.status, body)
 
     def end(self) -> None:
         """The request is over, however it went."""

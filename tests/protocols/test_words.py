@@ -62,10 +62,12 @@ def test_every_error_is_read_back_and_never_looks_like_an_end(name):
     route = ROUTES[name]
     words = "it broke: \u2028 [DONE] \ud800\n\ndata: [DONE]\n\n"
     event = error_event(route, words, "upstream_cut")
-    (item,) = Decoder().feed(event)
+    items = Decoder().feed(event)
 
-    assert isinstance(item, Event)
-    assert error_message(item.data.encode()) == words
+    assert len(items) == (2 if name == "responses" else 1)
+    for item in items:
+        assert isinstance(item, Event)
+        assert error_message(item.data.encode()) == words
     assert error_message(error_body(route, 502, words, "upstream_cut")) == words
     meter = Meter(route.protocol, 0)
     meter.feed(1, event)
@@ -77,9 +79,9 @@ def test_error_events_are_those_of_the_protocol():
     assert error_event(ROUTES["chat"], "cut", "upstream_cut") == (
         b'data: {"error":{"message":"cut","type":"server_error","param":null,"code":"upstream_cut"}}\n\n'
     )
-    assert error_event(ROUTES["responses"], "cut", "upstream_cut") == (
+    assert error_event(ROUTES["responses"], "cut", "upstream_cut").endswith(
         b'event: error\ndata: {"type":"error","code":"upstream_cut","message":"cut","param":null,'
-        b'"sequence_number":0,"error":{"message":"cut","type":"server_error","param":null,'
+        b'"sequence_number":1,"error":{"message":"cut","type":"server_error","param":null,'
         b'"code":"upstream_cut"}}\n\n'
     )
     assert error_event(ROUTES["messages"], "cut", "upstream_cut") == (
@@ -89,6 +91,71 @@ def test_error_events_are_those_of_the_protocol():
         b'event: error\ndata: {"type":"error","error":{"type":"internal_error","message":"cut",'
         b'"code":"upstream_cut"}}\n\n'
     )
+
+
+WHOLE = {
+    "message": "request (5000 tokens) exceeds the available context size (4096 tokens)",
+    "type": "exceed_context_size_error",
+    "param": "messages",
+    "code": 400,
+    "n_prompt_tokens": 5000,
+    "n_ctx": 4096,
+}
+
+
+def told(name, error, status=400):
+    event = error_event(ROUTES[name], error["message"], "upstream_400", status=status, error=error)
+    return [json.loads(item.data) for item in Decoder().feed(event)]
+
+
+@pytest.mark.parametrize("name", ["chat", "completions", "responses", "messages", "native"])
+def test_what_an_upstream_said_is_told_with_every_field_that_it_had(name):
+    event = told(name, WHOLE)[-1]
+
+    assert event["error"] == WHOLE
+    assert event.get("type") == (None if name in ("chat", "completions") else "error")
+
+
+def test_an_error_without_a_type_gets_one_where_anthropics_clients_need_it():
+    assert told("messages", {"message": "no", "param": "x"}, 404)[0]["error"] == {
+        "type": "not_found_error",
+        "message": "no",
+        "param": "x",
+    }
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (WHOLE, "context_length_exceeded"),
+        ({"message": "no", "code": "context_length_exceeded"}, "context_length_exceeded"),
+        ({"message": "The prompt is longer than the Context Length."}, "context_length_exceeded"),
+        ({"message": "no", "type": "exceed_context_size_error"}, "context_length_exceeded"),
+        ({"message": "no", "code": "model_not_found"}, "model_not_found"),
+        ({"message": "no", "code": None}, "upstream_400"),
+        ({"message": "Failed to load model: context length 9 is too much"}, "upstream_400"),
+    ],
+)
+def test_a_response_fails_with_its_reason_and_one_word_for_a_prompt_that_is_too_long(error, code):
+    failed, raised = told("responses", error)
+
+    assert failed["type"] == "response.failed"
+    assert failed["response"]["status"] == "failed"
+    assert failed["response"]["error"] == {"code": code, "message": error["message"]}
+    assert (failed["sequence_number"], raised["sequence_number"]) == (0, 1)
+
+
+def test_a_sentence_alone_is_told_in_our_fields():
+    assert told("chat", {"message": "the context size is too small"}) == [
+        {
+            "error": {
+                "message": "the context size is too small",
+                "type": "invalid_request_error",
+                "param": None,
+                "code": "context_length_exceeded",
+            }
+        }
+    ]
 
 
 # --- how it asks for patience ----------------------------------------------------------------------

@@ -6,7 +6,19 @@ import json
 import pytest
 
 from keepalive.core.errors import NotWarm
-from tests.kit.fronted import CHAT_STREAM, SSE_HEAD, Keep, chunk, delta, fronted, says, stream
+from keepalive.protocols import sse
+from tests.kit.fronted import (
+    CHAT_STREAM,
+    SSE_HEAD,
+    Keep,
+    ask,
+    chunk,
+    delta,
+    fronted,
+    post,
+    says,
+    stream,
+)
 
 openai = pytest.importorskip("openai")
 anthropic = pytest.importorskip("anthropic")
@@ -163,6 +175,86 @@ async def test_a_refusal_after_the_wait_raises_with_its_words(read, events, erro
             await read(front.port)
 
 
+CODEX = {"code": "context_length_exceeded", "type": "exceed_context_size_error", "n_ctx": 4096}
+
+
+@routes
+async def test_a_refusal_after_the_wait_has_every_field_that_it_came_with(read, events, error):
+    whole = {"message": "the prompt is too long", "param": None, **CODEX}
+    body = json.dumps({"error": whole}).encode()
+    refusal = b"HTTP/1.1 400 Bad Request\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+    keep = model(state="cold", load_seconds=0.1)
+    async with fronted(says(refusal), keep=keep, heartbeat=0.05) as (front, _):
+        with pytest.raises(error, match="too long") as raised:
+            await read(front.port)
+
+    told = raised.value.body
+    assert (told.get("error", told) if isinstance(told, dict) else told) == whole
+
+
+async def failed_response(port):
+    """What a client that waits for the response itself to fail, as Codex does, is told."""
+    async with openai.AsyncOpenAI(
+        base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=0
+    ) as client:
+        parts = await client.responses.create(model="m", input="hi", stream=True)
+        failed = None
+        raised = ""
+        try:
+            async for part in parts:
+                failed = part if part.type == "response.failed" else failed
+        except openai.APIError as error:
+            raised = str(error)
+        assert failed is not None
+        assert failed.response.status == "failed"
+        return failed, raised
+
+
+async def test_a_response_that_cannot_be_had_has_failed_for_our_reason():
+    keep = model(state="cold", load_seconds=0.1, fails=NotWarm("not enough memory"))
+    async with fronted(keep=keep, heartbeat=0.05) as (front, _):
+        failed, raised = await failed_response(front.port)
+
+    assert failed.response.error.message == raised == "not enough memory"
+    assert failed.response.error.code == "model_not_ready"
+    assert failed.sequence_number == 0
+
+
+async def test_a_response_that_was_cut_has_failed_under_its_own_name_and_count():
+    cut = SSE_HEAD + chunk(RESPONSES[0]) + chunk(RESPONSES[1]) + chunk(b"event: half")
+    async with fronted(says(cut, then="cut"), keep=model()) as (front, _):
+        failed, raised = await failed_response(front.port)
+
+    assert "cut" in raised
+    assert failed.response.id == "r1"
+    assert failed.sequence_number == 2
+
+
+@pytest.mark.parametrize("words", [{"error": {"message": "Model unloaded."}}, {"message": "Model unloaded."}])
+async def test_a_response_whose_model_was_lost_in_the_stream_has_failed(words):
+    lost = b"event: error\ndata: %b\n\n" % json.dumps({"type": "error", **words}).encode()
+    async with fronted(says(stream(RESPONSES[0], lost)), keep=model()) as (front, _):
+        _, _, body = await ask(front.port, post("/v1/responses", b'{"model":"m","stream":true}'))
+
+    assert body.startswith(RESPONSES[0] + lost + b"event: response.failed\n")
+    (failed,) = sse.Decoder().feed(body.removeprefix(RESPONSES[0] + lost))
+    told = json.loads(failed.data)
+    assert told["response"]["error"] == {"code": "upstream_error", "message": "Model unloaded."}
+    assert (told["response"]["id"], told["sequence_number"]) == ("r1", 1)
+
+
+async def test_a_response_that_says_itself_that_it_failed_is_left_as_it_is():
+    own = event(
+        "response.failed",
+        response=RESPONSE | {"status": "failed", "error": {"code": "server_error", "message": "no"}},
+        sequence_number=1,
+    )
+    async with fronted(says(stream(RESPONSES[0], own)), keep=model()) as (front, _):
+        _, _, body = await ask(front.port, post("/v1/responses", b'{"model":"m","stream":true}'))
+
+    assert body == RESPONSES[0] + own
+
+
 async def ask_chat(port):
     async with openai.AsyncOpenAI(
         base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=0
@@ -221,8 +313,6 @@ async def test_without_a_stream_a_cut_answer_raises(call, status_error, connecti
 
 
 async def test_the_native_route_ends_with_its_error_event_and_no_chat_end():
-    from tests.kit.fronted import ask, post
-
     start = event("chat.start", model_instance_id="m")
     body = b'{"model":"m","stream":true,"input":"hi"}'
     async with fronted(says(SSE_HEAD + chunk(start), then="cut"), keep=model()) as (front, _):
