@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from keepalive.protocols import sse
 from keepalive.protocols.json_text import text
 
 
@@ -97,6 +98,17 @@ def _message_of(error: object) -> str | None:
     if isinstance(error, dict):
         error = error.get("message") or error.get("type") or ""
     return error if isinstance(error, str) else None
+
+
+def event_error(stream: bytes) -> bytes:
+    """The data of the first event of a stream, where that is an error; nothing where it is none."""
+    try:
+        events = sse.Decoder().feed(stream)
+    except sse.EventTooLong:
+        return b""
+    first = next((event.data for event in events if isinstance(event, sse.Event)), "")
+    data = first.encode("utf-8", "replace")
+    return data if error_message(data) is not None else b""
 
 
 _NO_CONTEXT: Final = re.compile(r"exceed_context_size|context[ _](?:length|size|window)", re.IGNORECASE)

@@ -11,7 +11,8 @@ from keepalive.protocols.answers import error_message
 class Lost:
     """An answer that says the model is not there any more.
 
-    `message` is ours, not the answer's. `retryable`: refused before anything was generated.
+    `message` is ours, not the answer's. `retryable`: with the model back, the same request may go well. What
+    crashed once under a request may do so again: that one is for its caller to decide.
     """
 
     reason: Reason
@@ -28,14 +29,15 @@ _LOST: Final = (
     ),
     (
         "model unloaded",
-        Lost(Reason.UNLOADED, "the model was unloaded in the middle of an answer", retryable=False),
+        Lost(Reason.UNLOADED, "the model was unloaded in the middle of an answer", retryable=True),
     ),
     (
         "model is unloaded",
-        Lost(Reason.UNLOADED, "the model was unloaded in the middle of an answer", retryable=False),
+        Lost(Reason.UNLOADED, "the model was unloaded in the middle of an answer", retryable=True),
     ),
     ("model reloaded", Lost(Reason.UNLOADED, "the model was reloaded under a request", retryable=True)),
     ("no models loaded", Lost(Reason.UNLOADED, "no model is loaded", retryable=True)),
+    ("operation canceled", Lost(Reason.UNLOADED, "a load of the model was cancelled", retryable=True)),
 )
 
 

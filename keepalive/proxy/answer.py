@@ -37,7 +37,7 @@ class Answer:
         self._route = route
         self._account = account
         self._begun = Begun() if route.protocol is Protocol.RESPONSES else None
-        #: 200 and events were promised before the upstream answered.
+        #: 200 and events were promised: by us, or with the head of an answer that is still to be passed on.
         self.promised = False
         #: The upstream's answer, once it passes.
         self.passed: Events | Whole | None = None
@@ -61,6 +61,7 @@ class Answer:
         """The upstream's head becomes ours, if we did not promise one."""
         if self.promised:
             return
+        self.promised = stream
         self._account.status = head.status
         bodiless = self._caller.head.method == b"HEAD" or head.status == 304
         sized = not (bodiless or stream or head.body < 0 or head.status == 204)

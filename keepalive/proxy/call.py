@@ -11,6 +11,7 @@ from keepalive.core.facts import InstanceLost, ModelId, RequestEnded, RequestSta
 from keepalive.core.keeping import Keeping
 from keepalive.core.names import Meaning
 from keepalive.http1 import Caller, Reply, Ticker, preferred_wait
+from keepalive.protocols.answers import event_error
 from keepalive.protocols.asked import Asked
 from keepalive.protocols.lost import Lost, looks_lost
 from keepalive.protocols.meter import Meter
@@ -19,7 +20,7 @@ from keepalive.proxy.account import Account
 from keepalive.proxy.answer import Answer
 from keepalive.proxy.body import Body, Room
 from keepalive.proxy.patience import Patience
-from keepalive.proxy.relay import Events, Whole
+from keepalive.proxy.relay import Events, Whole, first_error, first_event, looks_like_error
 from keepalive.proxy.settings import Heartbeat, Settings
 from keepalive.proxy.stored import Stored, Watch
 from keepalive.proxy.upstreams import Upstreams
@@ -46,6 +47,7 @@ class Call:
     __slots__ = (
         "_first",
         "_forwarded",
+        "_knows_lost",
         "_owner",
         "_patience",
         "_watch",
@@ -75,7 +77,8 @@ class Call:
         self._owner = owner
         self.meaning: Meaning | None = None
         self._forwarded: Sequence[ModelId] = ()  # told the keeper; its end is still to be told
-        self._first = b""  # of an error answer, read already
+        self._first = b""  # of the answer's body, read already
+        self._knows_lost = False  # the keeper does, of this answer
         self._watch: Watch | None = None
 
     # --- to the upstream --------------------------------------------------------------------------
@@ -121,6 +124,8 @@ class Call:
         self._watch = Watch(self._owner.stored, upstream) if self.route.stores else None
         account.model = model
         account.sent_at = account.now()
+        self._first = b""
+        self._knows_lost = False
         self._forwarded = perhaps if model is None else (model,)
         for one in self._forwarded:
             self._owner.keeping.record(RequestStarted(account.sent_at, one))
@@ -138,16 +143,32 @@ class Call:
             self._told(answered=False)
             raise
 
-    async def read_refusal(self, reply: Reply) -> Lost | None:
-        """Whether this answer says that the model went away; then the keeper knows it too."""
-        if reply.head.status < 400:
+    async def read_refusal(self, reply: Reply, *, ahead: bool) -> Lost | None:
+        """Whether this answer says that the model went away; then the keeper knows it too.
+
+        `ahead`: an answer that looks like a good one is looked into, too, before any of it is passed on.
+        """
+        head = reply.head
+        if head.status >= 400:
+            self._first = await reply.read(ERROR_BYTES)
+            return self._look(head.status, self._first)
+        if not ahead or head.status != 200:
             return None
-        self._first = await reply.read(ERROR_BYTES)
-        return self._look(reply.head.status, self._first)
+        if head.stream:
+            # The caller has its head as soon as ever: nothing but events can follow, whoever sends them.
+            self.answer.begin(head, stream=True)
+            self.caller.flush()
+            self._first = await first_event(reply)
+            error = event_error(self._first)
+        else:
+            self._first = await first_error(reply)
+            error = self._first
+        return self._look(200, error) if error else None
 
     def _look(self, status: int, body: bytes) -> Lost | None:
         lost = looks_lost(status, body)
-        if lost is not None:
+        if lost is not None and not self._knows_lost:
+            self._knows_lost = True
             self.lost(lost.message, lost.reason)
         return lost
 
@@ -193,7 +214,11 @@ class Call:
         account, answer = self.account, self.answer
         events = Events(answer.push, account.now, Meter(self.route.protocol, account.began))
         answer.passed = events
-        reply.pour(self._watched(events.take))
+        take = self._watched(events.take)
+        first, self._first = self._first, b""
+        if first:
+            take(first)
+        reply.pour(take)
         self.caller.flush()
         complete = await reply.ended()
         meter = events.meter
@@ -227,7 +252,7 @@ class Call:
             return
         self.caller.finish()
         status = reply.head.status
-        if status < 400 and not whole.first.lstrip().startswith(b'{"error"'):
+        if status < 400 and not looks_like_error(whole.first):
             self.account.outcome = Outcome.OK
             self._told(answered=status == 200)
         else:

@@ -175,7 +175,7 @@ class Proxy:
             except UpstreamError as error:
                 return call.answer.broken(error)
             try:
-                lost = await call.read_refusal(reply)
+                lost = await call.read_refusal(reply, ahead=again)
                 if not (again and lost is not None and lost.retryable):
                     return await call.relay(reply)
                 again = False

@@ -3,9 +3,11 @@
 Bytes go to the caller first, unchanged, and are looked at afterwards; what looks at them cannot stop them.
 """
 
+import re
 from collections.abc import Callable
 from typing import Final
 
+from keepalive.http1 import Reply
 from keepalive.protocols.meter import Meter
 from keepalive.protocols.sse import Splitter
 
@@ -15,6 +17,32 @@ HELD_BACK_BYTES: Final = 262_144
 FIRST_BYTES: Final = 4096
 
 Push = Callable[[bytes], None]
+
+# An error says so at once, and so much is enough to see it.
+_LOOK_BYTES: Final = 64
+_ERROR: Final = re.compile(rb'\s*\{\s*"(?:error"|type"\s*:\s*"error")')
+
+
+async def first_event(reply: Reply) -> bytes:
+    """The beginning of a stream, with its first event whole if it is one to be held back."""
+    split, first = Splitter(), b""
+    while len(first) < HELD_BACK_BYTES and (data := await reply.read(1)):
+        first += data
+        if split.feed(data):
+            break
+    return first
+
+
+async def first_error(reply: Reply) -> bytes:
+    """The beginning of a body; all of it, within `HELD_BACK_BYTES`, where it begins as an error does."""
+    first = await reply.read(_LOOK_BYTES)
+    if looks_like_error(first):
+        first += await reply.read(HELD_BACK_BYTES)
+    return first
+
+
+def looks_like_error(first: bytes) -> bool:
+    return _ERROR.match(first) is not None
 
 
 class Whole:

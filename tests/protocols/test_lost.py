@@ -16,8 +16,9 @@ from keepalive.protocols.lost import looks_lost
         (500, b'{"error":{"message":"THE MODEL HAS CRASHED"}}', "crashed", False),
         (200, b'{"error":"The model has crashed"}', "crashed", False),
         (400, b'{"error":"Model was unloaded while the request was still in queue.."}', "unloaded", True),
-        (400, b'{"error":{"message":"Model unloaded."}}', "unloaded", False),
-        (400, b"Model is unloaded.", "unloaded", False),
+        (400, b'{"error":{"message":"Model unloaded."}}', "unloaded", True),
+        (400, b"Model is unloaded.", "unloaded", True),
+        (404, b'{"error":"Failed to load model \\"x\\". Error: Operation canceled"}', "unloaded", True),
         (400, b'{"error":"Model reloaded."}', "unloaded", True),
         (
             404,
@@ -30,7 +31,7 @@ from keepalive.protocols.lost import looks_lost
             200,
             b'{"type":"error","error":{"type":"internal_error","message":"Model unloaded."}}',
             "unloaded",
-            False,
+            True,
         ),
     ],
 )

@@ -425,13 +425,23 @@ def refusal(text, status=b"400 Bad Request"):
     )
 
 
-@pytest.mark.parametrize(
-    "text", ["Model was unloaded while the request was still in queue..", "Model reloaded."]
-)
+LOST = [
+    refusal("Model was unloaded while the request was still in queue.."),
+    refusal("Model reloaded."),
+    refusal("Model is unloaded."),
+    refusal({"message": "Model unloaded.", "code": None}, b"500 Internal Server Error"),
+    refusal("Failed to load model. Error: Operation canceled", b"404 Not Found"),
+    refusal("Model is unloaded.", b"200 OK"),
+    stream(b'event: error\ndata: {"error":{"message":"Model is unloaded."}}\n\n', DONE),
+    stream(b'data: {"type":"error",', b'"message":"Model unloaded."}\r\n\r\n'),
+]
+
+
+@pytest.mark.parametrize("reply", LOST)
 @pytest.mark.parametrize("streaming", [True, False])
-async def test_u15_unloaded_before_anything_was_generated_is_asked_again_once(text, streaming):
+async def test_u15_a_model_that_went_away_before_the_first_byte_is_asked_again_once(reply, streaming):
     async def script(asking):
-        await asking.send(refusal(text) if len(asking.upstream.requests) == 1 else CHAT_STREAM)
+        await asking.send(reply if len(asking.upstream.requests) == 1 else CHAT_STREAM)
 
     async with fronted(script, keep=warm()) as (front, upstream):
         status, _, body = await ask(front.port, chat(stream=streaming))
@@ -440,6 +450,36 @@ async def test_u15_unloaded_before_anything_was_generated_is_asked_again_once(te
         assert len(upstream.requests) == 2
         assert len(facts(front.keep, InstanceLost)) == 1
         assert front.keep.warm_asked == 2
+
+
+async def test_u15_the_second_time_a_stream_of_one_error_is_passed_on_and_told_once():
+    words = b'data: {"error":{"message":"Model is unloaded."}}\n\n'
+    async with fronted(says(stream(words)), keep=warm()) as (front, upstream):
+        status, _, body = await ask(front.port, chat())
+
+        assert (status, body) == (200, words)
+        assert len(upstream.requests) == 2
+        assert len(facts(front.keep, InstanceLost)) == 2  # of either answer once
+
+
+async def test_u15_what_was_promised_with_events_ends_with_one_when_the_second_answer_is_none():
+    async def script(asking):
+        first = len(asking.upstream.requests) == 1
+        await asking.send(LOST[-2] if first else refusal({"message": "no", "code": "c", "n": 1}))
+
+    async with fronted(script, keep=warm()) as (front, _):
+        status, _, body = await ask(front.port, chat())
+
+        assert (status, body) == (200, b'data: {"error":{"message":"no","code":"c","n":1}}\n\n')
+
+
+async def test_u15_an_event_that_passed_is_the_end_of_trying_again():
+    words = b'data: {"error":{"message":"Model is unloaded."}}\n\n'
+    async with fronted(says(stream(delta("a"), words)), keep=warm()) as (front, upstream):
+        _, _, body = await ask(front.port, chat())
+
+        assert body == delta("a") + words
+        assert len(upstream.requests) == 1
 
 
 async def test_u15_the_second_time_it_is_passed_on():
@@ -451,11 +491,8 @@ async def test_u15_the_second_time_it_is_passed_on():
         assert len(upstream.requests) == 2
 
 
-@pytest.mark.parametrize(
-    "text", ["Model unloaded.", "The model has crashed without additional information. (Exit code: null)"]
-)
-async def test_what_may_have_been_generated_is_not_asked_for_again(text):
-    reply = refusal(text)
+async def test_what_a_model_crashed_under_is_not_asked_for_again():
+    reply = refusal("The model has crashed without additional information. (Exit code: null)")
     async with fronted(says(reply), keep=warm()) as (front, upstream):
         status, _, body = await ask(front.port, chat(stream=False))
 
