@@ -1,6 +1,7 @@
 """HTTP/1.1 over sockets, both sides: callers' exchanges in, upstreams' replies out.
 
     heads       the grammar of heads, and what is refused       pure
+    cors        what pages of other origins may send and read    pure
     bodies      bodies in chunks (llhttp)                        pure
     limits      what a caller, and an upstream, may cost
 
@@ -22,6 +23,7 @@ Decisions about models are made in `proxy`; here it is decided what may go over 
 May import: core.
 """
 
+from keepalive.http1 import cors
 from keepalive.http1.exchange import Caller, Exchange
 from keepalive.http1.heads import (
     CHUNKED,
@@ -37,7 +39,7 @@ from keepalive.http1.heads import (
     values,
 )
 from keepalive.http1.limits import Limits
-from keepalive.http1.listener import Listener, bind, serve
+from keepalive.http1.listener import Listener, bind, plain_refusal, serve
 from keepalive.http1.pool import Pool
 from keepalive.http1.reply import Reply
 from keepalive.http1.ticker import Ticker
@@ -57,9 +59,11 @@ __all__ = [
     "RequestHead",
     "Ticker",
     "bind",
+    "cors",
     "end_to_end",
     "host_of",
     "listed",
+    "plain_refusal",
     "preferred_wait",
     "serve",
     "values",

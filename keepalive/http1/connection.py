@@ -19,6 +19,8 @@ from keepalive.http1.heads import (
     BadHead,
     Headers,
     HeadReader,
+    RequestHead,
+    head_so_far,
     request_head,
     request_reader,
     write_head,
@@ -41,9 +43,12 @@ class Handler(Protocol):
 
 
 class Refusal(Protocol):
-    """Words an answer to bytes that never became a request: its headers and body."""
+    """Words an answer to bytes that never became a request: its headers and body.
 
-    def __call__(self, status: int, message: str, /) -> tuple[Headers, bytes]: ...
+    `head` has what could be read of one.
+    """
+
+    def __call__(self, status: int, message: str, head: RequestHead | None, /) -> tuple[Headers, bytes]: ...
 
 
 class Owner(Protocol):
@@ -173,7 +178,7 @@ class Connection(asyncio.Protocol):
             if self._lingering or self._reader is None or not self._reader.begun:
                 self.transport.abort()
             else:
-                self._refuse(BadHead(408, "the head did not come in time"))
+                self._refuse(BadHead(408, "the head did not come in time"), head_so_far(self._reader))
         elif not self._exchange.body_came and self._invited and not self._unread and now >= self._window_ends:
             limits = self.listener.limits
             if self._window_bytes < limits.body_rate * limits.body_window:
@@ -199,7 +204,7 @@ class Connection(asyncio.Protocol):
             if head.body > self.listener.limits.body_bytes:
                 raise BadHead(413, f"the body is larger than {self.listener.limits.body_bytes} bytes")
         except BadHead as bad:
-            self._refuse(bad)
+            self._refuse(bad, head_so_far(reader))
             return
         self._reader = None
         self._fresh = False
@@ -308,9 +313,9 @@ class Connection(asyncio.Protocol):
         if exchange.gone or self.transport.is_closing():
             self.transport.abort()
         elif exchange.refused is not None and not exchange.started:
-            self._refuse(exchange.refused)
+            self._refuse(exchange.refused, exchange.head)
         elif not exchange.started:
-            self._refuse(BadHead(500, "the proxy failed"))
+            self._refuse(BadHead(500, "the proxy failed"), exchange.head)
         elif not exchange.finished:
             self.reset()
         elif self.ending or self.listener.closing:
@@ -322,9 +327,9 @@ class Connection(asyncio.Protocol):
             if rest:
                 self._read_head(rest)
 
-    def _refuse(self, bad: BadHead) -> None:
+    def _refuse(self, bad: BadHead, head: RequestHead | None) -> None:
         """Answers what is no request, and ends the connection."""
-        headers, body = self.listener.refusal(bad.status, bad.text)
+        headers, body = self.listener.refusal(bad.status, bad.text, head)
         headers = [*headers, (b"Content-Length", b"%d" % len(body)), (b"Connection", b"close")]
         line = b"HTTP/1.1 %d %b" % (bad.status, REASONS.get(bad.status, b""))
         self.transport.write(write_head(line, headers) + body)

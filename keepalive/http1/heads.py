@@ -26,8 +26,21 @@ CHUNKED = -1
 #: Of an answer of our own: it is for this caller, now, and is what we say it is.
 NO_STORE: Headers = [(b"Cache-Control", b"no-store"), (b"X-Content-Type-Options", b"nosniff")]
 
+# What is said to the next neighbour alone. Where a request came from (Via, X-Forwarded-For) is for the other
+# end: it passes as it came, and nothing is added to it.
 _HOP_BY_HOP = frozenset(
-    [b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade"]
+    [
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authentication-info",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+    ]
 )
 
 
@@ -128,7 +141,7 @@ class RequestHead:
 class ReplyHead:
     """What an upstream answered. `body` is the length of its body, CHUNKED or UNTIL_CLOSE."""
 
-    __slots__ = ("body", "headers", "keeps_alive", "minor", "reason", "status", "stream")
+    __slots__ = ("body", "events", "headers", "keeps_alive", "minor", "reason", "status", "stream")
 
     def __init__(self, status: int, reason: bytes, headers: Headers, minor: int) -> None:
         self.status = status
@@ -138,12 +151,9 @@ class ReplyHead:
         self.body = 0
         self.keeps_alive = minor == 1 and b"close" not in listed(headers, b"connection")
         kind = values(headers, b"content-type")
-        #: Server-sent events that can be read: not compressed ones.
-        self.stream = (
-            len(kind) == 1
-            and kind[0].lower().startswith(b"text/event-stream")
-            and not values(headers, b"content-encoding")
-        )
+        #: Server-sent events; those that can be read, not being compressed.
+        self.events = len(kind) == 1 and kind[0].lower().startswith(b"text/event-stream")
+        self.stream = self.events and not values(headers, b"content-encoding")
 
     def get(self, name: bytes) -> bytes | None:
         found = values(self.headers, name)
@@ -152,6 +162,14 @@ class ReplyHead:
 
 def request_reader(limit: int) -> HeadReader:
     return HeadReader(_REQUEST_LINE, limit)
+
+
+def head_so_far(reader: HeadReader) -> RequestHead | None:
+    """What is known of a request whose head is no head, or no whole one: whoever sent it is told in its words."""
+    if not reader.start:
+        return None
+    method, target, _ = reader.start
+    return RequestHead(method, target, reader.headers)
 
 
 def reply_reader(limit: int) -> HeadReader:

@@ -5,7 +5,7 @@ import logging
 import socket
 
 from keepalive.http1.connection import Connection, Handler, Refusal
-from keepalive.http1.heads import Headers
+from keepalive.http1.heads import Headers, RequestHead
 from keepalive.http1.limits import Limits
 from keepalive.http1.ticker import Ticker
 from keepalive.http1.watch import Watch
@@ -13,7 +13,7 @@ from keepalive.http1.watch import Watch
 log = logging.getLogger("keepalive.http1")
 
 
-def plain_refusal(status: int, message: str) -> tuple[Headers, bytes]:
+def plain_refusal(status: int, message: str, head: RequestHead | None) -> tuple[Headers, bytes]:
     return [(b"Content-Type", b"text/plain; charset=utf-8")], message.encode() + b"\n"
 
 

@@ -118,7 +118,8 @@ class Pool:
             lines.append((b"Transfer-Encoding", b"chunked"))
         elif framing is not None:
             lines.append((b"Content-Length", b"%d" % framing))
-        return write_head(b"%b %b%b HTTP/1.1" % (method, self.prefix, target), lines)
+        prefix = b"" if target == b"*" else self.prefix  # that one is for the server itself
+        return write_head(b"%b %b%b HTTP/1.1" % (method, prefix, target), lines)
 
     def keeps(self, head: ReplyHead) -> bool:
         """Whether another request may follow this answer on its connection."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Final, NamedTuple, Protocol, TypeVar
 
 from keepalive import assets
@@ -10,10 +10,11 @@ from keepalive.core.callers import Key, Outcome, Seen
 from keepalive.core.errors import NotWarm
 from keepalive.core.facts import ModelId
 from keepalive.core.keeping import Keeping
-from keepalive.http1 import Exchange, Headers, RequestHead, Ticker, preferred_wait, values
+from keepalive.http1 import NO_STORE, Exchange, Headers, RequestHead, Ticker, cors, preferred_wait, values
 from keepalive.prompts.asked import Refusal, Settings, read_order, read_warmup, variables
 from keepalive.prompts.stream import Forward, Stream, Visit, milliseconds, view_of
 from keepalive.protocols.routes import PROMPTS
+from keepalive.protocols.words import refusal_code
 
 #: Of the bodies that are being read, together.
 READING_BYTES: Final = 128 * 1024 * 1024
@@ -71,8 +72,9 @@ class Prompts:
                 raise Refusal(*refused, headers=challenge)
             if head.method in route.methods:
                 await route.answer(self, visit)
-            elif head.method == b"OPTIONS" and len(visit.cors) > 1:
-                exchange.answer(204, [*visit.cors, *_preflight(route.methods)], b"")
+            elif (preflight := self._preflight(head, route)) is not None:
+                exchange.start(204, preflight)
+                exchange.finish()
             else:
                 allow = [(b"Allow", b", ".join(route.methods))]
                 message = f"this is asked with {route.methods[0].decode()}"
@@ -191,12 +193,16 @@ class Prompts:
 
     def _cors(self, head: RequestHead) -> Headers:
         """A page that may send, but not read what comes back, has no use of it."""
-        headers = [(b"Vary", b"Origin")]
-        origin = head.get(b"origin") or b""
-        if origin.decode("latin-1") in self.settings.allowed_origins:
-            headers.append((b"Access-Control-Allow-Origin", origin))
-            headers.append((b"Access-Control-Expose-Headers", b"Retry-After"))
-        return headers
+        return cors.granted(head, self.settings.allowed_origins) or [(b"Vary", b"Origin")]
+
+    def _preflight(self, head: RequestHead, route: "_Route") -> Headers | None:
+        return cors.preflight(head, self.settings.allowed_origins, b", ".join(route.methods))
+
+    def refusal(self, status: int, message: str, head: RequestHead | None) -> tuple[Headers, bytes]:
+        """Words the end of a connection whose bytes were no request, or no whole one."""
+        grant = [] if head is None else self._cors(head)
+        kind = (b"Content-Type", b"application/json")
+        return [kind, *NO_STORE, *grant], Refusal(status, message, refusal_code(status)).body()
 
 
 class _Route(NamedTuple):
@@ -214,14 +220,6 @@ PATHS: Final[Mapping[bytes, _Route]] = {
     b"/api/models/warmup": _Route(WARMUP, (b"POST",), Prompts._warm_up),
     b"/keepalive.js": _MODULE,
 }
-
-
-def _preflight(methods: Sequence[bytes]) -> Headers:
-    return [
-        (b"Access-Control-Allow-Methods", b", ".join(methods)),
-        (b"Access-Control-Allow-Headers", b"authorization, content-type, prefer, x-api-key"),
-        (b"Access-Control-Max-Age", b"600"),
-    ]
 
 
 def _unavailable(

@@ -54,6 +54,10 @@ class Refusal(Exception):
         self.headers = headers or []
         self.outcome = outcome
 
+    def body(self) -> bytes:
+        error = {"message": str(self), "code": self.code, "field": self.field}
+        return encode({"success": False, "error": error})
+
 
 @dataclass(frozen=True, slots=True)
 class Order:

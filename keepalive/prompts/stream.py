@@ -29,7 +29,16 @@ _EVENTS: Final[Headers] = [
 ]
 # Who may ask is decided again in the proxy, by the same headers; of the others none concerns the upstream.
 _PASSED_ON: Final = frozenset(
-    (b"host", b"origin", b"sec-fetch-site", b"authorization", b"x-api-key", b"prefer", b"user-agent")
+    (
+        b"host",
+        b"origin",
+        b"sec-fetch-site",
+        b"authorization",
+        b"x-api-key",
+        b"api-key",
+        b"prefer",
+        b"user-agent",
+    )
 )
 
 
@@ -53,8 +62,9 @@ class Visit:
         self.exchange.answer(status, [kind, *NO_STORE, *self.cors, *(headers or ())], encode(body))
 
     def refuse(self, refusal: Refusal) -> None:
-        error = {"message": str(refusal), "code": refusal.code, "field": refusal.field}
-        self.answer(refusal.status, {"success": False, "error": error}, refusal.headers)
+        kind = (b"Content-Type", b"application/json")
+        headers = [kind, *NO_STORE, *self.cors, *(refusal.headers or ())]
+        self.exchange.answer(refusal.status, headers, refusal.body())
 
 
 class Stream:
@@ -310,7 +320,7 @@ class Stream:
         """The proxy's own words: it refuses."""
         self.started = self.finished = True
         told = chat_error(body)
-        ours = {b"content-type", *(name.lower() for name, _ in NO_STORE)}
+        ours = {b"content-type", *(name.lower() for name, _ in [*NO_STORE, *self._visit.cors])}
         kept = [pair for pair in headers if pair[0].lower() not in ours]
         self._fail(status, told.error or "refused", told.code or "refused", kept)
 

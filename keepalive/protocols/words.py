@@ -86,6 +86,14 @@ def response_failed(message: str, code: str, begun: Begun) -> bytes:
     return sse.encode(_json(event).decode(), event="response.failed")
 
 
+_REFUSALS: Final = {408: "too_slow", 413: "too_large", 414: "too_large", 431: "too_large", 500: "failed"}
+
+
+def refusal_code(status: int) -> str:
+    """The code of what ends a connection before there was a request."""
+    return _REFUSALS.get(status, "bad_request")
+
+
 _ANTHROPIC_TYPES: Final = {
     400: "invalid_request_error",
     401: "authentication_error",

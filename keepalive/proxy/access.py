@@ -1,10 +1,14 @@
 """Who may ask: a caller with a key, or any program of this machine, but no page of somebody else's in its browser."""
 
+import base64
+import binascii
 import functools
 import hashlib
 import hmac
 import ipaddress
+import socket
 from collections.abc import Sequence
+from typing import Final
 
 from keepalive.core.callers import Key
 from keepalive.http1 import RequestHead, host_of, values
@@ -12,13 +16,17 @@ from keepalive.proxy.settings import Settings
 
 Refused = tuple[int, str, str]  # status, message and code
 
+#: Where callers show their key: what an upstream is not to see of them.
+SHOWN_IN: Final = (b"authorization", b"x-api-key", b"api-key")
+
 
 def admit(head: RequestHead, settings: Settings) -> tuple[Key | None, Refused | None]:
     """The caller's key, where it showed one; what a caller is told that may not ask."""
     origin = (head.get(b"origin") or b"").decode("latin-1")
-    if settings.loopback and not settings.keys:
+    if not settings.keys:
+        # Wherever we listen, and most of all where more than this machine can reach us.
         host = host_of(head.get(b"host") or b"")
-        if host and not (host == "localhost" or host in settings.allowed_hosts or _is_address(host)):
+        if host and not _is_expected(host, settings):
             why = "this Host is not expected here; if it is yours, add it to server.allowed_hosts"
             return None, (403, why, "host")
         if _is_foreign(head, origin) and origin not in settings.allowed_origins:
@@ -34,9 +42,23 @@ def admit(head: RequestHead, settings: Settings) -> tuple[Key | None, Refused | 
     return None, None
 
 
-@functools.lru_cache(
-    64
-)  # callers say the same few names, and telling what they are costs more than all the rest
+def _is_expected(host: str, settings: Settings) -> bool:
+    """A name that no stranger can have pointed at this listener."""
+    if host == "localhost" or host in settings.allowed_hosts or _is_address(host):
+        return True
+    return not settings.loopback and host in _own_names()
+
+
+@functools.cache
+def _own_names() -> frozenset[str]:
+    """What the network calls this machine without asking anybody's name server: its host name, and that of mDNS."""
+    name = socket.gethostname().lower()
+    short = name.partition(".")[0]
+    return frozenset((name, short, f"{short}.local"))
+
+
+# Callers say the same few names, and telling what they are costs more than all the rest.
+@functools.lru_cache(64)
 def _is_address(host: str) -> bool:
     try:
         ipaddress.ip_address(host)
@@ -55,12 +77,29 @@ def _is_foreign(head: RequestHead, origin: str) -> bool:
 
 def _key_of(head: RequestHead, keys: Sequence[Key]) -> Key | None:
     """Which of `keys` the caller showed. Takes the same time however much of it was right."""
-    shown = [value[7:] for value in values(head.headers, b"authorization") if value[:7].lower() == b"bearer "]
-    shown += values(head.headers, b"x-api-key")
     found = None
-    for given in shown:
+    for given in _shown(head):
         digest = hashlib.sha256(given.strip()).digest()
         for key in keys:
             if hmac.compare_digest(digest, hashlib.sha256(key.secret.encode()).digest()):
                 found = key
     return found
+
+
+def _shown(head: RequestHead) -> list[bytes]:
+    """What might be a key: OpenAI's clients send it as Bearer, Anthropic's in x-api-key, Azure's in api-key.
+
+    What knows of names and passwords alone (`https://user:KEY@host`) sends Basic: either of the two may be it.
+    """
+    shown = [value for name in SHOWN_IN[1:] for value in values(head.headers, name)]
+    for value in values(head.headers, SHOWN_IN[0]):
+        scheme, _, given = value.partition(b" ")
+        if scheme.lower() == b"bearer":
+            shown.append(given)
+        elif scheme.lower() == b"basic":
+            try:
+                name, _, password = base64.b64decode(given.strip(), validate=True).partition(b":")
+            except binascii.Error:
+                continue
+            shown += (name, password)
+    return shown

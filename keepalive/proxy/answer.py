@@ -7,12 +7,13 @@ for the whole.
 
 import math
 from collections.abc import Mapping
+from typing import Final
 
 from keepalive.core.callers import Outcome
 from keepalive.core.errors import Cut, TimedOut, Unreachable, UpstreamError
 from keepalive.core.facts import ModelId
 from keepalive.core.keeping import View
-from keepalive.http1 import NO_STORE, Caller, Headers, ReplyHead, end_to_end
+from keepalive.http1 import NO_STORE, Caller, Headers, ReplyHead, cors, end_to_end
 from keepalive.protocols.answers import error_code, error_object
 from keepalive.protocols.begun import Begun
 from keepalive.protocols.routes import Protocol, Route
@@ -20,25 +21,29 @@ from keepalive.protocols.words import NO_ERROR, error_body, error_event, respons
 from keepalive.proxy.account import Account
 from keepalive.proxy.relay import Events, Push, Whole
 
+_UNBUFFERED: Final = (b"X-Accel-Buffering", b"no")
 _EVENTS: Headers = [
     (b"Content-Type", b"text/event-stream"),
     (b"Cache-Control", b"no-cache, no-store"),
-    (b"X-Accel-Buffering", b"no"),
+    _UNBUFFERED,
 ]
 
 
 class Answer:
     """The answer to one request, as far as it has come."""
 
-    __slots__ = ("_account", "_begun", "_caller", "_route", "passed", "promised")
+    __slots__ = ("_account", "_begun", "_caller", "_grant", "_route", "passed", "promised", "spoke")
 
-    def __init__(self, caller: Caller, route: Route, account: Account) -> None:
+    def __init__(self, caller: Caller, route: Route, account: Account, origins: cors.Origins) -> None:
         self._caller = caller
         self._route = route
         self._account = account
+        self._grant = cors.granted(caller.head, origins)
         self._begun = Begun() if route.protocol is Protocol.RESPONSES else None
         #: 200 and events were promised: by us, or with the head of an answer that is still to be passed on.
         self.promised = False
+        #: Something of ours stands before the upstream's first byte.
+        self.spoke = False
         #: The upstream's answer, once it passes.
         self.passed: Events | Whole | None = None
 
@@ -55,7 +60,13 @@ class Answer:
     def promise(self) -> None:
         self.promised = True
         self._account.status = 200
-        self._caller.start(200, [*_EVENTS, *self._account.headers()])
+        self._caller.start(200, [*_EVENTS, *self._grant, *self._account.headers()])
+
+    def allow(self, headers: Headers) -> None:
+        """What a browser asked before it lets its page ask."""
+        self._account.status, self._account.outcome = 204, Outcome.OK
+        self._caller.start(204, headers)
+        self._caller.finish()
 
     def begin(self, head: ReplyHead, *, stream: bool) -> None:
         """The upstream's head becomes ours, if we did not promise one."""
@@ -66,9 +77,13 @@ class Answer:
         bodiless = self._caller.head.method == b"HEAD" or head.status == 304
         sized = not (bodiless or stream or head.body < 0 or head.status == 204)
         without = () if bodiless else (b"content-length",)
+        headers = end_to_end(head.headers, without=without)
+        if head.events and head.get(b"x-accel-buffering") is None:
+            # nginx keeps a stream to itself until its end, unless it is told in the answer.
+            headers.append(_UNBUFFERED)
         self._caller.start(
             head.status,
-            end_to_end(head.headers, without=without) + self._account.headers(),
+            cors.joined(headers, self._grant) + self._account.headers(),
             reason=head.reason,
             length=head.body if sized else None,
         )
@@ -114,7 +129,8 @@ class Answer:
             return
         if not caller.started:
             self._account.status = status
-            headers = [(b"Content-Type", b"application/json"), *NO_STORE, *self._account.headers()]
+            kind = (b"Content-Type", b"application/json")
+            headers = [kind, *NO_STORE, *self._grant, *self._account.headers()]
             if retry_after is not None:
                 headers.append((b"Retry-After", b"%d" % max(1, math.ceil(retry_after))))
             if status == 401:

@@ -69,7 +69,7 @@ class Call:
         self.caller = caller
         self.route = route
         self.account = Account(route.name)
-        self.answer = Answer(caller, route, self.account)
+        self.answer = Answer(caller, route, self.account, owner.settings.allowed_origins)
         self._patience: Patience | None = None
         self.body = Body(owner.room)
         self.asked = Asked()
@@ -212,7 +212,9 @@ class Call:
 
     async def _relay_events(self, reply: Reply) -> None:
         account, answer = self.account, self.answer
-        events = Events(answer.push, account.now, Meter(self.route.protocol, account.began))
+        events = Events(
+            answer.push, account.now, Meter(self.route.protocol, account.began), lambda: answer.spoke
+        )
         answer.passed = events
         take = self._watched(events.take)
         first, self._first = self._first, b""

@@ -69,9 +69,13 @@ class Patience:
             return
         view = self._keeping.view(model)
         elapsed = account.now() - account.began if view.elapsed is None else view.elapsed
-        passed = self._answer.passed
-        if self._visible and not (passed and passed.bytes):
+        if self._visible:
+            passed = self._answer.passed
+            if passed and passed.bytes:
+                # Who asked for words cannot read comments, and in the answer no words of ours have a place.
+                return
             words = heartbeat_reasoning(self._route, model.key, view.state, elapsed, view.eta)
         else:
             words = heartbeat_comment(model.key, view.state, elapsed, view.eta)
+        self._answer.spoke = True
         caller.push(words)

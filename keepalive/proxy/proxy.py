@@ -13,9 +13,20 @@ from keepalive.core.callers import Key, Outcome, Seen
 from keepalive.core.errors import Cut, NotWarm, Unreachable, UpstreamError
 from keepalive.core.facts import InstanceLost, ModelId, ModelsChanged, WarmAsked
 from keepalive.core.keeping import Keeping
-from keepalive.http1 import NO_STORE, Caller, RequestHead, Ticker, end_to_end, values
+from keepalive.http1 import (
+    NO_STORE,
+    Caller,
+    Headers,
+    RequestHead,
+    Ticker,
+    cors,
+    end_to_end,
+    plain_refusal,
+    values,
+)
 from keepalive.protocols.joined import joined
 from keepalive.protocols.routes import Route, named_in, route_of, stored_in
+from keepalive.protocols.words import error_body, refusal_code
 from keepalive.proxy import access
 from keepalive.proxy.body import Room
 from keepalive.proxy.call import Call
@@ -83,6 +94,9 @@ class Proxy:
         call.account.key, refused = self.admit(head)
         if refused is not None:
             return answer.fail(*refused, outcome=Outcome.REJECTED)
+        preflight = cors.preflight(head, self.settings.allowed_origins)
+        if preflight is not None:
+            return answer.allow(preflight)
         if head.upgrade is not None and head.upgrade.lower() == b"websocket":
             return await self._tunnel(call)
         if not (call.route.names and head.method == b"POST"):
@@ -269,6 +283,15 @@ class Proxy:
     def admit(self, head: RequestHead) -> tuple[Key | None, access.Refused | None]:
         """The caller's key, where it showed one; what a caller is told that may not ask."""
         return access.admit(head, self.settings)
+
+    def refusal(self, status: int, message: str, head: RequestHead | None) -> tuple[Headers, bytes]:
+        """Words the end of a connection whose bytes were no request, or no whole one: as its route does."""
+        if head is None:
+            return plain_refusal(status, message, head)
+        route = route_of(head.method, head.target)
+        grant = cors.granted(head, self.settings.allowed_origins)
+        body = error_body(route, status, message, refusal_code(status))
+        return [(b"Content-Type", b"application/json"), *NO_STORE, *grant], body
 
     def stop(self, why: str = "the proxy is shutting down") -> None:
         """Ends every open request in the way of its route, and refuses new ones."""

@@ -9,7 +9,7 @@ from typing import Final
 
 from keepalive.http1 import Reply
 from keepalive.protocols.meter import Meter
-from keepalive.protocols.sse import Splitter
+from keepalive.protocols.sse import BOM, Splitter
 
 #: Of an event that is not complete yet: held back, so that what a caller has always ends where an event does.
 HELD_BACK_BYTES: Final = 262_144
@@ -65,10 +65,14 @@ class Whole:
 class Events:
     """A stream of events. What the caller has of it ends where an event does: the upstream may die within one."""
 
-    __slots__ = ("_now", "_push", "_split", "_tail", "bytes", "meter", "torn")
+    __slots__ = ("_now", "_push", "_push_on", "_split", "_spoke", "_tail", "bytes", "meter", "torn")
 
-    def __init__(self, push: Push, now: Callable[[], float], meter: Meter) -> None:
-        self._push = push
+    def __init__(
+        self, push: Push, now: Callable[[], float], meter: Meter, spoke: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._push: Push = self._push_first
+        self._push_on = push
+        self._spoke = spoke
         self._now = now
         self._split = Splitter().feed
         self._tail = bytearray()
@@ -92,6 +96,12 @@ class Events:
                 meter.feed(self._now(), data)
             except Exception:  # noqa: BLE001  a measurement may fail, a stream may not
                 self.meter = None
+
+    def _push_first(self, data: bytes) -> None:
+        # A byte order mark is one at the very start alone: behind a comment of ours it would be a part of the
+        # first line, and the first event lost. The splitter holds one back until it is whole.
+        self._push = self._push_on
+        self._push(data.removeprefix(BOM) if self._spoke() else data)
 
     def _take_part(self, data: bytes, end: int) -> None:
         if end:

@@ -6,6 +6,7 @@ from typing import Final
 
 from keepalive.core.errors import Cut, TimedOut, Unexpected
 from keepalive.http1 import Caller, Headers, Pool, Reply, ReplyHead, end_to_end
+from keepalive.proxy.access import SHOWN_IN
 from keepalive.proxy.settings import Settings
 
 #: What both ends of a tunnel say to each other.
@@ -105,7 +106,7 @@ class Upstreams:
         token = self._settings.upstreams[name].token
         without = [b"host", b"content-length", b"expect", b"x-keepalive-heartbeat"]
         if self._settings.keys or token is not None:
-            without += [b"authorization", b"x-api-key"]
+            without += SHOWN_IN
         if readable:
             without.append(b"accept-encoding")
         kept = end_to_end(headers, without=without)

@@ -20,7 +20,7 @@ from keepalive.core.explain import eta
 from keepalive.core.facts import ModelFact, ModelId, UpstreamFact, WarmAsked
 from keepalive.core.keeping import View
 from keepalive.core.names import Meaning
-from keepalive.http1 import Exchange, Limits, Listener, bind, serve
+from keepalive.http1 import Exchange, Headers, Limits, Listener, RequestHead, bind, serve
 from keepalive.keeper.keeper import Keeper
 from keepalive.observers import logs
 from keepalive.observers.metrics import Metrics, ProxyMetrics
@@ -94,13 +94,20 @@ class Front:
                 sockets = bind(address.host, address.port)
             except OSError as error:
                 raise StartError(cannot_listen("server.listen", address, error)) from error
-        self._listener = await serve(self._handle, sockets=sockets, limits=self._limits)
+        self._listener = await serve(
+            self._handle, sockets=sockets, limits=self._limits, refusal=self._refusal
+        )
         return url_of(sockets[0].getsockname())
 
     def _handle(self, exchange: Exchange) -> Awaitable[None]:
         """By the raw path: another spelling is for the upstream to understand or not."""
         ours = exchange.head.target.partition(b"?")[0] in prompts.PATHS
         return self._prompts(exchange) if ours else self._proxy(exchange)
+
+    def _refusal(self, status: int, message: str, head: RequestHead | None) -> tuple[Headers, bytes]:
+        ours = head is not None and head.target.partition(b"?")[0] in prompts.PATHS
+        part = self._prompts if ours else self._proxy
+        return part.refusal(status, message, head)
 
     async def drain(self, seconds: float, hurry: asyncio.Event) -> None:
         """Accept nobody any more; open requests may finish, for `seconds` or until `hurry`, and are then ended."""

@@ -274,7 +274,7 @@ async def fronted(
     chosen = upstreams or {"local": Address(f"http://127.0.0.1:{upstream.port}")}
     keep.upstreams = tuple(chosen)
     proxy = Proxy(Settings(upstreams=chosen, limits=limits, **settings), keep, seen.append)  # type: ignore[arg-type]
-    listener = await serve(proxy, sockets=bind("127.0.0.1", 0), limits=limits)
+    listener = await serve(proxy, sockets=bind("127.0.0.1", 0), limits=limits, refusal=proxy.refusal)
     front = Front(proxy, listener, keep, seen)
     try:
         yield front, upstream

@@ -1,3 +1,6 @@
+import base64
+import socket
+
 import pytest
 
 from keepalive.core.callers import Key
@@ -10,6 +13,8 @@ NAMED = Settings({}, allowed_hosts=frozenset(["studio.lan"]), allowed_origins=fr
 KEYS = (Key("ci", "secret"), Key("desk", "other"))
 LOCKED = Settings({}, keys=KEYS, allowed_origins=frozenset(["https://app.lan"]))
 PUBLIC = Settings({}, loopback=False)
+APPS = Settings({}, allowed_origins=frozenset(["app://obsidian.md"]))
+MACHINE = socket.gethostname()
 
 
 def head(*lines: str, method: bytes = b"POST") -> RequestHead:
@@ -34,12 +39,21 @@ def head(*lines: str, method: bytes = b"POST") -> RequestHead:
         (OPEN, ["Host: localhost:1235", "Origin: http://localhost:1"], "origin"),
         (OPEN, ["Host: localhost", "Origin: https://app.lan"], "origin"),
         (NAMED, ["Host: localhost", "Origin: https://app.lan", "Sec-Fetch-Site: cross-site"], None),
-        # Who listens for others and asks for no key has said so; who asks for keys needs nothing else.
-        (PUBLIC, ["Host: evil.example", "Origin: https://evil.example"], None),
+        # Who listens for others has more to guard, not less; who asks for keys needs nothing else.
+        (PUBLIC, ["Host: evil.example"], "host"),
+        (PUBLIC, ["Host: 10.0.0.7:1235"], None),
+        (PUBLIC, ["Host: 10.0.0.7", "Origin: https://evil.example"], "origin"),
+        (PUBLIC, ["Host: 10.0.0.7", "Sec-Fetch-Site: cross-site"], "origin"),
+        (PUBLIC, [f"Host: {MACHINE}:1235"], None),
+        (PUBLIC, [f"Host: {MACHINE.partition('.')[0].upper()}.local"], None),
+        (OPEN, ["Host: ward-7"], "host"),
+        (APPS, ["Host: localhost", "Origin: app://obsidian.md", "Sec-Fetch-Site: cross-site"], None),
         (LOCKED, ["Host: evil.example", "Authorization: Bearer secret"], None),
         (LOCKED, ["Host: localhost"], "invalid_api_key"),
         (LOCKED, ["Host: localhost", "Authorization: Bearer wrong"], "invalid_api_key"),
         (LOCKED, ["Host: localhost", "Authorization: secret"], "invalid_api_key"),
+        (LOCKED, ["Host: localhost", "Authorization: Basic secret"], "invalid_api_key"),
+        (LOCKED, ["Host: localhost", "Proxy-Authorization: Bearer secret"], "invalid_api_key"),
     ],
 )
 def test_who_may_ask(settings, lines, code):
@@ -54,6 +68,9 @@ def test_who_may_ask(settings, lines, code):
         ("Authorization: Bearer secret", "ci"),
         ("authorization: BEARER  other ", "desk"),
         ("X-Api-Key: other", "desk"),
+        ("Api-Key: secret", "ci"),
+        ("Authorization: Basic " + base64.b64encode(b"me:secret").decode(), "ci"),
+        ("Authorization: Basic " + base64.b64encode(b"other:").decode(), "desk"),
     ],
 )
 def test_a_key_is_known_by_its_name(line, name):

@@ -593,7 +593,13 @@ async def test_c22_without_a_key_401_in_the_layout_of_the_route_before_the_body(
 
 @pytest.mark.parametrize(
     "header",
-    ["Authorization: Bearer key-of-alice", "authorization: bearer key-of-alice", "X-Api-Key: key-of-alice"],
+    [
+        "Authorization: Bearer key-of-alice",
+        "authorization: bearer key-of-alice",
+        "X-Api-Key: key-of-alice",
+        "api-key: key-of-alice",
+        "Authorization: Basic dXNlcjprZXktb2YtYWxpY2U=",
+    ],
 )
 async def test_c22_the_callers_key_is_replaced_by_the_upstreams_token(header):
     from dataclasses import replace
@@ -605,6 +611,7 @@ async def test_c22_the_callers_key_is_replaced_by_the_upstreams_token(header):
 
         assert upstream.requests[0].headers[b"authorization"] == b"Bearer sk-lm-theirs"
         assert b"key-of-alice" not in upstream.requests[0].head
+        assert b"dXNlcjprZXktb2YtYWxpY2U=" not in upstream.requests[0].head
         assert (await front.last()).key == "alice"
 
 
