@@ -413,7 +413,9 @@ def test_what_is_at_work_does_not_idle(work: dict[str, object]):
     idle = tried(State.WARM, used_at=40.0, survived=3.0)
 
     assert apply(idle, listed(50, entry("gemma", "gemma"), asked=49)).survived == 9.0
-    assert apply(replace(idle, **work), listed(50, entry("gemma", "gemma"), asked=49)).survived == 3.0  # type: ignore[arg-type]
+    for survived in (3.0, 0.0):
+        at_work = replace(idle, survived=survived, **work)  # type: ignore[arg-type]
+        assert apply(at_work, listed(50, entry("gemma", "gemma"), asked=49)).survived == survived
 
 
 def test_a_load_that_answered_is_warm_when_it_is_listed():
