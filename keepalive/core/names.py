@@ -41,6 +41,8 @@ class Meaning:
         """The name that LM Studio knows `model` by, or what is meant in its place; None: as it was asked for."""
         if not self.renamed:
             return None
+        if model is None:
+            model = next((m for m in self.models if m.upstream == self.upstream), None)
         return self.name if model is None else model.key
 
 
@@ -173,8 +175,9 @@ class Names:
             waits = frozenset(self._upstreams) - self._heard
             return Meaning(self._upstreams[0], known=False, open=waits)
         upstream = min(here)[-1]
-        # A key asks for any variant that is loaded there, so also for the one that is kept.
-        perhaps = tuple(m for m in self._by_base.get(folded, ()) if m.upstream == upstream)
+        # A variant that is loaded answers to the key, and may stand in for another one.
+        related = self._related(folded)
+        perhaps = tuple(m for m in related if m.upstream == upstream and self._loaded(m))
         return Meaning(upstream, perhaps=perhaps, open=still)
 
     def _kept(self, folded: str) -> tuple[tuple[ModelId, ...], bool]:
@@ -222,8 +225,11 @@ class Names:
 
     def _open(self, folded: str) -> frozenset[str]:
         """The upstreams whose first listing may tell that a variant is another model."""
-        related = (*self._by_key.get(folded.rpartition("@")[0], ()), *self._by_base.get(folded, ()))
-        return frozenset(m.upstream for m in related) - self._heard
+        return frozenset(m.upstream for m in self._related(folded)) - self._heard
+
+    def _related(self, folded: str) -> tuple[ModelId, ...]:
+        """The kept models of which this may be a variant, or which may be a variant of this."""
+        return (*self._by_key.get(folded.rpartition("@")[0], ()), *self._by_base.get(folded, ()))
 
 
 def _grouped(

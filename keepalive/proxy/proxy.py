@@ -151,7 +151,7 @@ class Proxy:
         head = call.caller.head
         path, name, query = named_in(head.target)
         meaning = await self.keeping.meaning(name or None, default=False)
-        written = meaning.written(meaning.models[0]) if meaning.models else None
+        written = meaning.written()
         if written is not None:
             head.target = path + quote(written, safe="").encode() + query
         return meaning.upstream

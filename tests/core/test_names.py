@@ -57,6 +57,7 @@ def test_an_alias_becomes_the_key_of_that_model_that_is_chosen():
     meaning = names(kept={TINY: ["it"], other: ["it"]}, upstreams=("a", "b")).meaning("it")
 
     assert [meaning.written(model) for model in meaning.models] == ["acme/tiny-4b", "acme/large"]
+    assert meaning.written() == "acme/tiny-4b"
 
 
 def test_only_an_alias_or_the_default_changes_the_name():
@@ -105,10 +106,12 @@ def test_of_a_key_and_its_variant_that_are_both_kept_each_name_means_its_own():
     assert made.find("acme/tiny-4b") == (bare,)
 
 
-def test_a_key_may_be_answered_by_a_variant_that_is_kept_and_not_selected():
-    model = ModelId("a", "acme/tiny-4b@q8_0")
+def test_what_is_loaded_of_a_key_may_answer_for_its_other_variants():
+    variant = ModelId("a", "acme/tiny-4b@q8_0")
 
-    assert names(LISTED, kept={model: ()}).meaning("acme/tiny-4b").perhaps == (model,)
+    assert names(LOADED, kept={variant: ()}).meaning("acme/tiny-4b").perhaps == (variant,)
+    assert names(LOADED).meaning("acme/tiny-4b@q8_0").perhaps == (TINY,)
+    assert names(LISTED).meaning("acme/tiny-4b@q8_0").perhaps == ()
 
 
 def test_a_variant_is_meant_only_where_it_is_selected():
