@@ -163,7 +163,7 @@ class Names:
         if folded not in self._by_key and not renamed:
             still = self._open(folded)
         if models:
-            order = {m.upstream: (m.upstream not in up, not self._loaded(m)) for m in reversed(models)}
+            order = {m.upstream: (m.upstream not in up, not self._loaded(m)) for m in models}
             return Meaning(min(order, key=order.__getitem__), models, open=still, renamed=renamed)
         here = []
         for place, upstream in enumerate(self._upstreams):

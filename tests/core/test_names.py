@@ -108,8 +108,9 @@ def test_of_a_key_and_its_variant_that_are_both_kept_each_name_means_its_own():
 
 def test_what_is_loaded_of_a_key_may_answer_for_its_other_variants():
     variant = ModelId("a", "acme/tiny-4b@q8_0")
+    renamed = row("acme/tiny-4b", "my-own", variants=VARIANTS, selected=VARIANTS[0])
 
-    assert names(LOADED, kept={variant: ()}).meaning("acme/tiny-4b").perhaps == (variant,)
+    assert names(renamed, kept={variant: ()}).meaning("acme/tiny-4b").perhaps == (variant,)
     assert names(LOADED).meaning("acme/tiny-4b@q8_0").perhaps == (TINY,)
     assert names(LISTED).meaning("acme/tiny-4b@q8_0").perhaps == ()
 

@@ -82,7 +82,7 @@ def test_a_body_without_a_model_or_without_sense_asks_for_nothing(body):
 @pytest.mark.parametrize(
     ("body", "readable", "misnamed"),
     [
-        ("{}", True, False),
+        ('{"x":1}', True, False),
         ('{"model":null}', True, False),
         ('{"model":""}', True, False),
         ('{"model":7}', True, True),
