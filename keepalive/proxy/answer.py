@@ -145,7 +145,7 @@ class Answer:
     def whole(self, status: int, headers: Headers, body: bytes) -> None:
         """An answer that we have put together."""
         self._account.status = status
-        self._caller.answer(status, [*headers, *self._account.headers()], body)
+        self._caller.answer(status, cors.joined(headers, self._grant) + self._account.headers(), body)
 
     def explain(self, status: int, body: bytes) -> None:
         """The upstream gave another answer than the events that were promised."""
