@@ -214,6 +214,7 @@ class Judge:
         # Ids that we loaded, and whether a listing has shown them since: who has not seen one missing cannot
         # know that somebody else has loaded it anew under the same id.
         self.presumed: dict[tuple[str, str], bool] = {}
+        self.up_at: dict[str, float] = {}  # when a site was last started
         # Whose open load has no known length.
         self.guessed: set[tuple[str, str]] = set()
         # Sites that are back: since when, until when we have to look at them, or to load there, and from what.
@@ -365,6 +366,8 @@ class Judge:
         ):
             self.ours.discard((site.name, event["instance_id"]))
             self.born.pop((site.name, event["instance_id"]), None)
+        if kind == "restart.up":
+            self.up_at[site.name] = self.now()
         if kind in ("restart.down", "vanished"):
             self.owe_nothing(site.name)
             self.ours = {o for o in self.ours if o[0] != site.name}
@@ -791,11 +794,18 @@ class World:
     def comes_back(self, site: Site, kind: str, after: float) -> None:
         """Where nothing else is wrong by then, it has to be noticed soon."""
 
+        faults_before = self.injected.total()
+
         def back() -> None:
+            now = self.judge.now()
             odd = site.studio.faults.shown().keys() - LASTING
             if site.network != "open" or not site.studio.up or odd:
                 return
-            now = self.judge.now()
+            if kind == "away for long":
+                if self.judge.up_at.get(site.name, 0.0) < now - 0.01:
+                    return  # another outage, within this one, has ended it sooner
+            elif self.injected.total() != faults_before:
+                return
             until = now + BACK_WITHIN[kind] + self.tick
             owed = self.judge.owed_looks if kind in LOOKED_AT else self.judge.owed_loads
             if owed is self.judge.owed_looks or site.studio.tier == "v1":
