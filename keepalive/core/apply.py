@@ -68,7 +68,8 @@ def _instance_lost(model: Model, fact: InstanceLost) -> Model:
     # It was a call as well as one of ours: no listing from before it may lead to a ping, which would load it.
     model = replace(model, touched_at=fact.at)
     if fact.why is Reason.CRASHED:
-        model = replace(model, suspected=Cause.CRASH)
+        # Where no ping will find it out, the user's word has to do.
+        model = replace(model, suspected=Cause.CRASH, crashed=model.crashed or not model.policy.pinged)
     if model.state is not State.WARM:
         return model
     return move(replace(model, ping_at=fact.at), Sign.DISPROVED, fact.at, fact.message)

@@ -72,6 +72,7 @@ def _loaded(model: Model, fact: LoadEnded, started: float) -> Model:
         recent_loads=(*model.recent_loads, took)[-LOADS_REMEMBERED:],
         ours=model.ours | {fact.instance_id} if fact.instance_id else model.ours,
     )
+    model = replace(model, refused=fact.message)
     if model.blind:
         return proved(model, fact.at)
     until = fact.at + LISTING_LAG
@@ -113,7 +114,10 @@ def ping_ended(model: Model, fact: PingEnded) -> Model:
     ping = Ping(at, fact.outcome, fact.seconds)
     model = replace(model, pinging=False, touched_at=at, used_at=at, last_ping=ping, busy=False)
     if fact.outcome is PingOutcome.OK:
-        return proved(replace(model, pinged_at=at), at)
+        return proved(replace(model, pinged_at=at, refused=None), at)
+    if fact.outcome is PingOutcome.REFUSED:
+        # It answers, only not this: what the listing shows is as good a proof as there is.
+        return proved(replace(model, refused=fact.message or "no words"), at)
     message = fact.message or "it did not answer the ping as it should"
     if fact.outcome is PingOutcome.TIMEOUT:
         # A question for the listing, not a verdict: it may be generating for somebody else.

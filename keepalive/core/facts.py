@@ -149,7 +149,7 @@ class LoadEnded(ModelFact):
     seconds: float | None = None
     instance_id: str | None = None
     proved: bool = False  # the load was a ping, so the model has answered already
-    message: str | None = None
+    message: str | None = None  # with OK: the load was a ping, and was refused as a request
     why: Reason | None = None  # what kind of no
 
 
@@ -174,6 +174,7 @@ class PingOutcome(StrEnum):
     ERROR = "error"
     TIMEOUT = "timeout"
     WRONG_MODEL = "wrong_model"
+    REFUSED = "refused"  # as a request that this model does not take: no illness
     SKIPPED = "skipped"
 
 

@@ -11,7 +11,7 @@ from math import inf
 
 from keepalive.core.evictions import count_eviction, why_missing
 from keepalive.core.facts import Entry, Listed, ListingFailed, Tier, Trouble, fold_key
-from keepalive.core.moves import absent, failed, move, proved, says_that_it_loads
+from keepalive.core.moves import absent, believed, failed, move, proved, says_that_it_loads
 from keepalive.core.records import LISTING_LAG, UNSEEN, Cause, Model, Pending
 from keepalive.core.states import Sign, State
 
@@ -59,6 +59,9 @@ def _listed_blind(model: Model, fact: Listed) -> Model:
         return model
     if model.pending is not None:
         return _missing(model, fact.at, Cause.UNKNOWN, told=False)
+    if model.needed and not model.policy.pinged:
+        # No ping will ever show it; that the server answers has to do.
+        return believed(model, fact.at)
     if model.state in (State.COLD, State.BACKOFF):
         return model
     if model.state is State.WARM and (model.in_flight or fact.at <= model.proof_expires):
@@ -80,6 +83,8 @@ def _present(model: Model, at: float, entry: Entry) -> Model:
         reason = None if model.state is State.WARM else "loaded, but not wanted now"
         return move(model, Sign.UNASKED, at, reason)
     reason = "loaded; has not answered a ping yet" if appeared else model.reason
+    if not model.policy.pinged and not (model.crashed and model.instance_id in model.ours):
+        return believed(model, at)
     if appeared and model.state is State.BACKOFF:
         return move(model, Sign.UNASKED, at, reason)
     return move(model, Sign.PRESENT, at, reason)

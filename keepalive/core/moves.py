@@ -63,7 +63,23 @@ def proved(model: Model, at: float) -> Model:
         crashed=False,
         busy=False,
     )
-    return move(model, Sign.PROVED, at, None)
+    return move(model, Sign.PROVED, at, refusal(model))
+
+
+def refusal(model: Model) -> str | None:
+    """What to say of a model that is warm on the word of a listing alone, because its ping is of no use."""
+    if model.refused is None:
+        return None
+    return f'its ping is refused: {model.refused}; set ping in [[models]] "{model.id.key}": one that it takes, or "off"'
+
+
+def believed(model: Model, at: float) -> Model:
+    """Nobody is to ping it: warm because it is listed."""
+    if model.state is not State.WARM:
+        # What is cold has to come into memory first, where that can be seen.
+        model = move(model, Sign.SEEN_LOADING, at, None) if model.state is State.COLD else model
+        model = proved(model, at)
+    return replace(model, seen_at=at, ping_at=None)
 
 
 def failed(model: Model, at: float, message: str) -> Model:

@@ -150,6 +150,7 @@ def _pings(models: Sequence[Model], now: float) -> list[tuple[Model, Action]]:
 def _ping_is_due(model: Model, now: float) -> bool:
     return (
         model.needed
+        and model.policy.pinged
         and bool(model.instances or (model.blind and model.state is State.WARM))
         and not model.calling
         and not _must_unload_crashed(model)

@@ -42,6 +42,7 @@ class Policy:
     ping_timeout: float = 60.0
     load_timeout: float = 900.0
     lease: float = 86400.0  # of what we load on demand
+    pinged: bool = True  # False: its being listed is all that proves it
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,7 @@ class Model:
     last_ping: Ping | None = None
     pinged_at: float = -inf  # when it last answered a ping
     crashed: bool = False  # the instance that is listed has crashed
+    refused: str | None = None  # why its pings are refused as requests, which says nothing of its health
     busy: bool = False  # it did not answer a ping in time, and is listed all the same
     loads: int = 0
     evictions: int = 0

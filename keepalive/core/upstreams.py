@@ -37,6 +37,7 @@ TRIED_AGAIN = {
     Trouble.BAD_ANSWER: 15.0,
     Trouble.UNAUTHORIZED: TOKEN_RETRY,
 }
+WELL = (PingOutcome.OK, PingOutcome.REFUSED, PingOutcome.SKIPPED)
 # Whoever starts to wait has it tried at once; a thousand of them are no thousand tries.
 TRIED_LEAST = 2.0
 
@@ -60,7 +61,7 @@ def apply_upstream(upstream: Upstream, fact: Fact) -> Upstream:
             on_demand = upstream.tier is Tier.V0 and upstream.auto_evict is None
             trial = upstream.resident if on_demand else frozenset[str]()
             return replace(upstream, on_trial=trial, trial_over_at=None)
-        case PingEnded(outcome=outcome) if outcome not in (PingOutcome.OK, PingOutcome.SKIPPED):
+        case PingEnded(outcome=outcome) if outcome not in WELL:
             return replace(upstream, due_at=min(upstream.due_at, fact.at))
         case UnloadEnded() | InstanceLost() | ModelsChanged():
             return replace(upstream, due_at=min(upstream.due_at, fact.at))

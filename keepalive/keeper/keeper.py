@@ -74,6 +74,9 @@ class Listing(Protocol):
     def entries(self) -> Mapping[str, Entry]: ...
 
 
+OwnPing = tuple[str, Mapping[str, Any]]  # path and body
+
+
 class Client(Protocol):
     """What the keeper asks of an upstream; `upstream.Client` is the one there is."""
 
@@ -92,6 +95,7 @@ class Client(Protocol):
         tier: Tier,
         timeout: float,
         lease: float | None = None,
+        own: OwnPing | None = None,
     ) -> str | None: ...
 
     async def close(self) -> None: ...
@@ -116,6 +120,7 @@ class Keep:
     policy: Policy
     kind: str | None = None
     load_fields: Mapping[str, Any] | None = None
+    ping: OwnPing | None = None  # instead of what its kind answers
     windowed: bool = False
     window_open: bool = True
     aliases: tuple[str, ...] = ()
@@ -225,6 +230,7 @@ class Keeper:
                 windowed=keep.windowed,
                 window_open=keep.window_open,
                 asked_for=None if model.retired else model.asked_for,
+                refused=model.refused if keep.policy.pinged else None,
             )
         for key, model in gone.items():
             models[key] = replace(model, retired=True, rank=len(models))
@@ -459,7 +465,7 @@ class Keeper:
                 kind = self._kind(keep)
                 lease = keep.policy.lease if tier is Tier.V0 else None
                 other = await client.ping(
-                    model.key, (model.key,), kind=kind, tier=tier, timeout=timeout, lease=lease
+                    model.key, (model.key,), kind=kind, tier=tier, timeout=timeout, lease=lease, own=keep.ping
                 )
                 if other is not None:
                     outcome, message = LoadOutcome.FAILED, f"{other} answered in its place"
@@ -470,6 +476,9 @@ class Keeper:
         except (Refused, Unexpected) as error:
             outcome, message = _load_outcome(error, tier), str(error)
             why = error.reason if isinstance(error, Refused) else None
+            if tier is not Tier.V1 and isinstance(error, Refused) and _refuses_the_request(error, tier):
+                # The model was there to refuse it. Where residency shows, the listing has the last word.
+                outcome, why = LoadOutcome.OK, None
         except UpstreamError as error:
             outcome, message = LoadOutcome.FAILED, str(error)
         now = self._clock()
@@ -497,7 +506,12 @@ class Keeper:
         outcome, message, why = PingOutcome.OK, None, None
         try:
             other = await client.ping(
-                target, accepted, kind=self._kind(keep), tier=tier, timeout=keep.policy.ping_timeout
+                target,
+                accepted,
+                kind=self._kind(keep),
+                tier=tier,
+                timeout=keep.policy.ping_timeout,
+                own=keep.ping,
             )
             if other is not None:
                 outcome, message = PingOutcome.WRONG_MODEL, f"{other} answered the ping in its place"
@@ -505,6 +519,8 @@ class Keeper:
             outcome, message = PingOutcome.TIMEOUT, str(error)
         except Refused as error:
             outcome, message, why = PingOutcome.ERROR, str(error), error.reason
+            if _refuses_the_request(error, tier):
+                outcome, why = PingOutcome.REFUSED, None
         except Unauthorized as error:
             outcome, message, why = PingOutcome.ERROR, str(error), Reason.UNAUTHORIZED
         except Unexpected as error:
@@ -570,6 +586,14 @@ def _load_outcome(error: Refused | Unexpected, tier: Tier) -> LoadOutcome:
     if error.reason is Reason.OTHER and not 400 <= error.status < 500:
         return LoadOutcome.UNKNOWN  # an error that does not say that the load is over
     return LoadOutcome.FAILED
+
+
+def _refuses_the_request(error: Refused, tier: Tier) -> bool:
+    """Whether the model answered, and only does not take this request: a template, an image that is missing."""
+    if error.reason is Reason.UNKNOWN_ROUTE:
+        # Elsewhere a 404 may as well mean that there is no such model.
+        return tier is not Tier.OPENAI or error.status == 405
+    return error.reason is Reason.OTHER and error.status in (400, 405, 413, 415, 422, 501)
 
 
 def _trouble(error: UpstreamError) -> Trouble:

@@ -231,6 +231,9 @@ def ping(kind: str, target: str, tier: Tier, lease: float | None = None) -> tupl
     body: dict[str, Json]
     if kind == "embedding":
         path, body = "/v1/embeddings", {"model": target, "input": "."}
+    elif kind == "reranker":
+        # As Jina's API has it, and llama-server, vLLM and others after it.
+        path, body = "/v1/rerank", {"model": target, "query": ".", "documents": ["."]}
     else:
         path = "/v1/chat/completions"
         body = {
@@ -244,6 +247,12 @@ def ping(kind: str, target: str, tier: Tier, lease: float | None = None) -> tupl
     if lease is not None:
         body["ttl"] = int(lease)
     return path, body
+
+
+def own_ping(own: tuple[str, Mapping[str, Json]], target: str) -> tuple[str, Mapping[str, Json]]:
+    """A ping that its owner wrote, with the copy that is asked put in."""
+    path, body = own
+    return path, {**body, "model": target}
 
 
 def answered_by(answer: Json) -> str | None:

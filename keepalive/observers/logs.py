@@ -256,6 +256,9 @@ def _model(fact: Fact, before: Model, after: Model) -> None:
             )
         case LoadRemembered():
             log.info("model.load_remembered", seconds_ago=round(fact.at - fact.started, 1))
+        case PingEnded(outcome=PingOutcome.REFUSED):
+            if before.refused != after.refused:  # else it says the same every few minutes
+                log.warning("model.ping_refused", reason=fact.message)
         case PingEnded(outcome=outcome) if outcome not in (PingOutcome.OK, PingOutcome.SKIPPED):
             log.warning(
                 "model.ping_failed",

@@ -300,13 +300,20 @@ class Daemon:
     def _keep(self, kept: Kept) -> Keep:
         model = ModelId(kept.upstream, kept.key)
         policy = Policy(
-            kept.refresh_interval, kept.ping_interval, kept.ping_timeout, kept.load_timeout, kept.lease
+            kept.refresh_interval,
+            kept.ping_interval,
+            kept.ping_timeout,
+            kept.load_timeout,
+            kept.lease,
+            pinged=kept.ping != "off",
         )
+        own = None if isinstance(kept.ping, str) else (kept.ping.path, kept.ping.body)
         return Keep(
             model,
             policy,
             kind=kept.kind,
             load_fields=kept.load_fields,
+            ping=own,
             windowed=kept.window is not None,
             window_open=self._open.get(model, True),
             aliases=kept.aliases,

@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import replace
+from math import inf
 
 import pytest
 
@@ -11,6 +12,7 @@ from keepalive.core.errors import Reason
 from keepalive.core.explain import eta
 from keepalive.core.facts import (
     Instance,
+    InstanceLost,
     LoadOutcome,
     LoadRemembered,
     LoadStarted,
@@ -18,6 +20,9 @@ from keepalive.core.facts import (
     PingOutcome,
     PingStarted,
     ReleaseAsked,
+    RequestEnded,
+    RequestStarted,
+    Tier,
     UnloadEnded,
     UnloadStarted,
 )
@@ -511,3 +516,100 @@ def test_an_unload_that_failed_leaves_it_there_and_is_tried_again():
         "failure": "could not unload it: HTTP 500",
         "retry_at": 70.0,
     }
+
+
+# --- a ping that is of no use -----------------------------------------------------------------------
+
+REFUSED = 'its ping is refused: no image; set ping in [[models]] "gemma": one that it takes, or "off"'
+
+
+@pytest.mark.parametrize("state", [State.UNKNOWN, State.LOADING, State.WARM, State.BACKOFF])
+def test_a_ping_that_is_refused_as_a_request_is_no_illness_of_what_is_listed(state: State):
+    before = tried(state, pinging=True, pending=None)
+    model = apply(before, PingEnded(50, GEMMA, PingOutcome.REFUSED, 0.2, "no image"))
+
+    assert (model.state, model.reason, model.retry_at) == (State.WARM, REFUSED, None)
+    assert (model.last_ping, model.ping_at) == (Ping(50, PingOutcome.REFUSED, 0.2), 350)
+    assert model.pinged_at == before.pinged_at
+
+
+def test_what_refuses_pings_says_so_after_each_proof_until_one_is_answered():
+    model = after(found(), PingStarted(2, GEMMA), PingEnded(3, GEMMA, PingOutcome.REFUSED, 0.2, "no image"))
+    used = after(
+        model, RequestStarted(4, GEMMA), RequestEnded(5, GEMMA, True), listed(6, entry("gemma", "gemma"))
+    )
+    mended = after(used, PingStarted(7, GEMMA), PingEnded(8, GEMMA, PingOutcome.OK, 0.1))
+
+    assert [model.reason, used.reason, mended.reason] == [REFUSED, REFUSED, None]
+
+
+def test_a_ping_that_was_refused_does_not_keep_what_went_missing_warm():
+    model = after(
+        found(), PingStarted(2, GEMMA), PingEnded(3, GEMMA, PingOutcome.REFUSED), listed(20, entry("gemma"))
+    )
+
+    assert model.state is State.COLD
+
+
+def test_a_load_by_ping_that_was_refused_as_a_request_is_warm_where_nothing_can_be_seen():
+    no = load_ended(3, message="no image")
+    model = after(a_model(), listed(1, entry("gemma"), tier=Tier.OPENAI), LoadStarted(2, GEMMA), no)
+
+    assert (model.state, model.reason) == (State.WARM, REFUSED)
+
+
+def test_where_residency_shows_the_listing_has_the_last_word_on_a_load_whose_ping_was_refused():
+    rows = {there: [entry("gemma", *(["gemma"] if there else []), loading=False)] for there in (True, False)}
+    begun = box(
+        listed(1, entry("gemma"), tier=Tier.V0), LoadStarted(2, GEMMA), load_ended(3, message="no image")
+    )
+    missing = after(begun[GEMMA], listed(49, *rows[False], tier=Tier.V0))
+    begun.see(listed(4, *rows[True], tier=Tier.V0))
+
+    assert begun.plan(4.1) == [SendPing(GEMMA, "gemma")]
+    assert missing.state is State.BACKOFF
+
+
+# --- no ping at all ---------------------------------------------------------------------------------
+
+UNPINGED = Policy(pinged=False)
+
+
+@pytest.mark.parametrize("tier", Tier)
+def test_a_model_that_nobody_is_to_ping_is_warm_because_it_is_listed(tier: Tier):
+    instances = [] if tier is Tier.OPENAI else ["gemma"]
+    state = box(listed(1, entry("gemma", *instances), tier=tier), policy=UNPINGED)
+    first = state[GEMMA]
+    state.see(listed(5000, entry("gemma", *instances), tier=tier))
+
+    assert (first.state, first.ping_at, first.pinged_at) == (State.WARM, None, -inf)
+    assert (state[GEMMA].state, state[GEMMA].seen_at, state[GEMMA].used_at) == (
+        State.WARM,
+        5000,
+        first.used_at,
+    )
+    assert state.plan(5000.1) == []
+
+
+def test_it_has_to_be_loaded_all_the_same_and_to_be_wanted():
+    state = box(listed(1, entry("gemma")), policy=UNPINGED)
+    loading = state.plan(1.1)
+    state.see(LoadStarted(2, GEMMA), load_ended(10), listed(11, entry("gemma", "gemma")))
+    unwanted = box(listed(1, entry("gemma"), tier=Tier.OPENAI), policy=UNPINGED, window_open=False)
+
+    assert loading == [Load(GEMMA)]
+    assert state[GEMMA].state is State.WARM
+    assert unwanted[GEMMA].state is State.COLD
+
+
+def test_what_crashed_and_is_ours_is_not_believed_but_loaded_anew():
+    state = Box(ours(policy=UNPINGED)).see(
+        InstanceLost(20, GEMMA, "it has crashed", Reason.CRASHED), listed(21, entry("gemma", "gemma"))
+    )
+    elsewhere = Box(found(policy=UNPINGED)).see(
+        InstanceLost(20, GEMMA, "it has crashed", Reason.CRASHED), listed(21, entry("gemma", "gemma"))
+    )
+
+    assert state[GEMMA].state is State.BACKOFF
+    assert state.plan(21.1) == [Unload(GEMMA, "gemma")]
+    assert (elsewhere[GEMMA].state, elsewhere.plan(21.1)) == (State.WARM, [])

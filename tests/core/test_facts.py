@@ -30,7 +30,7 @@ def test_a_model_is_called_by_its_key_and_its_upstream():
         (Tier, ["v1", "v0", "openai"]),
         (Trouble, ["refused", "unreachable", "timeout", "unauthorized", "bad_answer", "loading"]),
         (LoadOutcome, ["ok", "failed", "refused", "unknown"]),
-        (PingOutcome, ["ok", "error", "timeout", "wrong_model", "skipped"]),
+        (PingOutcome, ["ok", "error", "timeout", "wrong_model", "refused", "skipped"]),
     ],
 )
 def test_kinds_and_outcomes_go_by_the_words_that_metrics_logs_and_records_of_the_past_know(

@@ -425,6 +425,79 @@ def test_a_server_that_says_that_it_loads_is_loading_for_those_who_wait_and_warm
     assert took <= 6.0
 
 
+@pytest.mark.parametrize("tier", ["v1", "v0", "openai"])
+def test_a_model_that_takes_no_ping_is_loaded_once_and_warm_and_says_what_to_set(tier: str):
+    async def go(judge: Judge) -> tuple[Model, Site, list[dict[str, Any]]]:
+        site = a_site(judge, "local", SimModel("a", load_seconds=5.0), tier=tier, needs_image=True)
+        world = a_world(site)
+        world.start()
+        await warm(world, 120)
+        await asyncio.sleep(1000)
+        kept = model(world, "a")
+        await world.kill()
+        return kept, site, site.studio.log()
+
+    kept, site, log = virtually(go)
+
+    assert kept.state is State.WARM
+    assert kept.reason.startswith("its ping is refused: ")
+    assert kept.reason.endswith('; set ping in [[models]] "a": one that it takes, or "off"')
+    assert len([e for e in log if e["kind"] == "load.started"]) <= 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "ping", "route"),
+    [
+        ("reranker", None, "rerank"),
+        (None, ("/v1/rerank", {"query": "ping", "documents": ["ping"]}), "rerank"),
+        ("llm", ("/v1/completions", {"prompt": ".", "max_tokens": 1}), "completions"),
+    ],
+)
+def test_a_model_is_pinged_with_what_its_kind_or_its_owner_says(
+    kind: str | None, ping: tuple[str, dict[str, Any]] | None, route: str
+):
+    async def go(judge: Judge) -> tuple[Model, list[str]]:
+        known = SimModel("a", load_seconds=5.0, kind="reranker" if route == "rerank" else "llm")
+        site = a_site(judge, "local", known)
+        world = a_world(site)
+        world.keeps = [replace(world.keeps[0], kind=kind, ping=ping)]
+        world.start()
+        await warm(world)
+        await asyncio.sleep(700)
+        kept = model(world, "a")
+        await world.kill()
+        routes = [
+            e["route"] for e in site.studio.log() if e["kind"] == "request" and e["route"] not in LISTED
+        ]
+        return kept, routes
+
+    kept, routes = virtually(go)
+
+    assert (kept.state, kept.last_ping.outcome, kept.reason) == (State.WARM, PingOutcome.OK, None)
+    assert routes == ["load", route, route, route]
+
+
+def test_a_model_whose_ping_is_off_is_never_asked():
+    async def go(judge: Judge) -> tuple[State, list[str]]:
+        site = a_site(judge, "local", SimModel("a", load_seconds=5.0))
+        world = a_world(site)
+        world.keeps = [replace(world.keeps[0], policy=replace(POLICY, pinged=False))]
+        world.start()
+        await warm(world)
+        await asyncio.sleep(700)
+        state = model(world, "a").state
+        await world.kill()
+        routes = [
+            e["route"] for e in site.studio.log() if e["kind"] == "request" and e["route"] not in LISTED
+        ]
+        return state, routes
+
+    assert virtually(go) == (State.WARM, ["load"])
+
+
+LISTED = ("list", "list_v0", "list_openai", "greeting")
+
+
 def test_a_token_that_is_refused_for_a_moment_keeps_nothing_cold_for_longer_than_a_minute():
     async def go(judge: Judge) -> tuple[set[str], float]:
         site = a_site(judge, auth_token="sk-lm-x:y", auth_on_chat_only=True)

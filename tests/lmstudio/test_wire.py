@@ -331,3 +331,17 @@ def test_a_server_that_says_that_it_loads_is_told_from_one_in_trouble(
 
     assert refused is not None
     assert refused.reason is reason
+
+
+def test_a_reranker_is_asked_with_a_query_and_one_document():
+    assert wire.ping("reranker", "r:2", Tier.V1) == (
+        "/v1/rerank",
+        {"model": "r:2", "query": ".", "documents": ["."]},
+    )
+
+
+def test_an_own_ping_is_sent_as_it_is_with_the_copy_that_is_asked():
+    assert wire.own_ping(("/v1/audio", {"input": "a"}), "tts:2") == (
+        "/v1/audio",
+        {"input": "a", "model": "tts:2"},
+    )
