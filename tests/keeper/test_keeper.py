@@ -427,7 +427,7 @@ def test_a_server_that_says_that_it_loads_is_loading_for_those_who_wait_and_warm
 
 @pytest.mark.parametrize("tier", ["v1", "v0", "openai"])
 def test_a_model_that_takes_no_ping_is_loaded_once_and_warm_and_says_what_to_set(tier: str):
-    async def go(judge: Judge) -> tuple[Model, Site, list[dict[str, Any]]]:
+    async def go(judge: Judge) -> tuple[Model, list[dict[str, Any]]]:
         site = a_site(judge, "local", SimModel("a", load_seconds=5.0), tier=tier, needs_image=True)
         world = a_world(site)
         world.start()
@@ -435,9 +435,9 @@ def test_a_model_that_takes_no_ping_is_loaded_once_and_warm_and_says_what_to_set
         await asyncio.sleep(1000)
         kept = model(world, "a")
         await world.kill()
-        return kept, site, site.studio.log()
+        return kept, site.studio.log()
 
-    kept, site, log = virtually(go)
+    kept, log = virtually(go)
 
     assert kept.state is State.WARM
     assert kept.reason.startswith("its ping is refused: ")

@@ -910,6 +910,10 @@ class World:
             case "ping garbled":
                 how = chance.choice([*GARBLED, "unloaded"])
                 self.switch(site, seconds, answer={"value": how, "times": times})
+            case "takes no ping":
+                refusing = chance.choice([{"needs_image": True}, {"content_refused": "plain"}])
+                self.switch(site, seconds, **refusing)
+                self.lose(site, key)
             case "ping unanswered":
                 self.switch(site, seconds, answer={"value": "hang", "times": times})
             case "ping slow":
@@ -1084,6 +1088,7 @@ KINDS = (
     "upgraded or downgraded",
     "another model answers",
     "ping garbled",
+    "takes no ping",
     "ping unanswered",
     "ping slow",
     "users",
