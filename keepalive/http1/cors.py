@@ -12,6 +12,7 @@ from keepalive.http1.heads import Headers, RequestHead, listed, values
 # Beside the few that every page may read.
 _EXPOSED: Final = b"Retry-After, Server-Timing, X-Keepalive-Model-State"
 _METHODS: Final = b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
+_ASKED_WITH: Final = b"authorization, content-type, prefer, x-api-key"
 _NAMES: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z, \t]*")
 
 Origins = Container[str]
@@ -56,10 +57,10 @@ def preflight(head: RequestHead, origins: Origins, methods: bytes = _METHODS) ->
         grant[0],
         (b"Access-Control-Allow-Methods", methods),
         (b"Access-Control-Max-Age", b"600"),
-        (b"Vary", b"Origin, Access-Control-Request-Method, Access-Control-Request-Headers"),
+        grant[-1],
     ]
-    names = head.get(b"access-control-request-headers")
-    if names and _NAMES.fullmatch(names):
+    names = head.get(b"access-control-request-headers") or _ASKED_WITH
+    if _NAMES.fullmatch(names):
         answer.append((b"Access-Control-Allow-Headers", names))
     if head.get(b"access-control-request-private-network") == b"true":
         answer.append((b"Access-Control-Allow-Private-Network", b"true"))

@@ -13,6 +13,7 @@ from keepalive.core.keeping import Keeping
 from keepalive.http1 import NO_STORE, Exchange, Headers, RequestHead, Ticker, cors, preferred_wait, values
 from keepalive.prompts.asked import Refusal, Settings, read_order, read_warmup, variables
 from keepalive.prompts.stream import Forward, Stream, Visit, milliseconds, view_of
+from keepalive.protocols.encodings import codings
 from keepalive.protocols.routes import PROMPTS
 from keepalive.protocols.words import refusal_code
 
@@ -156,7 +157,7 @@ class Prompts:
         if kind != b"application/json":
             message = "send Content-Type: application/json"
             raise Refusal(415, message, "unsupported_media_type", field="Content-Type")
-        if values(head.headers, b"content-encoding"):
+        if codings(values(head.headers, b"content-encoding")) != []:
             message = "send the body uncompressed"
             raise Refusal(415, message, "unsupported_encoding", field="Content-Encoding")
         return await self._hold(visit.exchange, self._read(visit.exchange))

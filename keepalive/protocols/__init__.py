@@ -6,6 +6,7 @@
     joined     what LM Studio would say to a load
     listings   several listings of models as one
     toplevel   the top level of a JSON object that is too large to be parsed
+    encodings  a packed body, read beside it
     json_text  JSON as LM Studio's runtime reads it
     words      what is ours to say: errors and heartbeats, in the layout of the route
     answers    what an answer says: errors, and the events of a chat

@@ -119,8 +119,10 @@ class Call:
         if not self.body.data and caller.head.body:
             # Small bodies come at once; only the others are sent while they come, and cannot be sent again.
             self.body.data = await caller.read()
-        if self.meaning is not None and (name := self.meaning.written(model)) is not None:
-            self.body.rename(name)
+        name = None if self.meaning is None else self.meaning.written(model)
+        if name is not None and self.body.rename(name):
+            headers, packed = caller.head.headers, b"content-encoding"
+            caller.head.headers = [pair for pair in headers if pair[0].lower() != packed]
         self._watch = Watch(self._owner.stored, upstream) if self.route.stores else None
         account.model = model
         account.sent_at = account.now()

@@ -15,6 +15,7 @@ from keepalive.core.facts import InstanceLost, ModelId, ModelsChanged, WarmAsked
 from keepalive.core.keeping import Keeping
 from keepalive.http1 import (
     NO_STORE,
+    BadHead,
     Caller,
     Headers,
     RequestHead,
@@ -24,6 +25,7 @@ from keepalive.http1 import (
     plain_refusal,
     values,
 )
+from keepalive.protocols.encodings import codings
 from keepalive.protocols.joined import joined
 from keepalive.protocols.routes import Route, named_in, route_of, stored_in
 from keepalive.protocols.words import error_body, refusal_code
@@ -101,11 +103,16 @@ class Proxy:
             return await self._tunnel(call)
         if not (call.route.names and head.method == b"POST"):
             return await self._show(call)
-        if values(head.headers, b"content-encoding"):
-            # LM Studio would unpack it and find the model that we did not see.
-            why = "send the body uncompressed"
+        packed = codings(values(head.headers, b"content-encoding"))
+        if packed is None:
+            # LM Studio might unpack it and find the model that we did not see.
+            why = "send the body as gzip or deflate, or uncompressed"
             return answer.fail(415, why, "unsupported_encoding", outcome=Outcome.REJECTED)
-        asked = await call.body.gather(call.caller)
+        try:
+            asked = await call.body.gather(call.caller, packed, self.settings.limits.body_bytes)
+        except BadHead as bad:
+            code = refusal_code(bad.status)
+            return answer.fail(bad.status, bad.text, code, outcome=Outcome.REJECTED)
         if asked is None:
             return answer.fail(503, "too many requests are waiting", "overloaded", retry_after=1)
         call.asked = asked
@@ -232,7 +239,7 @@ class Proxy:
             return call.answer.fail(503, str(error), "model_not_ready", retry_after=later)
         call.account.model = model
         body, differs = joined(
-            call.body.data, self.keeping.view(model), model.key, call.account.now() - began
+            call.body.plain(), self.keeping.view(model), model.key, call.account.now() - began
         )
         headers = [(b"Content-Type", b"application/json"), (b"X-Keepalive-Load", b"joined")]
         if differs:

@@ -5,8 +5,11 @@ Times here are those of a clock that jumps: they are exact, however busy the mac
 
 import asyncio
 import contextlib
+import gzip
 import itertools
 import json
+import random
+import zlib
 
 import pytest
 
@@ -323,16 +326,64 @@ async def test_the_last_of_two_model_keys_counts():
         assert upstream.requests == []
 
 
-async def test_a_compressed_body_cannot_hide_its_model():
-    import gzip
-
+@pytest.mark.parametrize("coding", ["gzip", "X-GZIP", "deflate", "gzip, deflate", "identity, gzip"])
+async def test_a_compressed_body_cannot_hide_its_model(coding):
     keep = cold(load_seconds=60, max_wait=0.1)
     async with fronted(keep=keep) as (front, upstream):
-        body = gzip.compress(b'{"model":"m"}')
-        status, _, _ = await ask(front.port, post("/v1/embeddings", body, "Content-Encoding: gzip"))
+        body = packed(b'{"model":"m"}', coding)
+        status, _, _ = await ask(front.port, post("/v1/embeddings", body, f"Content-Encoding: {coding}"))
 
-        assert status == 415
+        assert status == 503
         assert upstream.requests == []
+
+
+def packed(body, coding):
+    for name in coding.lower().split(", "):
+        body = {"gzip": gzip.compress, "x-gzip": gzip.compress, "deflate": zlib.compress}.get(name, bytes)(
+            body
+        )
+    return body
+
+
+@pytest.mark.parametrize("coding", ["identity", "gzip", "deflate"])
+async def test_a_compressed_body_is_passed_on_as_it_came(coding):
+    body = packed(b'{"model":"m","input":"%b"}' % random.randbytes(50_000).hex().encode(), coding)
+    async with fronted(keep=cold(load_seconds=1)) as (front, upstream):
+        data = post("/v1/embeddings", body, f"Content-Encoding: {coding}")
+        assert (await ask(front.port, data))[0] == 200
+
+        assert upstream.bodies == [body]
+        assert upstream.requests[0].headers[b"content-encoding"] == coding.encode()
+        assert (await front.last()).model == ModelId("local", "m")
+
+
+@pytest.mark.parametrize(
+    ("coding", "body", "status", "words"),
+    [
+        ("br", b"x", 415, b"gzip or deflate"),
+        ("gzip, zstd", b"x", 415, b"gzip or deflate"),
+        ("gzip", b"no gzip at all", 400, b"the body is not gzip"),
+        ("gzip", gzip.compress(b'{"model":"m"}')[:-9], 400, b"in the middle of its gzip data"),
+        ("deflate", zlib.compress(b'{"model":"m"}')[:-5], 400, b"in the middle of its deflate data"),
+        ("gzip", gzip.compress(b'{"model":"m"}' + b" " * 5_000_000), 413, b"larger than 1000000 bytes"),
+        ("gzip, gzip", gzip.compress(gzip.compress(b" " * 50_000_000)), 413, b"larger than 1000000 bytes"),
+    ],
+)
+async def test_a_compressed_body_that_cannot_be_read_is_refused_and_reaches_nobody(
+    coding, body, status, words
+):
+    async with fronted(keep=cold(load_seconds=60), limits=Limits(tick=0.02, body_bytes=1_000_000)) as (
+        front,
+        upstream,
+    ):
+        data = post("/v1/messages", body, f"Content-Encoding: {coding}")
+        got, _, told = await ask(front.port, data)
+
+        assert got == status
+        assert words in told
+        assert json.loads(told)["type"] == "error"
+        assert upstream.requests == []
+        assert (await front.last()).outcome == "rejected"
 
 
 async def test_the_sum_of_all_held_bodies_is_capped():
