@@ -52,27 +52,38 @@ class Unpacker:
 
 
 class _Layer:
-    __slots__ = ("_name", "_over", "_reader")
+    __slots__ = ("_behind", "_name", "_reader")
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._reader = zlib.decompressobj(_WINDOWS[name])
-        self._over = False  # what follows the end of the data is read over, as Node does it
+        self._behind = b""
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        while data and not self._over:
+        full = False  # there may be more, though all was taken in
+        while data or full:
+            if self._reader.eof:
+                data = self._next(data)
+                if not data:
+                    return
             try:
                 piece = self._reader.decompress(data, PIECE_BYTES)
             except zlib.error:
                 raise BadEncoding(f"the body is not {self._name}, as its Content-Encoding says") from None
-            data = self._reader.unconsumed_tail
+            eof = self._reader.eof
+            data = self._reader.unused_data if eof else self._reader.unconsumed_tail
+            full = not eof and len(piece) == PIECE_BYTES
             if piece:
                 yield piece
-            if self._reader.eof:
-                data = self._reader.unused_data
-                self._over = self._name == "deflate" or not data.startswith(_GZIP)
-                if not self._over:
-                    self._reader = zlib.decompressobj(_WINDOWS[self._name])  # one more file behind the first
+
+    def _next(self, data: bytes) -> bytes:
+        """Behind the end of one gzip file another one counts, and everything else is read over, as Node does it."""
+        data, self._behind = self._behind + data, b""
+        if self._name == "deflate" or not data.startswith(_GZIP):
+            self._behind = data[:2]  # may be half of a beginning, and is none for good with its second byte
+            return b""
+        self._reader = zlib.decompressobj(_WINDOWS[self._name])
+        return data
 
     def finish(self) -> None:
         if not self._reader.eof:

@@ -40,7 +40,9 @@ def test_codings_are_taken_off_in_the_order_against_which_they_were_put_on(value
         (["gzip"], gzip.compress(TEXT[:9]) + gzip.compress(TEXT[9:])),
         (["gzip"], gzip.compress(TEXT) + b"\0" * 9),
         (["deflate"], zlib.compress(TEXT) + b"more"),
+        (["gzip"], gzip.compress(TEXT) + b"\x1f more \x1f\x8b"),
     ],
+    ids=range(8),
 )
 def test_a_body_is_the_same_however_it_was_cut(names, body):
     for size in (1, 7, len(body)):
