@@ -8,6 +8,7 @@ from keepalive.core.facts import ModelId
 
 class Outcome(StrEnum):
     OK = "ok"
+    EMPTY = "empty"  # a whole answer without one word
     CLIENT_GONE = "client_gone"
     UPSTREAM_ERROR = "upstream_error"  # it could not be reached, or said no
     TIMEOUT = "timeout"  # the model did not get warm in time, or the upstream stopped in a head

@@ -72,6 +72,19 @@ _END_HINT: Final = {
     Protocol.NATIVE: b"chat.end",
 }
 
+# A word of any kind in an answer that is no stream, or in the event that ends one and repeats all of it: text,
+# reasoning, a refusal, a call of a tool, a picture. What has none of these says nothing, however well formed.
+_WORD: Final = {
+    Protocol.CHAT: re.compile(
+        rb'"(?:content|reasoning_content|reasoning|refusal)"\s*:\s*"[^"]'
+        rb'|"(?:content|tool_calls|images)"\s*:\s*\[\s*[^\s\]]|"(?:audio|function_call)"\s*:\s*\{'
+    ),
+    Protocol.COMPLETIONS: _FIRST[Protocol.COMPLETIONS],
+    Protocol.RESPONSES: re.compile(rb'"(?:text|refusal|result)"\s*:\s*"[^"]|"type"\s*:\s*"\w+_call"'),
+    Protocol.MESSAGES: re.compile(rb'"(?:text|thinking)"\s*:\s*"[^"]|"type"\s*:\s*"\w*tool_use"'),
+    Protocol.NATIVE: re.compile(rb'"content"\s*:\s*"[^"]|"type"\s*:\s*"(?:invalid_)?tool_call'),
+}
+
 _ERROR: Final = re.compile(rb'"error"\s*:\s*["{]|"type"\s*:\s*"error"')
 
 
@@ -89,6 +102,7 @@ class Meter:
         "_prefix",
         "_sent_at",
         "_suffix",
+        "_word",
         "ended",
         "error",
         "events",
@@ -96,6 +110,7 @@ class Meter:
         "gap_seconds",
         "gaps",
         "last_at",
+        "said",
     )
 
     def __init__(self, protocol: Protocol, sent_at: float) -> None:
@@ -116,9 +131,13 @@ class Meter:
         #: The data of an error event, for `looks_lost`; never for a log.
         self.error: bytes | None = None
 
+        #: A word of any kind has come, or this route is not of words.
+        self.said: bool = protocol not in _WORD
+
         self._sent_at = sent_at
         self._event_at = sent_at
         self._first = _FIRST.get(protocol)
+        self._word = _WORD.get(protocol)
         self._end = _END.get(protocol)
         self._end_hint = _END_HINT.get(protocol, b"")
         self._carry = b""  # the line that has begun, without its end
@@ -193,10 +212,13 @@ class Meter:
         # The event that ends the answer may carry text, too; what stands behind it is of no interest.
         stop = chunk.find(b"\n", end) if end >= 0 else len(chunk)
         if first := self._first.search(chunk, 0, stop):
+            self.said = True
             self.first_token_seconds = now - self._sent_at
             self._event_at = now
             behind = chunk.count(b"\ndata:", first.end(), stop) - (end >= 0)
             self.gaps[0] += max(behind, 0)
+        elif self._word is not None and self._word.search(chunk):
+            self.said = True
 
     def _learn(self, chunk: bytes) -> None:
         """Remembers what stands around the text of this event, which was found to be a plain one.
@@ -247,3 +269,22 @@ class Meter:
                 data = line[5:].strip()
                 if error_message(data) is not None:
                     self.error = data
+
+
+class Words:
+    """Whether an answer that is no stream says anything, told while it passes. Never raises."""
+
+    __slots__ = ("_carry", "_word", "said")
+
+    def __init__(self, protocol: Protocol) -> None:
+        self._word = _WORD.get(protocol)
+        self._carry = b""
+        #: As in `Meter`.
+        self.said: bool = self._word is None
+
+    def feed(self, chunk: bytes) -> None:
+        if self._word is None or self.said:
+            return
+        chunk = self._carry + chunk
+        self.said = self._word.search(chunk) is not None
+        self._carry = chunk[-_OVERLAP:]

@@ -10,11 +10,11 @@ from keepalive.core.errors import Reason, UpstreamError
 from keepalive.core.facts import InstanceLost, ModelId, RequestEnded, RequestStarted
 from keepalive.core.keeping import Keeping
 from keepalive.core.names import Meaning
-from keepalive.http1 import Caller, Reply, Ticker, preferred_wait
+from keepalive.http1 import Caller, Reply, Ticker, preferred_wait, values
 from keepalive.protocols.answers import event_error
 from keepalive.protocols.asked import Asked
 from keepalive.protocols.lost import Lost, looks_lost
-from keepalive.protocols.meter import Meter
+from keepalive.protocols.meter import Meter, Words
 from keepalive.protocols.routes import Route
 from keepalive.proxy.account import Account
 from keepalive.proxy.answer import Answer
@@ -206,11 +206,13 @@ class Call:
         if self.answer.promised and not stream:
             return await self._explain(reply)
         self.answer.begin(head, stream=stream)
+        readable = head.status == 200 and not values(head.headers, b"content-encoding")
+        words = Words(self.route.protocol) if readable and not stream else None
         caller.head.headers = head.headers = []  # a stream goes on for long
         if caller.paused:
             await caller.drained()
         caller.on_pause, caller.on_resume = reply.pause, reply.resume
-        return await (self._relay_events(reply) if stream else self._relay_whole(reply))
+        return await (self._relay_events(reply) if stream else self._relay_whole(reply, words))
 
     async def _relay_events(self, reply: Reply) -> None:
         account, answer = self.account, self.answer
@@ -236,19 +238,22 @@ class Call:
                 account.outcome = Outcome.CUT if error is None else Outcome.UPSTREAM_ERROR
                 if error is not None:
                     answer.told_error(error)
+            elif meter is not None and not meter.said and error is None:
+                account.outcome = Outcome.EMPTY
             self.caller.finish()
         lost = self._look(200, error) if error is not None else None
         answered = meter is not None and meter.first_token_seconds is not None
         self._told(answered=answered and lost is None)
 
-    async def _relay_whole(self, reply: Reply) -> None:
+    async def _relay_whole(self, reply: Reply, words: Words | None) -> None:
         if self._patience is not None:
             self._patience.stop()
-        whole = self.answer.passed = Whole(self.caller.push)
+        whole = self.answer.passed = Whole(self.caller.push, words)
+        take = self._watched(whole.take)
         first, self._first = self._first, b""
         if first:
-            whole.take(first)
-        reply.pour(self._watched(whole.take))
+            take(first)
+        reply.pour(take)
         if not (reply.complete or reply.cut):
             self.caller.flush()
         if not await reply.ended():
@@ -257,8 +262,9 @@ class Call:
         self.caller.finish()
         status = reply.head.status
         if status < 400 and not looks_like_error(whole.first):
-            self.account.outcome = Outcome.OK
-            self._told(answered=status == 200)
+            self.account.outcome = Outcome.EMPTY if whole.empty else Outcome.OK
+            # Who says nothing has proved nothing: the next ping will ask.
+            self._told(answered=status == 200 and not whole.empty)
         else:
             self.account.outcome = Outcome.UPSTREAM_ERROR
             if status < 400:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Final
 
 from keepalive.http1 import Reply
-from keepalive.protocols.meter import Meter
+from keepalive.protocols.meter import Meter, Words
 from keepalive.protocols.sse import BOM, Splitter
 
 #: Of an event that is not complete yet: held back, so that what a caller has always ends where an event does.
@@ -48,10 +48,11 @@ def looks_like_error(first: bytes) -> bool:
 class Whole:
     """A body of any kind."""
 
-    __slots__ = ("_push", "bytes", "first")
+    __slots__ = ("_push", "_words", "bytes", "first")
 
-    def __init__(self, push: Push) -> None:
+    def __init__(self, push: Push, words: Words | None = None) -> None:
         self._push = push
+        self._words = words
         self.bytes = 0
         self.first = b""
 
@@ -60,6 +61,13 @@ class Whole:
         self.bytes += len(data)
         if len(self.first) < FIRST_BYTES:
             self.first += data[:FIRST_BYTES]
+        if self._words is not None:
+            self._words.feed(data)
+
+    @property
+    def empty(self) -> bool:
+        """An object, as an answer is, without one word in it."""
+        return self._words is not None and not self._words.said and self.first.lstrip().startswith(b"{")
 
 
 class Events:

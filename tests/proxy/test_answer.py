@@ -6,6 +6,7 @@ import pytest
 
 from keepalive.core.callers import Key
 from keepalive.core.errors import NotWarm
+from keepalive.core.facts import ModelId, RequestEnded
 from keepalive.http1 import Limits
 from keepalive.proxy import Heartbeat
 from tests.kit.fronted import (
@@ -179,6 +180,65 @@ async def test_who_cannot_read_comments_gets_none_inside_the_answer():
         assert b"reasoning_content" in body
         assert b": keepalive" not in body
         assert body.endswith(CHAT_BODY)
+
+
+# --- answers that say nothing -----------------------------------------------------------------------
+
+SILENT = {
+    "/v1/chat/completions": (
+        b'{"choices":[{"message":{"role":"assistant","content":"","tool_calls":[]},"finish_reason":"stop"}]}',
+        b'data: {"choices":[{"delta":{"role":"assistant","content":""},"finish_reason":"stop"}]}\n\n',
+    ),
+    "/v1/completions": (
+        b'{"choices":[{"text":"","finish_reason":"stop"}]}',
+        b'data: {"choices":[{"text":"","finish_reason":"stop"}]}\n\n',
+    ),
+    "/v1/responses": (
+        b'{"output":[],"text":{"format":{"type":"text"}},"status":"completed"}',
+        b'data: {"type":"response.completed","response":{"output":[]}}\n\n',
+    ),
+    "/v1/messages": (b'{"type":"message","content":[]}', b'data: {"type":"message_stop"}\n\n'),
+    "/api/v1/chat": (
+        b'{"output":[{"type":"message","content":""}]}',
+        b'data: {"type":"chat.end","result":{"output":[]}}\n\n',
+    ),
+}
+TOLD = {
+    "/v1/chat/completions": b'{"choices":[{"message":{"content":null,"tool_calls":[{"id":"1"}]}}]}',
+    "/v1/completions": b'{"choices":[{"text":" "}]}',
+    "/v1/responses": b'{"output":[{"type":"function_call","arguments":"{}"}]}',
+    "/v1/messages": b'{"type":"message","content":[{"type":"tool_use","id":"1"}]}',
+    "/api/v1/chat": b'{"output":[{"type":"reasoning","content":"hm"}]}',
+    "/v1/embeddings": b'{"data":[{"embedding":[]}]}',
+}
+
+
+def whole(body):
+    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+
+
+async def outcome_of(path, reply, streaming):
+    async with fronted(says(reply), keep=model()) as (front, _):
+        flag = b"true" if streaming else b"false"
+        await ask(front.port, post(path, b'{"model":"m","stream":%b}' % flag))
+        outcome = (await front.last()).outcome
+        (ended,) = [
+            fact for fact in front.keep.models[ModelId("local", "m")].facts if isinstance(fact, RequestEnded)
+        ]
+        return outcome, ended.answered
+
+
+@pytest.mark.parametrize("path", SILENT)
+async def test_a_whole_answer_without_one_word_is_empty_and_proves_nothing(path):
+    body, events = SILENT[path]
+
+    assert await outcome_of(path, whole(body), False) == ("empty", False)
+    assert await outcome_of(path, stream(events), True) == ("empty", False)
+
+
+@pytest.mark.parametrize("path", TOLD)
+async def test_a_call_of_a_tool_a_thought_and_a_vector_are_words(path):
+    assert await outcome_of(path, whole(TOLD[path]), False) == ("ok", True)
 
 
 # --- between neighbours -----------------------------------------------------------------------------

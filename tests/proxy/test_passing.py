@@ -1,5 +1,12 @@
 """What passes through, unchanged."""
 
+from dataclasses import replace
+
+import pytest
+
+from keepalive.core.errors import UpstreamError
+from keepalive.lmstudio.client import Client
+from keepalive.proxy import Address
 from tests.kit.fronted import (
     CHAT_BODY,
     CHAT_STREAM,
@@ -34,3 +41,28 @@ async def test_a_stream_of_a_warm_model_passes_byte_for_byte():
         assert b"wait;dur=0.0" in headers[b"server-timing"]
         seen = await front.last()
         assert (seen.outcome, seen.start, seen.route, seen.status) == ("ok", "warm", "chat", 200)
+
+
+async def test_an_upstream_that_stands_under_a_path_is_asked_there():
+    websocket = get("/llm", "Upgrade: websocket").replace(b"Connection: close", b"Connection: Upgrade")
+    async with fronted() as (front, upstream):
+        address = Address(f"http://127.0.0.1:{upstream.port}/team/lm")
+        front.proxy.configure(replace(front.proxy.settings, upstreams={"local": address}))
+        await ask(front.port, get("/v1/models?x=1"))
+        await ask(front.port, chat("stranger"))
+        await ask(front.port, websocket)
+        await ask(front.port, get("*").replace(b"GET", b"OPTIONS"))
+        client = Client("local", address.url)
+        with pytest.raises(UpstreamError):
+            await client.listing()
+        await client.close()
+
+        asked = [asking.head.split(b" ")[1] for asking in upstream.requests]
+        assert asked[:4] == [
+            b"/team/lm/v1/models?x=1",
+            b"/team/lm/v1/chat/completions",
+            b"/team/lm/llm",
+            b"*",
+        ]
+        assert b"/team/lm/api/v1/models" in asked[4:]
+        assert all(path.startswith(b"/team/lm/") for path in asked[4:])
