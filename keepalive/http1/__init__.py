@@ -9,6 +9,7 @@
     connection  one caller's connection: its requests, one at a time
     exchange    one request and the answer to it
     watch       callers that leave while their socket is not read
+    vanished    whoever is gone without a word
 
     pool        upstreams: a request goes out on a connection, kept or new
     dial        reaching an upstream, and why it cannot be reached

@@ -29,6 +29,7 @@ from keepalive.http1.limits import Limits
 from keepalive.http1.reply import Reply
 from keepalive.http1.ticker import Ticker
 from keepalive.http1.tunnel import Tunnel, pause, resume
+from keepalive.http1.vanished import Lookout
 from keepalive.http1.watch import Watch
 
 log = logging.getLogger("keepalive.http1")
@@ -78,6 +79,7 @@ class Connection(asyncio.Protocol):
         "_invited",
         "_left",
         "_lingering",
+        "_lookout",
         "_reader",
         "_rest",
         "_running",
@@ -115,6 +117,7 @@ class Connection(asyncio.Protocol):
         self._unread = False
         self._lingering = False
         self._tunnel: Tunnel | None = None
+        self._lookout = Lookout()
 
     # --- from the transport -----------------------------------------------------------------------
 
@@ -172,7 +175,9 @@ class Connection(asyncio.Protocol):
             self._exchange.resume()
 
     def tick(self, now: float) -> None:
-        if self._exchange is None:
+        if self._lookout.sees_vanished(self.transport, now):
+            self.transport.abort()
+        elif self._exchange is None:
             if now < self._deadline:
                 return
             if self._lingering or self._reader is None or not self._reader.begun:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from keepalive.core.errors import Unreachable
+from keepalive.http1.vanished import notice_vanished
 
 #: RFC 8305: so long the next address waits for the one before.
 NEXT_ADDRESS_SECONDS = 0.25
@@ -33,6 +34,7 @@ async def dial(family: int, address: tuple[Any, ...]) -> socket.socket:
     try:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        notice_vanished(sock)
         await asyncio.get_running_loop().sock_connect(sock, address)
     except BaseException:
         sock.close()

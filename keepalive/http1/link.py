@@ -21,6 +21,7 @@ from keepalive.http1.limits import Limits
 from keepalive.http1.reply import Reply
 from keepalive.http1.ticker import Ticker
 from keepalive.http1.tunnel import Tunnel, pause, resume
+from keepalive.http1.vanished import Lookout
 
 
 class Owner(Protocol):
@@ -50,6 +51,7 @@ class Link(asyncio.Protocol):
         "_got_bytes",
         "_head_began",
         "_left",
+        "_lookout",
         "_method",
         "_owner",
         "_paused",
@@ -84,6 +86,7 @@ class Link(asyncio.Protocol):
         self._paused = False
         self._drained: asyncio.Future[None] | None = None
         self._tunnel: Tunnel | None = None
+        self._lookout = Lookout()
 
     # --- one request ------------------------------------------------------------------------------
 
@@ -95,6 +98,7 @@ class Link(asyncio.Protocol):
         self._got_bytes = False
         self._reply = None
         self._answered = self._owner.loop.create_future()
+        self._owner.ticker.add(self)
         return self._answered
 
     @property
@@ -209,7 +213,6 @@ class Link(asyncio.Protocol):
                 if self._reader.begun and not self._head_began:
                     # An upstream may think for as long as it likes, but not in the middle of a head.
                     self._head_began = self._owner.loop.time()
-                    self._owner.ticker.add(self)
                 return None
             head = reply_head(self._reader, self._method)
             if not 100 <= head.status <= 599:
@@ -223,7 +226,6 @@ class Link(asyncio.Protocol):
                 continue
             break
         self._head_began = 0.0
-        self._owner.ticker.discard(self)
         self._reader = None
         self._left = head.body
         self._chunks = Chunks() if head.body == CHUNKED else None
@@ -276,7 +278,12 @@ class Link(asyncio.Protocol):
             self._salvage()
         if self._reply is not None:
             self._reply.end(complete=False)
-        self._fail(Cut(f"{self._owner.name} closed the connection before it answered"))
+        how = (
+            "is gone without a word"
+            if isinstance(exc, TimeoutError)
+            else "closed the connection before it answered"
+        )
+        self._fail(Cut(f"{self._owner.name} {how}"))
         if self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
 
@@ -307,6 +314,8 @@ class Link(asyncio.Protocol):
     def tick(self, now: float) -> None:
         if self._head_began and now - self._head_began > self._owner.limits.header_timeout:
             self._fail(TimedOut(f"{self._owner.name} stopped in the middle of a head"))
+        elif self._lookout.sees_vanished(self.transport, now):
+            self._fail(Cut(f"{self._owner.name} is gone without a word"))
 
     def _fail(self, error: Exception) -> None:
         answered, self._answered = self._answered, None

@@ -8,6 +8,7 @@ from keepalive.http1.connection import Connection, Handler, Refusal
 from keepalive.http1.heads import Headers, RequestHead
 from keepalive.http1.limits import Limits
 from keepalive.http1.ticker import Ticker
+from keepalive.http1.vanished import notice_vanished
 from keepalive.http1.watch import Watch
 
 log = logging.getLogger("keepalive.http1")
@@ -80,6 +81,7 @@ class Listener:
                 sock.setblocking(False)
                 if sock.family != getattr(socket, "AF_UNIX", None):
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    notice_vanished(sock)
                 await self.loop.connect_accepted_socket(lambda: Connection(self), sock)
             except OSError:
                 sock.close()

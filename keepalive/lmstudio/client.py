@@ -9,7 +9,7 @@ import asyncio
 import re
 import socket
 import ssl
-from collections.abc import AsyncIterator, Collection, Iterator, Mapping
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -45,6 +45,7 @@ class Client:
         token: str | None = None,
         connect_timeout: float = 5.0,
         list_timeout: float = 10.0,
+        socket_options: Sequence[tuple[int, int, int]] = (),
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.name = name
@@ -59,14 +60,9 @@ class Client:
                 "accept-encoding": "identity",
                 "connection": "close",
             },
-            # A connection for each call. Servers close theirs unannounced, after an error or a stream, and a
-            # call on such a one is cut: a listing that fails, or a load of which nobody knows the end.
-            limits=httpx.Limits(max_keepalive_connections=0),
             trust_env=False,
-            # Not httpx's own list of issuers: what the proxy trusts, the listings have to trust too.
-            verify=ssl.create_default_context(),
             follow_redirects=False,
-            transport=transport,
+            transport=transport or _transport(socket_options),
         )
         self.configure(token=token, connect_timeout=connect_timeout, list_timeout=list_timeout)
 
@@ -260,6 +256,18 @@ class Client:
         if refused:
             return Unreachable(f"nothing listens at {self.url}", refused=True)
         return Unreachable(f"no connection to {self.url}: {wire.clean(str(causes[0] if causes else error))}")
+
+
+def _transport(socket_options: Sequence[tuple[int, int, int]]) -> httpx.AsyncBaseTransport:
+    return httpx.AsyncHTTPTransport(
+        # A connection for each call. Servers close theirs unannounced, after an error or a stream, and a
+        # call on such a one is cut: a listing that fails, or a load of which nobody knows the end.
+        limits=httpx.Limits(max_keepalive_connections=0),
+        trust_env=False,
+        # Not httpx's own list of issuers: what the proxy trusts, the listings have to trust too.
+        verify=ssl.create_default_context(),
+        socket_options=socket_options,
+    )
 
 
 def _words(error: Exception) -> str:

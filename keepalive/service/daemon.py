@@ -29,6 +29,8 @@ from keepalive.core.facts import (
 )
 from keepalive.core.records import Policy, UpstreamState
 from keepalive.core.states import State
+from keepalive.http1 import bind
+from keepalive.http1.vanished import notice_vanished, socket_options
 from keepalive.keeper.keeper import Keep, Keeper, Server
 from keepalive.keeper.ledger import Ledger
 from keepalive.keeper.schedule import Schedule
@@ -238,7 +240,9 @@ class Daemon:
         for upstream in settings.upstreams:
             client = self._clients.get(upstream.name)
             if client is None or client.url != upstream.url or self._lets_us_in(upstream.name, lm_tokens):
-                client = self._clients[upstream.name] = Client(upstream.name, upstream.url)
+                client = self._clients[upstream.name] = Client(
+                    upstream.name, upstream.url, socket_options=socket_options()
+                )
             client.configure(
                 token=lm_tokens[upstream.name],
                 connect_timeout=upstream.connect_timeout,
@@ -361,11 +365,10 @@ class Daemon:
                 )
 
     async def _listen(self, runner: web.ServerRunner, address: Address) -> str:
-        opened = self._sockets["admin"]
-        sites: list[web.BaseSite] = [web.SockSite(runner, o, backlog=systemd.BACKLOG) for o in opened]
         try:
-            for site in sites or [web.TCPSite(runner, address.host, address.port)]:
-                await site.start()
+            for sock in self._sockets["admin"] or bind(address.host, address.port):
+                notice_vanished(sock)  # whoever is accepted on it inherits that
+                await web.SockSite(runner, sock, backlog=systemd.BACKLOG).start()
         except OSError as error:
             raise StartError(cannot_listen("server.admin_listen", address, error)) from error
         return url_of(runner.addresses[0])

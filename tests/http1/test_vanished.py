@@ -4,13 +4,15 @@ import ctypes
 import socket
 import struct
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 
 from keepalive.http1 import vanished
-from keepalive.http1.vanished import notice_vanished
+from keepalive.http1.vanished import has_vanished, notice_vanished, socket_options
+from tests.kit.live import wait_until
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux is asked")
 SO_ATTACH_FILTER = 26
@@ -45,7 +47,7 @@ def test_linux_probes_a_silent_connection_and_gives_up_within_a_minute() -> None
                 "TCP_KEEPIDLE": 20,
                 "TCP_KEEPINTVL": 10,
                 "TCP_KEEPCNT": 4,
-                "TCP_USER_TIMEOUT": 60_000,
+                "TCP_USER_TIMEOUT": 0,  # or a reader that pauses would be cut off
             }
 
 
@@ -70,14 +72,53 @@ def test_who_waits_for_a_peer_that_has_vanished_is_told() -> None:
 
 @linux
 @pytest.mark.usefixtures("hasty")
-def test_who_has_written_to_a_peer_that_has_vanished_is_told() -> None:
+def test_who_has_written_to_a_peer_that_has_vanished_finds_it_out() -> None:
     with pair() as (one, other):
-        notice_vanished(one)
-        one.settimeout(None)
         vanish(other)
         one.sendall(b"data: {}\n\n")
-        with pytest.raises(TimeoutError):
-            one.recv(1)
+
+        assert not has_vanished(one)
+        wait_until(lambda: has_vanished(one))
+
+
+def fill(sock: socket.socket) -> None:
+    """Writes until the other end has room for no more."""
+    sock.setblocking(False)
+    with suppress(BlockingIOError):
+        while True:
+            sock.send(bytes(65_536))
+
+
+def since_answered(sock: socket.socket) -> int:
+    """Milliseconds."""
+    return int(struct.unpack("=8B13I", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60))[20])
+
+
+@linux
+@pytest.mark.usefixtures("hasty")
+def test_who_fills_a_peer_that_then_vanishes_finds_it_out() -> None:
+    with pair() as (one, other):
+        fill(one)
+        vanish(other)
+        wait_until(lambda: has_vanished(one))
+
+
+@linux
+@pytest.mark.usefixtures("hasty")
+def test_a_reader_that_reads_nothing_for_longer_than_the_bound_is_welcome_to_its_pause() -> None:
+    with pair() as (one, other):
+        notice_vanished(one)
+        fill(one)
+        # It is asked less and less often: let the time between two answers be longer than the bound.
+        longest = 0
+        while longest < 3_000:
+            time.sleep(0.02)
+            longest = max(longest, since_answered(one))
+            assert not has_vanished(one)
+
+        other.setblocking(False)
+        assert other.recv(1)
+        assert one.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
 
 
 @linux
@@ -172,7 +213,14 @@ def test_what_a_system_refuses_does_not_keep_the_rest_from_it(monkeypatch: pytes
     names = {"TCP_KEEPIDLE": 4, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 6, "TCP_USER_TIMEOUT": 18}
     sock = told(monkeypatch, "linux", 4, 6, **names)
 
-    assert sock.options == [ON, (TCP, 5, 10), (TCP, 18, 60_000)]
+    assert sock.options == [ON, (TCP, 5, 10)]
+
+
+@linux
+def test_who_opens_sockets_himself_is_told_what_this_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "TCP_KEEPINTVL", 9999)  # a name that it does not know
+
+    assert socket_options() == [ON, (TCP, 4, 20), (TCP, 6, 4), (TCP, 18, 60_000)]
 
 
 @pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="there are no such sockets")
@@ -190,3 +238,4 @@ def test_a_socket_that_is_closed_already_is_no_error() -> None:
         one.close()
 
         notice_vanished(one)
+        assert not has_vanished(one)
