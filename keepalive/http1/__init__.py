@@ -44,11 +44,13 @@ from keepalive.http1.listener import Listener, bind, plain_refusal, serve
 from keepalive.http1.pool import Pool
 from keepalive.http1.reply import Reply
 from keepalive.http1.ticker import Ticker
+from keepalive.http1.tunnel import Between, Tunnel
 
 __all__ = [
     "CHUNKED",
     "NO_STORE",
     "BadHead",
+    "Between",
     "Caller",
     "Exchange",
     "Headers",
@@ -59,6 +61,7 @@ __all__ = [
     "ReplyHead",
     "RequestHead",
     "Ticker",
+    "Tunnel",
     "bind",
     "cors",
     "end_to_end",

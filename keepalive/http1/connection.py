@@ -28,7 +28,7 @@ from keepalive.http1.heads import (
 from keepalive.http1.limits import Limits
 from keepalive.http1.reply import Reply
 from keepalive.http1.ticker import Ticker
-from keepalive.http1.tunnel import Tunnel, pause, resume
+from keepalive.http1.tunnel import Between, Tunnel, pause, resume
 from keepalive.http1.vanished import Lookout
 from keepalive.http1.watch import Watch
 
@@ -129,7 +129,7 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._tunnel is not None:
-            self._tunnel.upstream.write(data)
+            self._tunnel.from_client(data)
         elif self._lingering:
             pass
         elif self._exchange is None:
@@ -144,7 +144,7 @@ class Connection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         if self._tunnel is not None:
-            return self._tunnel.half_closed(self._tunnel.upstream)
+            return self._tunnel.client_ended()
         self._leave()
         return False
 
@@ -389,15 +389,15 @@ class Connection(asyncio.Protocol):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         self.transport.abort()
 
-    async def join(self, reply: Reply) -> None:
+    async def join(self, reply: Reply, between: Between | None) -> None:
         """Tunnels until both directions have ended."""
         rest, self._rest = self._rest, b""
-        tunnel = reply.hand_over(self.transport)
+        tunnel = reply.hand_over(self.transport, between)
         self._tunnel = tunnel
         self.ending = True
         self.read_on()
         if rest:
-            tunnel.upstream.write(rest)
+            tunnel.from_client(rest)
         try:
             await tunnel.ended
         finally:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from keepalive.http1.heads import BadHead, Headers, RequestHead, write_head
 from keepalive.http1.reply import Reply
+from keepalive.http1.tunnel import Between
 
 REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
 
@@ -42,7 +43,7 @@ class Caller(Protocol):
     def finish(self) -> None: ...
     def answer(self, status: int, headers: Headers, body: bytes) -> None: ...
     def abort(self) -> None: ...
-    async def tunnel(self, reply: Reply, headers: Headers) -> None: ...
+    async def tunnel(self, reply: Reply, headers: Headers, between: Between | None) -> None: ...
 
 
 class Connection(Protocol):
@@ -59,7 +60,7 @@ class Connection(Protocol):
         """There is room for more of it."""
 
     def reset(self) -> None: ...
-    async def join(self, reply: Reply, /) -> None: ...
+    async def join(self, reply: Reply, between: Between | None, /) -> None: ...
 
 
 class Exchange:
@@ -220,12 +221,12 @@ class Exchange:
         if not self.gone:
             self._connection.reset()
 
-    async def tunnel(self, reply: Reply, headers: Headers) -> None:
+    async def tunnel(self, reply: Reply, headers: Headers, between: Between | None) -> None:
         """Answers 101 and joins both connections until both directions have ended. No limits of any kind."""
         assert not self.started
         self.started = True
         self._connection.transport.write(write_head(b"HTTP/1.1 101 Switching Protocols", headers))
-        await self._connection.join(reply)
+        await self._connection.join(reply, between)
         self.finished = True
 
     # --- from the connection ----------------------------------------------------------------------

@@ -20,7 +20,7 @@ from keepalive.http1.heads import (
 from keepalive.http1.limits import Limits
 from keepalive.http1.reply import Reply
 from keepalive.http1.ticker import Ticker
-from keepalive.http1.tunnel import Tunnel, pause, resume
+from keepalive.http1.tunnel import Between, Tunnel, resume
 from keepalive.http1.vanished import Lookout
 
 
@@ -139,10 +139,10 @@ class Link(asyncio.Protocol):
         upload.cancel()
         return False
 
-    def tunnel_to(self, client: asyncio.Transport, first: bytes) -> Tunnel:
-        self._tunnel = Tunnel(client, self.transport)
+    def tunnel_to(self, client: asyncio.Transport, first: bytes, between: Between | None) -> Tunnel:
+        self._tunnel = Tunnel(client, self.transport, between)
         if first:
-            client.write(first)
+            self._tunnel.from_upstream(first)
         return self._tunnel
 
     # --- from the transport -----------------------------------------------------------------------
@@ -170,7 +170,7 @@ class Link(asyncio.Protocol):
                 self._chunks = None
                 self._finish(reply, followed=chunks.followed)
         elif self._tunnel is not None:
-            self._tunnel.client.write(data)
+            self._tunnel.from_upstream(data)
         elif reply is not None:
             self._read_body(reply, data)
         else:
@@ -300,12 +300,12 @@ class Link(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         if self._tunnel is not None:
-            pause(self._tunnel.client)
+            self._tunnel.fill(True)
         self._paused = True
 
     def resume_writing(self) -> None:
         if self._tunnel is not None:
-            resume(self._tunnel.client)
+            self._tunnel.fill(False)
         self._paused = False
         if self._drained is not None:
             self._drained.set_result(None)

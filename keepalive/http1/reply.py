@@ -10,7 +10,7 @@ from typing import Protocol
 
 from keepalive.core.errors import Cut
 from keepalive.http1.heads import ReplyHead
-from keepalive.http1.tunnel import Tunnel, pause, resume
+from keepalive.http1.tunnel import Between, Tunnel, pause, resume
 
 #: Of an answer that nobody takes yet.
 AHEAD_BYTES = 65_536
@@ -24,7 +24,7 @@ class Source(Protocol):
     def let_go(self, reply: "Reply", /) -> None:
         """Nobody wants more of it."""
 
-    def tunnel_to(self, client: asyncio.Transport, first: bytes, /) -> Tunnel: ...
+    def tunnel_to(self, client: asyncio.Transport, first: bytes, between: Between | None, /) -> Tunnel: ...
 
 
 class Reply:
@@ -95,12 +95,12 @@ class Reply:
         if link is not None:
             link.let_go(self)
 
-    def hand_over(self, client: asyncio.Transport) -> Tunnel:
+    def hand_over(self, client: asyncio.Transport, between: Between | None) -> Tunnel:
         """Joins this connection, which answered 101, to `client`."""
         link, self._link = self._link, None
         if link is None or link.transport.is_closing():
             raise Cut("the upstream closed the connection that it had agreed to upgrade")
-        return link.tunnel_to(client, b"".join(self._parts))
+        return link.tunnel_to(client, b"".join(self._parts), between)
 
     # --- from the connection ----------------------------------------------------------------------
 

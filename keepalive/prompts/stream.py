@@ -9,7 +9,18 @@ from typing import Final, Protocol
 from keepalive.core.callers import Key
 from keepalive.core.facts import ModelId
 from keepalive.core.keeping import Keeping, View
-from keepalive.http1 import NO_STORE, BadHead, Caller, Exchange, Headers, Reply, RequestHead, Ticker, values
+from keepalive.http1 import (
+    NO_STORE,
+    BadHead,
+    Between,
+    Caller,
+    Exchange,
+    Headers,
+    Reply,
+    RequestHead,
+    Ticker,
+    values,
+)
 from keepalive.prompts.asked import Order, Refusal, encode
 from keepalive.protocols import sse
 from keepalive.protocols.answers import chat_delta, chat_error
@@ -328,7 +339,7 @@ class Stream:
         self.finished = True
         self._fail(502, "the upstream's answer was cut", "upstream_cut")
 
-    async def tunnel(self, reply: Reply, headers: Headers) -> None:
+    async def tunnel(self, reply: Reply, headers: Headers, between: Between | None) -> None:
         raise AssertionError("a prompt is no WebSocket")
 
 

@@ -13,6 +13,7 @@
     begun      a streamed response as far as it has come: its names, its count
     lost       answers that say that the model went away
     sse        server-sent events: where one ends, what it says, how one is written
+    sdk        what LM Studio's own SDKs say on their WebSockets
     frames     WebSocket messages in bytes that pass through
     meter      what a user felt of a stream, told from its events
 

@@ -35,7 +35,7 @@ class Piece:
 class FrameReader:
     """One direction of one connection. `limit` bounds what it keeps: a larger message is handed out unread."""
 
-    __slots__ = ("_buffer", "_deaf", "_large", "_left", "_limit", "_masked", "_open", "_raw", "_text")
+    __slots__ = ("_buffer", "_large", "_left", "_limit", "_masked", "_open", "_raw", "_text", "deaf")
 
     def __init__(self, *, masked: bool, limit: int) -> None:
         self._masked = masked  # callers mask what they send, servers do not
@@ -46,10 +46,10 @@ class FrameReader:
         self._open = False  # a message has begun and not ended
         self._large = False  # and it is handed out unread
         self._left = 0  # bytes of its present frame that are still to come
-        self._deaf = False
+        self.deaf = False  # it met what it does not understand
 
     def feed(self, data: bytes) -> list[Piece]:
-        if self._deaf:
+        if self.deaf:
             return [Piece(data, Kind.UNREAD)]
         self._buffer += data
         return list(self._pieces())
@@ -69,7 +69,7 @@ class FrameReader:
                 yield Piece(piece, Kind.UNREAD)
                 continue
             if not self._understood():
-                self._deaf = True
+                self.deaf = True
                 yield Piece(self.rest(), Kind.UNREAD)
                 return
             head = self._head()

@@ -76,9 +76,10 @@ _ROUTES: Final = {
     (b"POST", b"/api/v1/models/unload"): Route("unload", Protocol.NATIVE, changes=True),
     (b"POST", b"/api/v1/models/download"): Route("download", Protocol.NATIVE, changes=True),
     (b"GET", b"/lmstudio-greeting"): Route("greeting", Protocol.PLAIN),
+    (b"GET", b"/embedding"): Route("sdk", Protocol.PLAIN, websocket=True, kind="embedding"),
 } | {
     (b"GET", b"/" + namespace): _SDK
-    for namespace in (b"llm", b"embedding", b"system", b"files", b"repository", b"diagnostics", b"plugins")
+    for namespace in (b"llm", b"system", b"files", b"repository", b"diagnostics", b"plugins")
 }
 
 

@@ -3,6 +3,7 @@
     proxy      one request's way, on one screen
     access     who may ask: keys, Host, Origin
     body       what was asked, kept while it waits
+    sdk        WebSockets of LM Studio's own SDKs: what waits there, and what counts as use
     homes      where each conversation was last
     stored     where answers are kept that others go on from
     listings   the models of all upstreams as one list

@@ -18,6 +18,7 @@ from keepalive.http1 import (
     BadHead,
     Caller,
     Headers,
+    Reply,
     RequestHead,
     Ticker,
     cors,
@@ -34,6 +35,7 @@ from keepalive.proxy.body import Room
 from keepalive.proxy.call import Call
 from keepalive.proxy.homes import Homes
 from keepalive.proxy.listings import answer_listing
+from keepalive.proxy.sdk import Instances, SdkCalls
 from keepalive.proxy.settings import Settings
 from keepalive.proxy.stored import Stored
 from keepalive.proxy.upstreams import UPGRADE, Upstreams
@@ -55,6 +57,7 @@ class Proxy:
         self.upstreams = Upstreams(settings)
         self.stopping: str | None = None
         self.stored = Stored()
+        self.instances = Instances()
         self._homes = Homes()
 
     def configure(self, settings: Settings) -> None:
@@ -270,22 +273,36 @@ class Proxy:
                     self.keeping.record(InstanceLost(call.account.now(), model, "a caller unloaded it"))
 
     async def _tunnel(self, call: Call) -> None:
-        """A WebSocket: bytes both ways until both sides are done."""
+        """A WebSocket: bytes both ways until both sides are done.
+
+        It goes to the first upstream: an SDK opens it before it names a model.
+        """
+        upstream = self.upstreams.default
         try:
-            reply = await call.ask(self.upstreams.default, None, upgrade=True)
+            reply = await call.ask(upstream, None, upgrade=True)
         except UpstreamError as error:
             return call.answer.broken(error)
+        calls = self._listen(reply, upstream, call.route)
         try:
             if reply.head.status != 101:
                 return await call.relay(reply)
             call.account.status = 101
-            await call.caller.tunnel(reply, [*end_to_end(reply.head.headers), *UPGRADE])
+            headers = [*end_to_end(reply.head.headers), *UPGRADE]
+            await call.caller.tunnel(reply, headers, calls)
             call.account.outcome = Outcome.OK
         except Cut as error:
             return call.answer.broken(error)
         finally:
             call.close(reply)
+            if calls is not None:
+                await calls.close()
         return None
+
+    def _listen(self, reply: Reply, upstream: str, route: Route) -> SdkCalls | None:
+        """Who reads along in a tunnel: in those of LM Studio's SDKs, where the frames are not compressed."""
+        if not route.websocket or values(reply.head.headers, b"sec-websocket-extensions"):
+            return None
+        return SdkCalls(self, upstream, route.kind, joins=self.settings.join_loads)
 
     def admit(self, head: RequestHead) -> tuple[Key | None, access.Refused | None]:
         """The caller's key, where it showed one; what a caller is told that may not ask."""
