@@ -69,8 +69,9 @@ class Tunnel:
 
     def hold(self, held: bool) -> None:
         """Whether no more is wanted of the caller for now."""
-        self._held = held
-        self._read_client()
+        if held is not self._held:
+            self._held = held
+            self._read_client()
 
     def _read_client(self) -> None:
         (pause if self._full or self._held else resume)(self.client)

@@ -68,6 +68,7 @@ class SdkCalls:
         self._wait: asyncio.Task[None] | None = None
         self._held: list[Piece] = []  # the message that waits, and what waits behind it
         self._held_id: Id | None = None
+        self._held_bytes = 0
         self._uses: dict[Id, Sequence[ModelId]] = {}
 
     # --- from the tunnel --------------------------------------------------------------------------
@@ -118,7 +119,7 @@ class SdkCalls:
             return self._on(piece, asked)
         if asked.wish is Wish.KEEP_ALIVE:
             return piece.data
-        self._held.append(piece)
+        self._hold(piece)
         if asked.wish is Wish.CANCEL and asked.id == self._held_id:
             return self._release()
         return b""
@@ -128,7 +129,7 @@ class SdkCalls:
         if asked.wish in self._waits:
             models = self._kept([asked.name] if asked.name is not None else [])
             if models and all(self._owner.keeping.view(model).state != "warm" for model in models):
-                self._held.append(piece)
+                self._hold(piece)
                 self._held_id = asked.id
                 self._wait = asyncio.create_task(self._until_warm(models))
                 self._wait.add_done_callback(self._waited)
@@ -179,20 +180,22 @@ class SdkCalls:
 
     def _release(self) -> bytes:
         """The message that was held, and what waited behind it up to the next that waits."""
-        (first, *behind), self._held = self._held, []
-        self._stop_waiting()
+        first, *behind = self._held
+        self._drop()
         return first.data + b"".join([self._heard(piece) for piece in behind])
 
     def _drop(self) -> None:
-        """The caller leaves: what waited would be for nobody."""
-        self._stop_waiting()
+        """Nothing waits any more; when the caller leaves, what did would be for nobody."""
         self._held.clear()
-
-    def _stop_waiting(self) -> None:
+        self._held_bytes = 0
         wait, self._wait, self._held_id = self._wait, None, None
         if wait is not None:
             wait.cancel()
 
+    def _hold(self, piece: Piece) -> None:
+        self._held.append(piece)
+        self._held_bytes += len(piece.data)
+
     def _measure(self) -> None:
         if self._tunnel is not None:
-            self._tunnel.hold(sum(len(piece.data) for piece in self._held) > HELD_BYTES)
+            self._tunnel.hold(self._held_bytes > HELD_BYTES)
