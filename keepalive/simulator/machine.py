@@ -41,6 +41,7 @@ class Machine:
         self.on_power: list[Callable[[bool], None]] = []
         self._return: Timer | None = None
         self.calls: dict[int, Guest] = {}
+        self._numbers = 0
         self.faults.patch(faults or {})
         self.faults.watchers.append(self._faults_changed)
 
@@ -133,6 +134,11 @@ class Machine:
     def close(self) -> None:
         """Stop all timers, so that nothing of this world outlives its test."""
         self.clock.stop()
+
+    def next_number(self) -> int:
+        """Of a request, whichever way it comes."""
+        self._numbers += 1
+        return self._numbers
 
     # inner
 

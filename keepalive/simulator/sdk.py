@@ -1,53 +1,75 @@
 """What LM Studio's own SDKs meet on the WebSockets `/llm`, `/embedding` and `/system`, frame by frame.
 
-The first frame is the handshake; then calls with an id, answered with the same id. Enough to prove that a
-proxy carries the tunnel, and to read what HTTP does not show (idle timers, work in progress). Loads are not
-imitated.
+The first frame is the handshake; then calls and channels with a number that the client chose, answered under it. What
+is not imitated is answered with an error, as LM Studio answers what it does not know.
 """
 
+import asyncio
 import json
+from collections.abc import Awaitable, Callable
 from typing import Any
 
-from keepalive.simulator.exchange import compact
+from keepalive.simulator.call import Call
+from keepalive.simulator.exchange import Cut, Hang, Refusal, Request, compact
 from keepalive.simulator.journal import Happened
 from keepalive.simulator.machine import Machine
-from keepalive.simulator.memory import Memory
-from keepalive.simulator.models import Instance
-from keepalive.simulator.speech import EPOCH
+from keepalive.simulator.sdk_channels import Channel, embed_string
+from keepalive.simulator.sdk_rows import SdkRefusal, field, find, instance_row, model_row, no_such_model, work
 
 SDK_PATHS = ("/llm", "/embedding", "/system")
 
 
 class SdkSession:
-    def __init__(self, machine: Machine, path: str) -> None:
+    """One socket. `close` it when it is gone."""
+
+    def __init__(self, machine: Machine, path: str, send: Callable[[str | bytes], Awaitable[None]]) -> None:
         self._machine = machine
+        self._path = path
         self._kind = "embedding" if path == "/embedding" else "llm"
+        self._send = send
         self._greeted = False
         self._echoes = machine.faults.take("websocket", route="sdk") == "echo"
+        self._channels: dict[Any, Channel] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
         machine.journal.write(Happened.SDK, path=path)
 
-    def answer(self, frame: str | bytes) -> str | bytes | None:
-        """The reply to a frame, if it gets one. In echo mode all but handshake and calls come back as they
+    async def hear(self, frame: str | bytes) -> None:
+        """Answers a frame, if it gets an answer. In echo mode all but handshake and calls come back as they
         are."""
         try:
             said = json.loads(frame)
         except ValueError:
             said = None
         if not isinstance(said, dict):
-            return frame if self._echoes else None
+            if self._echoes:
+                await self._send(frame)
+            return
         if not self._greeted:
-            return compact(self._handshake(said))
+            await self._say(self._handshake(said))
+            return
         match said.get("type"):
+            case "rpcCall" if said.get("endpoint") == "embedString":
+                self._begin(self._embed(said))
             case "rpcCall":
-                return compact(self._call(said))
+                await self._say(self._call(said))
             case _ if self._echoes:
-                return frame
+                await self._send(frame)
             case "keepAlive":
-                return compact({"type": "keepAliveAck"})
+                await self._say({"type": "keepAliveAck"})
             case "channelCreate":
-                error = {"title": "The simulator has no channels", "cause": "not imitated"}
-                return compact({"type": "channelError", "channelId": said.get("channelId"), "error": error})
-        return None
+                self._begin(self._open(said))
+            case "channelSend" if field(said.get("message"), "type") == "cancel":
+                if channel := self._channels.get(said.get("channelId")):
+                    channel.cancel()
+
+    async def close(self) -> None:
+        """Whatever it still waits for is for nobody."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _say(self, message: dict[str, Any]) -> None:
+        await self._send(compact(message))
 
     def _handshake(self, said: dict[str, Any]) -> dict[str, Any]:
         if said.get("authVersion") != 1 or not said.get("clientIdentifier"):
@@ -59,92 +81,96 @@ class SdkSession:
         self._greeted = True
         return {"success": True}
 
-    def _call(self, said: dict[str, Any]) -> dict[str, Any]:
-        found = self._result(said.get("endpoint"), said.get("parameter"))
-        return {
-            "type": "rpcError" if "error" in found else "rpcResult",
-            "callId": said.get("callId"),
-            **found,
-        }
+    # calls that are answered at once
 
-    def _result(self, endpoint: Any, parameter: Any) -> dict[str, Any]:
+    def _call(self, said: dict[str, Any]) -> dict[str, Any]:
+        ident = said.get("callId")
+        try:
+            result = self._result(said.get("endpoint"), said.get("parameter"))
+        except SdkRefusal as refusal:
+            return {"type": "rpcError", "callId": ident, "error": refusal.error}
+        return {"type": "rpcResult", "callId": ident, **({} if result is None else {"result": result})}
+
+    def _result(self, endpoint: Any, parameter: Any) -> Any:
         memory = self._machine.memory
         match endpoint:
             case "listLoaded":
-                return {"result": _loaded(memory, self._kind, 1000 * EPOCH + round(1000 * memory.now()))}
-            case "listDownloadedModels":
-                models = memory.models.values()
-                rows = [
-                    {"type": memory.listed_kind(m), "modelKey": m.key, "sizeBytes": m.size_bytes}
-                    for m in models
+                return [
+                    instance_row(self._machine, instance)
+                    for instance in memory.instances.values()
+                    if memory.listed_kind(instance.model) == self._kind
                 ]
-                return {"result": rows}
+            case "listDownloadedModels":
+                return [model_row(memory, model) for model in memory.models.values()]
             case "version":
-                return {"result": {"version": "0.4.25", "build": 1}}
+                return {"version": "0.4.25", "build": 1}
             case "getInstanceProcessingState":
-                if instance := self._find(parameter):
-                    return {"result": _work(instance)}
-                code = "generic.noModelMatchingQuery"
-                title = "No model found that fits the query"
-                return {"error": {"title": title, "displayData": {"code": code}}}
-        return {"error": {"title": f"No endpoint {endpoint}"}}
+                if instance := find(memory, field(parameter, "specifier")):
+                    return work(instance)
+                raise no_such_model()
+            case "getModelInfo":
+                if instance := find(memory, field(parameter, "specifier")):
+                    return instance_row(self._machine, instance)
+                raise no_such_model()
+            case "unloadModel":
+                ident = field(parameter, "identifier")
+                unwanted = memory.instances.get(ident) if isinstance(ident, str) else None
+                if unwanted is None:
+                    raise SdkRefusal(f'No model is loaded as "{ident}"', "generic.identifierNotFound")
+                memory.unload(unwanted, by="sdk")
+                return None
+        raise SdkRefusal(f"No endpoint {endpoint}")
 
-    def _find(self, parameter: Any) -> Instance | None:
-        specifier = parameter.get("specifier") if isinstance(parameter, dict) else None
-        if not isinstance(specifier, dict):
-            return None
-        for instance in self._machine.memory.instances.values():
-            row = _row(self._machine.memory, instance, 0)
-            if specifier.get("type") == "instanceReference":
-                if specifier.get("instanceReference") == row["instanceReference"]:
-                    return instance
-            elif specifier.get("query", {}).get("identifier") == instance.id:
-                return instance
-        return None
+    # and those that take their time
 
+    def _begin(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
-def _work(instance: Instance) -> dict[str, Any]:
-    working = list(instance.working.values())
-    status = "idle"
-    if working:
-        prompting = all(call.phase == "prompt" for call in working)
-        status = "processingPrompt" if prompting else "generating"
-        if instance.model.kind == "embedding":
-            status = "computingEmbedding"
-    return {"status": status, "queued": len(working) + len(instance.queue)}  # the running ones count too
+    async def _open(self, said: dict[str, Any]) -> None:
+        ident = said.get("channelId")
 
+        async def send(message: dict[str, Any]) -> None:
+            await self._say({"type": "channelSend", "channelId": ident, "message": message})
 
-def _loaded(memory: Memory, kind: str, now_ms: int) -> list[dict[str, Any]]:
-    """What `lms ps --json` and the SDK see, timers and work included."""
-    return [
-        _row(memory, instance, now_ms)
-        for instance in memory.instances.values()
-        if memory.listed_kind(instance.model) == kind
-    ]
+        async def run(call: Call) -> dict[str, Any]:
+            channel = self._channels[ident] = Channel(call, self._kind, send)
+            try:
+                await channel.run(str(said.get("endpoint")), said.get("creationParameter"))
+            finally:
+                del self._channels[ident]
+            return {"type": "channelClose", "channelId": ident}
 
+        await self._carry_out(run, {"type": "channelError", "channelId": ident})
 
-def _row(memory: Memory, instance: Instance, now_ms: int) -> dict[str, Any]:
-    model = instance.model
-    used = None if instance.last_used is None else now_ms - round(1000 * instance.idle_seconds(memory.now()))
-    return {
-        "type": memory.listed_kind(model),
-        "modelKey": model.key,
-        "format": "gguf",
-        "displayName": model.display_name,
-        "publisher": model.publisher,
-        "path": f"{model.publisher}/{model.key}.gguf",
-        "sizeBytes": model.size_bytes,
-        "indexedModelIdentifier": f"{model.publisher}/{model.key}.gguf",
-        "deviceIdentifier": None,
-        "paramsString": model.params,
-        "architecture": model.architecture,
-        "quantization": {"name": model.quantization, "bits": 4},
-        "identifier": instance.id,
-        "instanceReference": f"ref-{instance.id}",
-        "ttlMs": None if instance.ttl_seconds is None else round(1000 * instance.ttl_seconds),
-        "lastUsedTime": used,
-        "vision": model.vision,
-        "trainedForToolUse": model.kind == "llm",
-        "maxContextLength": model.max_context_length,
-        "contextLength": instance.context_length,
-    }
+    async def _embed(self, said: dict[str, Any]) -> None:
+        ident = said.get("callId")
+
+        async def run(call: Call) -> dict[str, Any]:
+            result = await embed_string(call, said.get("parameter"))
+            return {"type": "rpcResult", "callId": ident, "result": result}
+
+        await self._carry_out(run, {"type": "rpcError", "callId": ident})
+
+    async def _carry_out(
+        self, run: Callable[[Call], Awaitable[dict[str, Any]]], refused: dict[str, Any]
+    ) -> None:
+        call = Call(self._machine, self._machine.next_number(), Request("GET", self._path), "sdk")
+        try:
+            try:
+                last = await run(call)
+            except Hang:
+                await call.hang()
+            except SdkRefusal as refusal:
+                last = {**refused, "error": refusal.error}
+            except Refusal as refusal:
+                last = {**refused, "error": {"title": refusal.message}}
+        except Cut as cut:
+            call.ended(cut)  # a restart; it ends every connection itself
+            return
+        except (asyncio.CancelledError, ConnectionError):
+            call.client_gone()
+            raise
+        call.ended()
+        await self._say(last)

@@ -10,7 +10,7 @@ import logging
 import socket
 import struct
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from aiohttp import WSMsgType, web
 
@@ -184,15 +184,17 @@ class Server:
             return web.Response(status=426, text="Upgrade Required", headers={"Upgrade": "websocket"})
         tunnel = web.WebSocketResponse(max_msg_size=0, compress=False)
         await tunnel.prepare(request)
-        session = SdkSession(self.studio, path)
-        async for message in tunnel:
-            if message.type not in (WSMsgType.TEXT, WSMsgType.BINARY):
-                continue
-            said: Any = session.answer(message.data)
-            if isinstance(said, str):
-                await tunnel.send_str(said)
-            elif said is not None:
-                await tunnel.send_bytes(said)
+
+        async def send(frame: str | bytes) -> None:
+            await (tunnel.send_str(frame) if isinstance(frame, str) else tunnel.send_bytes(frame))
+
+        session = SdkSession(self.studio, path, send)
+        try:
+            async for message in tunnel:
+                if message.type in (WSMsgType.TEXT, WSMsgType.BINARY):
+                    await session.hear(message.data)
+        finally:
+            await session.close()
         return tunnel
 
 

@@ -66,8 +66,6 @@ PATHS: Mapping[tuple[str, str], tuple[str, tuple[Tier, ...]]] = {
 class Studio(Machine):
     """The machine with a door: its HTTP routes."""
 
-    _count = 0
-
     def state(self) -> dict[str, Any]:
         return control.state(self)
 
@@ -80,8 +78,7 @@ class Studio(Machine):
             raise Cut("refused")
         if request.path == "/simulator" or request.path.startswith("/simulator/"):
             return control.answer(self, request)
-        self._count += 1
-        call = Call(self, self._count, request, self._route(request))
+        call = Call(self, self.next_number(), request, self._route(request))
         try:
             try:
                 reply = await self._answer(call)
