@@ -169,7 +169,8 @@ class Admin:
         """Of all models; with `?model=NAME` (repeatable), of these."""
         document, asked = self._feed.look(), request.query.getall("model", [])
         if asked:
-            document = {**document, "models": list(chain(*self._named(document["models"], asked)))}
+            named = list(chain(*self._named(document["models"], asked)))
+            document = {**document, "models": named, "named": asked}
         return _packed(request, _json(document))
 
     async def _metrics(self, request: web.BaseRequest) -> web.StreamResponse:

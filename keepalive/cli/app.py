@@ -350,7 +350,8 @@ def _keys(address: str, document: Any, names: list[str]) -> list[str]:
         if view.unknown_keys(document, [name]):
             with contextlib.suppress(_NoAnswer):
                 found = _fetch(address, f"/api/status?model={quote(name, safe='')}")
-                meant = [m["key"] for m in found["models"]]
+                if found.get("named") == [name]:
+                    meant = [m["key"] for m in found["models"]]
         keys += meant
     return list(dict.fromkeys(keys))
 

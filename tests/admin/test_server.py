@@ -854,3 +854,18 @@ async def test_the_cap_counts_only_those_who_watch() -> None:
             assert (await asyncio.to_thread(ask, f"{shown.url}/api/status"))[0] == 200
 
     assert shown.feed.watching == 0
+
+
+async def test_some_models_are_asked_for_by_any_name_of_them() -> None:
+    async with listening(model("acme/gemma"), model("qwen")) as shown:
+        found = [
+            await asked(f"{shown.url}/api/status?model={name}")
+            for name in ("an-alias", "acme%2FGEMMA", "nobody")
+        ]
+        ready = await asked(f"{shown.url}/readyz?model=an-alias&model=QWEN")
+
+    told = [json.loads(text) for _, _, text in found]
+    assert [status for status, _, _ in (*found, ready)] == [200, 200, 404, 200]
+    assert [[m["key"] for m in one["models"]] for one in told[:2]] == [["acme/gemma"]] * 2
+    assert told[0]["named"] == ["an-alias"]
+    assert told[2]["error"] == "no such model here: nobody"

@@ -258,6 +258,24 @@ def test_wait_ends_when_all_is_warm_and_says_what_changes() -> None:
     assert told.out.splitlines()[3].startswith("MODEL")
 
 
+@pytest.mark.parametrize("words", [["wait", "an-alias"], ["warm", "an-alias"]])
+def test_a_model_is_asked_for_by_any_name_that_the_daemon_knows(words: list[str]) -> None:
+    every, named = page(model("a"), model("b", "cold")), {**page(model("a")), "named": ["an-alias"]}
+    with answering(every, named, every) as server:
+        told = Told(*words, "--url", server.url)
+
+    assert "/api/status?model=an-alias" in [path for _, path in server.asked]
+    assert "a " in told.out
+    assert "b " not in told.out
+
+
+def test_a_daemon_that_does_not_know_the_name_is_told_from_one_that_knows_it() -> None:
+    with answering(page(model("a"))) as server:
+        told = Told("wait", "an-alias", "--url", server.url)
+
+    assert (told.code, told.err.strip()) == (3, "the daemon keeps no an-alias; it keeps a")
+
+
 def test_wait_for_one_model_does_not_care_about_others() -> None:
     with answering(FAILING) as server:
         one = Told("wait", "a", "--url", server.url)
