@@ -19,6 +19,7 @@ from keepalive import __version__
 from keepalive.admin.words import span
 from keepalive.config import Config, Kept, Upstream, written
 from keepalive.core.errors import KeepaliveError, TimedOut, Unauthorized, Unexpected, Unreachable
+from keepalive.core.explain import RIVAL
 from keepalive.core.facts import Entry, Tier, fold_key
 from keepalive.lmstudio.client import Client, Listing
 from keepalive.service import tokens
@@ -292,6 +293,14 @@ def _model(seen: Evidence, kept: Kept) -> Iterator[Finding]:
             "it is tried again, more and more rarely, and requests for it are refused meanwhile",
             f"lms log stream; then: keepalive warm {kept.key}",
         )
+    ping = status.get("last_ping")
+    if ping and ping["outcome"] == "refused":
+        yield Finding(
+            f"{kept.key} on {kept.upstream} is not proved by pings: {status['reason']}",
+            "it counts as warm because it is listed; that it no longer answers is seen by its users alone",
+            f'ping = {{ path = "/v1/…", body = {{ … }} }} in [[models]] "{kept.key}", kind = "reranker" where it is '
+            'one, or ping = "off"',
+        )
     eviction = status.get("last_eviction")
     idle = eviction and eviction.get("idle_seconds")
     # It was missed by the next listing, and may have been gone that much longer.
@@ -335,6 +344,12 @@ def _copies(kept: Kept, entry: Entry, status: Json | None) -> Iterator[Finding]:
             "each takes the memory of a whole model; keepalive never unloads what it did not load",
             "; ".join(f"lms unload {instance}" for instance in spare),
         )
+        if status and RIVAL in (status["reason"] or ""):
+            yield Finding(
+                f"somebody else loads {kept.key}, too: a copy came while keepalive was loading it",
+                "each of two daemons in front of one LM Studio loads its own copy, as does who asks past keepalive",
+                "let one daemon alone keep it, and send everybody through its address",
+            )
     wanted = kept.load_fields.get("context_length")
     for instance in entry.instances[:1]:
         if wanted is not None and instance.context_length not in (None, wanted):

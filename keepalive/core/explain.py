@@ -8,6 +8,9 @@ from keepalive.core.plan import blocked_by, holds_a_slot
 from keepalive.core.records import UNSEEN, Model, Upstream, UpstreamState
 from keepalive.core.states import State
 
+# Two daemons that start at once in front of one server each see nothing there, and each load it.
+RIVAL = "one came while keepalive was loading it: does another keepalive keep the same models?"
+
 
 def eta(model: Model, siblings: Iterable[Model], now: float) -> float | None:
     """Seconds until the load under way should be done; 0 when it is overdue, None when nothing is known.
@@ -45,7 +48,8 @@ def explain(
     `tell` says a moment as people read it.
     """
     if model.state is State.WARM and len(model.instances) > 1:
-        return f"{len(model.instances)} copies are in memory"
+        copies = f"{len(model.instances)} copies are in memory"
+        return copies if model.doubled_at is None else f"{copies}: {RIVAL}"
     if model.state is State.COLD and not model.needed:
         return "released by hand" if model.asked_for is False else "outside its window"
     if model.state is State.COLD and model.listed:

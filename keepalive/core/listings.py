@@ -75,6 +75,9 @@ def _present(model: Model, at: float, entry: Entry) -> Model:
     appeared, pending = not model.instances, model.pending
     model = _appeared(model, at) if appeared else _still_there(model)
     model = replace(model, instances=entry.instances, ours=model.ours & known, pending=None, seen_at=at)
+    begun = model.load_started is not None or (pending is not None and pending.loaded)
+    if appeared and begun and known - model.ours:
+        model = replace(model, doubled_at=at)
     if pending and pending.proved:
         return proved(model, at)
     if model.load_started is not None:

@@ -125,6 +125,7 @@ class Model:
     crashed: bool = False  # the instance that is listed has crashed
     refused: str | None = None  # why its pings are refused as requests, which says nothing of its health
     busy: bool = False  # it did not answer a ping in time, and is listed all the same
+    doubled_at: float | None = None  # when a copy of somebody else's last came while ours was being loaded
     loads: int = 0
     evictions: int = 0
     last_eviction: Eviction | None = None

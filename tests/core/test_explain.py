@@ -8,7 +8,7 @@ import pytest
 
 from keepalive.core.apply import apply
 from keepalive.core.explain import eta, explain, next_try
-from keepalive.core.facts import Instance, LoadRemembered, LoadStarted, ModelId, Tier
+from keepalive.core.facts import Fact, Instance, LoadRemembered, LoadStarted, ModelId, RequestEnded, Tier
 from keepalive.core.records import Pending, Upstream, UpstreamState
 from keepalive.core.states import IllegalMove, State
 from tests.kit.models import (
@@ -21,6 +21,7 @@ from tests.kit.models import (
     every_fact,
     every_model,
     listed,
+    load_ended,
     ours,
     warm,
 )
@@ -31,6 +32,19 @@ def test_several_copies_are_said_and_the_oldest_of_ours_is_addressed():
 
     assert model.instance_id == "gemma"
     assert explain(Upstream("local"), [model], model, 99.0) == "2 copies are in memory"
+
+
+@pytest.mark.parametrize("then", [(load_ended(10),), ()])
+def test_a_copy_that_came_while_ours_was_loading_is_taken_for_another_daemons(then: tuple[Fact, ...]):
+    facts = [LoadStarted(2, GEMMA), *then, listed(11, entry("gemma", "gemma", "gemma:2"))]
+    model = after(cold(), *facts, *([] if then else [load_ended(12)]))
+    model = after(model, listed(13, entry("gemma", "gemma", "gemma:2")), RequestEnded(14, GEMMA, True))
+    alone = after(cold(), LoadStarted(2, GEMMA), load_ended(10), listed(11, entry("gemma", "gemma")))
+
+    assert (model.doubled_at, alone.doubled_at) == (11, None)
+    assert explain(UP, [model], model, 15.0) == (
+        "2 copies are in memory: one came while keepalive was loading it: does another keepalive keep the same models?"
+    )
 
 
 def test_copies_of_what_does_not_answer_are_not_what_is_odd_about_it():
