@@ -223,6 +223,39 @@ async def test_a_key_that_is_not_listed_is_found_with_the_nearest_ones() -> None
     )
 
 
+async def test_a_model_whose_ping_is_refused_is_found_with_what_to_set_and_gone_once_that_is_set() -> None:
+    async with simulator(SimModel("gemma", load_seconds=0.05)) as server:
+        server.studio.set_faults({"needs_image": True})
+        text = settings(server.url, "gemma")
+        async with daemon(text) as running:
+            await warm(running, "gemma")
+            found = await examine(text, running)
+        mended = settings(server.url, 'key = "gemma"\nping = "off"')
+        async with daemon(mended) as running:
+            await warm(running, "gemma")
+            healthy = await examine(mended, running)
+
+    assert [f.what.partition(": ")[0] for f in found] == ["gemma on local is not proved by pings"]
+    assert 'or ping = "off"' in found[0].do
+    assert healthy == []
+
+
+async def test_a_copy_that_came_while_ours_was_loading_is_found_as_somebody_elses() -> None:
+    async with simulator(SimModel("gemma", load_seconds=1.0)) as server:
+        text = settings(server.url, "gemma")
+        async with daemon(text) as running:
+            await until(lambda: bool(server.studio.memory.loads))
+            server.studio.load("gemma", seconds=1.0)
+            await until(lambda: model(running, "gemma")["instances"] == 2)
+            await warm(running, "gemma")
+
+            found = await examine(text, running)
+
+    assert "somebody else loads gemma, too: a copy came while keepalive was loading it" in [
+        f.what for f in found
+    ]
+
+
 async def test_copies_are_found_and_only_the_spare_one_is_to_be_unloaded() -> None:
     async with simulator(SimModel("gemma", load_seconds=0.05)) as server:
         text = settings(server.url, "gemma")
