@@ -183,6 +183,16 @@ def test_what_changes_nothing_is_not_said(lines_of: Any) -> None:
             ],
         ),
         (
+            (
+                *LOADED,
+                PingStarted(20.0, GEMMA),
+                PingEnded(21.0, GEMMA, PingOutcome.REFUSED, 0.1, "no image"),
+                PingStarted(320.0, GEMMA),
+                PingEnded(321.0, GEMMA, PingOutcome.REFUSED, 0.1, "no image"),
+            ),
+            [{"event": "model.ping_refused", "level": "warning", **PLACE, "reason": "no image"}],
+        ),
+        (
             (*LOADED, listed(20.0, "gemma", "gemma:2")),
             [{"event": "model.copies", "level": "warning", **PLACE, "instances": 2}],
         ),
