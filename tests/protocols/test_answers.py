@@ -4,7 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keepalive.protocols.answers import Delta, chat_delta, chat_error, error_message
+from keepalive.protocols.answers import (
+    Delta,
+    chat_delta,
+    chat_error,
+    error_message,
+    error_object,
+    event_error,
+)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +82,40 @@ def test_no_event_of_a_chat_raises_anything_else(data):
     except ValueError:
         return
     assert all(isinstance(text, str) for text in (found.text, found.reasoning))
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        (
+            b'{"error":{"message":"m","n_ctx":4096,"code":null}}',
+            {"message": "m", "n_ctx": 4096, "code": None},
+        ),
+        (b'{"error":{"type":"t"}}', {"type": "t", "message": "t"}),
+        (b'{"error":"flat"}', {"message": "flat"}),
+        (b'{"type":"error","code":"c","message":"m"}', {"code": "c", "message": "m"}),
+        (b'{"error":{"message":"m","n":NaN}}', {"message": "m", "n": "NaN"}),
+        (b'{"choices":[]}', {}),
+        (b"<html>", {}),
+    ],
+)
+def test_every_field_of_an_error_is_kept(body, error):
+    assert error_object(body) == error
+
+
+@pytest.mark.parametrize(
+    ("stream", "error"),
+    [
+        (b': a\n\nevent: error\ndata: {"error":"m"}\n\n', b'{"error":"m"}'),
+        (b'data: {"choices":[]}\n\ndata: {"error":"m"}\n\n', b""),
+        (b'data: {"error":"m"}\n', b""),
+        (b"data: " + b"x" * 9_000_000 + b"\n\n", b""),
+        (b"", b""),
+    ],
+    ids=range(5),
+)
+def test_a_stream_that_begins_with_an_error_is_told_from_one_that_has_one_later(stream, error):
+    assert event_error(stream) == error
 
 
 def test_an_error_is_read_in_our_layout_too():

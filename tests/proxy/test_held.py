@@ -25,6 +25,7 @@ from tests.kit.fronted import (
     Watching,
     ask,
     chat,
+    chunk,
     fronted,
     get,
     leave,
@@ -343,6 +344,26 @@ def packed(body, coding):
             body
         )
     return body
+
+
+async def test_a_compressed_body_that_has_to_change_goes_on_unpacked():
+    keep = cold(load_seconds=1, aliases=("gpt-4o",))
+    async with fronted(keep=keep) as (front, upstream):
+        body = gzip.compress(b'{"model":"gpt-4o","input":"a"}')
+        data = post("/v1/embeddings", body, "Content-Encoding: gzip")
+        assert (await ask(front.port, data))[0] == 200
+
+        assert upstream.bodies == [b'{"model":"m","input":"a"}']
+        assert b"content-encoding" not in upstream.requests[0].headers
+
+
+async def test_a_compressed_body_in_chunks_that_ends_too_soon_is_refused():
+    body = gzip.compress(b'{"model":"m"}')[:-3]
+    head = post("/v1/embeddings", b"", "Content-Encoding: gzip")
+    data = head.replace(b"Content-Length: 0", b"Transfer-Encoding: chunked") + chunk(body) + b"0\r\n\r\n"
+    async with fronted(keep=cold()) as (front, upstream):
+        assert (await ask(front.port, data, drip=20))[0] == 400
+        assert upstream.requests == []
 
 
 @pytest.mark.parametrize("coding", ["identity", "gzip", "deflate"])
