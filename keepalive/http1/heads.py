@@ -32,8 +32,6 @@ _HOP_BY_HOP = frozenset(
     [
         b"connection",
         b"keep-alive",
-        b"proxy-authenticate",
-        b"proxy-authentication-info",
         b"proxy-authorization",
         b"proxy-connection",
         b"te",

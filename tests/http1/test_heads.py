@@ -182,6 +182,7 @@ def test_headers_between_neighbours_are_dropped_and_those_they_name():
         (b"Upgrade", b"h2c"),
         (b"X-Stays", b"2"),
         (b"Proxy-Authenticate", b"stays: it is meant for the other end here"),
+        (b"Proxy-Authorization", b"Basic eA=="),
     ]
 
     assert end_to_end(headers) == [headers[8], headers[9]]
