@@ -1,4 +1,4 @@
-"""LM Studio's own Python SDK is the judge: it meets the simulator as it would LM Studio, alone and through keepalive."""
+"""LM Studio's own Python SDK is the judge: it meets the simulator as it would LM Studio, alone and through us."""
 
 import asyncio
 import contextlib
@@ -16,9 +16,13 @@ SMALL = SimModel("acme/small-1b", load_seconds=0.3)
 EMBED = SimModel("text-embedding-tiny", kind="embedding", load_seconds=0.3, max_context_length=2_048)
 
 
+def port(running):
+    return urlsplit(running.url).port
+
+
 @contextlib.asynccontextmanager
-async def sdk(port):
-    async with lmstudio.AsyncClient(f"127.0.0.1:{port}") as client:
+async def sdk(place):
+    async with lmstudio.AsyncClient(f"127.0.0.1:{place}") as client:
         yield client
 
 
@@ -30,9 +34,8 @@ async def met(way, *kept, **faults):
             async with sdk(server.port) as client:
                 yield client, server.studio
             return
-        async with live.daemon(live.settings(server.url, *kept)) as running:
-            async with sdk(urlsplit(running.client_url).port) as client:
-                yield client, server.studio
+        async with live.daemon(live.settings(server.url, *kept)) as running, sdk(port(running)) as client:
+            yield client, server.studio
 
 
 ways = pytest.mark.parametrize("way", ["alone", "through"])
@@ -127,7 +130,7 @@ async def test_a_prediction_can_be_cancelled(way):
 
 @ways
 async def test_text_is_embedded(way):
-    async with met(way) as (client, studio):
+    async with met(way) as (client, _):
         model = await client.embedding.model(EMBED.key)
         vector = await model.embed("hello")
 
@@ -136,7 +139,7 @@ async def test_text_is_embedded(way):
 
 @ways
 async def test_what_is_not_there_is_an_error_of_the_sdk(way):
-    async with met(way, load_result="fail", load_fail_reason="no luck") as (client, studio):
+    async with met(way, load_result="fail", load_fail_reason="no luck") as (client, _):
         with pytest.raises(lmstudio.LMStudioServerError, match="nobody"):
             await client.llm.model("nobody")
         with pytest.raises(lmstudio.LMStudioServerError, match="no luck"):
@@ -157,7 +160,7 @@ async def test_what_is_not_there_is_an_error_of_the_sdk(way):
 async def kept(**faults):
     async with live.simulator(KEPT, SMALL, EMBED, **faults) as server:
         text = live.settings(server.url, KEPT.key, server='heartbeat = "100ms"')
-        async with live.daemon(text) as running, sdk(urlsplit(running.client_url).port) as client:
+        async with live.daemon(text) as running, sdk(port(running)) as client:
             yield client, server.studio, running
 
 
@@ -205,7 +208,7 @@ async def test_a_prediction_is_in_flight_until_it_ends():
 
 async def test_who_leaves_while_it_waits_is_waited_for_no_longer():
     async with kept() as (client, studio, running):
-        async with sdk(urlsplit(running.client_url).port) as leaving:
+        async with sdk(port(running)) as leaving:
             asking = asyncio.create_task(leaving.llm.model(KEPT.key))
             await live.until(lambda: live.model(running, KEPT.key)["waiting"], "it waits")
             asking.cancel()

@@ -1,4 +1,4 @@
-"""What LM Studio's own SDKs meet on the WebSockets `/llm`, `/embedding` and `/system`, frame by frame.
+"""What LM Studio's own SDKs meet on their WebSockets, one for each namespace, frame by frame.
 
 The first frame is the handshake; then calls and channels with a number that the client chose, answered under it. What
 is not imitated is answered with an error, as LM Studio answers what it does not know.
@@ -16,7 +16,7 @@ from keepalive.simulator.machine import Machine
 from keepalive.simulator.sdk_channels import Channel, embed_string
 from keepalive.simulator.sdk_rows import SdkRefusal, field, find, instance_row, model_row, no_such_model, work
 
-SDK_PATHS = ("/llm", "/embedding", "/system")
+SDK_PATHS = ("/llm", "/embedding", "/system", "/files", "/repository")
 
 
 class SdkSession:
