@@ -27,14 +27,17 @@ async def sdk(place):
 
 
 @contextlib.asynccontextmanager
-async def met(way, *kept, **faults):
-    """The SDK in front of a simulator, and what that did. Through keepalive where the way leads so."""
+async def met(way, **faults):
+    """The SDK in front of a simulator, directly or through a keepalive that keeps none of its models."""
     async with live.simulator(KEPT, SMALL, EMBED, **faults) as server:
         if way == "alone":
             async with sdk(server.port) as client:
                 yield client, server.studio
             return
-        async with live.daemon(live.settings(server.url, *kept)) as running, sdk(port(running)) as client:
+        async with (
+            live.daemon(live.settings(server.url, "acme/absent")) as running,
+            sdk(port(running)) as client,
+        ):
             yield client, server.studio
 
 
