@@ -20,8 +20,28 @@ from tests.kit.fronted import (
     stream,
 )
 
-openai = pytest.importorskip("openai")
-anthropic = pytest.importorskip("anthropic")
+# Every worker reads this file, and importing these takes seconds: the first test does it that needs one, on one worker.
+pytestmark = pytest.mark.xdist_group("official clients")
+
+
+class Official:
+    def __init__(self, package):
+        self._package = package
+
+    def __getattr__(self, name):
+        return getattr(pytest.importorskip(self._package), name)
+
+
+openai, anthropic = Official("openai"), Official("anthropic")
+
+
+@pytest.fixture
+def error(request):
+    package, name = request.param
+    return getattr(pytest.importorskip(package), name)
+
+
+status_error = connection_error = error
 
 
 def event(kind, **data):
@@ -117,12 +137,12 @@ async def read_messages(port):
 
 
 ROUTES = {
-    "chat": (read_chat, [delta("Hello"), b"data: [DONE]\n\n"], openai.APIError),
-    "completions": (read_completions, COMPLETIONS, openai.APIError),
-    "responses": (read_responses, RESPONSES, openai.APIError),
-    "messages": (read_messages, MESSAGES, anthropic.APIError),
+    "chat": (read_chat, [delta("Hello"), b"data: [DONE]\n\n"], ("openai", "APIError")),
+    "completions": (read_completions, COMPLETIONS, ("openai", "APIError")),
+    "responses": (read_responses, RESPONSES, ("openai", "APIError")),
+    "messages": (read_messages, MESSAGES, ("anthropic", "APIError")),
 }
-routes = pytest.mark.parametrize(("read", "events", "error"), ROUTES.values(), ids=ROUTES)
+routes = pytest.mark.parametrize(("read", "events", "error"), ROUTES.values(), ids=ROUTES, indirect=["error"])
 
 
 def model(**how):
@@ -279,13 +299,16 @@ async def ask_messages(port):
 
 
 ASKING = [
-    (ask_chat, openai.APIStatusError, openai.APIConnectionError),
-    (ask_responses, openai.APIStatusError, openai.APIConnectionError),
-    (ask_messages, anthropic.APIStatusError, anthropic.APIConnectionError),
+    (ask_chat, ("openai", "APIStatusError"), ("openai", "APIConnectionError")),
+    (ask_responses, ("openai", "APIStatusError"), ("openai", "APIConnectionError")),
+    (ask_messages, ("anthropic", "APIStatusError"), ("anthropic", "APIConnectionError")),
 ]
+asking = pytest.mark.parametrize(
+    ("call", "status_error", "connection_error"), ASKING, indirect=["status_error", "connection_error"]
+)
 
 
-@pytest.mark.parametrize(("call", "status_error", "connection_error"), ASKING)
+@asking
 async def test_without_a_stream_failures_raise_with_their_status(call, status_error, connection_error):
     keep = model(state="cold", load_seconds=0.05, fails=NotWarm("not enough memory", retry_after=7))
     async with fronted(keep=keep) as (front, _):
@@ -296,7 +319,7 @@ async def test_without_a_stream_failures_raise_with_their_status(call, status_er
         assert raised.value.response.headers["retry-after"] == "7"
 
 
-@pytest.mark.parametrize(("call", "status_error", "connection_error"), ASKING)
+@asking
 async def test_without_a_stream_a_cut_answer_raises(call, status_error, connection_error):
     cut = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n{"
 
