@@ -344,6 +344,24 @@ def test_on_sigterm_open_streams_and_held_requests_are_finished_and_the_model_st
         assert sim.instances(KEY) == 1
 
 
+async def test_a_body_that_is_too_large_is_refused_in_the_words_of_whoever_serves_its_path() -> None:
+    server = 'max_body = "1KiB"\nallowed_origins = ["app://obsidian.md"]'
+    large = chat(text="x" * 2000)
+    async with front(SimModel(KEY), server=server) as (running, _):
+        for path, layout in {
+            "/v1/chat/completions": '"type":"invalid_request_error"',
+            "/v1/messages": '"type":"request_too_large"',
+            "/api/prompts/execute/stream": '{"success":false,"error":{',
+        }.items():
+            text = await (
+                await Caller.send(running.url, large, path, Origin="app://obsidian.md")
+            ).to_the_end()
+
+            assert text.startswith("HTTP/1.1 413 ")
+            assert "\r\nAccess-Control-Allow-Origin: app://obsidian.md\r\n" in text
+            assert layout in text
+
+
 def test_after_the_drain_timeout_a_stream_is_ended_by_an_error_event(tmp_path: Path) -> None:
     sim = SimulatorProcess(tmp_path, f"{KEY}:600s")
     server = 'heartbeat = "200ms"\ndrain_timeout = "500ms"'
