@@ -318,7 +318,7 @@ async def test_a_load_is_never_sent_twice_nor_over_a_connection_that_may_be_clos
         else:
             await answer_ok(asking)
 
-    async with fronted(script, keep=warm()) as (front, upstream):
+    async with fronted(script, keep=warm(), join_loads=False) as (front, upstream):
         await ask(front.port, get("/x"))
         status, _, _ = await ask(front.port, post(path, body))
 
