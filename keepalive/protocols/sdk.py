@@ -23,6 +23,7 @@ _SAID: Final = (
     b"predict",
     b"completeRawText",
     b"embedString",
+    b"unloadModel",
     b"keepAlive",
     b"cancel",
 )
@@ -41,6 +42,7 @@ class Wish(StrEnum):
     KEEP_ALIVE = "keep_alive"
     GET_OR_LOAD = "get_or_load"  # the model, loaded where it is not
     LOAD = "load"  # one more copy
+    UNLOAD = "unload"
     USE = "use"  # an answer of a model
     CANCEL = "cancel"  # of a channel
 
@@ -101,6 +103,8 @@ def _asked(ident: Id | None, endpoint: object, parameter: object) -> Said:
         return Said(Wish.GET_OR_LOAD, ident, _text(wanted.get("identifier")))
     if endpoint == "loadModel":
         return Said(Wish.LOAD, ident, _text(wanted.get("modelKey")))
+    if endpoint == "unloadModel":
+        return Said(Wish.UNLOAD, ident, _text(wanted.get("identifier")))
     if endpoint not in _USES:
         return _NOTHING_SAID
     specifier = _object(wanted.get("modelSpecifier"))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Final, Protocol
 
 from keepalive.core.errors import NotWarm
-from keepalive.core.facts import ModelId, RequestEnded, RequestStarted
+from keepalive.core.facts import InstanceLost, ModelId, ModelsChanged, RequestEnded, RequestStarted
 from keepalive.core.keeping import Keeping
 from keepalive.http1 import Tunnel
 from keepalive.protocols import sdk
@@ -70,6 +70,7 @@ class SdkCalls:
         self._held_id: Id | None = None
         self._held_bytes = 0
         self._uses: dict[Id, Sequence[ModelId]] = {}
+        self._changes: dict[Id, Said] = {}  # loads and unloads under way
 
     # --- from the tunnel --------------------------------------------------------------------------
 
@@ -96,6 +97,7 @@ class SdkCalls:
                 self._owner.instances.remember(self._upstream, shown)
             if answer.ended is not None:
                 self._end_use(answer.ended, answered=answer.well)
+                self._end_change(answer.ended, done=answer.well)
 
     async def close(self) -> None:
         wait = self._wait
@@ -134,9 +136,17 @@ class SdkCalls:
                 self._wait = asyncio.create_task(self._until_warm(models))
                 self._wait.add_done_callback(self._waited)
                 return b""
-        elif asked.wish is Wish.USE and asked.id is not None:
-            self._begin_use(asked.id, self._owner.instances.names(self._upstream, asked))
+        self._note(asked)
         return piece.data
+
+    def _note(self, asked: Said) -> None:
+        """What goes on, and is to be known when it is over."""
+        if asked.id is None:
+            return
+        if asked.wish is Wish.USE:
+            self._begin_use(asked.id, self._owner.instances.names(self._upstream, asked))
+        elif asked.wish in (Wish.LOAD, Wish.UNLOAD):
+            self._changes[asked.id] = asked
 
     def _kept(self, names: Sequence[str]) -> list[ModelId]:
         """The models on this upstream that are kept under the first name that means any."""
@@ -160,6 +170,17 @@ class SdkCalls:
         for model in models:
             self._owner.keeping.record(RequestEnded(self._now(), model, answered and len(models) == 1))
 
+    def _end_change(self, ident: Id, *, done: bool) -> None:
+        """A caller may load another copy, and unload what is ours: that is known at once, not with the next listing."""
+        change = self._changes.pop(ident, None)
+        if change is None or not done:
+            return
+        keeping, now = self._owner.keeping, self._now()
+        keeping.record(ModelsChanged(now, self._upstream))
+        if change.wish is Wish.UNLOAD:
+            for model in self._kept(self._owner.instances.names(self._upstream, change)):
+                keeping.record(InstanceLost(now, model, "a caller unloaded it"))
+
     # --- waiting ----------------------------------------------------------------------------------
 
     async def _until_warm(self, models: Sequence[ModelId]) -> None:
@@ -182,6 +203,7 @@ class SdkCalls:
         """The message that was held, and what waited behind it up to the next that waits."""
         first, *behind = self._held
         self._drop()
+        self._note(sdk.said(first.text))
         return first.data + b"".join([self._heard(piece) for piece in behind])
 
     def _drop(self) -> None:

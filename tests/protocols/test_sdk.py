@@ -39,6 +39,7 @@ SHOWN = (Shown("r1", "mine", "chat"),)
             channel("completeRawText", {"modelSpecifier": REFERENCE}),
             Said(Wish.USE, ("channelId", 3), None, "r1"),
         ),
+        (call("unloadModel", {"identifier": "mine"}), Said(Wish.UNLOAD, ("callId", 3), "mine")),
         (call("embedString", {"modelSpecifier": QUERY}), Said(Wish.USE, ("callId", 3), "chat")),
         (
             text(type="channelSend", channelId=3, message={"type": "cancel"}),

@@ -7,8 +7,10 @@ import json
 import pytest
 
 from keepalive.core.errors import NotWarm
-from keepalive.core.facts import RequestEnded, RequestStarted
+from keepalive.core.facts import InstanceLost, ModelsChanged, RequestEnded, RequestStarted
+from keepalive.protocols.sdk import Said, Shown, Wish
 from keepalive.proxy import Address
+from keepalive.proxy.sdk import INSTANCES, Instances
 from tests.kit import live
 from tests.kit.fronted import Keep, fronted
 from tests.protocols.test_frames import CONTINUED, PING, TEXT, frame
@@ -389,10 +391,36 @@ async def test_an_instance_that_nobody_has_shown_can_be_any_that_is_there():
         assert [uses(model) for model in others] == [[]] * 3
 
 
-async def test_of_instances_that_were_shown_the_oldest_are_forgotten():
-    from keepalive.protocols.sdk import Said, Shown, Wish
-    from keepalive.proxy.sdk import INSTANCES, Instances
+UNLOAD = call("unloadModel", {"identifier": "m"})
 
+
+@pytest.mark.parametrize(
+    ("wish", "end", "told"),
+    [
+        (LOAD, {"type": "channelSend", "channelId": 1, "message": {"type": "success"}}, [ModelsChanged]),
+        (LOAD, {"type": "channelError", "channelId": 1, "error": {}}, []),
+        (UNLOAD, {"type": "rpcResult", "callId": 1}, [ModelsChanged, InstanceLost]),
+        (UNLOAD, {"type": "rpcError", "callId": 1, "error": {}}, []),
+        (LIST, {"type": "rpcResult", "callId": 1, "result": []}, []),
+    ],
+)
+async def test_what_a_caller_loads_and_unloads_is_known_at_once(wish, end, told):
+    keep = Keep()
+    model = keep.add("m")
+    facts = []
+    record, keep.record = keep.record, lambda fact: (facts.append(fact), record(fact))
+    async with tunnelled(keep) as (caller, studio, _):
+        await caller.send(wish)
+        await studio.hears(wish)
+        assert facts == []
+        await studio.says(caller, **end)
+        await studio.says(caller, **end)
+
+        assert [type(fact) for fact in facts] == told
+        assert [type(fact) for fact in model.facts] == [kind for kind in told if kind is InstanceLost]
+
+
+async def test_of_instances_that_were_shown_the_oldest_are_forgotten():
     instances = Instances()
     for n in range(2 * INSTANCES):
         instances.remember("local", Shown(f"r{n}", f"i{n}", "m"))
