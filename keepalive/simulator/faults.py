@@ -76,7 +76,7 @@ FAULTS: Mapping[str, Fault] = {fault.name: fault for fault in (
     Fault("close_after_stream", False,
           "the connection is closed after a stream, and no header announces it"),
     Fault("websocket", "sdk",
-          "what a WebSocket on /llm, /embedding, /system meets: the SDK handshake and RPCs; the same and "
+          "what a WebSocket of an SDK (/llm, /embedding, /system, …) meets: LM Studio's protocol; the same and "
           "every other frame sent back; a refusal of the upgrade",
           choices=("sdk", "echo", "refuse")),
     # what stays in memory

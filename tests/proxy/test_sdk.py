@@ -420,6 +420,20 @@ async def test_what_a_caller_loads_and_unloads_is_known_at_once(wish, end, told)
         assert [type(fact) for fact in model.facts] == [kind for kind in told if kind is InstanceLost]
 
 
+async def test_a_load_that_has_waited_is_known_at_once_too():
+    keep, model = cold()
+    facts = []
+    keep.record = facts.append
+    async with tunnelled(keep) as (caller, studio, _):
+        await caller.send(LOAD)
+        await waits(keep)
+        model.loaded.set()
+        await studio.hears(LOAD)
+        await studio.says(caller, type="channelSend", channelId=1, message={"type": "success"})
+
+        assert [type(fact) for fact in facts] == [ModelsChanged]
+
+
 async def test_of_instances_that_were_shown_the_oldest_are_forgotten():
     instances = Instances()
     for n in range(2 * INSTANCES):
