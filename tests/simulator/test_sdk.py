@@ -1,4 +1,4 @@
-"""The protocol of LM Studio's SDKs, frame by frame, where the official one (tests/test_lmstudio_sdk.py) does not look."""
+"""The protocol of LM Studio's SDKs, frame by frame, where the official one does not look."""
 
 import asyncio
 import json
