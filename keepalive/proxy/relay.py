@@ -3,7 +3,6 @@
 Bytes go to the caller first, unchanged, and are looked at afterwards; what looks at them cannot stop them.
 """
 
-import re
 from collections.abc import Callable
 from typing import Final
 
@@ -20,7 +19,7 @@ Push = Callable[[bytes], None]
 
 # An error says so at once, and so much is enough to see it.
 _LOOK_BYTES: Final = 64
-_ERROR: Final = re.compile(rb'\s*\{\s*"(?:error"|type"\s*:\s*"error")')
+_ERRORS: Final = (b'{"error"', b'{"type":"error"')
 
 
 async def first_event(reply: Reply) -> bytes:
@@ -34,15 +33,23 @@ async def first_event(reply: Reply) -> bytes:
 
 
 async def first_error(reply: Reply) -> bytes:
-    """The beginning of a body; all of it, within `HELD_BACK_BYTES`, where it begins as an error does."""
-    first = await reply.read(_LOOK_BYTES)
-    if looks_like_error(first):
-        first += await reply.read(HELD_BACK_BYTES)
+    """The beginning of a body, no more than tells it from an error; an error whole, within `HELD_BACK_BYTES`."""
+    first = b""
+    while _may_be_error(first) and (data := await reply.read(1)):
+        first += data
+        if looks_like_error(first):
+            return first + await reply.read(HELD_BACK_BYTES)
     return first
 
 
+def _may_be_error(first: bytes) -> bool:
+    """Whether what is still to come may make an error of it."""
+    begun = b"".join(first.split())
+    return len(first) < _LOOK_BYTES and any(error.startswith(begun) for error in _ERRORS)
+
+
 def looks_like_error(first: bytes) -> bool:
-    return _ERROR.match(first) is not None
+    return b"".join(first[:_LOOK_BYTES].split()).startswith(_ERRORS)
 
 
 class Whole:

@@ -148,7 +148,7 @@ async def test_c2_leaving_is_noticed_in_every_phase_and_the_upstream_told(how, p
         if phase in ("head", "stream"):
             await asking.send(SSE_HEAD + (chunk(delta("a")) if phase == "stream" else b""))
         if phase == "json":
-            await asking.send(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{")
+            await asking.send(b'HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"id"')
         await asking.left()
         told.set()
 
@@ -179,7 +179,7 @@ async def test_c2_leaving_is_noticed_in_every_phase_and_the_upstream_told(how, p
         elif phase != "upload":
             await live.until(lambda: upstream.requests, "the upstream was asked")
         if phase in ("head", "stream", "json"):
-            await reader.readuntil({"head": b"\r\n\r\n", "stream": b"\n\n\r\n", "json": b"{"}[phase])
+            await reader.readuntil({"head": b"\r\n\r\n", "stream": b"\n\n\r\n", "json": b'{"id"'}[phase])
         leave(writer, how)
 
         await has_left(front)

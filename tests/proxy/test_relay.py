@@ -2,7 +2,7 @@ import pytest
 
 from keepalive.protocols.meter import Meter
 from keepalive.protocols.routes import Protocol
-from keepalive.proxy.relay import FIRST_BYTES, HELD_BACK_BYTES, Events, Whole
+from keepalive.proxy.relay import FIRST_BYTES, HELD_BACK_BYTES, Events, Whole, first_error
 
 ROLE = b'data: {"choices":[{"delta":{"role":"assistant"},"finish_reason":null}]}\n\n'
 TEXT = b'data: {"choices":[{"delta":{"content":"Hi"},"finish_reason":null}]}\n\n'
@@ -79,3 +79,35 @@ def test_of_a_body_only_the_beginning_is_kept(size):
     assert relay.bytes == size
     assert body.startswith(relay.first)
     assert min(size, FIRST_BYTES) <= len(relay.first) < 2 * FIRST_BYTES
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (b'{"id":"x","choices":[]}', b'{"i'),
+        (b'{ "type" : "message" }', b'{ "type" : "m'),
+        (b"[1]", b"["),
+        (b"\n{}", b"\n{}"),
+        (b"", b""),
+    ],
+)
+async def test_no_more_of_a_good_body_is_read_ahead_than_tells_it_from_an_error(body, told):
+    assert await first_error(Bytewise(body)) == told
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"error":"no"}', b' {"error" : {"message":"no"}}', b'{ "type" : "error", "error":{}}']
+)
+async def test_an_error_is_read_whole(body):
+    assert await first_error(Bytewise(body)) == body
+
+
+class Bytewise:
+    """An answer whose body comes a byte at a time, or as much of it as is waited for."""
+
+    def __init__(self, body):
+        self.body = body
+
+    async def read(self, limit):
+        taken, self.body = self.body[:limit], self.body[limit:]
+        return taken
