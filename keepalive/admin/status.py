@@ -6,6 +6,7 @@ Pure: records in, plain values out. Times inside are of the keeper's clock; outs
 import math
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import Any
 
 from keepalive import __version__
@@ -29,9 +30,11 @@ def document(
     urls: Mapping[str, str],
     mistakes: Sequence[str] = (),
     scraped: float | None = None,
+    silences: Mapping[ModelId | None, float] = MappingProxyType({}),
 ) -> Json:
     """`date` turns the keeper's clock into Unix seconds; `mistakes` are those of a rejected config.
 
+    `silences`: seconds since something came of an answer that has begun, by model.
     `started` is the daemon's birth and `scraped` when its metrics were last read, in Unix seconds.
     """
     return {
@@ -53,7 +56,7 @@ def document(
             for upstream in snapshot.upstreams
         ],
         "models": [
-            model_document(upstream, siblings, model, snapshot.now, date)
+            model_document(upstream, siblings, model, snapshot.now, date, silences.get(model.id))
             for upstream in snapshot.upstreams
             for siblings in [snapshot.of(upstream.name)]
             for model in siblings
@@ -72,7 +75,12 @@ def state(model: Model) -> Json:
 
 
 def model_document(
-    upstream: Upstream, siblings: Sequence[Model], model: Model, now: float, date: Callable[[float], float]
+    upstream: Upstream,
+    siblings: Sequence[Model],
+    model: Model,
+    now: float,
+    date: Callable[[float], float],
+    silent: float | None,
 ) -> Json:
     """One model."""
 
@@ -88,6 +96,9 @@ def model_document(
         "busy": model.busy,
         "in_flight": model.in_flight,
         "waiting": model.waiting,
+        "silent_seconds": None
+        if silent is None
+        else math.floor(silent),  # or it were news ten times a second
         "instance_id": model.instance_id,
         "instances": len(model.instances),
         "ours": model.instance_id in model.ours,

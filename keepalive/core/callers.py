@@ -13,6 +13,7 @@ class Outcome(StrEnum):
     UPSTREAM_ERROR = "upstream_error"  # it could not be reached, or said no
     TIMEOUT = "timeout"  # the model did not get warm in time, or the upstream stopped in a head
     CUT = "cut"  # the upstream's answer ended before its end
+    STALLED = "stalled"  # the upstream's answer had begun and fell silent
     REJECTED = "rejected"  # by us: key, origin, size
 
 

@@ -25,6 +25,7 @@ class View:
     kind: str = "llm"
     context_length: int | None = None  # of the instance
     load_fields: Mapping[str, object] = field(default_factory=dict)
+    stall_timeout: float | None = None  # None: its answers may be silent for ever
 
 
 class Keeping(Protocol):

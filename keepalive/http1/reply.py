@@ -30,7 +30,7 @@ class Source(Protocol):
 class Reply:
     """An upstream's answer: its head, then its body as it comes. `close` it in any case."""
 
-    __slots__ = ("_ended", "_link", "_parts", "_parts_bytes", "complete", "cut", "head", "sink")
+    __slots__ = ("_ended", "_link", "_parts", "_parts_bytes", "_read_bytes", "complete", "cut", "head", "sink")
 
     def __init__(self, link: Source, head: ReplyHead) -> None:
         self.head = head
@@ -41,6 +41,7 @@ class Reply:
         self._link: Source | None = link
         self._parts: list[bytes] = []
         self._parts_bytes = 0
+        self._read_bytes = 0
         self.sink: Callable[[bytes], None] | None = None
         self._ended: asyncio.Future[None] | None = None
 
@@ -76,8 +77,14 @@ class Reply:
         self._ended = None
         if self._parts_bytes > AHEAD_BYTES:
             self.resume()
+        self._read_bytes += self._parts_bytes
         self._parts_bytes = 0
         return taken
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of the body: those that came before anybody took them as they come."""
+        return self._read_bytes + self._parts_bytes
 
     def pause(self) -> None:
         if self._link is not None:
@@ -102,7 +109,7 @@ class Reply:
             raise Cut("the upstream closed the connection that it had agreed to upgrade")
         return link.tunnel_to(client, b"".join(self._parts), between)
 
-    # --- from the connection ----------------------------------------------------------------------
+    # --- from the connection, or from whoever gives it up ---------------------------------------------
 
     def take(self, data: bytes) -> None:
         if self.sink is not None:

@@ -24,7 +24,7 @@ from prometheus_client import (
     disable_created_metrics,
 )
 from prometheus_client.exposition import choose_encoder
-from prometheus_client.metrics_core import HistogramMetricFamily, Metric
+from prometheus_client.metrics_core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from keepalive import __version__
@@ -240,7 +240,7 @@ def _escaped(value: str) -> str:
 
 
 class ProxyMetrics:
-    """What users' requests felt. `waiting` and `in_progress` are read when somebody scrapes.
+    """What users' requests felt. `waiting`, `in_progress` and `silences` are read when somebody scrapes.
 
     `gap_bounds` are the upper bounds of the buckets in which the proxy counts gaps.
     """
@@ -250,6 +250,7 @@ class ProxyMetrics:
         registry: CollectorRegistry,
         in_progress: Callable[[], float],
         waiting: Callable[[], float],
+        silences: Callable[[], Mapping[ModelId | None, float]],
         gap_bounds: Sequence[float],
     ) -> None:
         self._requests = Counter(
@@ -287,10 +288,11 @@ class ProxyMetrics:
         )
         self._gaps = _Gaps(gap_bounds)
         registry.register(self._gaps)
+        registry.register(_Silences(silences))
 
     def count(self, seen: Seen) -> None:
         # A name that a caller made up must not become a series.
-        model = seen.model.key if seen.model is not None else "other"
+        model = _label(seen.model)
         self._requests.labels(model, seen.route, seen.outcome).inc()
         self._duration.labels(model).observe(seen.seconds)
         if seen.start == "cold":
@@ -299,6 +301,30 @@ class ProxyMetrics:
             self._first.labels(model, seen.start or "warm").observe(seen.first_token_seconds)
         if seen.gaps:
             self._gaps.add(model, seen.gaps, seen.gap_seconds)
+
+
+def _label(model: ModelId | None) -> str:
+    return "other" if model is None else model.key
+
+
+class _Silences(Collector):
+    """How long answers have been silent; nothing is said of a model of which none is under way."""
+
+    def __init__(self, silences: Callable[[], Mapping[ModelId | None, float]]) -> None:
+        self._silences = silences
+
+    def collect(self) -> Iterator[Metric]:
+        family = GaugeMetricFamily(
+            "keepalive_proxy_silent_seconds",
+            "How long an answer that has begun has been silent; the longest of now.",
+            labels=["model"],
+        )
+        longest: dict[str, float] = {}
+        for model, seconds in self._silences().items():
+            longest[_label(model)] = max(seconds, longest.get(_label(model), 0.0))
+        for label, seconds in longest.items():
+            family.add_metric([label], seconds)
+        yield family
 
 
 class _Gaps(Collector):

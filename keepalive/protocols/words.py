@@ -142,12 +142,18 @@ def _json(value: object) -> bytes:
 _SPACE_OR_CONTROL: Final = re.compile(r"[\x00-\x20\x7f-\xa0\u2028\u2029]+")
 
 
-def heartbeat_comment(model: str, state: str, elapsed: float, eta: float | None) -> bytes:
-    """A comment that every SSE reader skips; seconds, `eta` those still to go."""
+def heartbeat_comment(
+    model: str, state: str, elapsed: float, eta: float | None, silent: float | None = None
+) -> bytes:
+    """A comment that every SSE reader skips; seconds, `eta` those still to go.
+
+    `silent`: an answer has begun, and nothing has come of it for so long.
+    """
     # The model's name is the client's own words here: it must not be able to end the line.
     name = _SPACE_OR_CONTROL.sub("_", model)
     to_go = "" if eta is None else f" eta={eta:.1f}"
-    return sse.encode_comment(f"keepalive model={name} state={state} elapsed={elapsed:.1f}{to_go}")
+    said = "" if silent is None else f" silent={silent:.1f}"
+    return sse.encode_comment(f"keepalive model={name} state={state} elapsed={elapsed:.1f}{to_go}{said}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,9 +164,12 @@ class Heartbeat:
     state: str
     elapsed: float
     eta: float | None
+    silent: float | None = None
 
 
-_HEARTBEAT: Final = re.compile(r"keepalive model=(\S+) state=(\w+) elapsed=(\d+\.\d)(?: eta=(\d+\.\d))?")
+_HEARTBEAT: Final = re.compile(
+    r"keepalive model=(\S+) state=(\w+) elapsed=(\d+\.\d)(?: eta=(\d+\.\d))?(?: silent=(\d+\.\d))?"
+)
 
 
 def read_heartbeat(comment: str) -> Heartbeat | None:
@@ -168,8 +177,8 @@ def read_heartbeat(comment: str) -> Heartbeat | None:
     found = _HEARTBEAT.fullmatch(comment)
     if found is None:
         return None
-    model, state, elapsed, to_go = found.groups()
-    return Heartbeat(model, state, float(elapsed), None if to_go is None else float(to_go))
+    model, state, elapsed, *optional = found.groups()
+    return Heartbeat(model, state, float(elapsed), *(None if one is None else float(one) for one in optional))
 
 
 def heartbeat_reasoning(route: Route, model: str, state: str, elapsed: float, eta: float | None) -> bytes:

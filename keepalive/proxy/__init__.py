@@ -11,6 +11,7 @@
     call       the request to the upstream, and its answer back
     upstreams  the connections to each, and what is sent on them
     relay      the hot path: an answer's bytes
+    silence    how long that has been silent
     answer     what is ours to say to the caller
     account    what is measured
     settings   what the proxy is told to do

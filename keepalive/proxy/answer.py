@@ -20,6 +20,7 @@ from keepalive.protocols.routes import Protocol, Route
 from keepalive.protocols.words import NO_ERROR, error_body, error_event, response_failed
 from keepalive.proxy.account import Account
 from keepalive.proxy.relay import Events, Push, Whole
+from keepalive.proxy.silence import Silence
 
 _UNBUFFERED: Final = (b"X-Accel-Buffering", b"no")
 _EVENTS: Headers = [
@@ -32,7 +33,7 @@ _EVENTS: Headers = [
 class Answer:
     """The answer to one request, as far as it has come."""
 
-    __slots__ = ("_account", "_begun", "_caller", "_grant", "_route", "passed", "promised", "spoke")
+    __slots__ = ("_account", "_begun", "_caller", "_grant", "_route", "passed", "promised", "silence", "spoke")
 
     def __init__(self, caller: Caller, route: Route, account: Account, origins: cors.Origins) -> None:
         self._caller = caller
@@ -46,6 +47,8 @@ class Answer:
         self.spoke = False
         #: The upstream's answer, once it passes.
         self.passed: Events | Whole | None = None
+        #: Of the upstream's answer, from its head on.
+        self.silence: Silence | None = None
 
     @property
     def torn(self) -> bool:
@@ -100,6 +103,10 @@ class Answer:
         else:
             self._account.outcome = Outcome.CUT
             self._caller.abort()
+
+    def stalled(self, why: str) -> None:
+        """It had begun, and was given up."""
+        self.fail(504, why, "stalled", outcome=Outcome.STALLED)
 
     def told_error(self, data: bytes) -> None:
         """A stream has come to its end with the upstream's own error event, which said `data`."""

@@ -22,6 +22,7 @@ from keepalive.proxy.body import Body, Room
 from keepalive.proxy.patience import Patience
 from keepalive.proxy.relay import Events, Whole, first_error, first_event, looks_like_error
 from keepalive.proxy.settings import Heartbeat, Settings
+from keepalive.proxy.silence import Silence
 from keepalive.proxy.stored import Stored, Watch
 from keepalive.proxy.upstreams import Upstreams
 
@@ -132,7 +133,7 @@ class Call:
         for one in self._forwarded:
             self._owner.keeping.record(RequestStarted(account.sent_at, one))
         try:
-            return await self._owner.upstreams.send(
+            reply = await self._owner.upstreams.send(
                 upstream,
                 caller,
                 self.body.data,
@@ -144,6 +145,19 @@ class Call:
         except UpstreamError:
             self._told(answered=False)
             raise
+        if not upgrade:
+            self._listen(reply)
+        return reply
+
+    def _listen(self, reply: Reply) -> None:
+        owner, answer, model = self._owner, self.answer, self.account.model
+        timeout = owner.settings.stall_timeout if model is None else owner.keeping.view(model).stall_timeout
+
+        def came() -> int:
+            return reply.kept_bytes if answer.passed is None else answer.passed.bytes
+
+        answer.silence = Silence(reply, self.caller, came, timeout, owner.ticker)
+        answer.silence.begin(self.account.now())
 
     async def read_refusal(self, reply: Reply, *, ahead: bool) -> Lost | None:
         """Whether this answer says that the model went away; then the keeper knows it too.
@@ -181,6 +195,7 @@ class Call:
 
     def close(self, reply: Reply) -> None:
         self.caller.on_pause = self.caller.on_resume = None
+        self._stop_listening()
         reply.close()
         self._told(answered=False)
 
@@ -189,6 +204,11 @@ class Call:
         """Who answers, where that is no guess: LM Studio chooses only where there is but one."""
         chosen = self.account.model is not None or (self.meaning is not None and not self.meaning.known)
         return self._forwarded[0] if chosen and len(self._forwarded) == 1 else None
+
+    def _stop_listening(self) -> None:
+        silence, self.answer.silence = self.answer.silence, None
+        if silence is not None:
+            silence.stop()
 
     def _told(self, *, answered: bool) -> None:
         answered = answered and self._only is not None
@@ -202,6 +222,8 @@ class Call:
         """The upstream's answer becomes ours, byte for byte."""
         caller, head = self.caller, reply.head
         self.body.release()
+        if self._stalled():
+            return None
         stream = head.stream and head.status == 200 and caller.head.method != b"HEAD"
         if self.answer.promised and not stream:
             return await self._explain(reply)
@@ -216,6 +238,7 @@ class Call:
 
     async def _relay_events(self, reply: Reply) -> None:
         account, answer = self.account, self.answer
+        stalled = False
         events = Events(
             answer.push, account.now, Meter(self.route.protocol, account.began), lambda: answer.spoke
         )
@@ -230,7 +253,7 @@ class Call:
         meter = events.meter
         error = meter.error if meter is not None else None
         if not complete:
-            answer.cut()
+            stalled = self._broke_off()
         else:
             events.finish()
             account.outcome = Outcome.OK
@@ -243,7 +266,7 @@ class Call:
             self.caller.finish()
         lost = self._look(200, error) if error is not None else None
         answered = meter is not None and meter.first_token_seconds is not None
-        self._told(answered=answered and lost is None)
+        self._told(answered=answered and lost is None and not stalled)
 
     async def _relay_whole(self, reply: Reply, words: Words | None) -> None:
         if self._patience is not None:
@@ -257,7 +280,7 @@ class Call:
         if not (reply.complete or reply.cut):
             self.caller.flush()
         if not await reply.ended():
-            self.answer.cut()
+            self._broke_off()
             return
         self.caller.finish()
         status = reply.head.status
@@ -284,7 +307,23 @@ class Call:
     async def _explain(self, reply: Reply) -> None:
         """An answer that is no event stream, to a caller that was promised one."""
         body = self._first or await reply.read(ERROR_BYTES)
-        self.answer.explain(reply.head.status, body)
+        if not self._stalled():
+            self.answer.explain(reply.head.status, body)
+
+    def _broke_off(self) -> bool:
+        """The upstream's answer has ended before its end; whether because we gave it up."""
+        if self._stalled():
+            return True
+        self.answer.cut()
+        return False
+
+    def _stalled(self) -> bool:
+        silence = self.answer.silence
+        if silence is None or not silence.stalled:
+            return False
+        self.answer.stalled(silence.why)
+        self.lost(silence.why)  # a model that does so has to prove that it answers
+        return True
 
     def end(self) -> None:
         """The request is over, however it went."""

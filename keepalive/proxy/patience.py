@@ -76,6 +76,8 @@ class Patience:
                 return
             words = heartbeat_reasoning(self._route, model.key, view.state, elapsed, view.eta)
         else:
-            words = heartbeat_comment(model.key, view.state, elapsed, view.eta)
+            silence = self._answer.silence
+            silent = None if silence is None else silence.seconds
+            words = heartbeat_comment(model.key, view.state, elapsed, view.eta, silent)
         self._answer.spoke = True
         caller.push(words)

@@ -304,6 +304,16 @@ class Proxy:
             return None
         return SdkCalls(self, upstream, route.kind, joins=self.settings.join_loads)
 
+    def silences(self) -> dict[ModelId | None, float]:
+        """How long the quietest of the answers that have begun has been silent, by its model."""
+        longest: dict[ModelId | None, float] = {}
+        for call in self.calls:
+            silent = call.answer.silence.seconds if call.answer.silence is not None else None
+            if silent is not None:
+                model = call.account.model
+                longest[model] = max(silent, longest.get(model, 0.0))
+        return longest
+
     def admit(self, head: RequestHead) -> tuple[Key | None, access.Refused | None]:
         """The caller's key, where it showed one; what a caller is told that may not ask."""
         return access.admit(head, self.settings)

@@ -29,6 +29,8 @@ class Settings:
     connect_timeout: float = 5.0
     list_timeout: float = 10.0
     join_loads: bool = True  # a caller's load of a model that we keep is our load
+    #: How long an answer of a model that nobody keeps may be silent once it has begun; None: for ever.
+    stall_timeout: float | None = None
     #: Of the bodies of all requests that wait, together.
     kept_bytes: int = 512 * 1024 * 1024
     loopback: bool = True  # nobody but this machine can reach the listener

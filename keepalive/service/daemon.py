@@ -186,7 +186,13 @@ class Daemon:
 
     def status(self) -> dict[str, Any]:
         document = status.document(
-            self.keeper.snapshot(), self._dates, self._started, self._urls, self._mistakes, self._scraped
+            self.keeper.snapshot(),
+            self._dates,
+            self._started,
+            self._urls,
+            self._mistakes,
+            self._scraped,
+            self._front.silences(),
         )
         return {**document, "draining": self.stopping}
 

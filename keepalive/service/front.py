@@ -64,7 +64,11 @@ class Front:
             self._proxy, self._proxy.admit, self, self._warm, self._proxy.ticker, self._seen
         )
         self._metrics = ProxyMetrics(
-            metrics.registry, lambda: self._proxy.in_progress, lambda: self._proxy.waiting, GAP_BOUNDS
+            metrics.registry,
+            lambda: self._proxy.in_progress,
+            lambda: self._proxy.waiting,
+            self._proxy.silences,
+            GAP_BOUNDS,
         )
 
     def configure(
@@ -130,6 +134,10 @@ class Front:
             await self._listener.close()
         await self._proxy.close()
 
+    def silences(self) -> Mapping[ModelId | None, float]:
+        """See `Proxy.silences`."""
+        return self._proxy.silences()
+
     # --- what the proxy asks ------------------------------------------------------------------------
 
     def find(self, name: str) -> Sequence[ModelId]:
@@ -159,6 +167,7 @@ class Front:
             waiting=known.waiting,
             retry_after=None if known.retry_at is None or known.retry_at <= now else known.retry_at - now,
             max_wait=kept.max_wait if kept else 0.0,
+            stall_timeout=kept.stall_timeout if kept else None,
             wanted=known.wanted,
             kind=known.kind,
             context_length=known.instances[0].context_length if known.instances else None,
@@ -180,6 +189,7 @@ class Front:
         server = settings.server
         self._kept = {ModelId(kept.upstream, kept.key): kept for kept in settings.kept}
         self._list_timeout = max(upstream.list_timeout for upstream in settings.upstreams)
+        silence = settings.defaults.stall_timeout
         return Settings(
             upstreams={u.name: Address(u.url, tokens.get(u.name)) for u in settings.upstreams},
             heartbeat=server.heartbeat,
@@ -188,6 +198,7 @@ class Front:
             connect_timeout=min(u.connect_timeout for u in settings.upstreams),
             list_timeout=self._list_timeout,
             join_loads=server.loads == "join",
+            stall_timeout=None if silence == "off" else silence,
             loopback=is_loopback(server.listen.host),
             allowed_hosts=frozenset(server.allowed_hosts),
             allowed_origins=frozenset(server.allowed_origins),

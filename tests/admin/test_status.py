@@ -53,7 +53,13 @@ def test_the_document_of_a_daemon_with_one_warm_model() -> None:
         waiting=1,
     )
 
-    page = document(Snapshot(100.0, (UP,), (gemma,)), date, WALL - 100, {"local": "http://127.0.0.1:1234"})
+    page = document(
+        Snapshot(100.0, (UP,), (gemma,)),
+        date,
+        WALL - 100,
+        {"local": "http://127.0.0.1:1234"},
+        silences={GEMMA: 12.7, None: 60.0},
+    )
 
     assert page == {
         "version": __version__,
@@ -83,6 +89,7 @@ def test_the_document_of_a_daemon_with_one_warm_model() -> None:
                 "busy": False,
                 "in_flight": 2,
                 "waiting": 1,
+                "silent_seconds": 12,
                 "instance_id": "gemma",
                 "instances": 1,
                 "ours": True,

@@ -146,6 +146,7 @@ class Model:
     max_wait: float = 600.0
     aliases: tuple[str, ...] = ()
     kind: str = "llm"
+    stall_timeout: float | None = None
     fails: NotWarm | None = None
     loads: int = 0
     loading: asyncio.Task[None] | None = None
@@ -192,7 +193,14 @@ class Keep:
 
     def view(self, model: ModelId, /) -> View:
         it = self.models[model]
-        return View(state=it.state, reason=it.reason, elapsed=it.elapsed, eta=it.eta, max_wait=it.max_wait)
+        return View(
+            state=it.state,
+            reason=it.reason,
+            elapsed=it.elapsed,
+            eta=it.eta,
+            max_wait=it.max_wait,
+            stall_timeout=it.stall_timeout,
+        )
 
     async def ensure_warm(self, models: Sequence[ModelId], /) -> ModelId:
         self.warm_asked += 1

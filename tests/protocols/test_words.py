@@ -165,6 +165,9 @@ def test_heartbeats_are_comments_with_what_is_known():
     assert heartbeat_comment("acme/tiny", "loading", 12.04, 96.4) == (
         b": keepalive model=acme/tiny state=loading elapsed=12.0 eta=96.4\n\n"
     )
+    assert heartbeat_comment("tiny", "warm", 60, None, 12.04) == (
+        b": keepalive model=tiny state=warm elapsed=60.0 silent=12.0\n\n"
+    )
     assert heartbeat_comment("tiny", "cold", 0, None) == b": keepalive model=tiny state=cold elapsed=0.0\n\n"
 
 
@@ -192,6 +195,9 @@ def test_the_model_of_a_heartbeat_is_read_and_other_comments_are_nobodys():
     (comment,) = Decoder().feed(heartbeat_comment("acme/x", "cold", 1.25, None))
 
     assert read_heartbeat(comment.text) == Heartbeat("acme/x", "cold", 1.2, None)
+    assert read_heartbeat("keepalive model=m state=warm elapsed=60.0 silent=12.0") == Heartbeat(
+        "m", "warm", 60.0, None, 12.0
+    )
     assert read_heartbeat("keep-alive") is None
     assert read_heartbeat("keepalive model=a state=loading elapsed=1.0 eta=2.0 more") is None
 
