@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import socket
 from typing import Protocol, cast
 
@@ -278,11 +279,9 @@ class Link(asyncio.Protocol):
             self._salvage()
         if self._reply is not None:
             self._reply.end(complete=False)
-        how = (
-            "is gone without a word"
-            if isinstance(exc, TimeoutError)
-            else "closed the connection before it answered"
-        )
+        # The kernel gave up on it: by then it may know no way there any more.
+        silently = isinstance(exc, OSError) and exc.errno in (errno.ETIMEDOUT, errno.EHOSTUNREACH)
+        how = "is gone without a word" if silently else "closed the connection before it answered"
         self._fail(Cut(f"{self._owner.name} {how}"))
         if self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
