@@ -43,7 +43,7 @@ class Window:
     minutes: tuple[tuple[int, int], ...]
     """Half-open spans of minutes since Monday 00:00, in order, apart from each other."""
 
-    text: str = field(default="", compare=False)
+    text: str = field(compare=False)
 
     def __str__(self) -> str:
         return self.text
@@ -94,12 +94,12 @@ def parse(text: str) -> Window:
         days: list[int] = []
         # "Mon, Wed 08:00-12:00": days wait for the times that come behind them.
         waiting: list[int] = []
-        part = ""
         for part in group.split(","):
-            named, start, end = _read_part(part)
+            named, times = _read_part(part)
             waiting += named
-            if start is None or end is None:
+            if times is None:
                 continue
+            start, end = times
             days, waiting = waiting or days or list(range(7)), []
             spans += [(day * _DAY + start, day * _DAY + end) for day in days]
         if waiting:
@@ -107,7 +107,7 @@ def parse(text: str) -> Window:
     return Window(_merged(spans), " ".join(text.split()))
 
 
-def _read_part(part: str) -> tuple[list[int], int | None, int | None]:
+def _read_part(part: str) -> tuple[list[int], tuple[int, int] | None]:
     """Days and the minutes of a day between them; the end lies past 24:00 when it is on the next day."""
     part = part.strip()
     if not part:
@@ -116,7 +116,7 @@ def _read_part(part: str) -> tuple[list[int], int | None, int | None]:
     if times is None:
         if _LOOKS_LIKE_TIMES.search(part):
             raise ValueError(f'"{_short(part)}" has no time span; write one such as "Mon-Fri 08:00-19:00"')
-        return _read_days(part), None, None
+        return _read_days(part), None
     rest = part[times.end() :].strip()
     if rest:
         raise ValueError(f'"{_short(rest)}" follows a time; write days before the time and "," between spans')
@@ -128,7 +128,7 @@ def _read_part(part: str) -> tuple[list[int], int | None, int | None]:
             f'"{times[0]}" has no length, so it is never open; write "00:00-24:00" for a whole day'
         )
     days = part[: times.start()].strip()
-    return (_read_days(days) if days else []), start, end if end > start else end + _DAY
+    return (_read_days(days) if days else []), (start, end if end > start else end + _DAY)
 
 
 def _read_time(text: str) -> int:
@@ -150,7 +150,7 @@ def _read_day(text: str) -> int:
         if text.lower() in (day.lower(), day[:3].lower()):
             return number
     names = {name.lower(): name for day in DAYS for name in (day[:3], day)}
-    near = difflib.get_close_matches(text.lower()[:20], names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(text.lower()[:20], names, cutoff=0.5)
     # The short name, because that is what people write; "Thurs" and "Tues" are abbreviations and no slips.
     advice = (
         f'write "{names[near[0]][:3]}"' if near else 'write "Mon", "Tue", "Wed", "Thu", "Fri", "Sat" or "Sun"'

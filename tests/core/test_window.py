@@ -98,21 +98,31 @@ def test_a_window_keeps_the_text_it_was_written_as() -> None:
     assert str(window) == "Mon-Fri 08:00-19:00"
 
 
+ANY_DAY = 'write "Mon", "Tue", "Wed", "Thu", "Fri", "Sat" or "Sun"'
+QS = "q" * 50
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", 'a span is missing; write one such as "Mon-Fri 08:00-19:00"'),
         ("Mon 08:00-09:00;", 'a span is missing; write one such as "Mon-Fri 08:00-19:00"'),
+        ("Mon 08:00-09:00, ", 'a span is missing; write one such as "Mon-Fri 08:00-19:00"'),
         ("Mon-Fri", '"Mon-Fri" has no times; write "Mon-Fri 00:00-24:00"'),
         ("Mon 08:00-09:00, Sat", '"Sat" has no times; write "Sat 00:00-24:00"'),
         ("Mon-Fry 08:00-19:00", '"Fry" is no day; write "Fri"'),
         ("Wendesday 08:00-19:00", '"Wendesday" is no day; write "Wed"'),
         ("Thurs 08:00-19:00", '"Thurs" is no day; write "Thu"'),
+        ("M 08:00-19:00", '"M" is no day; write "Mon"'),
+        ("M\0n 08:00-19:00", '"M?n" is no day; write "Mon"'),
+        (f"{QS[:40]} 08:00-19:00", f'"{QS[:40]}" is no day; {ANY_DAY}'),
+        (f"{QS[:41]} 08:00-19:00", f'"{QS[:39]}…" is no day; {ANY_DAY}'),
         ("xyz 08:00-19:00", '"xyz" is no day; write "Mon", "Tue", "Wed", "Thu", "Fri", "Sat" or "Sun"'),
         ("Mon- 08:00-19:00", '"" is no day; write "Mon", "Tue", "Wed", "Thu", "Fri", "Sat" or "Sun"'),
         ("Mon 8-19", '"Mon 8-19" has no time span; write one such as "Mon-Fri 08:00-19:00"'),
         ("Mon 08:00", '"Mon 08:00" has no time span; write one such as "Mon-Fri 08:00-19:00"'),
         ("Mon 08:00-25:00", '"25:00" is no time of day; write one from "00:00" to "24:00"'),
+        ("Mon 08:00-24:01", '"24:01" is no time of day; write one from "00:00" to "24:00"'),
         ("Mon 08:60-09:00", '"08:60" is no time of day; write one from "00:00" to "24:00"'),
         ("Mon 24:00-06:00", '24:00 can only end a span; write "00:00" to start one'),
         (
@@ -132,6 +142,18 @@ def test_a_window_that_cannot_be_read_is_told_with_what_to_write(text: str, mess
         parse(text)
 
     assert str(raised.value) == message
+
+
+def test_a_window_may_be_as_long_as_a_thousand_characters() -> None:
+    longest = "Mon 08:00-09:00" + " " * 985
+
+    assert parse(longest) == parse("Mon 08:00-09:00")
+    with pytest.raises(ValueError, match=r"^has 1001 characters; write at most 1000$"):
+        parse(longest + " ")
+
+
+def test_the_last_minute_of_the_week_does_not_reach_into_the_first() -> None:
+    assert parse("Sun 00:00-24:00").minutes == ((8640, 10080),)
 
 
 # --- When it is open ---
@@ -184,8 +206,10 @@ def test_a_span_in_the_skipped_hour_opens_a_week_later() -> None:
 
 def test_a_span_that_starts_in_the_skipped_hour_opens_when_the_clock_has_jumped() -> None:
     window = parse("Sun 01:30-03:00")
+    jump = datetime(2026, 3, 29, 1, 0, tzinfo=UTC)
 
-    assert window.next_change(at("2026-03-29T00:00"), LISBON) == datetime(2026, 3, 29, 1, 0, tzinfo=UTC)
+    assert window.next_change(at("2026-03-29T00:00"), LISBON) == jump
+    assert window.next_change(jump - timedelta(seconds=1), LISBON) == jump
 
 
 def test_the_29th_of_february_is_a_day_like_others() -> None:
