@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Final, Protocol
 
 from keepalive.core.errors import NotWarm
-from keepalive.core.facts import InstanceLost, ModelId, ModelsChanged, RequestEnded, RequestStarted
+from keepalive.core.facts import InstanceLost, ModelId, ModelsChanged, RequestEnded, RequestStarted, WarmAsked
 from keepalive.core.keeping import Keeping
 from keepalive.http1 import Tunnel
 from keepalive.protocols import sdk
@@ -79,7 +79,7 @@ class SdkCalls:
 
     def said(self, data: bytes) -> bytes:
         on = b"".join([self._heard(piece) for piece in self._caller.feed(data)])
-        if self._caller.deaf and self._wait is not None:
+        while self._caller.deaf and self._wait is not None:
             on += self._release()
         self._measure()
         return on
@@ -131,6 +131,10 @@ class SdkCalls:
         if asked.wish in self._waits:
             models = self._kept([asked.name] if asked.name is not None else [])
             if models and all(self._owner.keeping.view(model).state != "warm" for model in models):
+                for model in models:
+                    # Whoever has it loaded means to use it for a while, not for one request.
+                    if not self._owner.keeping.view(model).wanted:
+                        self._owner.keeping.record(WarmAsked(self._now(), model))
                 self._hold(piece)
                 self._held_id = asked.id
                 self._wait = asyncio.create_task(self._until_warm(models))

@@ -150,6 +150,7 @@ class Model:
     fails: NotWarm | None = None
     loads: int = 0
     loading: asyncio.Task[None] | None = None
+    wanted: bool = True
     facts: list[Fact] = field(default_factory=list)
 
 
@@ -200,6 +201,7 @@ class Keep:
             eta=it.eta,
             max_wait=it.max_wait,
             stall_timeout=it.stall_timeout,
+            wanted=it.wanted,
         )
 
     async def ensure_warm(self, models: Sequence[ModelId], /) -> ModelId:

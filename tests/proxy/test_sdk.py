@@ -7,7 +7,7 @@ import json
 import pytest
 
 from keepalive.core.errors import NotWarm
-from keepalive.core.facts import InstanceLost, ModelsChanged, RequestEnded, RequestStarted
+from keepalive.core.facts import InstanceLost, ModelsChanged, RequestEnded, RequestStarted, WarmAsked
 from keepalive.protocols.sdk import Said, Shown, Wish
 from keepalive.proxy import Address
 from keepalive.proxy.sdk import INSTANCES, Instances
@@ -110,6 +110,16 @@ async def test_a_load_of_a_cold_model_waits_for_the_one_load_and_what_follows_wa
 
         await studio.hears(ALIVE, wish, LIST)
         assert (model.loads, front.proxy.waiting) == (1, 0)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+async def test_a_model_that_is_not_wanted_is_from_then_on(wanted):
+    keep, model = cold(wanted=wanted)
+    async with tunnelled(keep) as (caller, _, _):
+        await caller.send(GET)
+        await waits(keep)
+
+        assert [type(fact) for fact in model.facts] == ([] if wanted else [WarmAsked])
 
 
 async def test_two_that_wait_on_one_connection_share_the_load_and_keep_their_order():
@@ -260,6 +270,29 @@ async def test_compressed_frames_pass_unread():
 
 UPGRADE = b"GET /llm HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
 SWITCH = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+
+
+async def test_what_is_not_understood_goes_on_with_all_that_waits_before_it():
+    keep, model = cold()
+    other = keep.add("other", state="cold", loaded=asyncio.Event())
+    got = bytearray()
+    second = channel("getOrLoad", {"identifier": "other"}, 2)
+    sent = frame(TEXT, GET.encode()) + frame(TEXT, second.encode()) + b"\xc1\x80 not understood"
+
+    async def script(asking):
+        await asking.send(SWITCH)
+        while data := await asking.reader.read(65_536):
+            got.extend(data)
+
+    async with fronted(script, keep=keep) as (front, _):
+        reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+        writer.write(UPGRADE + sent)
+        await reader.readuntil(b"\r\n\r\n")
+        await live.until(lambda: len(got) == len(sent), "all of it has come")
+
+        assert bytes(got) == sent
+        writer.close()
+    assert (model.loads, other.loads) == (0, 0)
 
 
 @pytest.mark.parametrize("drip", [1, 7, 10_000])
