@@ -223,6 +223,7 @@ async def test_a_caller_that_leaves_ends_its_wait_and_nothing_of_it_goes_on(how)
         await live.until(lambda: not keep.waiting, "the wait has ended")
         await live.until(lambda: studio.socket.state.name == "CLOSED", "LM Studio was told")
         assert studio.heard == []
+        assert studio.socket.close_code == (1000 if how == "close" else 1006)  # told by the caller himself
         await live.until(lambda: not front.proxy.in_progress)
 
 
@@ -270,6 +271,31 @@ async def test_compressed_frames_pass_unread():
 
 UPGRADE = b"GET /llm HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
 SWITCH = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+
+
+async def test_a_half_close_ends_a_wait_though_the_other_direction_goes_on():
+    keep, _ = cold()
+    got = []
+    over = asyncio.Event()
+
+    async def script(asking):
+        await asking.send(SWITCH)
+        got.append(await asking.reader.read())
+        await over.wait()
+
+    async with fronted(script, keep=keep) as (front, _):
+        reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+        writer.write(UPGRADE)
+        await reader.readuntil(b"\r\n\r\n")
+        begun = frame(TEXT, LIST.encode())[:-1]
+        writer.write(frame(TEXT, GET.encode()) + begun)
+        await waits(keep)
+        writer.write_eof()
+        await live.until(lambda: got and not keep.waiting, "it has ended")
+
+        assert got == [begun]
+        over.set()
+        writer.close()
 
 
 async def test_what_is_not_understood_goes_on_with_all_that_waits_before_it():
