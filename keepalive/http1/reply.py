@@ -30,7 +30,17 @@ class Source(Protocol):
 class Reply:
     """An upstream's answer: its head, then its body as it comes. `close` it in any case."""
 
-    __slots__ = ("_ended", "_link", "_parts", "_parts_bytes", "_read_bytes", "complete", "cut", "head", "sink")
+    __slots__ = (
+        "_ended",
+        "_link",
+        "_parts",
+        "_parts_bytes",
+        "_read_bytes",
+        "complete",
+        "cut",
+        "head",
+        "sink",
+    )
 
     def __init__(self, link: Source, head: ReplyHead) -> None:
         self.head = head

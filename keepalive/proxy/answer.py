@@ -33,7 +33,17 @@ _EVENTS: Headers = [
 class Answer:
     """The answer to one request, as far as it has come."""
 
-    __slots__ = ("_account", "_begun", "_caller", "_grant", "_route", "passed", "promised", "silence", "spoke")
+    __slots__ = (
+        "_account",
+        "_begun",
+        "_caller",
+        "_grant",
+        "_route",
+        "passed",
+        "promised",
+        "silence",
+        "spoke",
+    )
 
     def __init__(self, caller: Caller, route: Route, account: Account, origins: cors.Origins) -> None:
         self._caller = caller
