@@ -100,7 +100,7 @@ async def test_the_keeper_is_told_so_that_the_model_has_to_prove_itself():
     [
         ("/v1/chat/completions", b'"code":"stalled"'),
         ("/v1/responses", b'event: error\ndata: {"type":"error","code":"stalled"'),
-        ("/v1/messages", b'event: error\ndata: {"type":"error","error":{"type":"api_error"'),
+        ("/v1/messages", b'event: error\ndata: {"type":"error","error":{"type":"timeout_error"'),
         ("/api/v1/chat", b'event: error\ndata: {"type":"error","error":{'),
     ],
 )
