@@ -84,6 +84,10 @@ async def tell(url: str, **faults: Any) -> None:
     assert (await asked(f"{url}/simulator/faults", "PATCH", faults))[0] == 200
 
 
+def is_refused(running: Daemon) -> bool:
+    return "nothing listens" in str(running.status()["upstreams"][0]["error"])
+
+
 def lm_studio(other: Machine, *models: str) -> str:
     options = [word for key in models for word in ("--model", key)]
     other.run(*KEEPALIVE, "simulate", "--host", other.there, *options, name="simulator")
@@ -146,8 +150,8 @@ async def test_lm_studios_machine_loses_power_under_all_that_is_under_way(other:
 
         other.is_removed()
         other.power_on()
-        refused = lambda: "refused" in str(running.status()["upstreams"][0]["error"])  # noqa: E731
-        await until(refused, "nobody listens on it yet", LONG)
+        # Only then is it known that the load has died with the machine.
+        await until(lambda: is_refused(running), "nobody listens on it yet", LONG)
         lm_studio(other, "talks:0", "pinged:0", "loads:0")
 
         assert b"data: [DONE]" in await held.ended()
