@@ -281,7 +281,7 @@ def test_the_document_of_what_is_remembered_is_written_out() -> None:
             {"at": "2026-11-22T10:01:30.000Z", "state": "cold"},
         ],
         "waits": {"requests": 2, "seconds": 15.5},
-        "pings": {"ok": 2, "error": 0, "timeout": 0, "wrong_model": 0, "skipped": 0},
+        "pings": {"ok": 2, "error": 0, "timeout": 0, "wrong_model": 0, "refused": 0, "skipped": 0},
     }
 
 
