@@ -791,6 +791,11 @@ class World:
         site.network = how
         asyncio.get_running_loop().call_later(seconds, lambda: setattr(site, "network", "open"))
 
+    def is_missed(self, site: Site) -> bool:
+        """Whether the daemon knows that this one is in trouble."""
+        known = self.life.keeper.snapshot().upstreams if self.life is not None else ()
+        return any(upstream.failures for upstream in known if upstream.name == site.name)
+
     def comes_back(self, site: Site, kind: str, after: float) -> None:
         """Where nothing else is wrong by then, it has to be noticed soon."""
 
@@ -806,6 +811,8 @@ class World:
                     return  # another outage, within this one, has ended it sooner
             elif self.injected.total() != faults_before:
                 return
+            if kind in LOOKED_AT and not self.is_missed(site):
+                return  # it was over before anybody looked
             until = now + BACK_WITHIN[kind] + self.tick
             owed = self.judge.owed_looks if kind in LOOKED_AT else self.judge.owed_loads
             if owed is self.judge.owed_looks or site.studio.tier == "v1":
