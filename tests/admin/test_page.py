@@ -1257,7 +1257,7 @@ async def test_a_day_with_its_troubles_can_be_told_from_the_page(
     seconds = [{"value": s, "model": key, "times": 1} for key in took for s in took[key]]
     nomic = SimModel("text-embedding-nomic-embed-text-v1.5", "embedding", 84_106_624, load_seconds=0.5)
     async with (
-        simulator(medicine, gemma, qwen, token_seconds=0.2, answer_tokens=1000, load_seconds=seconds) as gpu,
+        simulator(medicine, gemma, qwen, token_seconds=0.2, answer_tokens=5000, load_seconds=seconds) as gpu,
         simulator(nomic, SimModel("llama-3.2-3b")) as desk,
     ):
         desk.studio.tier = "v0"
@@ -1298,7 +1298,7 @@ async def test_a_day_with_its_troubles_can_be_told_from_the_page(
             await day.passes(4.2 * 3600)
             day.running.release(ModelId("desk", nomic.key))
             # It crashes under somebody's eyes.
-            begin(medicine.key, 1000)
+            begin(medicine.key, 5000)
             await until(lambda: day.model(medicine.key)["in_flight"] and gpu.studio.in_flight)
             gpu.studio.crash(medicine.key)
             await day.reaches(medicine.key, "loading")
@@ -1314,11 +1314,11 @@ async def test_a_day_with_its_troubles_can_be_told_from_the_page(
             await day.begins(gemma.key)
             for _ in range(3):
                 begin(gemma.key, 1)
-            for _ in range(2):
-                begin(medicine.key, 1000)
             await until(lambda: day.model(gemma.key)["waiting"] == 3)
-            await until(lambda: day.model(medicine.key)["in_flight"] == 2)
             await day.skips(60)
+            for _ in range(2):
+                begin(medicine.key, 5000)
+            await until(lambda: day.model(medicine.key)["in_flight"] == 2)
             await asked(f"{day.running.admin_url}/metrics")
             wide = {"viewport": {"width": 1280, "height": 860}, "color_scheme": "dark"}
             phone = {"viewport": {"width": 390, "height": 844}, "color_scheme": "light"}

@@ -664,7 +664,8 @@ class World:
             raise Broken(f"seed {self.seed}: I0: the daemon died:\n{story}") from failure
         now = asyncio.get_running_loop().time()
         for model in life.keeper.snapshot().models:
-            late = now - model.proof_expires
+            # While a user is answered the claim stands; after him the next listing decides.
+            late = now - max(model.proof_expires, model.used_at + model.policy.refresh_interval)
             if (
                 model.state is State.WARM
                 and not model.in_flight

@@ -172,6 +172,7 @@ def test_waits_and_pings_are_those_of_the_last_day() -> None:
         PingOutcome.ERROR: 0,
         PingOutcome.TIMEOUT: 1,
         PingOutcome.WRONG_MODEL: 0,
+        PingOutcome.REFUSED: 0,
         PingOutcome.SKIPPED: 0,
     }
 

@@ -127,6 +127,7 @@ def test_the_page_before_anything_is_known_is_written_out() -> None:
         'keepalive_model_pings_total{model="gemma",upstream="local",outcome="error"} 0.0',
         'keepalive_model_pings_total{model="gemma",upstream="local",outcome="timeout"} 0.0',
         'keepalive_model_pings_total{model="gemma",upstream="local",outcome="wrong_model"} 0.0',
+        'keepalive_model_pings_total{model="gemma",upstream="local",outcome="refused"} 0.0',
         'keepalive_model_pings_total{model="gemma",upstream="local",outcome="skipped"} 0.0',
         'keepalive_model_ping_duration_seconds_sum{model="gemma",upstream="local"} 0.0',
         'keepalive_model_ping_duration_seconds_count{model="gemma",upstream="local"} 0.0',

@@ -69,7 +69,8 @@ def test_the_curl_examples_run_and_answer_as_shown(tmp_path: Path) -> None:
 
 
 def test_every_code_that_is_shown_is_one_that_the_program_knows() -> None:
-    files = [*(PROJECT / "keepalive" / "prompts").glob("*.py"), PROJECT / "keepalive" / "proxy" / "proxy.py"]
+    folders = ("prompts", "protocols", "proxy")
+    files = [file for folder in folders for file in (PROJECT / "keepalive" / folder).glob("*.py")]
     source = "".join(file.read_text() for file in files)
     rows = re.findall(r"^\| [45]\d\d.*? \| (.*?) \|", DOCS, re.MULTILINE)
     codes = {code for row in rows for code in re.findall(r"`(\w+)`", row)}

@@ -683,12 +683,12 @@ async def test_no_secret_is_logged_or_kept(caplog):
 async def test_a_bug_in_the_handler_is_500_and_its_text_stays_out_of_the_log(monkeypatch, caplog):
     async with fronted() as (front, _):
 
-        def broken(key):
+        def broken(name, *, default=True):
             raise RuntimeError("canary")
 
-        front.keep.find = broken
+        front.keep.meaning = broken
         status, _, body = await ask(front.port, chat())
-        del front.keep.find
+        del front.keep.meaning
 
         assert status == 500
         assert b"canary" not in body

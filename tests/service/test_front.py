@@ -60,6 +60,10 @@ class Caller:
         writer.write("\r\n".join(lines).encode() + b"\r\n\r\n" + data)
         return caller
 
+    async def hears(self, words: str) -> None:
+        while words not in self.text:
+            self.text += (await self._reader.read(65536)).decode()
+
     async def to_the_end(self) -> str:
         while piece := await self._reader.read(65536):
             self.text += piece.decode()
@@ -172,6 +176,7 @@ async def test_a_request_whose_model_is_unloaded_while_it_queues_joins_the_next_
         await until(lambda: model(running, KEY)["state"] == "warm", "warm")
         first = await Caller.send(running.url, chat(max_tokens=60))
         await until(lambda: studio.in_flight == 1, "one is answered")
+        await first.hears("delta")  # before its first byte it would be asked anew, too
         second = await Caller.send(running.url, chat(max_tokens=7))
         await until(lambda: any(e.get("max_tokens") == 7 for e in studio.log(0)), "one queues")
         studio.evict(KEY)
