@@ -426,8 +426,9 @@ def test_every_rule_is_evaluated_and_says_something(watched: Watched) -> None:
         if rule["health"] != "ok" or not watched.prometheus.over(rule["query"], watched.began, watched.ended)
     ]
 
-    # An answer would have to be silent for minutes: the rules' own tests have that.
-    assert (len(rules), silent) == (31, ["KeepaliveAnswerSilent"])
+    # Minutes of silence, or five answers without a word, are not had here: the rules' own tests have them.
+    elsewhere = {"KeepaliveAnswerSilent", "KeepaliveAnswersEmpty"}
+    assert (len(rules), set(silent) - elsewhere) == (31, set())
 
 
 def as_grafana(expression: str, seconds: float, **chosen: str) -> str:
