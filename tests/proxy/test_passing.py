@@ -44,7 +44,7 @@ async def test_a_stream_of_a_warm_model_passes_byte_for_byte():
 
 
 async def test_an_upstream_that_stands_under_a_path_is_asked_there():
-    websocket = get("/llm", "Upgrade: websocket").replace(b"Connection: close", b"Connection: Upgrade")
+    websocket = get("/llm", "Upgrade: websocket").replace(b"Connection: close", b"Connection: close, Upgrade")
     async with fronted() as (front, upstream):
         address = Address(f"http://127.0.0.1:{upstream.port}/team/lm")
         front.proxy.configure(replace(front.proxy.settings, upstreams={"local": address}))
