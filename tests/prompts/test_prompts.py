@@ -1090,9 +1090,7 @@ async def test_a_page_that_leaves_is_gone_at_the_client_address_too() -> None:
 async def test_a_page_that_does_not_read_is_waited_for() -> None:
     async with front(answer_tokens=10_000, token_seconds=0.0, answer_text="x" * 4000) as (running, studio):
         host, _, port = running.admin_url.removeprefix("http://").rpartition(":")
-        sock = socket.socket()
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 100_000)
-        sock.connect((host, int(port)))
+        sock = socket.create_connection((host, int(port)))
         sock.sendall(prompt(ASKED))
 
         def said() -> int:
