@@ -9,6 +9,8 @@ from typing import Any
 Json = Mapping[str, Any]
 
 TROUBLE = ("down", "unauthorized")
+# An answer that thinks, or writes a tool call, says nothing for some seconds. From here on a person wants to know.
+SILENT_FROM = 30.0
 
 
 def summary(status: Json) -> str:
@@ -44,7 +46,14 @@ def lines(status: Json) -> dict[str, str]:
 def _line(name: str, model: Json) -> str:
     reason = f": {model['reason']}" if model["reason"] else ""
     load = f", {progress(model['load'])}" if model["load"] else ""
-    return f"{name} is {model['state']}{load}{reason}"
+    silent = f", {said}" if (said := silence(model)) else ""
+    return f"{name} is {model['state']}{load}{silent}{reason}"
+
+
+def silence(status: Json) -> str | None:
+    """How long the quietest answer of a model has been silent, once that is worth a word."""
+    seconds = status.get("silent_seconds") or 0.0
+    return f"silent for {span(seconds)}" if seconds >= SILENT_FROM else None
 
 
 def span(seconds: float) -> str:

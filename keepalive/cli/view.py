@@ -12,7 +12,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.padding import Padding
 from rich.text import Text
 
-from keepalive.admin.words import TROUBLE, progress, span
+from keepalive.admin.words import TROUBLE, progress, silence, span
 
 Json = Mapping[str, Any]
 
@@ -155,6 +155,8 @@ def _why(model: Json, now: datetime) -> str:
         parts.append(progress(model["load"]))
     if model["reason"]:
         parts.append(model["reason"])
+    if silent := silence(model):
+        parts.append(silent)
     if not model["wanted"] and model["state"] != "cold":
         parts.append("not wanted now")
     if model["retry_at"]:

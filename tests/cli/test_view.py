@@ -216,6 +216,15 @@ def test_a_busy_model_says_so() -> None:
     assert "warm (busy)" in drawn(status(model("a", busy=True)))
 
 
+def test_an_answer_that_has_been_silent_for_long_says_so() -> None:
+    quiet, thinking = model("a", silent_seconds=40.0), model("b", silent_seconds=29.0)
+
+    assert "silent for 40 s" in drawn(status(quiet))
+    assert words.lines(status(quiet)) == {"a": "a is warm, silent for 40 s"}
+    assert "silent" not in drawn(status(thinking))
+    assert words.lines(status(thinking)) == {"b": "b is warm"}
+
+
 def test_in_plain_text_each_model_is_a_line_under_a_name_of_its_own() -> None:
     one = words.lines(status(LOADING, FAILED, WARM))
     two = words.lines(status(model("a"), model("a", upstream="gpu"), upstreams=[upstream(), upstream("gpu")]))
