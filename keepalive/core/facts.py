@@ -42,12 +42,37 @@ class Trouble(StrEnum):
     LOADING = "loading"  # it says that it is loading, and answers nothing else until it has
 
 
+class Sdk(StrEnum):
+    """What became of the socket by which LM Studio's own SDKs see more than a listing shows."""
+
+    OFF = "off"  # not to be used
+    ABSENT = "absent"  # none there, or not yet, or of no use
+    REFUSED = "refused"  # it wants another token
+    UP = "up"
+
+
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """One loaded copy of a model, as listed; `context_length` in tokens."""
+    """One loaded copy of a model, as listed; `context_length` in tokens.
+
+    The rest is the socket's, and None where nothing is known of it.
+    """
 
     id: str
     context_length: int | None = None
+    busy: bool | None = None  # it works on a request, whoever's
+    queued: int | None = None  # requests on it, those that it works on too
+    ttl: float | None = None  # seconds of idleness after which it goes; inf: it stays
+    last_used: float | None = None  # in Unix seconds, by LM Studio's own clock
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What LM Studio says that a load would take, as the model is configured."""
+
+    memory_bytes: int
+    passes_guardrails: bool | None = None  # as of what was loaded when it was asked
+    sure: bool = False  # LM Studio's own confidence is high
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +87,22 @@ class Entry:
     # `key@quantization`: those on its disk, as far as it names them, and the one that the bare key means.
     variants: tuple[str, ...] = ()
     selected: str | None = None
+    need: Need | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What the socket is good for, as of one listing; what it shows of the instances stands with them."""
+
+    sdk: Sdk = Sdk.OFF
+    why: str | None = None  # it is absent or refused
+    session: int = 0  # changes with each connection; 0: none is up
+    hung_up: int = 0  # how often LM Studio has ended one
+    late: bool = False  # it is up, and did not answer in time
+    clock: float | None = None  # LM Studio's own, in Unix seconds
+
+
+NO_SIGHT = Sight()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +131,7 @@ class Listed(UpstreamFact):
     tier: Tier
     entries: Mapping[str, Entry] = field(repr=False)  # by `fold_key` of the key and of each variant
     loading: bool = True  # it was asked what is being loaded, too
+    sight: Sight = field(default=NO_SIGHT, repr=False)
     # Folded keys of what is loaded, and of what is being loaded, managed or not.
     resident: frozenset[str] = field(init=False, repr=False)
     arriving: frozenset[str] = field(init=False, repr=False)

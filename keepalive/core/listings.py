@@ -36,6 +36,7 @@ def listed(model: Model, fact: Listed) -> Model:
         nearest=(),
         kind=entry.kind,
         size_bytes=entry.size_bytes,
+        need=entry.need or model.need,
         tells_loading=model.tells_loading or entry.loading is True,
     )
     if entry.instances:

@@ -8,7 +8,7 @@ from enum import StrEnum
 from math import inf
 from statistics import median
 
-from keepalive.core.facts import Instance, ModelId, PingOutcome, Tier
+from keepalive.core.facts import NO_SIGHT, Instance, ModelId, Need, PingOutcome, Sight, Tier
 from keepalive.core.states import State
 
 # LM Studio has been seen to list a model only some time after it said that it had loaded it.
@@ -99,6 +99,7 @@ class Model:
     blind: bool = False  # this upstream cannot say what is loaded
     kind: str = "llm"
     size_bytes: int | None = None
+    need: Need | None = None
     instances: tuple[Instance, ...] = ()
     ours: frozenset[str] = frozenset()  # ids of instances that we loaded
     beside: frozenset[str] = frozenset()  # folded keys of all that the newest listing showed as loaded
@@ -217,6 +218,7 @@ class Upstream:
     resident: frozenset[str] = frozenset()  # folded keys of what is loaded, managed or not
     arriving: frozenset[str] = frozenset()  # and of what is being loaded
     sees_loading: bool = False  # the newest listing was asked for that, too
+    sight: Sight = NO_SIGHT  # what LM Studio's socket was good for then
     evicts: bool | None = None  # as seen, where it is not configured
     on_trial: frozenset[str] = frozenset()  # resident before our load on demand: do they survive it?
     trial_over_at: float | None = None  # when that load ended; a listing asked later is the verdict

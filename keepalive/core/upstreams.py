@@ -95,6 +95,7 @@ def _upstream_listed(upstream: Upstream, fact: Listed) -> Upstream:
         resident=fact.resident,
         arriving=fact.arriving,
         sees_loading=fact.loading,
+        sight=fact.sight,
         evicts=evicts if fact.tier is Tier.V0 else None,
         on_trial=trial,
     )

@@ -16,6 +16,7 @@ from keepalive.core.facts import (
     LoadRemembered,
     LoadStarted,
     ModelId,
+    Need,
     PingEnded,
     PingOutcome,
     PingStarted,
@@ -773,3 +774,12 @@ def test_a_load_that_hears_that_the_server_loads_is_no_failure_and_is_not_believ
 
     assert (model.state, model.failures, model.retry_at) == (State.LOADING, 0, None)
     assert model.pending == Pending(21, 23, alive_at=21, seen=True, ours=False)
+
+
+def test_what_a_load_will_need_is_kept_until_it_is_estimated_anew():
+    need = Need(9_000_000_000, passes_guardrails=True)
+    model = after(cold(), listed(2, replace(entry("gemma"), need=need)))
+
+    assert model.need == need
+    assert after(model, listed(3, entry("gemma"))).need == need
+    assert after(model, listed(3, replace(entry("gemma"), need=Need(1)))).need == Need(1)

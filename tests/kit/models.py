@@ -7,6 +7,7 @@ from keepalive.core.actions import Action
 from keepalive.core.apply import apply
 from keepalive.core.errors import Reason
 from keepalive.core.facts import (
+    NO_SIGHT,
     ClockJumped,
     Entry,
     Fact,
@@ -27,6 +28,7 @@ from keepalive.core.facts import (
     ReleaseAsked,
     RequestEnded,
     RequestStarted,
+    Sight,
     Tier,
     Trouble,
     UnloadEnded,
@@ -52,9 +54,15 @@ def entry(key: str, *ids: str, loading: bool | None = None, size: int | None = N
     return Entry(key, size_bytes=size, instances=tuple(Instance(i) for i in ids), loading=loading)
 
 
-def listed(at: float, *entries: Entry, asked: float | None = None, tier: Tier = Tier.V1) -> Listed:
+def listed(
+    at: float,
+    *entries: Entry,
+    asked: float | None = None,
+    tier: Tier = Tier.V1,
+    sight: Sight = NO_SIGHT,
+) -> Listed:
     index = {fold_key(e.key): e for e in entries}
-    return Listed(at, "local", at - 0.01 if asked is None else asked, tier, index)
+    return Listed(at, "local", at - 0.01 if asked is None else asked, tier, index, sight=sight)
 
 
 def failed(
