@@ -6,6 +6,7 @@ import http.client
 import io
 import json
 import os
+import shlex
 import sys
 import time
 import urllib.error
@@ -27,6 +28,8 @@ from keepalive.core.errors import KeepaliveError
 from keepalive.core.facts import Tier
 
 BAD_CONFIG = 3
+# What shells say of a command that Ctrl-C ended.
+INTERRUPTED = 130
 POLL = 0.5
 # The daemon answers from memory. Longer than this, it is not the daemon.
 ANSWER_TIMEOUT = 10.0
@@ -117,6 +120,61 @@ def run(path: ConfigOption = None) -> None:
         _fail(str(error), 1)
     finally:
         end_log()
+
+
+@app.command()
+def init(
+    url: Annotated[
+        str | None,
+        typer.Option("--url", help="LM Studio's address. Default: where it listens on this machine."),
+    ] = None,
+    path: Annotated[
+        Path | None, typer.Option("-c", "--config", help="The file to write. Default: config.toml.")
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model", metavar="KEY", help="A model to keep loaded. Repeatable; nothing is asked then."
+        ),
+    ] = None,
+    token_env: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The variable that holds LM Studio's API token.")
+    ] = None,
+    token_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The file that holds LM Studio's API token.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+) -> None:
+    """Ask LM Studio what it has, and write a config with it.
+
+    On a terminal you choose what is kept; else --model says it, or it is what is loaded now. Nothing is loaded by it.
+    """
+    from keepalive.cli import init as beginning
+
+    environ = _environ()
+    path = path or Path(environ.get("KEEPALIVE_CONFIG") or "config.toml")
+    try:
+        beginning.refuse(path, force=force)
+        urls = [url] if url else beginning.usual_urls(Path.home())
+        candidates = [beginning.upstream_at(one, token_env, token_file) for one in urls]
+        found = asyncio.run(beginning.find(candidates, environ, lambda line: typer.echo(line, err=True)))
+        if model:
+            keys = beginning.named(found, model)
+        elif sys.stdin.isatty() and sys.stdout.isatty():
+            keys = beginning.asked(found, input, typer.echo, _console().width)
+        else:
+            keys = beginning.unasked(found)
+        text = beginning.document(found, keys)
+        beginning.write(path, text, force=force)
+    except KeepaliveError as error:
+        _fail(str(error), 1)
+    except (KeyboardInterrupt, EOFError):
+        _fail("\nNothing was written.", INTERRUPTED)
+    option = "" if config.find(None, environ) == path else f" -c {shlex.quote(str(path))}"
+    typer.echo(
+        f"Wrote {path}, which keeps {', '.join(keys)} loaded. Next:\n\n    keepalive run{option}\n\n"
+        f"and set the base URL of your applications to http://{config.Server().listen}/v1"
+    )
 
 
 @app.command()

@@ -88,6 +88,7 @@ class Entry:
     variants: tuple[str, ...] = ()
     selected: str | None = None
     need: Need | None = None
+    context_max: int | None = None  # tokens; what it was made for
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,6 +136,7 @@ def v1_entries(answer: Json) -> list[Entry]:
                 instances=tuple(instances),
                 variants=_variants(row),
                 selected=_selected(row, key),
+                context_max=_count(row.get("max_context_length")),
             )
         )
     return entries
@@ -172,7 +173,13 @@ def v0_entries(answer: Json) -> list[Entry]:
         loaded = (Instance(key, _count(row.get("loaded_context_length"))),) if state == "loaded" else ()
         selected = _selected(row, key)
         entry = Entry(
-            key, _kind(row.get("type")), None, loaded, loading=state == "loading", selected=selected
+            key,
+            _kind(row.get("type")),
+            None,
+            loaded,
+            loading=state == "loading",
+            selected=selected,
+            context_max=_count(row.get("max_context_length")),
         )
         if _COPY.fullmatch(key):
             copies.append(entry)

@@ -2,8 +2,6 @@
 
 import json
 import os
-import pty
-import select
 import signal
 import socket
 import subprocess
@@ -30,6 +28,7 @@ from tests.kit.live import (
     settings,
     wait_until,
 )
+from tests.kit.terminal import Terminal
 
 
 def model(key: str, state: str = "warm", **more: Any) -> dict[str, Any]:
@@ -408,61 +407,12 @@ def test_simulate_says_what_it_does_not_understand(option: list[str]) -> None:
 def test_the_version_and_help_are_there() -> None:
     assert Told("--version").out == f"keepalive {__version__}\n"
     overview = Told("--help").out
-    for name in ("run", "demo", "simulate", "check", "status", "wait", "warm", "release", "doctor"):
+    for name in ("run", "init", "demo", "simulate", "check", "status", "wait", "warm", "release", "doctor"):
         assert f"\n  {name} " in overview
     assert "..." not in overview.partition("Commands:")[2]
 
 
 # --- a real daemon, a real terminal -----------------------------------------------------------------
-
-
-class Terminal:
-    """A command in a pseudo-terminal, and all that it has shown."""
-
-    def __init__(self, *words: str, cwd: Path, columns: int = 80, **environ: str) -> None:
-        self._ours, theirs = pty.openpty()
-        size = {"COLUMNS": str(columns), "LINES": "24", "TERM": "xterm-256color"}
-        self.process = subprocess.Popen(
-            [*KEEPALIVE, *words],
-            stdin=theirs,
-            stdout=theirs,
-            stderr=theirs,
-            cwd=cwd,
-            env=environment(**size, **environ),
-            start_new_session=True,
-        )
-        os.close(theirs)
-        self.text = ""
-
-    def shows(self, text: str) -> str:
-        wait_until(lambda: text in self._look(), f"{text!r} on the terminal")
-        return self.text
-
-    def _look(self) -> str:
-        while select.select([self._ours], [], [], 0)[0]:
-            try:
-                piece = os.read(self._ours, 65_536)
-            except OSError:
-                break
-            if not piece:
-                break
-            self.text += piece.decode(errors="replace")
-        return self.text
-
-    def ended(self) -> int:
-        def over() -> bool:
-            self._look()
-            return self.process.poll() is not None
-
-        wait_until(over)
-        self._look()
-        os.close(self._ours)
-        return self.process.returncode
-
-    def kill(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
 
 
 @pytest.fixture(scope="module")

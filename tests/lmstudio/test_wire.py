@@ -70,6 +70,14 @@ def test_a_variant_never_hides_a_model_of_that_key():
     assert index["b"].key == "b"
 
 
+def test_both_listings_say_how_much_context_a_model_was_made_for():
+    row = {"key": "a", "loaded_instances": [], "max_context_length": 32768}
+    rows = [v0_row("a", max_context_length=32768), v0_row("b", max_context_length="many")]
+
+    assert [entry.context_max for entry in wire.v1_entries({"models": [row]})] == [32768]
+    assert [entry.context_max for entry in wire.v0_entries({"data": rows})] == [32768, None]
+
+
 def test_a_v0_listing_is_read_with_its_copies_and_what_is_loading():
     rows = [
         v0_row("a", "loaded", loaded_context_length=8192),
