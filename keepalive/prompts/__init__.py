@@ -16,7 +16,7 @@ Rules of this folder:
 May import: protocols, http1, config, assets, core.
 """
 
-from keepalive.prompts.api import PATHS, Prompts
+from keepalive.prompts.api import PATHS, Prompts, serves
 from keepalive.prompts.asked import BODY_BYTES, Settings
 
-__all__ = ["BODY_BYTES", "PATHS", "Prompts", "Settings"]
+__all__ = ["BODY_BYTES", "PATHS", "Prompts", "Settings", "serves"]

@@ -14,8 +14,8 @@ from keepalive.http1 import NO_STORE, Exchange, Headers, RequestHead, Ticker, co
 from keepalive.prompts.asked import Refusal, Settings, read_order, read_warmup, variables
 from keepalive.prompts.stream import Forward, Stream, Visit, milliseconds, view_of
 from keepalive.protocols.encodings import codings
-from keepalive.protocols.routes import PROMPTS
-from keepalive.protocols.words import refusal_code
+from keepalive.protocols.routes import PROMPTS, Heartbeat, chosen_heartbeat, heartbeat_in
+from keepalive.protocols.words import no_heartbeat, refusal_code
 
 #: Of the bodies that are being read, together.
 READING_BYTES: Final = 128 * 1024 * 1024
@@ -63,6 +63,7 @@ class Prompts:
 
     async def __call__(self, exchange: Exchange) -> None:
         head = exchange.head
+        mode, head.target = heartbeat_in(head.target)
         route = PATHS[head.target.partition(b"?")[0]]
         key, refused = self._admit(head)
         visit = Visit(exchange, key, self._cors(head), asyncio.get_running_loop().time())
@@ -71,6 +72,10 @@ class Prompts:
             if refused is not None and not (route is _MODULE and refused[0] == 401):
                 challenge = [(b"WWW-Authenticate", b"Bearer")] if refused[0] == 401 else None
                 raise Refusal(*refused, headers=challenge)
+            if mode is not None and mode not in set(Heartbeat):
+                raise Refusal(404, no_heartbeat(mode), "unknown_heartbeat")
+            wanted = chosen_heartbeat(head.get(b"x-keepalive-heartbeat"), mode)
+            visit.quiet = wanted is Heartbeat.OFF
             if head.method in route.methods:
                 await route.answer(self, visit)
             elif (preflight := self._preflight(head, route)) is not None:
@@ -97,9 +102,8 @@ class Prompts:
     async def _execute(self, visit: Visit) -> None:
         settings = self.settings
         body = await self._body(visit)
-        stream = Stream(
-            visit, read_order(body, settings, self._keeping.find), self._keeping, settings.heartbeat
-        )
+        order = read_order(body, settings, self._keeping.find)
+        stream = Stream(visit, order, self._keeping, math.inf if visit.quiet else settings.heartbeat)
         del body  # it may be large, and the stream goes on for long
         await stream.run(self._forward, self._ticker)
 
@@ -221,6 +225,11 @@ PATHS: Final[Mapping[bytes, _Route]] = {
     b"/api/models/warmup": _Route(WARMUP, (b"POST",), Prompts._warm_up),
     b"/keepalive.js": _MODULE,
 }
+
+
+def serves(head: RequestHead) -> bool:
+    """Whether this request is for one of `PATHS`."""
+    return heartbeat_in(head.target)[1].partition(b"?")[0] in PATHS
 
 
 def _unavailable(

@@ -59,7 +59,7 @@ class Forward(Protocol):
     def __call__(self, caller: Caller, route: Route, /) -> Awaitable[None]: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Visit:
     """One request to one of our routes."""
 
@@ -67,6 +67,7 @@ class Visit:
     key: Key | None
     cors: Headers
     began: float
+    quiet: bool = False  # it wants no comments in the silence
 
     def answer(self, status: int, body: Mapping[str, object], headers: Headers | None = None) -> None:
         kind = (b"Content-Type", b"application/json")

@@ -19,6 +19,14 @@ class Protocol(StrEnum):
     PLAIN = "plain"  # anything else
 
 
+class Heartbeat(StrEnum):
+    """What a caller sees while it waits for its stream."""
+
+    COMMENT = "comment"
+    REASONING = "reasoning"
+    OFF = "off"
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
     """One kind of request. `name` is a metric label: one of a fixed few, never from the request."""
@@ -85,6 +93,28 @@ _ROUTES: Final = {
 
 #: A request that the daemon itself asks in the name of a caller of its streaming prompt API.
 PROMPTS: Final = Route("prompts", Protocol.CHAT, inference=True, streams=True)
+
+
+_HEARTBEAT: Final = re.compile(rb"/heartbeat/+([^/?]*)(.*)", re.IGNORECASE | re.DOTALL)
+
+
+def heartbeat_in(target: bytes) -> tuple[str | None, bytes]:
+    """The heartbeat mode that stands in front of a route, and the target without it; None where none stands there.
+
+    For clients that can set nothing but their base URL. The mode may be none that exists: see `Heartbeat`.
+    """
+    found = _HEARTBEAT.match(target) if target[:11].lower() == b"/heartbeat/" else None
+    if found is None:
+        return None, target
+    behind = found[2] if found[2].startswith(b"/") else b"/" + found[2]
+    return unquote_to_bytes(found[1]).decode("utf-8", "replace").lower(), behind
+
+
+def chosen_heartbeat(header: bytes | None, named: str | None) -> Heartbeat | None:
+    """The mode that a caller wants: that of its header, where it is one, else that in front of its route."""
+    said = (header or b"").decode("latin-1").lower()
+    wanted = said if said in set(Heartbeat) else named
+    return None if wanted is None else Heartbeat(wanted)
 
 
 def route_of(method: bytes, path: bytes) -> Route:

@@ -10,6 +10,7 @@ from typing import Final
 from keepalive.protocols import sse
 from keepalive.protocols.answers import error_code
 from keepalive.protocols.begun import Begun
+from keepalive.protocols.routes import Heartbeat as HeartbeatMode
 from keepalive.protocols.routes import Protocol, Route
 
 NO_ERROR: Final[Mapping[str, object]] = MappingProxyType({})
@@ -179,6 +180,15 @@ def read_heartbeat(comment: str) -> Heartbeat | None:
         return None
     model, state, elapsed, *optional = found.groups()
     return Heartbeat(model, state, float(elapsed), *(None if one is None else float(one) for one in optional))
+
+
+def no_heartbeat(mode: str) -> str:
+    """What is said to a caller whose base URL names a mode that does not exist."""
+    modes = ", ".join(f"/heartbeat/{known}" for known in HeartbeatMode)
+    shown = mode if mode.isprintable() and len(mode) <= 40 else "that name"
+    return (
+        f"there is no heartbeat mode {shown!r}; a base URL begins its path with one of {modes}, or with none"
+    )
 
 
 def heartbeat_reasoning(route: Route, model: str, state: str, elapsed: float, eta: float | None) -> bytes:

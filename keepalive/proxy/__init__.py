@@ -19,7 +19,8 @@
 May import: protocols, http1, core.
 """
 
+from keepalive.protocols.routes import Heartbeat
 from keepalive.proxy.proxy import Proxy
-from keepalive.proxy.settings import Address, Heartbeat, Settings
+from keepalive.proxy.settings import Address, Settings
 
 __all__ = ["Address", "Heartbeat", "Proxy", "Settings"]

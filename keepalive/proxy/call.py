@@ -15,13 +15,13 @@ from keepalive.protocols.answers import event_error
 from keepalive.protocols.asked import Asked
 from keepalive.protocols.lost import Lost, looks_lost
 from keepalive.protocols.meter import Meter, Words
-from keepalive.protocols.routes import Route
+from keepalive.protocols.routes import Heartbeat, Route, chosen_heartbeat
 from keepalive.proxy.account import Account
 from keepalive.proxy.answer import Answer
 from keepalive.proxy.body import Body, Room
 from keepalive.proxy.patience import Patience
 from keepalive.proxy.relay import Events, Whole, first_error, first_event, looks_like_error
-from keepalive.proxy.settings import Heartbeat, Settings
+from keepalive.proxy.settings import Settings
 from keepalive.proxy.silence import Silence
 from keepalive.proxy.stored import Stored, Watch
 from keepalive.proxy.upstreams import Upstreams
@@ -59,16 +59,18 @@ class Call:
         "caller",
         "deadline",
         "meaning",
+        "mode",
         "route",
         "task",
     )
 
-    def __init__(self, owner: Owner, caller: Caller, route: Route) -> None:
+    def __init__(self, owner: Owner, caller: Caller, route: Route, mode: str | None = None) -> None:
         task = asyncio.current_task()
         assert task is not None
         self.task = task
         self.caller = caller
         self.route = route
+        self.mode = mode  # of heartbeats, as its path names it
         self.account = Account(route.name)
         self.answer = Answer(caller, route, self.account, owner.settings.allowed_origins)
         self._patience: Patience | None = None
@@ -94,8 +96,8 @@ class Call:
         wish = preferred_wait(head.headers)
         self.deadline = account.began + (longest if wish is None else min(longest, wish))
         if self.asked.stream and self.route.streams:
-            wanted = (head.get(b"x-keepalive-heartbeat") or b"").decode("latin-1").lower()
-            mode = Heartbeat(wanted) if wanted in set(Heartbeat) else settings.heartbeat_mode
+            wanted = chosen_heartbeat(head.get(b"x-keepalive-heartbeat"), self.mode)
+            mode = wanted or settings.heartbeat_mode
             if mode is not Heartbeat.OFF:
                 self._patience = Patience(
                     self.caller, self.route, account, self.answer, self._owner.keeping, self._owner.ticker

@@ -28,8 +28,8 @@ from keepalive.http1 import (
 )
 from keepalive.protocols.encodings import codings
 from keepalive.protocols.joined import joined
-from keepalive.protocols.routes import Route, named_in, route_of, stored_in
-from keepalive.protocols.words import error_body, refusal_code
+from keepalive.protocols.routes import Heartbeat, Route, heartbeat_in, named_in, route_of, stored_in
+from keepalive.protocols.words import error_body, no_heartbeat, refusal_code
 from keepalive.proxy import access
 from keepalive.proxy.body import Room
 from keepalive.proxy.call import Call
@@ -69,7 +69,9 @@ class Proxy:
 
     async def __call__(self, caller: Caller, route: Route | None = None) -> None:
         """Answers one request, as one for `route` where it is not its path that tells."""
-        call = Call(self, caller, route or route_of(caller.head.method, caller.head.target))
+        head = caller.head
+        mode, head.target = heartbeat_in(head.target)
+        call = Call(self, caller, route or route_of(head.method, head.target), mode)
         self.in_progress += 1
         self.calls.add(call)
         try:
@@ -102,6 +104,8 @@ class Proxy:
         preflight = cors.preflight(head, self.settings.allowed_origins)
         if preflight is not None:
             return answer.allow(preflight)
+        if call.mode is not None and call.mode not in set(Heartbeat):
+            return answer.fail(404, no_heartbeat(call.mode), "unknown_heartbeat", outcome=Outcome.REJECTED)
         if head.upgrade is not None and head.upgrade.lower() == b"websocket":
             return await self._tunnel(call)
         if not (call.route.names and head.method == b"POST"):
@@ -322,7 +326,7 @@ class Proxy:
         """Words the end of a connection whose bytes were no request, or no whole one: as its route does."""
         if head is None:
             return plain_refusal(status, message, head)
-        route = route_of(head.method, head.target)
+        route = route_of(head.method, heartbeat_in(head.target)[1])
         grant = cors.granted(head, self.settings.allowed_origins)
         body = error_body(route, status, message, refusal_code(status))
         return [(b"Content-Type", b"application/json"), *NO_STORE, *grant], body

@@ -2,16 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 
 from keepalive.core.callers import Key
 from keepalive.http1 import Limits
-
-
-class Heartbeat(StrEnum):
-    COMMENT = "comment"
-    REASONING = "reasoning"
-    OFF = "off"
+from keepalive.protocols.routes import Heartbeat
 
 
 @dataclass(frozen=True, slots=True)

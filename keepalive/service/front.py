@@ -105,11 +105,11 @@ class Front:
 
     def _handle(self, exchange: Exchange) -> Awaitable[None]:
         """By the raw path: another spelling is for the upstream to understand or not."""
-        ours = exchange.head.target.partition(b"?")[0] in prompts.PATHS
+        ours = prompts.serves(exchange.head)
         return self._prompts(exchange) if ours else self._proxy(exchange)
 
     def _refusal(self, status: int, message: str, head: RequestHead | None) -> tuple[Headers, bytes]:
-        ours = head is not None and head.target.partition(b"?")[0] in prompts.PATHS
+        ours = head is not None and prompts.serves(head)
         part = self._prompts if ours else self._proxy
         return part.refusal(status, message, head)
 

@@ -20,7 +20,7 @@ from keepalive.config import Prompt
 from keepalive.core.callers import Key, Outcome
 from keepalive.core.errors import NotWarm
 from keepalive.core.facts import ModelId, WarmAsked
-from keepalive.prompts import PATHS, Prompts, Settings
+from keepalive.prompts import PATHS, Prompts, Settings, serves
 from keepalive.prompts.asked import Order, Refusal, read_order
 from keepalive.service.daemon import Daemon
 from keepalive.simulator.models import SimModel
@@ -298,8 +298,7 @@ async def scripted(
         prompts.settings = Settings(CONFIGURED, ["m"], heartbeat, body_bytes, origins)
 
         def handle(exchange: Any) -> Any:
-            ours = exchange.head.target.partition(b"?")[0] in PATHS
-            return prompts(exchange) if ours else proxy(exchange)
+            return prompts(exchange) if serves(exchange.head) else proxy(exchange)
 
         front.listener.handler = handle
         front.prompts = prompts  # type: ignore[attr-defined]
@@ -726,6 +725,22 @@ async def test_a_caller_that_waits_is_told_for_how_long_and_how_much_longer() ->
         # Each second one, and in between signs of life, of which some may be late.
         assert told[-1]["type"] == "done"
         assert "\n\n: keep-alive\n\n" in answer
+
+
+@pytest.mark.clock_jumps
+async def test_a_base_url_may_begin_with_a_heartbeat_mode_and_off_leaves_the_silence_alone() -> None:
+    bodies = {}
+    for mode in ("off", "comment", "loud"):
+        keep = Keep()
+        keep.add("m", state="loading", load_seconds=20.0)
+        async with scripted(keep=keep, heartbeat=0.5) as (front, _):
+            answer = await http_ask(front.port, prompt(PLAIN, path=f"/heartbeat/{mode}{EXECUTE}"))
+            bodies[mode] = answer[0], answer[2]
+
+    assert (bodies["off"][0], b": keep-alive" in bodies["off"][1]) == (200, False)
+    assert (bodies["comment"][0], b": keep-alive" in bodies["comment"][1]) == (200, True)
+    assert bodies["loud"][0] == 404
+    assert json.loads(bodies["loud"][1])["error"]["code"] == "unknown_heartbeat"
 
 
 async def test_silence_is_filled_also_within_an_answer() -> None:

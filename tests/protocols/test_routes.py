@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keepalive.protocols import routes
-from keepalive.protocols.routes import Protocol, route_of
+from keepalive.protocols.routes import Heartbeat, Protocol, route_of
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,40 @@ def test_routes_that_need_a_model_are_known_in_every_spelling(method, path, name
 
     assert (route.name, route.protocol, route.inference) == (name, protocol, True)
     assert route.streams == (name not in ("embeddings", "v0_embeddings", "rerank"))
+
+
+@pytest.mark.parametrize(
+    ("target", "mode", "behind"),
+    [
+        (b"/heartbeat/reasoning/v1/chat/completions?x=1", "reasoning", b"/v1/chat/completions?x=1"),
+        (b"/Heartbeat//OFF//v1/models", "off", b"//v1/models"),
+        (b"/heartbeat/%6fff", "off", b"/"),
+        (b"/heartbeat/comment?a=/b", "comment", b"/?a=/b"),
+        (b"/heartbeat/louder/v1/models", "louder", b"/v1/models"),
+        (b"/heartbeat/", "", b"/"),
+        (b"/heartbeat/off/heartbeat/off/v1", "off", b"/heartbeat/off/v1"),
+        (b"/heartbeat", None, b"/heartbeat"),
+        (b"/heartbeats/off/v1", None, b"/heartbeats/off/v1"),
+        (b"/v1/heartbeat/off", None, b"/v1/heartbeat/off"),
+        (b"*", None, b"*"),
+    ],
+)
+def test_a_heartbeat_mode_may_stand_in_front_of_a_route(target, mode, behind):
+    assert routes.heartbeat_in(target) == (mode, behind)
+
+
+@pytest.mark.parametrize(
+    ("header", "named", "mode"),
+    [
+        (None, None, None),
+        (None, "off", Heartbeat.OFF),
+        (b"Reasoning", "off", Heartbeat.REASONING),
+        (b"loud", "off", Heartbeat.OFF),
+        (b"\xff", None, None),
+    ],
+)
+def test_a_header_outranks_the_mode_in_front_of_a_route(header, named, mode):
+    assert routes.chosen_heartbeat(header, named) is mode
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import zlib
 
 import pytest
 
+from keepalive.core.callers import Outcome
 from keepalive.core.errors import NotWarm
 from keepalive.core.facts import InstanceLost, ModelId, RequestEnded, RequestStarted
 from keepalive.http1 import Limits
@@ -134,6 +135,49 @@ async def test_a_request_chooses_its_own_heartbeat():
         assert b"x-keepalive-heartbeat" not in upstream.requests[0].headers
         waited = float(headers[b"server-timing"].split(b"wait;dur=")[1].split(b",")[0])
         assert waited == pytest.approx(300, abs=20)
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "told"),
+    [
+        ("/heartbeat/reasoning", [], b"reasoning_content"),
+        ("/heartbeat/comment", [], b": keepalive model=m"),
+        ("/heartbeat/off", [], b""),
+        ("/heartbeat/off", ["X-Keepalive-Heartbeat: reasoning"], b"reasoning_content"),
+        ("/heartbeat/reasoning", ["X-Keepalive-Heartbeat: off"], b""),
+    ],
+)
+async def test_a_base_url_chooses_the_heartbeat_and_a_header_outranks_it(path, headers, told):
+    keep = cold(load_seconds=12.0)
+    async with fronted(says(CHAT_STREAM), keep=keep) as (front, upstream):
+        asked = chat("m", *headers).replace(b"POST /v1/", b"POST %b/v1/" % path.encode())
+        _, _, body = await ask(front.port, asked)
+
+        assert body.endswith(CHAT_BODY)
+        assert (body == CHAT_BODY) if not told else (told in body)
+        assert upstream.requests[0].head.startswith(b"POST /v1/chat/completions HTTP/1.1\r\n")
+        assert (await front.last()).route == "chat"
+
+
+async def test_a_heartbeat_mode_that_does_not_exist_is_told_so_and_reaches_nobody():
+    async with fronted(says(CHAT_STREAM), keep=cold()) as (front, upstream):
+        asked = chat().replace(b"POST /v1/", b"POST /heartbeat/loud/v1/")
+        status, _, body = await ask(front.port, asked)
+        seen = await front.last()
+
+        error = json.loads(body)["error"]
+        assert (status, error["code"]) == (404, "unknown_heartbeat")
+        assert "no heartbeat mode 'loud'" in error["message"]
+        assert "/heartbeat/comment, /heartbeat/reasoning, /heartbeat/off" in error["message"]
+        assert (seen.route, seen.outcome, upstream.requests) == ("chat", Outcome.REJECTED, [])
+
+
+async def test_everything_else_passes_behind_a_heartbeat_mode_too():
+    async with fronted() as (front, upstream):
+        status, _, body = await ask(front.port, get("/heartbeat/off/v1/models?x=1"))
+
+        assert (status, body) == (200, b"fine")
+        assert upstream.requests[0].head.startswith(b"GET /v1/models?x=1 HTTP/1.1\r\n")
 
 
 async def test_not_streaming_is_held_without_a_byte_and_then_served():
