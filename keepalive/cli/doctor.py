@@ -5,6 +5,7 @@ what the answers mean. What the daemon sees outranks what is seen from here: a t
 """
 
 import asyncio
+import importlib.util
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, tzinfo
@@ -65,6 +66,7 @@ class Host:
     zone: tzinfo | str | None = None  # as text: why there is none
     synchronized: bool | None = None
     unit: str | None = None  # what systemd says of keepalive.service: "enabled", "disabled", …
+    messages: bool = True  # what sends them is installed
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +104,8 @@ async def gather(
     """Ask every upstream and this machine. Bounded by the longest `list_timeout`."""
     probes = await asyncio.gather(*(_probe(upstream, environ) for upstream in config.upstreams))
     names = [upstream.name for upstream in config.upstreams]
-    host = Host(datetime.now(UTC), _zone(config))
+    messages = importlib.util.find_spec("apprise") is not None
+    host = Host(datetime.now(UTC), _zone(config), messages=messages)
     if _has_systemd():
         clock = await _said("timedatectl", "show", "--property=NTPSynchronized", "--value")
         unit = await _said("systemctl", "is-enabled", "keepalive.service")
@@ -167,6 +170,7 @@ def findings(seen: Evidence) -> list[Finding]:
         *_clock(seen),
         *_unit(seen),
         *_scraping(seen),
+        *_messages(seen),
     ]
 
 
@@ -419,7 +423,7 @@ def _unit(seen: Evidence) -> Iterator[Finding]:
 
 
 def _scraping(seen: Evidence) -> Iterator[Finding]:
-    if seen.status is None or "scraped_at" not in seen.status:
+    if seen.status is None or "scraped_at" not in seen.status or seen.config.notify.on:
         return
     last = seen.status["scraped_at"]
     quiet = (seen.host.now - datetime.fromisoformat(last or seen.status["started_at"])).total_seconds()
@@ -428,7 +432,17 @@ def _scraping(seen: Evidence) -> Iterator[Finding]:
         yield Finding(
             f"Prometheus has not read /metrics {when}",
             "no alert can tell you of what goes wrong here",
-            f"add the target {urlsplit(seen.address).netloc} to scrape_configs (monitoring/README.md)",
+            f"add the target {urlsplit(seen.address).netloc} to scrape_configs "
+            "(monitoring/README.md), or have [notify] tell you",
+        )
+
+
+def _messages(seen: Evidence) -> Iterator[Finding]:
+    if seen.config.notify.on and not seen.host.messages:
+        yield Finding(
+            "[notify] is configured, and apprise, which sends the messages, is not installed",
+            "nobody is told of anything",
+            "pip install 'keepalive[notify]', as a service: systemd/install --upgrade --with notify",
         )
 
 

@@ -35,6 +35,7 @@ from keepalive.config.tables import (
     History,
     Kept,
     Model,
+    Notify,
     Ping,
     Prompt,
     Server,
@@ -44,6 +45,6 @@ from keepalive.config.values import seconds, written
 
 __all__ = [
     "LOAD_FIELDS", "AccessKey", "Address", "Auth", "Config", "ConfigError", "Defaults", "History", "Kept",
-    "Mistake", "Model", "Ping", "Prompt", "Server", "Upstream",
+    "Mistake", "Model", "Notify", "Ping", "Prompt", "Server", "Upstream",
     "find", "load", "parse", "read", "schema", "seconds", "written",
 ]  # fmt: skip

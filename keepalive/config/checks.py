@@ -33,6 +33,7 @@ class Checks:
         yield from self._silences()
         yield from self._prompts()
         yield from self._auth()
+        yield from self._notify()
 
     def _addresses(self) -> Found:
         server = self.config.server
@@ -211,6 +212,17 @@ class Checks:
                 if len(places) != 1 and not any(place[:3] == key for place in self.wrong):
                     has = f"has {' and '.join(places)}" if places else "does not say where the key is"
                     yield key, f"{has}; write one of file, env or credential"
+
+    def _notify(self) -> Found:
+        notify, place = self.config.notify, ("notify", "urls_env")
+        if any(key[:1] == ("notify",) for key in self.wrong):
+            return
+        places = [name for name in ("urls_env", "urls_file", "urls_credential") if getattr(notify, name)]
+        if len(places) > 1:
+            message = f"stands beside {places[0]}, and addresses have one place; leave one of them out"
+            yield ("notify", places[1]), message
+        elif notify.model_fields_set and not notify.on:
+            yield place, 'is missing; write urls_env = "KEEPALIVE_TELL", the variable that holds where to'
 
 
 def _address(upstream: Upstream) -> Address:

@@ -300,6 +300,32 @@ class Auth(Table):
     """Keys for server.admin_listen."""
 
 
+class Notify(Table):
+    """Who is told of trouble, by messages: e-mail, chat, push; see apprise for all it can reach."""
+
+    urls_env: Variable | None = Field(None, examples=["KEEPALIVE_TELL"])
+    """The environment variable that holds the addresses of apprise, with spaces between."""
+    urls_file: SecretFile | None = Field(None, examples=["/etc/keepalive/notify"])
+    """The file that holds them."""
+    urls_credential: Credential | None = Field(None, examples=["notify"])
+    """The systemd credential that holds them."""
+    events: Many[Literal["failing", "recovered", "evicted", "upstream_down"]] = (
+        "failing",
+        "recovered",
+        "evicted",
+        "upstream_down",
+    )
+    """What is told."""
+    after: Interval = seconds("1m")
+    """Trouble that is over sooner is not told."""
+    pause: Interval = seconds("15m")
+    """The same kind of news of the same model comes again after this at the earliest."""
+
+    @property
+    def on(self) -> bool:
+        return bool(self.urls_env or self.urls_file or self.urls_credential)
+
+
 LOAD_FIELDS = (
     "context_length", "eval_batch_size", "flash_attention", "num_experts", "offload_kv_cache_to_gpu",
 )  # fmt: skip
@@ -336,6 +362,7 @@ class Config(Table):
     models: Tables[Model] = ()
     prompts: Tables[Prompt] = ()
     auth: Auth = Auth()
+    notify: Notify = Notify()
 
     @cached_property
     def kept(self) -> tuple[Kept, ...]:
@@ -383,4 +410,5 @@ SECTIONS: Mapping[str, type[Table]] = {
     "[auth]": Auth,
     "[[auth.client_keys]]": AccessKey,
     "[[auth.admin_keys]]": AccessKey,
+    "[notify]": Notify,
 }

@@ -40,6 +40,7 @@ from keepalive.observers.dates import Dates
 from keepalive.observers.feed import Feed
 from keepalive.observers.history import History
 from keepalive.observers.metrics import Metrics
+from keepalive.observers.notify import Notify
 from keepalive.service import platform, systemd, tokens
 from keepalive.service.front import Front, StartError, cannot_listen, is_loopback, url_of
 
@@ -96,7 +97,8 @@ class Daemon:
         }
         self._ledger = _ledger(settings, lambda: self._urls, wall)
         self._history = _history(settings, wall, self._report)
-        optional = (self._ledger, self._metrics, self._history, self._feed, logs.Log())
+        self._notify = Notify(self._told)
+        optional = (self._ledger, self._metrics, self._history, self._feed, logs.Log(), self._notify)
         observers = [o for o in optional if o is not None]
         self.keeper = Keeper(self._clock, observers, self._report)
         self._schedule = Schedule(self._tick, self._clock_jumped, self._metrics.jobs_missed.inc, wall=wall)
@@ -110,6 +112,7 @@ class Daemon:
     async def run(self) -> None:
         """Run until `stop`. Raises StartError when a port is taken."""
         async with AsyncExitStack() as stack:
+            stack.callback(self._notify.close)
             self._history.start(self._recall_loads)
             stack.push_async_callback(self._history.close)
             stack.push_async_callback(self._playground.close)  # the admin address uses it to the end
@@ -238,6 +241,7 @@ class Daemon:
         lm_tokens = {u.name: tokens.of_upstream(u, self._environ) for u in settings.upstreams}
         admin_keys = tokens.of_callers(settings.auth.admin_keys, self._environ, "auth.admin_keys")
         client_keys = tokens.of_callers(settings.auth.client_keys, self._environ, "auth.client_keys")
+        told = tokens.of_notify(settings.notify, self._environ)
         old, self._config, self._mistakes = self._config, settings, ()
         self._kept = {ModelId(kept.upstream, kept.key): kept for kept in settings.kept}
         self._open = {model: self._is_open(kept) for model, kept in self._kept.items() if kept.window}
@@ -266,6 +270,14 @@ class Daemon:
             )
         self._metrics.configure(self._kept)
         self._history.configure({model: self._urls[model.upstream] for model in self._kept})
+        self._notify.configure(
+            told,
+            settings.notify.events,
+            self._kept,
+            self._urls,
+            after=settings.notify.after,
+            pause=settings.notify.pause,
+        )
         keeps = map(self._keep, self._kept.values())
         self._closing += self.keeper.configure(servers, keeps, settings.server.default_model)
         self._clients = {server.name: self._clients[server.name] for server in servers}
@@ -342,6 +354,12 @@ class Daemon:
                 self._open[model] = is_open
                 self.keeper.record((WindowOpened if is_open else WindowClosed)(self._clock(), model))
         self.keeper.tick()
+        self._notify.tick(self._clock())
+
+    def _told(self, event: str, fields: Mapping[str, object]) -> None:
+        """What became of a message, from a thread of its own."""
+        tell = self._log.info if event in ("notify.sent", "notify.works_again") else self._log.warning
+        tell(event, **fields)
 
     def _clock_jumped(self, seconds: float) -> None:
         self._dates.look()

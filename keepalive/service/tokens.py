@@ -11,6 +11,7 @@ from typing import Protocol
 from keepalive.core.errors import KeepaliveError
 
 SECRET_MAX = 64 * 1024
+NO_CREDENTIALS = "systemd passed no credentials; add LoadCredential= to the unit"
 
 
 class Upstream(Protocol):
@@ -64,9 +65,41 @@ def of_callers(keys: Iterable[AccessKey], environ: Mapping[str, str], place: str
         else:
             path = _credential(key.credential or key.name, environ)
             if path is None:
-                raise TokenError(f"{where}: systemd passed no credentials; add LoadCredential= to the unit")
+                raise TokenError(f"{where}: {NO_CREDENTIALS}")
             secrets[key.name] = _from_file(path, where)
     return secrets
+
+
+class Notify(Protocol):
+    """Where the addresses are kept that messages go to; each may hold a secret."""
+
+    @property
+    def urls_env(self) -> str | None: ...
+    @property
+    def urls_file(self) -> str | None: ...
+    @property
+    def urls_credential(self) -> str | None: ...
+
+
+def of_notify(notify: Notify, environ: Mapping[str, str]) -> tuple[str, ...]:
+    """The addresses that messages go to; none where nobody is to be told."""
+    if notify.urls_env is not None:
+        text, place = environ.get(notify.urls_env, "").strip(), f"the environment variable {notify.urls_env}"
+        if not text:
+            raise TokenError(f"notify.urls_env: {place} is not set")
+    elif notify.urls_file is not None:
+        text, place = _text(Path(notify.urls_file), "notify.urls_file"), notify.urls_file
+    elif notify.urls_credential is not None:
+        given = _credential(notify.urls_credential, environ)
+        if given is None:
+            raise TokenError(f"notify.urls_credential: {NO_CREDENTIALS}")
+        text, place = _text(given, "notify.urls_credential"), str(given)
+    else:
+        return ()
+    addresses = tuple(text.split())
+    if not all("://" in address for address in addresses):
+        raise TokenError(f"notify: {place} holds what is no address; each looks like service://…")
+    return addresses
 
 
 def _credential(name: str, environ: Mapping[str, str]) -> Path | None:
@@ -82,6 +115,10 @@ def _from_variable(name: str, environ: Mapping[str, str], place: str) -> str:
 
 
 def _from_file(path: Path, place: str) -> str:
+    return _checked(_text(path, place), f"{place}: {path}")
+
+
+def _text(path: Path, place: str) -> str:
     try:
         with path.open("rb") as file:
             content = file.read(SECRET_MAX).decode().strip()
@@ -91,7 +128,7 @@ def _from_file(path: Path, place: str) -> str:
         raise TokenError(f"{place}: {path} cannot be read: {os.strerror(error.errno or 0)}") from error
     if not content:
         raise TokenError(f"{place}: {path} is empty")
-    return _checked(content, f"{place}: {path}")
+    return content
 
 
 def _checked(secret: str, place: str) -> str:

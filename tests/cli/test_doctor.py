@@ -414,6 +414,19 @@ def test_metrics_that_nobody_reads_are_found(started: str, scraped: str | None, 
     assert all("10.0.0.9:9235" in f.do for f in found)
 
 
+def test_whoever_is_told_by_messages_needs_no_scraping_but_what_sends_them() -> None:
+    notify, old = (
+        '[notify]\nurls_env = "TELL"\n',
+        {"started_at": "2026-11-22T08:00:00.000Z", "scraped_at": None},
+    )
+    bare = Host(NOW, ZoneInfo("Europe/Lisbon"), messages=False)
+
+    assert at_rest(notify, old) == []
+    assert [f.what for f in at_rest(notify, old, bare)] == [
+        "[notify] is configured, and apprise, which sends the messages, is not installed"
+    ]
+
+
 # --- as it is typed -----------------------------------------------------------------------------------
 
 

@@ -258,3 +258,37 @@ def test_a_bound_of_one_heartbeat_is_enough() -> None:
     (kept,) = parse(f'[server]\nheartbeat = "30s"\n{MODEL}stall_timeout = "30s"\n').kept
 
     assert kept.stall_timeout == config.seconds("30s")
+
+
+# --- Who is told ---
+
+
+@pytest.mark.parametrize(
+    ("table", "report"),
+    [
+        (
+            'events = ["failing"]',
+            '3: notify.urls_env: is missing; write urls_env = "KEEPALIVE_TELL", the variable that holds where to',
+        ),
+        (
+            'urls_env = "A"\nurls_file = "/b"',
+            "5: notify.urls_file: stands beside urls_env, and addresses have one place; leave one of them out",
+        ),
+        ('urls_env = "A"\nevents = ["fails"]', '5: notify.events[0]: "fails" is not known; write "failing"'),
+        (
+            'urls_env = "slack://token"',
+            '4: notify.urls_env: is not the name of a variable; write one such as "LM_API',
+        ),
+    ],
+)
+def test_whoever_is_to_be_told_has_one_address_and_known_events(table: str, report: str) -> None:
+    [said] = mistakes(MODEL + "[notify]\n" + table + "\n")
+
+    assert said.startswith(report)
+
+
+def test_events_are_told_in_one_text_as_in_a_list() -> None:
+    found = parse(MODEL + '[notify]\nurls_file = "/b"\nevents = "failing, evicted"\nafter = "5m"\n').notify
+
+    assert (found.on, found.events, found.after, found.pause) == (True, ("failing", "evicted"), 300.0, 900.0)
+    assert not parse(MODEL).notify.on

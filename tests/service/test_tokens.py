@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from keepalive.config import AccessKey, Upstream
-from keepalive.service.tokens import TokenError, of_callers, of_upstream
+from keepalive.config import AccessKey, Notify, Upstream
+from keepalive.service.tokens import TokenError, of_callers, of_notify, of_upstream
 
 SECRET = "sk-canary-4711"
 
@@ -122,3 +122,20 @@ def test_a_callers_credential_without_systemd_says_what_to_add_to_the_unit() -> 
 def test_a_callers_credential_that_is_missing_is_an_error_and_not_an_open_door(tmp_path: Path) -> None:
     with pytest.raises(TokenError):
         of_callers([AccessKey(name="c", credential="ward")], {"CREDENTIALS_DIRECTORY": str(tmp_path)}, "auth")
+
+
+def test_addresses_of_messages_are_words_and_no_mistake_shows_one(tmp_path: Path) -> None:
+    by_name = Notify(urls_env="TELL")
+    (tmp_path / "tell").write_text(f"json://a/{SECRET}\n\nmailto://b\n")
+
+    assert of_notify(Notify(), {"TELL": "json://a"}) == ()
+    assert of_notify(by_name, {"TELL": " json://a \n tgram://b/c "}) == ("json://a", "tgram://b/c")
+    folder = {"CREDENTIALS_DIRECTORY": str(tmp_path)}
+    assert of_notify(Notify(urls_credential="tell"), folder) == (f"json://a/{SECRET}", "mailto://b")
+    with pytest.raises(TokenError, match="LoadCredential"):
+        of_notify(Notify(urls_credential="tell"), {})
+    assert of_notify(Notify(urls_file=str(tmp_path / "tell")), {}) == (f"json://a/{SECRET}", "mailto://b")
+    for text, trouble in (("", "TELL is not set"), (SECRET, "TELL holds what is no address")):
+        with pytest.raises(TokenError, match=trouble) as caught:
+            of_notify(by_name, {"TELL": text})
+        assert SECRET not in str(caught.value)
