@@ -12,6 +12,7 @@ from typing import Any
 from keepalive import __version__
 from keepalive.core.explain import eta, explain, next_try
 from keepalive.core.facts import ModelId
+from keepalive.core.primes import label
 from keepalive.core.records import Model, Snapshot, Upstream
 from keepalive.core.states import State
 from keepalive.observers.history import Story
@@ -119,9 +120,26 @@ def model_document(
         "last_ping": None
         if last is None
         else {"at": at(last.at), "outcome": last.outcome.value, "seconds": round(last.seconds, 3)},
+        "primed": _primed(model, at),
         "next_ping_at": at(_next_ping(model, now)),
         "retry_at": at(next_try(upstream, model, now)),
         "reason": explain(upstream, siblings, model, now, lambda moment: clock_time(date(moment))),
+    }
+
+
+def _primed(model: Model, at: Callable[[float | None], str | None]) -> Json | None:
+    """None where nothing is to be primed."""
+    priming = model.priming
+    if not priming.wished:
+        return None
+    tokens = [primed.tokens for primed in priming.done if primed.tokens is not None]
+    return {
+        "openings": len(priming.done),
+        "of": len(priming.wished),
+        "tokens": sum(tokens) if tokens else None,
+        "at": at(priming.done[-1].at if priming.done else None),
+        "under_way": priming.under_way is not None,
+        "reason": "; ".join(f"{label(opening)}: {why}" for opening, why in priming.unfit) or None,
     }
 
 

@@ -224,6 +224,9 @@ def simulate(
 def check(path: ConfigOption = None) -> None:
     """Report every mistake in a config at once. Exit code 0 good, 3 bad."""
     settings, found = _config(path)
+    _, mistakes = config.read_openings(settings, found)
+    if mistakes:
+        _fail(str(config.ConfigError(mistakes)), BAD_CONFIG)
     models, upstreams = len(settings.kept), len(settings.upstreams)
     what = f"{models} {'model' if models == 1 else 'models'} to keep warm"
     where = f"{upstreams} {'upstream' if upstreams == 1 else 'upstreams'}"

@@ -14,6 +14,7 @@ Rules of this folder:
     values     readers of single values
     addresses  the same for what is a place on the net
     ping       the same for a ping of one's own
+    openings   the files that `prime` names
     lines      where in the text a key stands
     mistakes   what is told to a person
 
@@ -24,9 +25,11 @@ May import: core.
 
 from keepalive.config.addresses import Address
 from keepalive.config.mistakes import ConfigError, Mistake
+from keepalive.config.openings import Opening, read_openings
 from keepalive.config.reading import find, load, parse, read
 from keepalive.config.schema import schema
 from keepalive.config.tables import (
+    LEARN,
     LOAD_FIELDS,
     AccessKey,
     Auth,
@@ -44,7 +47,7 @@ from keepalive.config.tables import (
 from keepalive.config.values import seconds, written
 
 __all__ = [
-    "LOAD_FIELDS", "AccessKey", "Address", "Auth", "Config", "ConfigError", "Defaults", "History", "Kept",
-    "Mistake", "Model", "Notify", "Ping", "Prompt", "Server", "Upstream",
-    "find", "load", "parse", "read", "schema", "seconds", "written",
+    "LEARN", "LOAD_FIELDS", "AccessKey", "Address", "Auth", "Config", "ConfigError", "Defaults", "History", "Kept",
+    "Mistake", "Model", "Notify", "Opening", "Ping", "Prompt", "Server", "Upstream",
+    "find", "load", "parse", "read", "read_openings", "schema", "seconds", "written",
 ]  # fmt: skip

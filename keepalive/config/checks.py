@@ -28,6 +28,7 @@ class Checks:
         yield from self._upstreams()
         yield from self._models()
         yield from self._aliases()
+        yield from self._primes()
         yield from self._default_model()
         yield from self._leases()
         yield from self._silences()
@@ -124,6 +125,15 @@ class Checks:
                             yield place, f"{said} is an alias of {other} too; leave one of them out"
                             break
                 own.add(name)
+
+    def _primes(self) -> Found:
+        for number, model in enumerate(self.config.models):
+            place = ("models", number, "prime")
+            if model.prime and model.kind not in (None, "llm") and place[:2] not in self.wrong:
+                yield place, f"is for models that chat, and kind is {shown(model.kind)}; leave it out"
+            for position, name in enumerate(model.prime):
+                if name in model.prime[:position]:
+                    yield (*place, position), f"{shown(name)} stands there twice; leave one of them out"
 
     def _keys(self) -> list[tuple[int, str]]:
         """The keys that are sound, in the letter case in which they are compared."""

@@ -40,7 +40,7 @@ def read_body(value: object) -> Mapping[str, Any]:
         value = _parsed(value)
     if not isinstance(value, dict):
         raise ValueError(f"{shown(value)} is no table; {_advice()}")  # noqa: TRY004  # for pydantic
-    wrong = [*_not_ours(value), *_no_json(value, ())]
+    wrong = [*_not_ours(value), *no_json(value, ())]
     if wrong:
         # Each in its own place: pydantic puts the way to the body in front.
         raise ValidationError.from_exception_data(
@@ -55,7 +55,7 @@ def read_body(value: object) -> Mapping[str, Any]:
 
 def _parsed(text: str) -> object:
     try:
-        return json.loads(text, parse_constant=_no_constant)
+        return json.loads(text, parse_constant=no_constant)
     except json.JSONDecodeError as error:
         # Without the text: a body may hold anything.
         raise ValueError(f"is no JSON: {error.msg} at character {error.pos + 1}; {_advice()}") from None
@@ -63,7 +63,7 @@ def _parsed(text: str) -> object:
         raise ValueError(f"is no JSON that can be read; {_advice()}") from None
 
 
-def _no_constant(name: str) -> NoReturn:
+def no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
 
 
@@ -78,19 +78,19 @@ def _not_ours(body: Mapping[str, Any]) -> Iterator[tuple[Key, str]]:
         yield ("stream",), "makes the answer a stream, and a ping reads a whole one; leave it out"
 
 
-def _no_json(value: object, key: Key) -> Iterator[tuple[Key, str]]:
-    """Whatever TOML can hold and JSON cannot."""
+def no_json(value: object, key: Key) -> Iterator[tuple[Key, str]]:
+    """Where it cannot be sent as JSON, and why: whatever TOML can hold and JSON cannot."""
     if len(key) > _DEEPEST:
         yield key, f"lies in more than {_DEEPEST} tables and lists; write a flatter body"
         return
     match value:
         case dict():
             for name, inner in value.items():
-                yield from _no_json(name, (*key, name))
-                yield from _no_json(inner, (*key, name))
+                yield from no_json(name, (*key, name))
+                yield from no_json(inner, (*key, name))
         case list():
             for number, inner in enumerate(value):
-                yield from _no_json(inner, (*key, number))
+                yield from no_json(inner, (*key, number))
         case datetime() | date() | time():
             yield key, f"{shown(value)} is a date or a time, which JSON does not have; write it in quotes"
         case float() if not math.isfinite(value):

@@ -83,6 +83,7 @@ Credential = Annotated[str, _secret_place("credential", r"[A-Za-z0-9][\w.-]{0,62
 PromptId = Annotated[
     int | str, PlainValidator(values.read_prompt_id), WithJsonSchema({"type": ["integer", "string"]})
 ]
+Prime = Annotated[str, _text(values.read_prime)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 T = TypeVar("T")
 Many = Annotated[
@@ -237,6 +238,9 @@ class Model(Table):
     ] = "auto"
     """How it is made to answer: auto: by what its kind answers; off: never, so that its being listed is all that
     is known; or a request of your own."""
+    prime: Many[Prime] = Field((), examples=["prompts/agent.json"])
+    """What it is to have read before anybody asks, so that nobody waits for that: files, beside this one, with a
+    request body of a chat or with plain text as its system message."""
     context_length: Count | None = Field(None, examples=[8192])
     """Given to LM Studio when it loads: how many tokens the context holds."""
     eval_batch_size: Count | None = Field(None, examples=[512])
@@ -326,6 +330,9 @@ class Notify(Table):
         return bool(self.urls_env or self.urls_file or self.urls_credential)
 
 
+LEARN = "learn"
+"""What stands among the files of `prime` for the openings that requests share."""
+
 LOAD_FIELDS = (
     "context_length", "eval_batch_size", "flash_attention", "num_experts", "offload_kv_cache_to_gpu",
 )  # fmt: skip
@@ -343,6 +350,7 @@ class Kept:
     window: Window | None
     load_fields: Mapping[str, int | bool] = field(hash=False)
     ping: Literal["auto", "off"] | Ping = field(hash=False)
+    prime: tuple[str, ...] = field(default=(), kw_only=True)
     refresh_interval: float
     ping_interval: float
     ping_timeout: float
@@ -384,6 +392,7 @@ class Config(Table):
             window=model.window,
             load_fields=MappingProxyType(load_fields),
             ping=model.ping,
+            prime=model.prime,
             **time,
         )
 

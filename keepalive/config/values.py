@@ -131,6 +131,13 @@ def read_line(value: str) -> str:
     return value
 
 
+def read_prime(value: str) -> str:
+    # A whole prompt in the place of a file's name is told by its lines, and not repeated.
+    if not value.strip() or not value.isprintable() or len(value) > 1024:
+        raise ValueError('is no name of a file; write one such as "prompts/agent.json", or "learn"')
+    return value
+
+
 def read_prompt_id(value: object) -> int | str:
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise ValueError(f"{shown(value)} is no prompt id; write a number such as 28, or text")  # noqa: TRY004

@@ -30,9 +30,24 @@ class SkipPing:
 
 
 @dataclass(frozen=True, slots=True)
+class Prime:
+    """Replay an opening, so that the next request that begins with it finds it in the prompt cache."""
+
+    model: ModelId
+    instance_id: str
+    opening: str
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUpPrime:
+    model: ModelId
+    opening: str
+
+
+@dataclass(frozen=True, slots=True)
 class Unload:
     model: ModelId
     instance_id: str
 
 
-Action = Refresh | Load | SendPing | SkipPing | Unload
+Action = Refresh | Load | SendPing | SkipPing | Prime | GiveUpPrime | Unload

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import inf
 
-from keepalive.core import calls, listings
+from keepalive.core import calls, listings, primes
 from keepalive.core.errors import Reason
 from keepalive.core.facts import (
     ClockJumped,
@@ -19,8 +19,11 @@ from keepalive.core.facts import (
     LoadRemembered,
     LoadsRecalled,
     LoadStarted,
+    OpeningsLearned,
     PingEnded,
     PingStarted,
+    PrimeEnded,
+    PrimeStarted,
     ReleaseAsked,
     RequestEnded,
     RequestStarted,
@@ -91,6 +94,9 @@ CHANGES: Mapping[type[Fact], Callable[..., Model]] = {
     ),
     PingStarted: calls.ping_started,
     PingEnded: calls.ping_ended,
+    OpeningsLearned: primes.learned,
+    PrimeStarted: primes.started,
+    PrimeEnded: primes.ended,
     UnloadStarted: calls.unload_started,
     UnloadEnded: calls.unload_ended,
     WindowOpened: lambda model, _: _window(model, is_open=True),

@@ -236,6 +236,38 @@ class PingEnded(ModelFact):
     why: Reason | None = None  # what kind of ERROR
 
 
+class PrimeOutcome(StrEnum):
+    OK = "ok"
+    GIVEN_UP = "given_up"  # somebody came; it is gone on with later
+    REFUSED = "refused"  # it does not take this opening
+    TIMEOUT = "timeout"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class OpeningsLearned(ModelFact):
+    """What most requests of late begin with, by names that tell nothing of it; the most important first."""
+
+    openings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PrimeStarted(ModelFact):
+    """An opening is replayed, known here by its name alone."""
+
+    opening: str
+
+
+@dataclass(frozen=True, slots=True)
+class PrimeEnded(ModelFact):
+    opening: str
+    outcome: PrimeOutcome
+    seconds: float = 0.0
+    tokens: int | None = None  # of the opening, where it was told
+    message: str | None = None
+    why: Reason | None = None  # what kind of ERROR
+
+
 @dataclass(frozen=True, slots=True)
 class UnloadStarted(ModelFact):
     instance_id: str

@@ -11,7 +11,7 @@ from math import inf
 
 from keepalive.core.evictions import count_eviction, why_missing
 from keepalive.core.facts import Entry, Listed, ListingFailed, Tier, Trouble, fold_key
-from keepalive.core.moves import absent, believed, failed, move, proved, says_that_it_loads
+from keepalive.core.moves import absent, believed, failed, forget_primed, move, proved, says_that_it_loads
 from keepalive.core.records import LISTING_LAG, UNSEEN, Cause, Model, Pending
 from keepalive.core.states import Sign, State
 
@@ -75,6 +75,8 @@ def _present(model: Model, at: float, entry: Entry) -> Model:
     known = {instance.id for instance in entry.instances}
     appeared, pending = not model.instances, model.pending
     model = _appeared(model, at) if appeared else _still_there(model)
+    if model.priming.done and model.instance_id not in known:
+        model = forget_primed(model)
     model = replace(model, instances=entry.instances, ours=model.ours & known, pending=None, seen_at=at)
     begun = model.load_started is not None or (pending is not None and pending.loaded)
     if appeared and begun and known - model.ours:

@@ -19,7 +19,13 @@ def move(model: Model, sign: Sign, at: float, reason: str | None) -> Model:
     state = TABLE[model.state][sign]
     if state is None:
         raise IllegalMove(f"{model.id}: {sign} in state {model.state}")
+    if state is not State.WARM and model.priming.done:
+        model = forget_primed(model)  # whatever comes next may be another copy, with nothing in its cache
     return replace(model, state=state, since=at if state != model.state else model.since, reason=reason)
+
+
+def forget_primed(model: Model) -> Model:
+    return replace(model, priming=replace(model.priming, done=()))
 
 
 def backoff(failures: int) -> float:

@@ -6,8 +6,9 @@ A load, a ping or an unload needs knowledge no older than `FRESH`: each is prece
 from collections.abc import Sequence
 from math import inf
 
-from keepalive.core.actions import Action, Load, Refresh, SendPing, SkipPing, Unload
+from keepalive.core.actions import Action, Load, Prime, Refresh, SendPing, SkipPing, Unload
 from keepalive.core.facts import Tier, fold_key
+from keepalive.core.primes import give_ups, next_primes
 from keepalive.core.records import Model, Upstream, UpstreamState
 from keepalive.core.states import State
 
@@ -29,16 +30,22 @@ def plan(upstream: Upstream, models: Sequence[Model], now: float) -> list[Action
     """
     actions: list[Action] = [SkipPing(m.id) for m in models if _ping_is_due(m, now) and _is_in_use(m)]
     stale = False
-    calls = _unloads(upstream, models, now) + _loads(upstream, models, now) + _pings(models, now)
+    loads, pings = _loads(upstream, models, now), _pings(models, now)
+    free = not (loads or upstream.arriving)
+    actions += give_ups(models, free=free)
+    primes = [] if pings else next_primes(models, now, free=free)
+    calls = _unloads(upstream, models, now) + loads + pings + primes
     for model, action in calls:
-        # What has just gone may be coming back already, by somebody else's request.
-        seen = upstream.sees_loading or not isinstance(action, Load)
+        # What has just gone may be coming back already, by somebody else's request; and who primes is to be in the
+        # way of no load.
+        seen = upstream.sees_loading or not isinstance(action, Load | Prime)
         if seen and _is_fresh(upstream, model, now):
             actions.append(action)
         else:
             stale = True
     if not upstream.listing and _refresh_is_due(upstream, models, now, stale=stale):
-        actions.append(Refresh(upstream.name, loading=any(_may_be_loading(m) for m in models)))
+        loading = bool(primes) or any(_may_be_loading(m) for m in models)
+        actions.append(Refresh(upstream.name, loading=loading))
     return actions
 
 

@@ -75,6 +75,39 @@ class Eviction:
 
 
 @dataclass(frozen=True, slots=True)
+class Primed:
+    """An opening that the instance has in its prompt cache since `at`, for all we know."""
+
+    opening: str
+    at: float
+    seconds: float
+    tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Priming:
+    """What is to be replayed to a model that was loaded, and what came of it. Openings are names, never words."""
+
+    openings: tuple[str, ...] = ()  # from files, in the order of the config
+    learned: tuple[str, ...] = ()
+    under_way: str | None = None
+    done: tuple[Primed, ...] = ()  # in the instance that is there now
+    unfit: tuple[tuple[str, str], ...] = ()  # openings that are not tried again, each with why
+    failed: frozenset[str] = frozenset()  # once, and nobody knows why
+    again_at: float = -inf
+
+    @property
+    def wished(self) -> tuple[str, ...]:
+        return self.openings + self.learned
+
+    @property
+    def next(self) -> str | None:
+        """The first opening that is neither done nor unfit."""
+        known = {primed.opening for primed in self.done} | {opening for opening, _ in self.unfit}
+        return next((opening for opening in self.wished if opening not in known), None)
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """All we know of one model on one upstream."""
 
@@ -112,6 +145,7 @@ class Model:
     pending: Pending | None = None
     pinging: bool = False
     unloading: bool = False
+    priming: Priming = Priming()
     touched_at: float = -inf  # when our last call for this model ended
     tells_loading: bool = False  # a listing has shown a load of this model in progress
 
@@ -151,7 +185,8 @@ class Model:
     @property
     def calling(self) -> bool:
         """Whether a call of ours for this model is under way."""
-        return self.load_started is not None or self.pinging or self.unloading
+        primes = self.priming.under_way is not None
+        return self.load_started is not None or self.pinging or self.unloading or primes
 
     @property
     def contested(self) -> bool:

@@ -8,11 +8,11 @@ by recording facts, and never raises for anything that the world does.
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any, Protocol
 
-from keepalive.core.actions import Action, Load, Refresh, SendPing, SkipPing, Unload
+from keepalive.core.actions import Action, GiveUpPrime, Load, Prime, Refresh, SendPing, SkipPing, Unload
 from keepalive.core.apply import apply
 from keepalive.core.errors import (
     Cut,
@@ -41,6 +41,9 @@ from keepalive.core.facts import (
     PingEnded,
     PingOutcome,
     PingStarted,
+    PrimeEnded,
+    PrimeOutcome,
+    PrimeStarted,
     Tier,
     Trouble,
     UnloadEnded,
@@ -52,7 +55,8 @@ from keepalive.core.facts import (
 from keepalive.core.moves import BACKOFF_FIRST
 from keepalive.core.names import Meaning, Names
 from keepalive.core.plan import blocked_by, plan
-from keepalive.core.records import Model, Policy, Snapshot, Upstream, UpstreamState
+from keepalive.core.primes import chosen
+from keepalive.core.records import Model, Policy, Priming, Snapshot, Upstream, UpstreamState
 from keepalive.core.states import State
 from keepalive.core.upstreams import apply_upstream
 
@@ -75,6 +79,7 @@ class Listing(Protocol):
 
 
 OwnPing = tuple[str, Mapping[str, Any]]  # path and body
+Replay = tuple[str, Mapping[str, Any]]  # the same, of an opening
 
 
 class Client(Protocol):
@@ -97,6 +102,10 @@ class Client(Protocol):
         lease: float | None = None,
         own: OwnPing | None = None,
     ) -> str | None: ...
+
+    async def prime(
+        self, replay: Replay, target: str, accepted: Sequence[str], *, tier: Tier, timeout: float
+    ) -> int | None: ...
 
     async def close(self) -> None: ...
 
@@ -124,6 +133,8 @@ class Keep:
     windowed: bool = False
     window_open: bool = True
     aliases: tuple[str, ...] = ()
+    # To be replayed after a load, by the names by which they are looked up; each with why it cannot be, or None.
+    openings: Mapping[str, str | None] = field(default_factory=dict)
 
 
 class Observer(Protocol):
@@ -146,7 +157,8 @@ class _Shelf:
 class Keeper:
     """Keeps models warm.
 
-    `clock` gives seconds and never the same twice; `report` is given what an observer raises.
+    `clock` gives seconds and never the same twice; `report` is given what an observer raises; `look_up` knows what an
+    opening says, by its name, while it is known.
     """
 
     def __init__(
@@ -154,10 +166,13 @@ class Keeper:
         clock: Callable[[], float],
         observers: Sequence[Observer] = (),
         report: Callable[[BaseException], None] = lambda error: None,
+        look_up: Callable[[ModelId, str], Replay | None] = lambda model, opening: None,
     ) -> None:
         self._clock = clock
         self._observers = observers
         self._report = report
+        self._look_up = look_up
+        self._primes: dict[ModelId, asyncio.Task[None]] = {}
         self._shelves: dict[str, _Shelf] = {}
         self._keeps: dict[ModelId, Keep] = {}
         self._wake = asyncio.Event()
@@ -179,6 +194,8 @@ class Keeper:
         now = self._clock()
         servers, keeps = list(servers), list(keeps)
         gone = self._shelves.keys() - {server.name for server in servers}
+        for model in [m for m in self._primes if m.upstream in gone]:
+            self._abandon(model)
         unused = [self._shelves.pop(name).server.client for name in gone]
         for server in servers:
             shelf = self._shelves.get(server.name)
@@ -187,6 +204,8 @@ class Keeper:
                 self._unheard[server.name] = asyncio.Event()
             elif shelf.server.client is not server.client:
                 unused.append(shelf.server.client)
+                for kept in shelf.models.values():
+                    self._abandon(kept.id)
                 shelf.models = {key: _forgotten(model, now) for key, model in shelf.models.items()}
                 shelf.upstream = Upstream(name=server.name, since=now)
                 self._names.forget(server.name)
@@ -212,6 +231,10 @@ class Keeper:
         self.tick()
         return unused
 
+    def _abandon(self, model: ModelId) -> None:
+        if task := self._primes.pop(model, None):
+            task.cancel()
+
     def _place(self, shelf: _Shelf, keeps: Sequence[Keep], now: float) -> None:
         gone = {key: m for key, m in shelf.models.items() if m.id not in self._keeps}
         models: dict[str, Model] = {}
@@ -231,6 +254,7 @@ class Keeper:
                 window_open=keep.window_open,
                 asked_for=None if model.retired else model.asked_for,
                 refused=model.refused if keep.policy.pinged else None,
+                priming=chosen(model.priming, keep.openings),
             )
         for key, model in gone.items():
             models[key] = replace(model, retired=True, rank=len(models))
@@ -441,6 +465,14 @@ class Keeper:
                 tasks.create_task(self._ping(client, self._keeps[model], before, target, tier, now))
             case SkipPing(model=model):
                 self.record(PingEnded(now, model, PingOutcome.SKIPPED))
+            case Prime(model=model, instance_id=target, opening=opening):
+                tier, before = shelf.upstream.tier or Tier.V1, shelf.models[model.key]
+                self.record(PrimeStarted(now, model, opening))
+                work = self._prime(client, before, target, opening, tier, now)
+                self._primes[model] = tasks.create_task(work)
+            case GiveUpPrime(model=model, opening=opening):
+                self._abandon(model)  # its connection closes, which is how LM Studio is told
+                self.record(PrimeEnded(now, model, opening, PrimeOutcome.GIVEN_UP))
             case Unload(model=model, instance_id=target):
                 self.record(UnloadStarted(now, model, target))
                 tasks.create_task(self._unload(client, model, target))
@@ -530,6 +562,33 @@ class Keeper:
         now = self._clock()
         self._record_of(client, PingEnded(now, model.id, outcome, now - began, message, why))
 
+    async def _prime(
+        self, client: Client, model: Model, target: str, opening: str, tier: Tier, began: float
+    ) -> None:
+        accepted = [model.id.key, *(instance.id for instance in model.instances)]
+        outcome, tokens, message, why = PrimeOutcome.OK, None, None, None
+        replay = self._look_up(model.id, opening)
+        try:
+            if replay is None:
+                outcome, message = PrimeOutcome.REFUSED, "it is no longer known"
+            else:
+                timeout = model.policy.load_timeout
+                tokens = await client.prime(replay, target, accepted, tier=tier, timeout=timeout)
+        except TimedOut as error:
+            outcome, message = PrimeOutcome.TIMEOUT, str(error)
+        except Refused as error:
+            outcome, message, why = PrimeOutcome.ERROR, str(error), error.reason
+            if _refuses_the_request(error, tier):
+                outcome, why = PrimeOutcome.REFUSED, None
+        except Unauthorized as error:
+            outcome, message, why = PrimeOutcome.ERROR, str(error), Reason.UNAUTHORIZED
+        except UpstreamError as error:
+            outcome, message = PrimeOutcome.ERROR, str(error)
+        now = self._clock()
+        self._primes.pop(model.id, None)
+        ended = PrimeEnded(now, model.id, opening, outcome, now - began, tokens, message, why)
+        self._record_of(client, ended)
+
     async def _unload(self, client: Client, model: ModelId, target: str) -> None:
         message = None
         try:
@@ -564,6 +623,7 @@ def _forgotten(model: Model, now: float) -> Model:
         last_eviction=model.last_eviction,
         waiting=model.waiting,
         in_flight=model.in_flight,
+        priming=Priming(learned=model.priming.learned),
     )
     since = model.loading_since
     if since is None or (model.pending is not None and not model.pending.ours):

@@ -144,6 +144,27 @@ class Client:
             return None
         return wire.clean(author or "") or "a model without a name"
 
+    async def prime(
+        self,
+        replay: tuple[str, Mapping[str, Any]],
+        target: str,
+        accepted: Collection[str],
+        *,
+        tier: Tier,
+        timeout: float,
+    ) -> int | None:
+        """Replay an opening, a path and a body; how many tokens it has, where that is told.
+
+        Cancelling it closes its connection, which ends the work over there.
+        """
+        path, body = wire.own_ping(replay, target)
+        async with _bound(timeout, f"no answer to the opening within {timeout:.0f} s"):
+            answer = await self._call("POST", path, body)
+        author = wire.answered_by(answer)
+        if not wire.is_answer_of(author, accepted, tier):
+            raise Unexpected(f"{wire.clean(author or '') or 'a model without a name'} answered in its place")
+        return wire.tokens(answer)
+
     async def _entries(self, tier: Tier, *, loading: bool) -> list[Entry]:
         if tier is Tier.V0:
             return wire.v0_entries(await self._call("GET", "/api/v0/models"))

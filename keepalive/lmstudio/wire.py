@@ -268,6 +268,14 @@ def answered_by(answer: Json) -> str | None:
     return name if isinstance(name, str) and name else None
 
 
+def tokens(answer: Json) -> int | None:
+    """How many tokens the prompt had that was answered."""
+    usage = answer.get("usage") if isinstance(answer, Mapping) else None
+    if not isinstance(usage, Mapping):
+        return None
+    return _count(usage.get("prompt_tokens")) or _count(usage.get("input_tokens"))
+
+
 def is_answer_of(name: str | None, accepted: Iterable[str], tier: Tier) -> bool:
     """Whether an answer signed `name` comes from the model that was asked.
 

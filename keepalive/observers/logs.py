@@ -30,8 +30,11 @@ from keepalive.core.facts import (
     ModelFact,
     PingEnded,
     PingOutcome,
+    PrimeEnded,
+    PrimeOutcome,
     UnloadEnded,
 )
+from keepalive.core.primes import label
 from keepalive.core.records import Model, Upstream, UpstreamState
 from keepalive.core.states import State
 
@@ -265,6 +268,17 @@ def _model(fact: Fact, before: Model, after: Model) -> None:
                 outcome=outcome.value,
                 seconds=round(fact.seconds, 3),
                 reason=fact.message,
+            )
+        case PrimeEnded(outcome=PrimeOutcome.OK):
+            log.info(
+                "model.primed",
+                opening=label(fact.opening),
+                seconds=round(fact.seconds, 3),
+                **_given(tokens=fact.tokens),
+            )
+        case PrimeEnded(outcome=outcome) if outcome is not PrimeOutcome.GIVEN_UP:
+            log.warning(
+                "model.prime_failed", opening=label(fact.opening), outcome=outcome.value, reason=fact.message
             )
         case UnloadEnded(message=None):
             log.info("model.unloaded", instance=fact.instance_id)

@@ -29,13 +29,24 @@ from prometheus_client.registry import Collector
 
 from keepalive import __version__
 from keepalive.core.callers import Seen
-from keepalive.core.facts import Fact, LoadEnded, LoadOutcome, ModelId, PingEnded, PingOutcome
+from keepalive.core.facts import (
+    Fact,
+    LoadEnded,
+    LoadOutcome,
+    ModelId,
+    PingEnded,
+    PingOutcome,
+    PrimeEnded,
+    PrimeOutcome,
+)
 from keepalive.core.records import Cause, Model, Snapshot, Upstream, UpstreamState
 from keepalive.core.states import State
 
 # A load takes 5 s to more than 120 s, and is given up on after 15 minutes.
 LOAD_BUCKETS = (1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 45.0, 60.0, 90.0, 120.0, 180.0, 300.0, 600.0, 900.0)
 # A warm model answers in 0.1 s to a few seconds, a very large one needed 4.7 s for its first token.
+# An opening of 20,000 tokens takes half a minute where nothing is known of it, and a tenth of a second where all is.
+PRIME_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 900.0)
 PING_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 # Name behind `keepalive_`, type and help of the families that have a series per model, in the order of
@@ -63,6 +74,12 @@ FAMILIES = (
         "Pings by how they ended; a skipped one was needless, because users' requests had been answered.",
     ),
     ("model_ping_duration_seconds", "histogram", "How long pings took that were answered."),
+    ("model_primes", "counter", "Openings that were replayed to the model, by how that ended."),
+    (
+        "model_prime_duration_seconds",
+        "histogram",
+        "How long it took the model to read openings that were replayed.",
+    ),
 )
 
 
@@ -176,6 +193,8 @@ class _Series:
         "loads",
         "ping_seconds",
         "pings",
+        "prime_seconds",
+        "primes",
     )
 
     def __init__(self, model: ModelId) -> None:
@@ -187,6 +206,8 @@ class _Series:
         self.evictions = dict.fromkeys(Cause, 0)
         self.load_seconds = _Histogram(LOAD_BUCKETS)
         self.ping_seconds = _Histogram(PING_BUCKETS)
+        self.primes = dict.fromkeys(PrimeOutcome, 0)
+        self.prime_seconds = _Histogram(PRIME_BUCKETS)
 
     def count(self, fact: Fact, before: Model, after: Model) -> None:
         if after.evictions > before.evictions and after.last_eviction is not None:
@@ -199,6 +220,10 @@ class _Series:
             self.pings[fact.outcome] += 1
             if fact.outcome is PingOutcome.OK:
                 self.ping_seconds.observe(fact.seconds)
+        elif isinstance(fact, PrimeEnded):
+            self.primes[fact.outcome] += 1
+            if fact.outcome is PrimeOutcome.OK:
+                self.prime_seconds.observe(fact.seconds)
         else:
             return
         self._gauges = None
@@ -206,7 +231,8 @@ class _Series:
     def lines(self, model: Model, date: Callable[[float], float]) -> tuple[str, ...]:
         """The samples of each family, in the order of `FAMILIES`."""
         last_load = model.recent_loads[-1] if model.recent_loads else None
-        gauges = (model.state, model.wanted, len(model.instances), last_load, model.pinged_at)
+        primes = bool(model.priming.wished)
+        gauges = (model.state, model.wanted, len(model.instances), last_load, model.pinged_at, primes)
         if gauges != self._gauges:
             self._lines = tuple(map("".join, self._write(model, last_load, date)))
             self._gauges = gauges
@@ -228,6 +254,10 @@ class _Series:
         yield _by("cause", "model_evictions_total", labels, self.evictions)
         yield _by("outcome", "model_pings_total", labels, self.pings)
         yield self.ping_seconds.lines("model_ping_duration_seconds", labels)
+        # Most models have no openings: two dozen series of zeros for each would be read for nothing.
+        primes = bool(model.priming.wished)
+        yield _by("outcome", "model_primes_total", labels, self.primes) if primes else ()
+        yield self.prime_seconds.lines("model_prime_duration_seconds", labels) if primes else ()
 
 
 def _by(kind: str, name: str, labels: str, counts: Mapping[Any, int]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
     routes     which route a request is for
     asked      which model its body names, and which conversation it goes on with
+    openings   what chats begin with, and how it is replayed
     renamed    a body with another name for its model
     joined     what LM Studio would say to a load
     listings   several listings of models as one

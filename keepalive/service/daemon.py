@@ -43,6 +43,7 @@ from keepalive.observers.metrics import Metrics
 from keepalive.observers.notify import Notify
 from keepalive.service import platform, systemd, tokens
 from keepalive.service.front import Front, StartError, cannot_listen, is_loopback, url_of
+from keepalive.service.openings import Openings
 
 # The scheduler runs a job every second. Later than this, something is badly wrong.
 SCHEDULER_LATE = 10.0
@@ -79,6 +80,7 @@ class Daemon:
         self._tokens: dict[str, str | None] = {}
         self._closing: list[Closable] = []  # of upstreams that a reload removed; closed at the end
         self._mistakes: tuple[str, ...] = ()
+        self._openings = Openings()
         self._reported: set[str] = set()
         self._started = wall()
         self._scraped: float | None = None
@@ -100,7 +102,7 @@ class Daemon:
         self._notify = Notify(self._told)
         optional = (self._ledger, self._metrics, self._history, self._feed, logs.Log(), self._notify)
         observers = [o for o in optional if o is not None]
-        self.keeper = Keeper(self._clock, observers, self._report)
+        self.keeper = Keeper(self._clock, observers, self._report, self._openings.look_up)
         self._schedule = Schedule(self._tick, self._clock_jumped, self._metrics.jobs_missed.inc, wall=wall)
         self._front = Front(settings, self.keeper, self._clock, self._metrics)
         self._playground = Playground()
@@ -237,12 +239,19 @@ class Daemon:
         return {upstream.name: upstream.url for upstream in self._config.upstreams}
 
     def _apply(self, settings: Config) -> None:
-        """Put a config into effect; raises TokenError before anything has changed."""
+        """Put a config into effect; raises TokenError or ConfigError before anything has changed."""
+        openings, mistakes = config.read_openings(settings, self._path)
+        if mistakes and self._clients:
+            raise ConfigError(mistakes)
+        for mistake in mistakes:
+            # Without its opening a model is as good as ever. That it would not be served at all is no way to say so.
+            self._log.warning("prime.unusable", reason=str(mistake))
         lm_tokens = {u.name: tokens.of_upstream(u, self._environ) for u in settings.upstreams}
         admin_keys = tokens.of_callers(settings.auth.admin_keys, self._environ, "auth.admin_keys")
         client_keys = tokens.of_callers(settings.auth.client_keys, self._environ, "auth.client_keys")
         told = tokens.of_notify(settings.notify, self._environ)
         old, self._config, self._mistakes = self._config, settings, ()
+        self._openings.configure(openings)
         self._kept = {ModelId(kept.upstream, kept.key): kept for kept in settings.kept}
         self._open = {model: self._is_open(kept) for model, kept in self._kept.items() if kept.window}
         self._admin.access = Access(settings.server.allowed_hosts, admin_keys)
@@ -339,6 +348,7 @@ class Daemon:
             windowed=kept.window is not None,
             window_open=self._open.get(model, True),
             aliases=kept.aliases,
+            openings=self._openings.of(model),
         )
 
     def _is_open(self, kept: Kept) -> bool:

@@ -103,6 +103,37 @@ def prompt_tokens(payload: dict[str, Any]) -> int:
     return count
 
 
+def prompt_words(payload: dict[str, Any]) -> list[str]:
+    """A prompt as the template makes it, tools first, then who says what, in order; a word is a token."""
+    told: list[str] = ["<begin>"]
+    for field in ("tools", "functions"):
+        if payload.get(field):
+            told += ["<tools>", *json.dumps(payload[field]).split()]
+    for field in ("system", "system_prompt", "instructions"):
+        if payload.get(field):
+            told += ["<system>", *_words(payload[field])]
+    for field in ("messages", "input", "prompt"):
+        items = payload.get(field)
+        for item in items if isinstance(items, list) else [items] if items else []:
+            role = item.get("role", "user") if isinstance(item, dict) else "user"
+            told += [f"<{role}>", *_words(item)]
+    return [*told, "<assistant>"]
+
+
+def _words(part: Any) -> Iterator[str]:
+    match part:
+        case str():
+            yield from part.split()
+        case list():
+            for inner in part:
+                yield from _words(inner)
+        case dict():
+            for field in ("content", "text"):
+                yield from _words(part.get(field))
+            if part.get("tool_calls"):
+                yield from json.dumps(part["tool_calls"]).split()
+
+
 def contents(payload: dict[str, Any]) -> Iterator[str | list[Any]]:
     """What the messages of a body say: a text, or a list of parts."""
     if isinstance(said := payload.get("input"), str):

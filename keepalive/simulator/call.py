@@ -8,7 +8,7 @@ from keepalive.simulator.exchange import Cut, Request
 from keepalive.simulator.faults import Value
 from keepalive.simulator.journal import Happened
 from keepalive.simulator.machine import Machine
-from keepalive.simulator.models import Instance, Load
+from keepalive.simulator.models import Instance, Load, Slot
 
 
 class Call:
@@ -27,7 +27,9 @@ class Call:
         self.instance: Instance | None = None
         self.granted = False
         self.load: Load | None = None  # the one it asked for and waits for
+        self.slot: Slot | None = None
         self.prompt_ends: float | None = None
+        self.prompt_words = self.cached_words = 0
         self.generating = False
         self.tokens = 0
         self.payload: dict[str, Any] = {}
@@ -133,6 +135,8 @@ class Call:
                 model=self.key,
                 instance_id=instance.id if instance else None,
                 tokens=self.tokens,
+                prompt=self.prompt_words,
+                cached=self.cached_words,
                 outcome=outcome,
             )
 
@@ -149,6 +153,8 @@ class Call:
         if self.prompt_ends is not None and self.flag("prompt_finishes_after_disconnect"):
             # The server's own log line: "If the model is busy processing the prompt, it will finish first."
             machine.clock.call_at(self.prompt_ends, lambda: self.generation_ended("client_gone"))
+        elif self.prompt_ends is not None and (late := self.number("disconnect_noticed_seconds")) > 0:
+            machine.clock.call_later(late, lambda: self.generation_ended("client_gone"))
         else:
             self.generation_ended("client_gone")
 

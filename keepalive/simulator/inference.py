@@ -201,7 +201,7 @@ class Answer:
         began = call.machine.clock.now()
         for piece in speech.prompt(0.0):
             yield piece
-        await process_prompt(call, call.number("prompt_seconds"))
+        await process_prompt(call, instance, call.number("prompt_seconds"))
         speech.prompt_seconds = call.machine.clock.now() - began
         for piece in speech.prompt(1.0):
             yield piece

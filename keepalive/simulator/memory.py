@@ -303,6 +303,8 @@ class Memory:
         if instance is None:
             return
         call.instance = None
+        if call.slot is not None:
+            call.slot.taken = False
         if call in instance.queue:
             instance.queue.remove(call)
         instance.working.pop(call.n, None)

@@ -86,11 +86,31 @@ class Guest(Protocol):
     granted: bool
     tokens: int
     instance: "Instance | None"
+    slot: "Slot | None"
 
     def flag(self, name: str) -> bool: ...
     def wake(self) -> None: ...
     def fail(self, failure: Exception) -> None: ...
     def leave_hanging(self) -> None: ...
+
+
+# From this part on a slot's memory of a prompt makes up for what else it holds.
+SIMILAR = 0.1
+
+
+def _common(read: list[str], words: list[str]) -> int:
+    """How many words they begin with alike."""
+    pairs = enumerate(zip(read, words, strict=False))
+    return next((n for n, (one, other) in pairs if one != other), min(len(read), len(words)))
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """Where one request at a time is worked on; what it has read stays in its cache."""
+
+    read: list[str] = field(default_factory=list)
+    taken: bool = False
+    used: int = 0  # number of the request that had it last
 
 
 @dataclass(slots=True, eq=False)
@@ -112,6 +132,23 @@ class Instance:
     working: dict[int, Guest] = field(default_factory=dict)
     queue: deque[Guest] = field(default_factory=deque)
     expiry: Timer | None = None
+    slots: list["Slot"] = field(default_factory=list)  # of those that have worked
+
+    def slot(self, request: int, words: list[str], most: int) -> tuple[Slot, int]:
+        """Where a prompt is read, and how many of its words are remembered there.
+
+        As llama-server chooses it: the free slot that remembers a good part, else the one that has rested longest.
+        """
+        free = [slot for slot in self.slots if not slot.taken]
+        found = max(free, key=lambda slot: _common(slot.read, words), default=None)
+        if found is None or _common(found.read, words) <= SIMILAR * len(words):
+            if len(self.slots) < most or found is None:
+                found = Slot()
+                self.slots.append(found)
+            else:
+                found = min(free, key=lambda slot: slot.used)
+        found.taken, found.used = True, request
+        return found, _common(found.read, words)
 
     def idle_seconds(self, now: float) -> float:
         if self.working or self.queue:

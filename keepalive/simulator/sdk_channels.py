@@ -208,7 +208,7 @@ async def _turn(
     await work_on(call, instance)
     if prompted is not None:
         await prompted(0.0)
-    await process_prompt(call, call.number("prompt_seconds"))
+    await process_prompt(call, instance, call.number("prompt_seconds"))
     if prompted is not None:
         await prompted(1.0)
     return instance

@@ -1,5 +1,6 @@
 """A request's turn at a model: loaded on demand, its wait for a slot, its prompt, and the ways to lose the turn."""
 
+from keepalive.simulator.bodies import prompt_words
 from keepalive.simulator.call import Call
 from keepalive.simulator.exchange import Refusal, Reply, context_exceeded, native_error, openai_error, spoiled
 from keepalive.simulator.memory import CRASH, IS_UNLOADED, RELOADED, UNLOADED, UNLOADED_IN_QUEUE, broken_off
@@ -73,10 +74,24 @@ async def work_on(call: Call, instance: Instance) -> None:
     call.generation_started(instance)
 
 
-async def process_prompt(call: Call, seconds: float) -> None:
+async def process_prompt(call: Call, instance: Instance, seconds: float) -> None:
+    """What the slot does not remember of the prompt is read word by word, and remembered from then on."""
+    pace, words = call.number("prompt_token_seconds"), prompt_words(call.payload)
+    call.slot, known = instance.slot(call.n, words, int(call.number("parallel")))
+    call.prompt_words, call.cached_words = len(words), known
+    began = call.machine.clock.now()
     call.phase = "prompt"
-    call.prompt_ends = call.machine.clock.now() + seconds
-    await call.pause(seconds)
+    seconds += pace * (len(words) - known)
+    call.prompt_ends = began + seconds
+    read = words
+    try:
+        await call.pause(seconds)
+    except BaseException:
+        if pace > 0 and not call.flag("prompt_finishes_after_disconnect"):
+            read = words[: known + int((call.machine.clock.now() - began) / pace)]
+        raise
+    finally:
+        call.slot.read = read if call.flag("prompt_cache") else []
     call.prompt_ends = None
     call.phase = "generating"
 

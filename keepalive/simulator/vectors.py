@@ -69,5 +69,5 @@ async def _turn(call: Call, kind: str) -> Instance:
         await call.until(lambda: load.ended)
         target = loaded(call, load)
     await work_on(call, target)
-    await process_prompt(call, call.number("prompt_seconds"))
+    await process_prompt(call, target, call.number("prompt_seconds"))
     return target

@@ -14,6 +14,8 @@ from keepalive.core.records import (
     Pending,
     Ping,
     Policy,
+    Primed,
+    Priming,
     Snapshot,
     Upstream,
     UpstreamState,
@@ -104,6 +106,7 @@ def test_the_document_of_a_daemon_with_one_warm_model() -> None:
                     "idle_seconds": 301.235,
                 },
                 "last_ping": {"at": "2026-11-22T10:01:35.000Z", "outcome": "ok", "seconds": 0.21},
+                "primed": None,
                 "next_ping_at": "2026-11-22T10:06:35.000Z",
                 "retry_at": None,
                 "reason": None,
@@ -177,6 +180,26 @@ def test_a_ping_that_is_due_is_due_now_and_times_without_a_value_are_null() -> N
     assert page["next_ping_at"] == "2026-11-22T10:01:40.000Z"
     assert page["last_ping"] is None
     assert page["last_load_seconds"] is None
+
+
+def test_what_a_model_has_read_is_told_with_its_tokens_and_what_it_could_not_read_with_why() -> None:
+    done = Primed("a.json 1f", 90.0, 6.0, 5900), Primed("b.txt 2e", 95.0, 0.5)
+    wished = ("a.json 1f", "b.txt 2e", "c.txt 3d", "d.txt 4c")
+    unfit = (("c.txt 3d", "the context is too small"),)
+    priming = Priming(openings=wished, done=done, unfit=unfit, under_way="d.txt 4c")
+
+    page = shown(Model(id=GEMMA, state=State.WARM, priming=priming))
+
+    assert page["primed"] == {
+        "openings": 2,
+        "of": 4,
+        "tokens": 5900,
+        "at": "2026-11-22T10:01:35.000Z",
+        "under_way": True,
+        "reason": "c.txt: the context is too small",
+    }
+    before = shown(Model(id=GEMMA, state=State.COLD, priming=Priming(openings=wished)))["primed"]
+    assert (before["openings"], before["tokens"], before["at"], before["reason"]) == (0, None, None, None)
 
 
 def test_no_ping_is_announced_for_a_model_that_is_not_loaded_or_not_wanted() -> None:

@@ -44,7 +44,7 @@ from keepalive.core.moves import BACKOFF_MAX
 from keepalive.core.plan import blocked_by
 from keepalive.core.records import LISTING_LAG, Model, Policy, Upstream
 from keepalive.core.states import State
-from keepalive.keeper.keeper import Keep, Keeper, Server
+from keepalive.keeper.keeper import Keep, Keeper, Replay, Server
 from keepalive.lmstudio.client import Client
 from keepalive.simulator.exchange import Cut, Refusal, Request
 from keepalive.simulator.models import Instance, Load, SimModel
@@ -525,7 +525,12 @@ class Life:
         self.start: dict[ModelId, Model] = {}
         self.last = 0.0
         self.looked_at, self.looks = 0.0, 0
-        self.keeper = Keeper(self.clock, [self, *world.observers], world.reported.append)
+        self.keeper = Keeper(
+            self.clock,
+            [self, *world.observers],
+            world.reported.append,
+            lambda _, opening: world.openings.get(opening),
+        )
         self.clients = [
             Client(
                 site.name,
@@ -619,6 +624,7 @@ class World:
     observers: list[Any] = field(default_factory=list)
     reported: list[BaseException] = field(default_factory=list)
     injected: Counter[str] = field(default_factory=Counter)
+    openings: dict[str, Replay] = field(default_factory=dict)
     lives: int = 0
     wall_offset: float = 1_790_000_000.0
     users: set[asyncio.Task[Any]] = field(default_factory=set)

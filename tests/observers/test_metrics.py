@@ -18,9 +18,13 @@ from keepalive.core.facts import (
     LoadOutcome,
     LoadStarted,
     ModelId,
+    OpeningsLearned,
     PingEnded,
     PingOutcome,
     PingStarted,
+    PrimeEnded,
+    PrimeOutcome,
+    PrimeStarted,
     Tier,
     Trouble,
 )
@@ -83,6 +87,11 @@ def loaded(at: float, seconds: float | None, elapsed: float = 1.0) -> list[Fact]
 
 def pinged(at: float, outcome: PingOutcome, seconds: float = 0.0) -> list[Fact]:
     return [PingStarted(at, GEMMA), PingEnded(at + 0.1, GEMMA, outcome, seconds)]
+
+
+def primed(at: float, outcome: PrimeOutcome, seconds: float = 0.0) -> list[Fact]:
+    ended = PrimeEnded(at + 0.1, GEMMA, "agent", outcome, seconds)
+    return [OpeningsLearned(at, GEMMA, ("agent",)), PrimeStarted(at, GEMMA, "agent"), ended]
 
 
 def shape(families: Iterable[Any]) -> dict[str, tuple[str, list[str]]]:
@@ -148,6 +157,8 @@ NAMES = {
     "keepalive_model_pings": ("counter", ["model", "outcome", "upstream"]),
     "keepalive_model_ping_duration_seconds": ("histogram", ["le", "model", "upstream"]),
     "keepalive_model_last_ping_success_timestamp_seconds": ("gauge", ["model", "upstream"]),
+    "keepalive_model_primes": ("counter", ["model", "outcome", "upstream"]),
+    "keepalive_model_prime_duration_seconds": ("histogram", ["le", "model", "upstream"]),
     "keepalive_scheduler_jobs_missed": ("counter", []),
     "keepalive_config_last_reload_successful": ("gauge", []),
     "keepalive_config_last_reload_success_timestamp_seconds": ("gauge", []),
@@ -155,7 +166,9 @@ NAMES = {
 
 
 def test_names_types_and_labels_are_those_of_the_contract_in_both_formats() -> None:
-    world = World().goes(*loaded(10.0, 6.0), *pinged(11.0, PingOutcome.OK, 0.2))
+    world = World().goes(
+        *loaded(10.0, 6.0), *pinged(11.0, PingOutcome.OK, 0.2), *primed(12.0, PrimeOutcome.OK)
+    )
 
     text = shape(parse_text(world.text()))
     openmetrics = shape(parse_openmetrics(world.text(OPENMETRICS)))
@@ -163,6 +176,21 @@ def test_names_types_and_labels_are_those_of_the_contract_in_both_formats() -> N
     created = {name: kind for name, kind in text.items() if not name.endswith("_created")}
     assert created == NAMES
     assert openmetrics == NAMES
+
+
+def test_openings_are_counted_by_how_they_ended_and_timed_where_they_were_read() -> None:
+    world = World().goes(*loaded(10.0, 6.0), *pinged(11.0, PingOutcome.OK, 0.2))
+    assert world.of("model_primes_total", model="gemma", upstream="local", outcome="ok") is None
+
+    world.goes(*primed(20.0, PrimeOutcome.GIVEN_UP, 1.0), *primed(30.0, PrimeOutcome.OK, 6.0))
+
+    counted = {
+        o: world.of("model_primes_total", model="gemma", upstream="local", outcome=o) for o in PrimeOutcome
+    }
+    assert counted == {**dict.fromkeys(PrimeOutcome, 0.0), PrimeOutcome.OK: 1.0, PrimeOutcome.GIVEN_UP: 1.0}
+    assert world.of("model_prime_duration_seconds_sum", model="gemma", upstream="local") == 6.0
+    # it counts as a ping
+    assert world.of("model_last_ping_success_timestamp_seconds", model="gemma", upstream="local") is not None
 
 
 def test_both_formats_say_the_same_numbers() -> None:

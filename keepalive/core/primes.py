@@ -1,0 +1,152 @@
+"""Openings that are replayed to a loaded model, so that nobody waits for its empty prompt cache: when, and what came
+of it.
+
+In nobody's way: one at a time on an upstream, while nobody there waits, is answered or loads, and given up the moment
+that somebody does. How its opening fares says little about a model: whatever goes wrong, it stays as warm as it was.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from math import inf
+
+from keepalive.core.actions import Action, GiveUpPrime, Prime
+from keepalive.core.errors import Reason
+from keepalive.core.facts import OpeningsLearned, PrimeEnded, PrimeOutcome, PrimeStarted
+from keepalive.core.moves import proved
+from keepalive.core.records import Model, Primed, Priming
+from keepalive.core.states import IllegalMove, State
+
+# Who has just had an answer mostly asks again: an opening that is begun and given up all the time helps nobody.
+QUIET = 5.0
+# What is wrong here, the opening is not to blame for.
+BLAMELESS = (Reason.UNAUTHORIZED, Reason.LOADING, Reason.UNLOADED, Reason.UNKNOWN_MODEL)
+# What failed for a reason that nobody knows is tried once more, after this long. A model that dies of an opening
+# would else die of it after each load.
+AGAIN = 60.0
+
+
+def next_primes(models: Sequence[Model], now: float, *, free: bool) -> list[tuple[Model, Action]]:
+    """The one opening that is to be replayed now, on one upstream. `free`: nothing is loaded there."""
+    if not (free and _is_quiet(models, now)) or any(m.priming.under_way for m in models):
+        return []
+    ready = [(m, opening) for m in models if (opening := _due(m, now)) is not None]
+    ready.sort(key=lambda found: found[0].rank)
+    return [(m, Prime(m.id, m.instance_id or m.id.key, opening)) for m, opening in ready[:1]]
+
+
+def give_ups(models: Sequence[Model], *, free: bool) -> list[Action]:
+    """Those under way that are in somebody's way now, or that nobody wants any more."""
+    free = free and not _is_used(models)
+    return [
+        GiveUpPrime(m.id, opening)
+        for m in models
+        if (opening := m.priming.under_way) is not None and not (free and _is_fit(m, opening))
+    ]
+
+
+def _due(model: Model, now: float) -> str | None:
+    opening = model.priming.next
+    if opening is None or model.calling or now < model.priming.again_at:
+        return None
+    return opening if _is_fit(model, opening) else None
+
+
+def _is_fit(model: Model, opening: str) -> bool:
+    there = bool(model.instances) or model.blind
+    return there and model.needed and model.state is State.WARM and opening in model.priming.wished
+
+
+def _is_used(models: Iterable[Model]) -> bool:
+    return any(m.waiting or m.in_flight or m.load_started is not None or m.pending for m in models)
+
+
+def _is_quiet(models: Sequence[Model], now: float) -> bool:
+    return not _is_used(models) and now >= max((m.active_at for m in models), default=-inf) + QUIET
+
+
+# --- what came of it ----------------------------------------------------------------------------------
+
+
+def chosen(priming: Priming, openings: Mapping[str, str | None]) -> Priming:
+    """From now on these are wished from files, each with why it is of no use, or None.
+
+    Whoever reads the config anew may have mended what did not fit.
+    """
+    known = {*openings, *priming.learned}
+    return replace(
+        priming,
+        openings=tuple(openings),
+        done=tuple(primed for primed in priming.done if primed.opening in known),
+        unfit=tuple((opening, wrong) for opening, wrong in openings.items() if wrong is not None),
+        failed=frozenset(),
+        again_at=-inf,
+    )
+
+
+def learned(model: Model, fact: OpeningsLearned) -> Model:
+    priming = model.priming
+    known = {*priming.openings, *fact.openings}
+    return replace(
+        model,
+        priming=replace(
+            priming,
+            learned=fact.openings,
+            done=tuple(primed for primed in priming.done if primed.opening in known),
+            unfit=tuple(found for found in priming.unfit if found[0] in known),
+        ),
+    )
+
+
+def started(model: Model, fact: PrimeStarted) -> Model:
+    if model.calling or not (model.instances or (model.blind and model.state is State.WARM)):
+        raise IllegalMove(f"{model.id}: an opening though nothing is loaded, or a call is under way")
+    return replace(model, priming=replace(model.priming, under_way=fact.opening))
+
+
+def ended(model: Model, fact: PrimeEnded) -> Model:
+    priming = replace(model.priming, under_way=None)
+    model = replace(model, touched_at=fact.at, used_at=fact.at, priming=priming)
+    match fact.outcome:
+        case PrimeOutcome.OK:
+            return _done(model, fact)
+        case PrimeOutcome.GIVEN_UP:
+            return model
+        case PrimeOutcome.REFUSED:
+            # It answers, only not this.
+            return _unfit(_proved(model, fact.at), fact)
+        case PrimeOutcome.TIMEOUT:
+            return _unfit(model, fact)
+    again = fact.why is Reason.CRASHED or fact.opening in priming.failed
+    if fact.why not in BLAMELESS:
+        priming = replace(priming, failed=priming.failed | {fact.opening})
+    model = replace(model, priming=replace(priming, again_at=fact.at + AGAIN))
+    if model.policy.pinged and model.ping_at is not None:
+        model = replace(model, ping_at=min(model.ping_at, fact.at))  # the verdict on the model is a ping's
+    return _unfit(model, fact) if again and fact.why not in BLAMELESS else model
+
+
+def _done(model: Model, fact: PrimeEnded) -> Model:
+    model = _proved(replace(model, pinged_at=fact.at), fact.at)
+    if model.state is not State.WARM:
+        return model  # it went away meanwhile, and its cache with it
+    before = (primed for primed in model.priming.done if primed.opening != fact.opening)
+    done = (*before, Primed(fact.opening, fact.at, fact.seconds, fact.tokens))
+    return replace(
+        model, priming=replace(model.priming, done=done, failed=model.priming.failed - {fact.opening})
+    )
+
+
+def _proved(model: Model, at: float) -> Model:
+    """As by a ping, and so it counts as the one of this interval; only a warm one is that."""
+    return proved(model, at) if model.state is State.WARM and model.policy.pinged else model
+
+
+def _unfit(model: Model, fact: PrimeEnded) -> Model:
+    others = (found for found in model.priming.unfit if found[0] != fact.opening)
+    unfit = (*others, (fact.opening, fact.message or "no words"))
+    return replace(model, priming=replace(model.priming, unfit=unfit))
+
+
+def label(opening: str) -> str:
+    """What people call it: the file without the mark of what it holds."""
+    return opening.rpartition(" ")[0] or opening

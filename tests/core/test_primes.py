@@ -1,0 +1,372 @@
+"""Openings that are replayed: when, and what becomes of a model by what came of it."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from keepalive.core.actions import GiveUpPrime, Load, Prime, Refresh
+from keepalive.core.errors import Reason
+from keepalive.core.facts import (
+    Fact,
+    InstanceLost,
+    LoadStarted,
+    OpeningsLearned,
+    PingEnded,
+    PingOutcome,
+    PingStarted,
+    PrimeEnded,
+    PrimeOutcome,
+    PrimeStarted,
+    ReleaseAsked,
+    RequestEnded,
+    RequestStarted,
+    Tier,
+    WaitEnded,
+    WaitStarted,
+)
+from keepalive.core.primes import AGAIN, QUIET, chosen
+from keepalive.core.records import Model, Primed, Priming
+from keepalive.core.states import IllegalMove, State
+from tests.kit.models import (
+    GEMMA,
+    QWEN,
+    Box,
+    a_model,
+    after,
+    cold,
+    entry,
+    every_model,
+    found,
+    listed,
+    ours,
+    refused,
+    warm,
+)
+
+WISHES = chosen(Priming(), {"agent": None, "second": None})
+OK = PrimeOutcome.OK
+
+
+def primed(at: float, opening: str = "agent", outcome: PrimeOutcome = OK, **more: Any) -> list[Fact]:
+    return [PrimeStarted(at, GEMMA, opening), PrimeEnded(at + 5, GEMMA, opening, outcome, 5.0, **more)]
+
+
+def a_box(*others: Model, **changes: Any) -> Box:
+    """Gemma is loaded and proved since 13, and has two openings to be replayed."""
+    return Box(ours(priming=WISHES, **changes), *others).see(listed(20, *rows(*others)))
+
+
+def rows(*others: Model) -> list[Any]:
+    return [entry("gemma", "gemma"), *(entry(m.id.key) for m in others)]
+
+
+def primes(box: Box, now: float) -> list[Any]:
+    return [action for action in box.plan(now) if isinstance(action, Prime | GiveUpPrime)]
+
+
+def first(box: Box, now: float) -> list[Any]:
+    """What is primed once it has been asked what is there."""
+    wants = box.plan(now)
+    assert not [action for action in wants if isinstance(action, Prime)]
+    others = [m for m in box.models.values() if m.id != GEMMA]
+    return primes(box.see(listed(now + 0.1, *rows(*others))), now + 0.1)
+
+
+# --- when -----------------------------------------------------------------------------------------------
+
+
+def test_an_opening_is_replayed_once_the_model_is_proved_and_after_a_look_that_shows_loads():
+    box = Box(cold(priming=WISHES))
+    box.see(LoadStarted(2, GEMMA))
+    assert primes(box, 3) == []
+    box = Box(found(priming=WISHES)).see(listed(20, *rows()))
+    assert primes(box, 20) == []  # it has not answered yet
+
+    box = a_box()
+
+    assert box.plan(30) == [Refresh("local", loading=True)]
+    assert primes(box.see(listed(30.1, *rows())), 30.1) == [Prime(GEMMA, "gemma", "agent")]
+
+
+def test_openings_are_replayed_in_their_order_one_at_a_time_and_once():
+    box = a_box()
+    assert first(box, 30) == [Prime(GEMMA, "gemma", "agent")]
+
+    box.see(PrimeStarted(31, GEMMA, "agent"))
+    assert primes(box, 31) == []
+    box.see(PrimeEnded(36, GEMMA, "agent", OK, 5.0, 5900))
+    assert first(box, 40) == [Prime(GEMMA, "gemma", "second")]
+    box.see(*primed(41, "second"))
+
+    assert primes(box.see(listed(50, *rows())), 50) == []
+    done = [(one.opening, one.at, one.tokens) for one in box[GEMMA].priming.done]
+    assert done == [("agent", 36, 5900), ("second", 46, None)]
+
+
+def test_two_models_of_one_server_are_primed_one_after_the_other():
+    other = replace(ours(), id=QWEN, rank=1, priming=WISHES)
+    box = Box(ours(priming=WISHES), other)
+    there = [entry("gemma", "gemma"), entry("qwen", "gemma")]
+    assert primes(box.see(listed(30, *there)), 30) == [Prime(GEMMA, "gemma", "agent")]
+
+    box.see(PrimeStarted(30, GEMMA, "agent"))
+
+    assert primes(box.see(listed(31, *there)), 31) == []
+
+
+SOMEBODY: list[tuple[str, list[Fact]]] = [
+    ("asks it", [RequestStarted(25, GEMMA)]),
+    ("waits for it", [WaitStarted(25, GEMMA)]),
+    ("asks another model there", [RequestStarted(25, QWEN)]),
+    ("waits for another model there", [WaitStarted(25, QWEN)]),
+    ("has just been answered", [RequestStarted(25, GEMMA), RequestEnded(29, GEMMA, True)]),
+    ("has it released", [ReleaseAsked(25, GEMMA)]),
+]
+
+
+@pytest.mark.parametrize("facts", [facts for _, facts in SOMEBODY], ids=[name for name, _ in SOMEBODY])
+def test_nothing_is_replayed_while_somebody(facts: list[Fact]):
+    box = a_box(a_model(QWEN, rank=1, window_open=False))
+
+    assert first(box.see(*facts), 30) == []
+
+
+def test_it_is_replayed_when_the_last_one_has_been_quiet_for_a_while():
+    box = a_box().see(RequestStarted(25, GEMMA), RequestEnded(29, GEMMA, True))
+    seen = listed(28.9 + QUIET, *rows())
+
+    assert primes(box.see(seen), 28.9 + QUIET) == []
+    assert primes(box, 29 + QUIET) == [Prime(GEMMA, "gemma", "agent")]
+
+
+def test_nothing_is_replayed_while_another_model_of_the_server_loads_whoever_loads_it():
+    box = a_box(a_model(QWEN, rank=1))
+    assert Load(QWEN) in box.see(listed(30, entry("gemma", "gemma"), entry("qwen"))).plan(30)
+    assert primes(box, 30) == []
+    box.see(LoadStarted(30, QWEN), listed(31, entry("gemma", "gemma"), entry("qwen")))
+    assert primes(box, 31) == []
+
+    box = a_box()
+    loading = listed(30, entry("gemma", "gemma"), entry("stranger", loading=True))
+
+    assert primes(box.see(loading), 30) == []
+    assert first(box, 50) == [Prime(GEMMA, "gemma", "agent")]
+
+
+# --- given up -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "facts", [facts for _, facts in SOMEBODY if "just" not in _], ids=lambda f: type(f[0]).__name__
+)
+def test_what_is_under_way_is_given_up_the_moment_somebody_comes(facts: list[Fact]):
+    box = a_box(a_model(QWEN, rank=1, window_open=False)).see(PrimeStarted(24, GEMMA, "agent"))
+    assert primes(box, 25) == []
+
+    assert primes(box.see(*facts), 25) == [GiveUpPrime(GEMMA, "agent")]
+
+
+@pytest.mark.parametrize(
+    "fact",
+    [
+        listed(25, entry("gemma")),  # it was evicted
+        listed(25, entry("gemma", "gemma"), entry("stranger", loading=True)),
+        listed(25, entry("gemma", "gemma"), entry("qwen")),  # which is to be loaded now
+        refused(25),
+        InstanceLost(25, GEMMA, "Model unloaded."),
+    ],
+)
+def test_it_is_given_up_when_the_model_goes_or_another_one_comes(fact: Fact):
+    box = a_box(a_model(QWEN, rank=1)).see(PrimeStarted(24, GEMMA, "agent"))
+
+    assert GiveUpPrime(GEMMA, "agent") in box.see(fact).plan(25)
+
+
+def test_it_is_gone_on_with_later():
+    box = a_box().see(PrimeStarted(24, GEMMA, "agent"), RequestStarted(25, GEMMA))
+    box.see(PrimeEnded(25, GEMMA, "agent", PrimeOutcome.GIVEN_UP), RequestEnded(30, GEMMA, True))
+
+    assert first(box, 30 + QUIET) == [Prime(GEMMA, "gemma", "agent")]
+
+
+def test_a_waiting_caller_who_leaves_is_in_nobodys_way_any_more():
+    box = a_box().see(WaitStarted(25, GEMMA), WaitEnded(26, GEMMA, 1.0, False))
+
+    assert first(box, 30) == [Prime(GEMMA, "gemma", "agent")]
+
+
+# --- what came of it ------------------------------------------------------------------------------------
+
+
+def test_an_opening_that_was_read_counts_as_the_ping_of_its_interval():
+    model = after(ours(priming=WISHES), *primed(100))
+
+    assert (model.ping_at, model.pinged_at, model.seen_at) == (405, 105, 105)
+    assert model.state is State.WARM
+    assert not model.calling
+
+
+def test_a_listing_from_while_it_was_read_says_nothing_of_what_came_after():
+    model = after(ours(priming=WISHES), *primed(100))
+
+    assert after(model, listed(106, entry("gemma"), asked=104)).instances == model.instances
+
+
+@pytest.mark.parametrize(
+    "fact",
+    [
+        listed(120, entry("gemma")),
+        listed(120, entry("gemma", "gemma:2")),
+        refused(120),
+        InstanceLost(120, GEMMA, "Model unloaded."),
+    ],
+)
+def test_what_was_read_is_gone_with_the_instance(fact: Fact):
+    model = after(ours(priming=WISHES), *primed(100))
+    assert model.priming.done == (Primed("agent", 105, 5.0),)
+
+    assert after(model, fact).priming.done == ()
+
+
+def test_an_instance_that_is_still_there_still_knows():
+    model = after(ours(priming=WISHES), *primed(100), listed(120, entry("gemma", "gemma")))
+    model = after(model, PingStarted(405, GEMMA), PingEnded(406, GEMMA, PingOutcome.TIMEOUT))
+
+    assert [one.opening for one in model.priming.done] == ["agent"]
+
+
+def test_a_refusal_is_told_and_the_next_opening_has_its_turn_while_the_model_stays_warm():
+    box = a_box().see(*primed(25, outcome=PrimeOutcome.REFUSED, message="the context is too small"))
+
+    assert box[GEMMA].state is State.WARM
+    assert box[GEMMA].priming.unfit == (("agent", "the context is too small"),)
+    assert first(box, 40) == [Prime(GEMMA, "gemma", "second")]
+
+
+def test_what_did_not_fit_is_not_tried_again_after_the_next_load_but_after_the_config_was_read_anew():
+    model = after(ours(priming=WISHES), *primed(25, outcome=PrimeOutcome.REFUSED, message="no"))
+    model = after(model, listed(120, entry("gemma")))
+    assert model.priming.next == "second"
+
+    assert chosen(model.priming, {"agent": None}).next == "agent"
+
+
+def test_an_opening_that_failed_is_tried_once_more_a_while_later():
+    box = a_box().see(*primed(25, outcome=PrimeOutcome.ERROR, message="cut"))
+    assert box[GEMMA].ping_at == 30  # the verdict on the model is a ping's
+    box.see(PingStarted(31, GEMMA), PingEnded(32, GEMMA, PingOutcome.OK))
+
+    assert first(box, 29 + AGAIN) == []
+    assert primes(box, 30 + AGAIN) == [Prime(GEMMA, "gemma", "agent")]
+    box.see(*primed(100, outcome=PrimeOutcome.ERROR, message="cut again"))
+    assert box[GEMMA].priming.unfit == (("agent", "cut again"),)
+
+
+def test_a_model_that_dies_of_an_opening_dies_of_it_no_more_than_twice_whatever_goes_well_between():
+    model = ours(priming=chosen(Priming(), {"good": None, "deadly": None}))
+    for at in (100, 200):
+        model = after(
+            model, *primed(at, "good"), *primed(at + 10, "deadly", PrimeOutcome.ERROR, message="cut")
+        )
+        model = after(model, refused(at + 20), listed(at + 30, entry("gemma", "gemma")))
+        model = after(model, PingStarted(at + 31, GEMMA), PingEnded(at + 32, GEMMA, PingOutcome.OK))
+
+    assert model.priming.unfit == (("deadly", "cut"),)
+    assert model.priming.next == "good"
+
+
+def test_an_opening_that_crashes_the_model_is_not_tried_again():
+    model = after(
+        ours(priming=WISHES),
+        *primed(25, outcome=PrimeOutcome.ERROR, message="has crashed", why=Reason.CRASHED),
+    )
+
+    assert model.priming.unfit == (("agent", "has crashed"),)
+
+
+@pytest.mark.parametrize("why", [Reason.UNAUTHORIZED, Reason.LOADING, Reason.UNLOADED])
+def test_what_an_opening_is_not_to_blame_for_is_not_held_against_it(why: Reason):
+    model = ours(priming=WISHES)
+    for at in (100, 200, 300):
+        model = after(model, *primed(at, outcome=PrimeOutcome.ERROR, message="no", why=why))
+
+    assert model.priming.unfit == ()
+    assert model.priming.again_at == 305 + AGAIN
+
+
+def test_an_answer_that_came_too_late_is_not_waited_for_again():
+    model = after(ours(priming=WISHES), *primed(25, outcome=PrimeOutcome.TIMEOUT, message="no answer"))
+
+    assert (model.state, model.priming.unfit) == (State.WARM, (("agent", "no answer"),))
+
+
+def test_a_model_that_went_away_meanwhile_is_not_warm_by_an_opening():
+    model = after(ours(priming=WISHES), PrimeStarted(25, GEMMA, "agent"), listed(26, entry("gemma")))
+    model = after(model, PrimeEnded(30, GEMMA, "agent", OK, 5.0))
+
+    assert model.state is State.COLD
+    assert (model.priming.done, model.priming.under_way) == ((), None)
+
+
+# --- which ----------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_changed_is_another_opening_and_what_is_still_wished_stays_known():
+    model = after(ours(priming=WISHES), *primed(100), *primed(110, "second"))
+
+    priming = chosen(model.priming, {"agent of today": None, "second": None})
+
+    assert [one.opening for one in priming.done] == ["second"]
+    assert priming.next == "agent of today"
+
+
+def test_a_file_that_cannot_be_read_is_passed_over_with_its_reason():
+    priming = chosen(Priming(), {"broken": '"x.json" is no JSON', "agent": None})
+
+    assert priming.next == "agent"
+    assert priming.unfit == (("broken", '"x.json" is no JSON'),)
+
+
+def test_what_was_learnt_comes_behind_the_files_and_is_forgotten_when_it_is_out_of_use():
+    model = after(ours(priming=chosen(Priming(), {"agent": None})), OpeningsLearned(50, GEMMA, ("x", "y")))
+    assert model.priming.wished == ("agent", "x", "y")
+    model = after(
+        model, *primed(100), *primed(110, "x"), *primed(120, "y", PrimeOutcome.REFUSED, message="no")
+    )
+
+    model = after(model, OpeningsLearned(130, GEMMA, ("z",)))
+
+    assert [one.opening for one in model.priming.done] == ["agent"]
+    assert (model.priming.unfit, model.priming.next) == ((), "z")
+
+
+# --- whatever happens -------------------------------------------------------------------------------------
+
+
+def test_an_opening_is_never_sent_to_what_is_not_loaded_nor_beside_another_call():
+    for name, model in every_model().items():
+        there = bool(model.instances) or (model.blind and model.state is State.WARM)
+        if model.calling or not there:
+            with pytest.raises(IllegalMove):
+                after(model, PrimeStarted(200, GEMMA, "agent"))
+        else:
+            assert after(model, PrimeStarted(200, GEMMA, "agent")).calling, name
+
+
+def test_the_end_of_an_opening_changes_no_state_whatever_it_was():
+    for model in every_model().values():
+        for outcome in PrimeOutcome:
+            for why in (None, *Reason):
+                ended = after(model, PrimeEnded(200, GEMMA, "agent", outcome, 1.0, message="m", why=why))
+                assert ended.state is model.state
+                assert ended.priming.under_way is None
+
+
+def test_where_residency_does_not_show_a_model_that_answers_is_primed_by_its_key():
+    blind = replace(warm(), instances=(), blind=True, priming=WISHES)
+    box = Box(blind)
+
+    assert primes(box.see(listed(20, entry("gemma"), tier=Tier.OPENAI)), 20) == [
+        Prime(GEMMA, "gemma", "agent")
+    ]

@@ -1,0 +1,138 @@
+"""Openings as a user has them: files beside his config, what status, log and metrics say of them, and a reload."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from keepalive.simulator.models import SimModel
+from tests.kit.live import (
+    asked,
+    daemon,
+    model,
+    settings,
+    simulator,
+    until,
+)
+from tests.service.test_daemon import log_in, metric
+
+GEMMA = SimModel("gemma", load_seconds=0.1)
+CANARY = "canary-of-the-ward"
+WORDS = " ".join(f"{CANARY}-{n}" for n in range(500))
+
+
+def written(folder: Path, url: str, *names: str, **more: Any) -> Path:
+    path = folder / "config.toml"
+    path.write_text(settings(url, f'key = "gemma"\nprime = {json.dumps(names)}', **more))
+    return path
+
+
+def prompts(studio: Any) -> list[tuple[int, int]]:
+    """Of each prompt that was read: its words, and how many of them were remembered."""
+    ended = [e for e in studio.studio.log(0) if e["kind"] == "generation.ended"]
+    return [(e["prompt"], e["cached"]) for e in ended]
+
+
+async def test_what_a_file_holds_is_read_after_the_load_and_the_first_caller_waits_for_his_own_words(
+    tmp_path: Path,
+) -> None:
+    body = {"model": "gemma", "messages": [{"role": "system", "content": WORDS}], "stream": True}
+    (tmp_path / "agent.json").write_text(json.dumps(body))
+    with log_in(tmp_path) as lines:
+        async with simulator(GEMMA) as studio:
+            path = written(tmp_path, studio.url, "agent.json")
+            async with daemon(path.read_text(), path=path) as running:
+                await until(lambda: model(running, "gemma")["primed"]["at"], "it is primed")
+                known = model(running, "gemma")
+                asks = {"model": "gemma", "messages": [*body["messages"], {"role": "user", "content": "hi"}]}
+                status, _, _ = await asked(f"{running.url}/v1/chat/completions", "POST", asks)
+                counted = metric(running, "model_primes_total", model="gemma", upstream="local", outcome="ok")
+                took = metric(running, "model_prime_duration_seconds_count", model="gemma", upstream="local")
+                page = "".join(
+                    [(await asked(running.admin_url + at))[2] for at in ("/api/status", "/metrics")]
+                )
+                read = prompts(studio)
+        (said,) = lines("model.primed")
+        log = json.dumps(lines(None))
+
+    assert known["state"] == "warm"
+    assert {**known["primed"], "at": None} == {
+        "openings": 1,
+        "of": 1,
+        "tokens": 509,
+        "at": None,
+        "under_way": False,
+        "reason": None,
+    }
+    assert status == 200
+    assert (counted, took) == (1.0, 1.0)
+    assert (said["opening"], said["tokens"], said["model"]) == ("agent.json", 509, "gemma")
+    (_, ping), (words, cold), (again, cached) = read
+    assert (ping, cold <= 2) == (0, True)
+    assert again - cached <= 3 < words
+    assert CANARY not in log + page
+
+
+async def test_where_nothing_is_to_be_primed_nothing_is_said_of_it() -> None:
+    async with simulator(GEMMA) as studio, daemon(settings(studio.url, "gemma")) as running:
+        await until(lambda: model(running, "gemma")["state"] == "warm", "it is warm")
+
+        assert model(running, "gemma")["primed"] is None
+
+
+async def test_a_file_that_cannot_be_used_is_said_at_the_start_and_the_model_is_served(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "broken.json").write_text("{")
+    with log_in(tmp_path) as lines:
+        async with simulator(GEMMA) as studio:
+            path = written(tmp_path, studio.url, "broken.json")
+            async with daemon(path.read_text(), path=path) as running:
+                await until(lambda: model(running, "gemma")["state"] == "warm", "it is warm")
+                known = model(running, "gemma")
+        (said,) = lines("prime.unusable")
+
+    assert (known["primed"]["openings"], known["primed"]["of"]) == (0, 1)
+    assert known["primed"]["reason"].startswith("broken.json: is no JSON: ")
+    assert '"broken.json" is no JSON' in said["reason"]
+
+
+async def test_a_reload_replays_what_has_changed_and_refuses_what_has_vanished(tmp_path: Path) -> None:
+    (tmp_path / "agent.txt").write_text(WORDS)
+    (tmp_path / "other.txt").write_text("other")
+    async with simulator(GEMMA) as studio:
+        path = written(tmp_path, studio.url, "agent.txt", "other.txt")
+        async with daemon(path.read_text(), path=path) as running:
+
+            def primes() -> float:
+                count = metric(running, "model_primes_total", model="gemma", upstream="local", outcome="ok")
+                assert count is not None
+                return count
+
+            await until(lambda: primes() == 2, "both are read")
+            running.reload()
+            (tmp_path / "agent.txt").write_text(WORDS + " today")
+            running.reload()
+            await until(lambda: primes() == 3, "the one that changed is read again")
+            (tmp_path / "agent.txt").unlink()
+            running.reload()
+            rejected = running.status()["config"]["mistakes"]
+            await until(lambda: model(running, "gemma")["primed"]["openings"] == 2, "the rest is as it was")
+            loads = model(running, "gemma")["loads"]
+
+    assert rejected == [f'{path}:16: models[0].prime[0]: "agent.txt" cannot be read: there is no such file']
+    assert loads == 1
+
+
+def test_check_finds_what_is_wrong_with_the_files(tmp_path: Path) -> None:
+    import subprocess
+
+    from tests.kit.live import KEEPALIVE, environment
+
+    path = written(tmp_path, "http://127.0.0.1:9", "gone.txt")
+
+    run = subprocess.run(
+        [*KEEPALIVE, "check", "-c", str(path)], capture_output=True, text=True, env=environment(), check=False
+    )
+
+    assert run.returncode == 3
+    assert run.stderr == f'{path}:16: models[0].prime[0]: "gone.txt" cannot be read: there is no such file\n'
