@@ -69,6 +69,38 @@ async def test_an_unknown_route_leads_on_to_the_older_tier_with_either_status(as
         assert (await upstream.listing()).tier is Tier.V0
 
 
+OPENING = "/v1/chat/completions", {"messages": [{"role": "user", "content": "one two"}], "max_tokens": 1}
+
+
+async def test_an_opening_is_read_by_the_model_that_is_meant_and_its_tokens_are_told():
+    async with studio() as server, client(server.url) as upstream:
+        await upstream.load("acme/a", {}, timeout=5)
+
+        assert await upstream.prime(OPENING, "acme/a", ["acme/a"], tier=Tier.V1, timeout=5) == 10
+
+        server.studio.set_faults(answer_model="somebody else")
+        with pytest.raises(Unexpected, match=r"^somebody else answered in its place$"):
+            await upstream.prime(OPENING, "acme/a", ["acme/a"], tier=Tier.V1, timeout=5)
+
+
+async def test_an_opening_that_is_given_up_frees_the_server_of_it_at_once():
+    faults = {"prompt_seconds": 600.0, "prompt_finishes_after_disconnect": False}
+    async with studio(**faults) as server, client(server.url) as upstream:
+        await upstream.load("acme/a", {}, timeout=5)
+        task = asyncio.create_task(upstream.prime(OPENING, "acme/a", ["acme/a"], tier=Tier.V1, timeout=900))
+
+        def ended() -> list[str]:
+            return [e["outcome"] for e in server.studio.log() if e["kind"] == "generation.ended"]
+
+        instance = server.studio.memory.instances["acme/a"]
+        await live.until(lambda: instance.working, "it is being read")
+        task.cancel()
+        await live.until(ended, "LM Studio has noticed")
+
+        assert ended() == ["client_gone"]
+        assert not instance.working
+
+
 async def test_a_load_a_ping_and_an_unload_are_seen_by_the_server_as_meant():
     async with studio() as server, client(server.url) as upstream:
         loaded = await upstream.load("acme/a", {"context_length": 4096}, timeout=5)

@@ -353,3 +353,18 @@ def test_an_own_ping_is_sent_as_it_is_with_the_copy_that_is_asked():
         "/v1/audio",
         {"input": "a", "model": "tts:2"},
     )
+
+
+@pytest.mark.parametrize(
+    ("answer", "count"),
+    [
+        ({"usage": {"prompt_tokens": 5900, "completion_tokens": 1}}, 5900),
+        ({"usage": {"input_tokens": 12, "output_tokens": 1}}, 12),
+        ({"usage": {"prompt_tokens": "many"}}, None),
+        ({"usage": None}, None),
+        ({}, None),
+        ([], None),
+    ],
+)
+def test_how_long_a_prompt_was_is_read_from_the_usage(answer: object, count: int | None):
+    assert wire.tokens(answer) == count
