@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 TESTABLE := $(VENV)/.installed-test
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check mutants test-timely test-setup bench schema clean python
+.PHONY: help demo test check mutants test-timely test-setup bench schema man clean python
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,10 @@ bench: $(TESTABLE)  ## Measure what the daemon costs, idle, for the page, as a p
 schema: $(INSTALLED)  ## Write docs/config.schema.json anew, after a change of the config
 	@$(BIN)/python -m keepalive.config > $(VENV)/schema
 	@mv $(VENV)/schema docs/config.schema.json
+
+man: $(INSTALLED)  ## Write docs/keepalive.1 anew, after a change of the command
+	@$(BIN)/python -m keepalive.cli.manual > $(VENV)/man
+	@mv $(VENV)/man docs/keepalive.1
 
 clean:  ## Remove the environment and everything else that was generated
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis dist

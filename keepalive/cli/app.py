@@ -43,7 +43,6 @@ ENDLESS = 100_000
 app = typer.Typer(
     help="Keeps LM Studio models loaded, and says at any moment what is warm, what is loading and why.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -60,9 +59,23 @@ UrlOption = Annotated[
         "--url", help="The daemon's admin address. Default: $KEEPALIVE_ADMIN_URL, else what the config says."
     ),
 ]
+
+
+def _models_beginning(incomplete: str) -> list[str]:
+    """For the shell, when somebody presses the tabulator: what the daemon keeps, or nothing."""
+    with contextlib.suppress(Exception):
+        document = _fetch(_admin_url(None, None), timeout=1.0)
+        return [m["key"] for m in document["models"] if m["key"].startswith(incomplete)]
+    return []
+
+
 KeysArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="[MODEL]...", help="Default: all that are wanted.")
+    list[str] | None,
+    typer.Argument(
+        metavar="[MODEL]...", help="Default: all that are wanted.", autocompletion=_models_beginning
+    ),
 ]
+KeyArgument = Annotated[str, typer.Argument(metavar="MODEL", autocompletion=_models_beginning)]
 
 
 def main() -> None:
@@ -310,17 +323,13 @@ def wait(
 
 
 @app.command()
-def warm(
-    model: Annotated[str, typer.Argument(metavar="MODEL")], url: UrlOption = None, path: ConfigOption = None
-) -> None:
+def warm(model: KeyArgument, url: UrlOption = None, path: ConfigOption = None) -> None:
     """Ask for a model now. Also outside its window or after a failure. Exit code as `status`."""
     _change(_admin_url(url, path), model, "warm")
 
 
 @app.command()
-def release(
-    model: Annotated[str, typer.Argument(metavar="MODEL")], url: UrlOption = None, path: ConfigOption = None
-) -> None:
+def release(model: KeyArgument, url: UrlOption = None, path: ConfigOption = None) -> None:
     """Stop keeping a model. Until its next window or a restart. Exit code as `status`."""
     _change(_admin_url(url, path), model, "release")
 
