@@ -4,10 +4,13 @@ load.py streams PORT COUNT     COUNT streams at once, to their end
 load.py first PORT COUNT       COUNT streams one after another; time to the first event of each
 load.py requests PORT COUNT SECONDS   COUNT connections, small JSON, as fast as it goes
 load.py hold PORT COUNT        COUNT streams that stay open until stdin ends; prints when they are
+load.py crowd PORT COUNT       COUNT streams for a model that is not there yet: prints when all of them wait, and
+                               after a line from stdin, which is when it came, how long the last one waited for a word
 """
 
 import asyncio
 import json
+import resource
 import statistics
 import sys
 import time
@@ -107,6 +110,8 @@ async def requests(port: int, count: int, seconds: float) -> dict[str, float]:
     total = 0
     data = request(port, stream=False)
 
+    waited: list[float] = []
+
     async def repeat(caller: Caller) -> None:
         nonlocal total
         caller.end = b'"end":1}'
@@ -114,11 +119,16 @@ async def requests(port: int, count: int, seconds: float) -> dict[str, float]:
             caller.done = asyncio.get_running_loop().create_future()
             caller.ask(data)
             await caller.done
+            waited.append(time.perf_counter() - caller.sent)
             total += 1
 
     began = time.perf_counter()
     await asyncio.gather(*(repeat(caller) for caller in all_of_them))
-    return {"requests": total, "seconds": time.perf_counter() - began}
+    seconds = time.perf_counter() - began
+    waited.sort()
+    shares = {"p50": 0.5, "p99": 0.99, "p999": 0.999, "most": 1.0}
+    late = {name: waited[min(int(len(waited) * share), len(waited) - 1)] for name, share in shares.items()}
+    return {"requests": total, "seconds": seconds, **late}
 
 
 async def hold(port: int, count: int) -> None:
@@ -133,10 +143,45 @@ async def hold(port: int, count: int) -> None:
     await asyncio.to_thread(sys.stdin.read)
 
 
+class Waiter(Caller):
+    """A caller that is told at once that it waits: a head and a comment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def data_received(self, data: bytes) -> None:
+        if not self.told.done():
+            self.told.set_result(None)
+        super().data_received(data)
+
+
+async def crowd(port: int, count: int) -> None:
+    loop = asyncio.get_running_loop()
+    waiters = []
+    while len(waiters) < count:
+        batch = []
+        for _ in range(min(50, count - len(waiters))):
+            _, waiter = await loop.create_connection(Waiter, "127.0.0.1", port)
+            waiter.ask(request(port, stream=True))
+            batch.append(waiter)
+        await asyncio.gather(*(waiter.told for waiter in batch))
+        waiters += batch
+    print(json.dumps({"open": len(waiters)}), flush=True)
+    await asyncio.to_thread(sys.stdin.readline)
+    began = time.perf_counter()
+    await asyncio.gather(*(waiter.begun for waiter in waiters))
+    last = time.perf_counter() - began
+    await asyncio.gather(*(waiter.done for waiter in waiters))
+    print(json.dumps({"last": last, "events": sum(w.events for w in waiters)}), flush=True)
+
+
 async def main() -> None:
     what, port, count, *rest = sys.argv[1:]
-    if what == "hold":
-        await hold(int(port), int(count))
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65_536), hard))
+    if what in ("hold", "crowd"):
+        await {"hold": hold, "crowd": crowd}[what](int(port), int(count))
         return
     if what == "requests":
         result = await requests(int(port), int(count), float(rest[0]))

@@ -2,11 +2,15 @@
 
 `POST` with `"stream":true` streams; any other `POST` answers with a small JSON.
 `GET /pace?rate=50&events=150` sets what streams do from then on: `rate` 0 sends everything at once, and
-`events` 0 sends one and stays open.
+`events` 0 sends one and stays open. To those who list and load it is an LM Studio with two models, of which
+`bench` is loaded unless `loaded=0` was set; loads of it then end once `loaded=1` is. `GET /seen` tells when it was
+listed, and when `quiet` was asked anything.
 """
 
 import asyncio
+import json
 import sys
+import time
 from urllib.parse import parse_qs, urlsplit
 
 import uvloop
@@ -46,7 +50,37 @@ TOKENS = [chunk(EVENT.replace(b"token", word.encode())) for word in WORDS]
 TOKEN = TOKENS[0]
 END = chunk(LAST) + chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
 
-pace = {"rate": 50.0, "events": 150.0}
+GREETING = b'{"lmstudio":true}'
+NO_ROUTE = b'{"error":"Unexpected endpoint or method."}'
+
+pace = {"rate": 50.0, "events": 150.0, "loaded": 1.0}
+seen: dict[str, list[float]] = {"listed": [], "pinged": []}
+loading: list[asyncio.Transport] = []
+
+
+def answer(body: bytes) -> bytes:
+    return b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (
+        len(body),
+        body,
+    )
+
+
+def listing() -> bytes:
+    """As much of LM Studio's as says what is loaded."""
+    rows = []
+    for key in ("bench", "quiet"):
+        there = key == "quiet" or pace["loaded"]
+        instances = [{"id": key, "config": {"context_length": 4096}}] if there else []
+        rows.append({"type": "llm", "key": key, "size_bytes": 1_000_000, "loaded_instances": instances})
+    return json.dumps({"models": rows}).encode()
+
+
+def loaded() -> None:
+    """The load of all who asked for one is over."""
+    told = {"type": "llm", "instance_id": "bench", "load_time_seconds": 1.0, "status": "loaded"}
+    for transport in loading:
+        transport.write(answer(json.dumps(told).encode()))
+    loading.clear()
 
 
 class Answering(asyncio.Protocol):
@@ -68,14 +102,33 @@ class Answering(asyncio.Protocol):
         elif b"\r\ntransfer-encoding: chunked" in lowered and not body.endswith(b"0\r\n\r\n"):
             return
         self.received = b""
-        if head.startswith(b"GET /pace"):
-            query = parse_qs(urlsplit(head.split(b" ")[1].decode()).query)
-            pace.update({name: float(value[0]) for name, value in query.items()})
-            self.transport.write(ANSWER)
+        if head.startswith(b"GET"):
+            self.transport.write(answer(self.told(head.split(b" ")[1].decode())))
         elif b'"stream":true' in body or b'"stream": true' in body:
             self.stream()
+        elif head.startswith(b"POST /api/v1/models/load"):
+            loading.append(self.transport)
+            if pace["loaded"]:
+                loaded()
+        elif b'"quiet"' in body:
+            seen["pinged"].append(time.monotonic())
+            self.transport.write(answer(JSON.replace(b'"bench"', b'"quiet"')))
         else:
             self.transport.write(ANSWER)
+
+    def told(self, target: str) -> bytes:
+        path, query = urlsplit(target).path, parse_qs(urlsplit(target).query)
+        if path == "/pace":
+            pace.update({name: float(value[0]) for name, value in query.items()})
+            if pace["loaded"]:
+                loaded()
+            return b"{}"
+        if path == "/seen":
+            return json.dumps(seen).encode()
+        if path == "/api/v1/models":
+            seen["listed"].append(time.monotonic())
+            return listing()
+        return GREETING if path == "/lmstudio-greeting" else NO_ROUTE
 
     def stream(self) -> None:
         if not pace["events"]:
