@@ -26,6 +26,7 @@ from keepalive.core.facts import (
     PrimeStarted,
     ReleaseAsked,
     RequestEnded,
+    RequestsCounted,
     RequestStarted,
     UnloadEnded,
     UnloadStarted,
@@ -58,13 +59,25 @@ def _warm_asked(model: Model) -> Model:
 
 def _request_ended(model: Model, fact: RequestEnded) -> Model:
     model = replace(model, in_flight=max(0, model.in_flight - 1), used_at=fact.at)
-    if not fact.answered:
-        return model
-    model = replace(model, active_at=fact.at)
+    return _answered(model, fact.at) if fact.answered else model
+
+
+def _requests_counted(model: Model, fact: RequestsCounted) -> Model:
+    if fact.answered_at is not None:
+        model = _answered(model, fact.answered_at)
+    return replace(
+        model,
+        in_flight=max(0, model.in_flight + fact.started - fact.ended),
+        used_at=model.used_at if fact.ended_at is None else fact.ended_at,
+    )
+
+
+def _answered(model: Model, at: float) -> Model:
+    model = replace(model, active_at=at)
     if model.calling:
         return model
     # The due time stays, so that the ping that this request makes needless is seen and counted as skipped.
-    return replace(proved(model, fact.at), ping_at=model.ping_at)
+    return replace(proved(model, at), ping_at=model.ping_at)
 
 
 def _instance_lost(model: Model, fact: InstanceLost) -> Model:
@@ -107,5 +120,6 @@ CHANGES: Mapping[type[Fact], Callable[..., Model]] = {
     WaitEnded: lambda model, _: replace(model, waiting=max(0, model.waiting - 1)),
     RequestStarted: lambda model, _: replace(model, in_flight=model.in_flight + 1),
     RequestEnded: _request_ended,
+    RequestsCounted: _requests_counted,
     InstanceLost: _instance_lost,
 }

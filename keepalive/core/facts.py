@@ -329,6 +329,19 @@ class RequestEnded(ModelFact):
 
 
 @dataclass(frozen=True, slots=True)
+class RequestsCounted(ModelFact):
+    """Both of these, of many requests at once: a record is not made anew for each of them.
+
+    `ended_at` and `answered_at` are of the last that ended, and of the last that the model itself answered.
+    """
+
+    started: int
+    ended: int
+    ended_at: float | None = None
+    answered_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class InstanceLost(ModelFact):
     """A user's request was told that the model crashed or was unloaded; the listing decides."""
 

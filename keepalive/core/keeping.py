@@ -17,8 +17,6 @@ class View:
     elapsed: float | None = None
     eta: float | None = None
     instance_id: str | None = None
-    in_flight: int = 0
-    waiting: int = 0
     retry_after: float | None = None
     max_wait: float = 600.0
     wanted: bool = True

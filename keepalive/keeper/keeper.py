@@ -44,6 +44,9 @@ from keepalive.core.facts import (
     PrimeEnded,
     PrimeOutcome,
     PrimeStarted,
+    RequestEnded,
+    RequestsCounted,
+    RequestStarted,
     Tier,
     Trouble,
     UnloadEnded,
@@ -62,6 +65,8 @@ from keepalive.core.upstreams import apply_upstream
 
 # An unload is answered at once, or the server is in trouble.
 UNLOAD_TIMEOUT = 60.0
+# Names are the callers', who may make up any number of them.
+MEANINGS_REMEMBERED = 256
 
 
 class Loaded(Protocol):
@@ -135,7 +140,6 @@ class Keep:
     aliases: tuple[str, ...] = ()
     # To be replayed after a load, by the names by which they are looked up; each with why it cannot be, or None.
     openings: Mapping[str, str | None] = field(default_factory=dict)
-    learns: bool = False  # and what most requests begin with
 
 
 class Observer(Protocol):
@@ -144,14 +148,28 @@ class Observer(Protocol):
     def observe(self, fact: Fact, before: Model | Upstream, after: Model | Upstream) -> None: ...
 
 
+class _Count:
+    """Requests for one warm model that its record does not hold yet."""
+
+    __slots__ = ("answered_at", "at", "ended", "ended_at", "started")
+
+    def __init__(self) -> None:
+        self.at = 0.0
+        self.started = 0
+        self.ended = 0
+        self.ended_at: float | None = None
+        self.answered_at: float | None = None
+
+
 class _Shelf:
     """One upstream with its models, in the order of the config."""
 
-    __slots__ = ("models", "server", "upstream")
+    __slots__ = ("counts", "models", "server", "upstream")
 
     def __init__(self, server: Server, now: float) -> None:
         self.server = server
         self.models: dict[str, Model] = {}
+        self.counts: dict[str, _Count] = {}
         self.upstream = Upstream(name=server.name, since=now)
 
 
@@ -179,6 +197,8 @@ class Keeper:
         self._wake = asyncio.Event()
         self._due: set[str] = set()
         self._names = Names()
+        # What names were found to mean, until anything is heard of an upstream: callers say the same few.
+        self._meanings: dict[tuple[str | None, bool], Meaning] = {}
         self._unheard: dict[str, asyncio.Event] = {}
         self._news: dict[ModelId, asyncio.Future[None]] = {}
 
@@ -194,6 +214,8 @@ class Keeper:
         """
         now = self._clock()
         servers, keeps = list(servers), list(keeps)
+        for known in self._shelves.values():
+            self._settle(known)
         gone = self._shelves.keys() - {server.name for server in servers}
         for model in [m for m in self._primes if m.upstream in gone]:
             self._abandon(model)
@@ -222,6 +244,7 @@ class Keeper:
             )
         self._shelves = {server.name: self._shelves[server.name] for server in servers}
         self._keeps = {keep.model: keep for keep in keeps}
+        self._meanings.clear()
         self._names.configure(self._shelves, {keep.model: keep.aliases for keep in keeps}, default)
         for name in gone:
             self._hear(name)
@@ -255,7 +278,7 @@ class Keeper:
                 window_open=keep.window_open,
                 asked_for=None if model.retired else model.asked_for,
                 refused=model.refused if keep.policy.pinged else None,
-                priming=chosen(model.priming, keep.openings, learns=keep.learns),
+                priming=chosen(model.priming, keep.openings),
             )
         for key, model in gone.items():
             models[key] = replace(model, retired=True, rank=len(models))
@@ -272,8 +295,14 @@ class Keeper:
 
         Where an upstream's first listing decides, it is waited for, until it comes or fails or for `within` seconds.
         """
+        known = self._meanings.get((name, default))
+        if known is not None:
+            return known
         meaning = self._names.meaning(name, self._up(), default=default)
         if not meaning.open:
+            if len(self._meanings) >= MEANINGS_REMEMBERED:
+                self._meanings.clear()
+            self._meanings[name, default] = meaning
             return meaning
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within):
@@ -307,13 +336,23 @@ class Keeper:
     def model(self, model: ModelId) -> Model | None:
         """What is known of one model; None when it is no longer in the config."""
         shelf = self._shelves.get(model.upstream)
-        known = shelf.models.get(model.key) if shelf else None
+        if shelf is not None and model.key in shelf.counts:
+            self._settle(shelf)
+        return self.glance(model)
+
+    def glance(self, model: ModelId) -> Model | None:
+        """The same for whoever asks at every request; the last requests may not have been counted in it yet."""
+        shelf = self._shelves.get(model.upstream)
+        known = shelf.models.get(model.key) if shelf is not None else None
         return None if known is None or known.retired else known
 
     def siblings(self, model: ModelId) -> tuple[Model, ...]:
         """All models of the same upstream."""
         shelf = self._shelves.get(model.upstream)
-        return tuple(shelf.models.values()) if shelf else ()
+        if shelf is None:
+            return ()
+        self._settle(shelf)
+        return tuple(shelf.models.values())
 
     async def ensure_warm(self, models: Sequence[ModelId]) -> ModelId:
         """Wait until one of `models` is warm, and return it: the least busy, where several are.
@@ -344,8 +383,10 @@ class Keeper:
         return warm
 
     def _least_busy(self, models: Sequence[ModelId]) -> ModelId | None:
-        warm = [m for m in map(self.model, models) if m is not None and m.state is State.WARM]
-        return min(warm, key=lambda m: m.in_flight).id if warm else None
+        warm = [m.id for m in map(self.glance, models) if m is not None and m.state is State.WARM]
+        if len(warm) < 2:
+            return warm[0] if warm else None
+        return min(filter(None, map(self.model, warm)), key=lambda m: m.in_flight).id
 
     def _check_hope(self, models: Sequence[ModelId]) -> None:
         """Raise NotWarm when none of `models` will be warm soon, with the reason of the first."""
@@ -389,6 +430,14 @@ class Keeper:
         shelf = self._shelves.get(fact.model.upstream if isinstance(fact, ModelFact) else fact.upstream)
         if shelf is None:
             return  # a reload has just removed this upstream
+        if isinstance(fact, RequestStarted | RequestEnded) and self._count(shelf, fact):
+            return
+        self._settle(shelf)
+        self._fold(shelf, fact)
+        self._due.add(shelf.server.name)
+        self._wake.set()
+
+    def _fold(self, shelf: _Shelf, fact: ModelFact | UpstreamFact) -> None:
         before = shelf.upstream
         shelf.upstream = apply_upstream(before, fact)
         if isinstance(fact, Listed) and fact.asked > before.asked:
@@ -397,7 +446,10 @@ class Keeper:
         elif isinstance(fact, ListingFailed):
             self._names.unheard(fact.upstream)
             self._hear(fact.upstream)
-        self._tell(fact, before, shelf.upstream)
+        if shelf.upstream is not before:
+            self._meanings.clear()
+        if shelf.upstream is not before or not isinstance(fact, ModelFact):
+            self._tell(fact, before, shelf.upstream)
         keys = [fact.model.key] if isinstance(fact, ModelFact) else list(shelf.models)
         for model in [shelf.models[key] for key in keys if key in shelf.models]:
             after = shelf.models[model.id.key] = apply(model, fact)
@@ -406,8 +458,39 @@ class Keeper:
                 self._announce(after.id)
             if after.retired and not after.calling and not after.ours:
                 del shelf.models[model.id.key]
-        self._due.add(shelf.server.name)
-        self._wake.set()
+
+    def _count(self, shelf: _Shelf, fact: RequestStarted | RequestEnded) -> bool:
+        """Whether a fact can wait, which comes twice for each request: of a warm model it leads to no other state.
+
+        Whoever reads a record, or changes it, first has `_settle` fold what was counted, so that nobody can tell.
+        Nothing has to be planned because of it before the next tick; but a prime is given up the moment a user comes.
+        """
+        model = shelf.models.get(fact.model.key)
+        if model is None or model.state is not State.WARM or model.retired or self._primes:
+            return False
+        count = shelf.counts.get(fact.model.key)
+        if count is None:
+            count = shelf.counts[fact.model.key] = _Count()
+        if isinstance(fact, RequestStarted):
+            count.started += 1
+        elif model.in_flight + count.started > count.ended:
+            count.ended += 1
+            count.ended_at = fact.at
+            if fact.answered:
+                count.answered_at = fact.at
+        else:
+            return False  # its beginning was not seen: a reload has put this model here meanwhile
+        count.at = fact.at
+        return True
+
+    def _settle(self, shelf: _Shelf) -> None:
+        """Fold what was counted of requests into the records."""
+        if not shelf.counts:
+            return
+        counts, shelf.counts = shelf.counts, {}
+        for key, c in counts.items():
+            model = ModelId(shelf.server.name, key)
+            self._fold(shelf, RequestsCounted(c.at, model, c.started, c.ended, c.ended_at, c.answered_at))
 
     def _record_of(self, client: Client, fact: ModelFact | UpstreamFact) -> None:
         """Record what `client` saw, unless a reload has meanwhile put another server behind that name."""
@@ -438,11 +521,14 @@ class Keeper:
                 self._wake.clear()
                 due, self._due = self._due, set()
                 for shelf in [self._shelves[name] for name in self._shelves if name in due]:
+                    self._settle(shelf)
                     for action in plan(shelf.upstream, tuple(shelf.models.values()), self._clock()):
                         self._do(tasks, shelf, action)
 
     def snapshot(self) -> Snapshot:
         shelves = self._shelves.values()
+        for shelf in shelves:
+            self._settle(shelf)
         return Snapshot(
             now=self._clock(),
             upstreams=tuple(shelf.upstream for shelf in shelves),

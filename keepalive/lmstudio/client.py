@@ -159,13 +159,7 @@ class Client:
         """
         path, body = wire.own_ping(replay, target)
         async with _bound(timeout, f"no answer to the opening within {timeout:.0f} s"):
-            try:
-                answer = await self._call("POST", path, body)
-            except Refused as error:
-                if not wire.quotes(str(error), body):
-                    raise
-                why = f"HTTP {error.status}, in words of the opening"
-                raise Refused(why, reason=error.reason, status=error.status) from None
+            answer = await self._call("POST", path, body)
         author = wire.answered_by(answer)
         if not wire.is_answer_of(author, accepted, tier):
             raise Unexpected(f"{wire.clean(author or '') or 'a model without a name'} answered in its place")

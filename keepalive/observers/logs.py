@@ -5,21 +5,28 @@ journal, which people read, and which knows the time and is told the level in it
 bounded queue to a thread of their own: a full disk or a stopped pager must not stop the loop that carries
 users' streams, nor its end. Other libraries' records pass too, from WARNING upwards, but only what was known
 when the line was written: their tracebacks and second lines quote the input, and a secret may be among it.
+
+Each request is a line, and there may be thousands of them in a second. So lines are written by the batch, and
+that of a request, whose fields are always the same, is put together here: what the libraries need for any other
+line would cost a small request as much as passing it on.
 """
 
+import json
 import logging
 import os
-import queue
 import select
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import TextIO
 
 import structlog
 
+from keepalive.core.callers import Outcome, Seen
 from keepalive.core.facts import (
     ClockJumped,
     Fact,
@@ -28,6 +35,7 @@ from keepalive.core.facts import (
     LoadOutcome,
     LoadRemembered,
     ModelFact,
+    ModelId,
     PingEnded,
     PingOutcome,
     PrimeEnded,
@@ -40,6 +48,10 @@ from keepalive.core.states import State
 
 # At 300 bytes a line about 3 MB, when nobody reads.
 LINES_WAITING = 10_000
+# What comes within this time is written at once. A daemon that is killed takes so much of its log along.
+GATHER = 0.1
+# A longer write might still be under way when the end no longer waits for it.
+WRITE_BYTES = 65_536
 # Longer than this the end does not wait for somebody to take the last lines.
 LAST_WORDS = 1.0
 # One library can repeat itself 2,000 times in a second, as when no file can be opened any more.
@@ -53,43 +65,74 @@ class _Output(logging.Handler):
     """Renders where the line was written, and writes in a thread that nobody has to wait for.
 
     The thread takes no lock that others need: not this handler's, which the interpreter takes when it ends,
-    and not that of `sys.stderr`. Lines that do not fit are dropped: the alternative is to wait.
+    and not that of `sys.stderr`. Lines that do not fit are dropped, since the alternative is to wait; once there is
+    room again, a line says how many they were.
     """
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
         self._file = stream.fileno()
-        self._lines: queue.Queue[bytes | None] = queue.Queue(LINES_WAITING)
+        self._dropped = 0
+        self._lines: deque[str] = deque()
+        self._woken = threading.Event()
+        self._ending = threading.Event()
         self._over = False
-        self._thread = threading.Thread(target=self._write, name="log", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        # Whatever cannot be rendered or does not fit: a lost line is better than a lost request.
+        # Whatever cannot be rendered: a lost line is better than a lost request.
         with suppress(Exception):
-            self._lines.put_nowait(self.format(record).encode(errors="backslashreplace") + b"\n")
+            self.put(self.format(record))
+
+    def put(self, line: str) -> None:
+        if len(self._lines) >= LINES_WAITING:
+            self._dropped += 1
+            return
+        if self._dropped:
+            dropped, self._dropped = self._dropped, 0
+            logger().warning("log.lines_lost", lines=dropped)
+        self._lines.append(line)
+        if not self._woken.is_set():  # waking a thread costs more than writing a line down
+            self._woken.set()
+
+    @property
+    def idle(self) -> bool:
+        """All of it has been taken to be written."""
+        return not self._lines
 
     def end(self) -> None:
-        with suppress(queue.Full):
-            self._lines.put(None, timeout=LAST_WORDS)
+        self._ending.set()
+        self._woken.set()
         self._thread.join(LAST_WORDS)
         # What is left is lost: the file may soon be somebody else's.
         self._over = True
 
-    def _write(self) -> None:
-        while (line := self._lines.get()) is not None and not self._over:
-            # Nobody is there to be told: a terminal that was closed, a full disk.
-            with suppress(OSError):
-                _write_all(self._file, line)
+    def _run(self) -> None:
+        while not (self._ending.is_set() and not self._lines):
+            self._woken.wait()
+            self._ending.wait(GATHER)
+            self._woken.clear()
+            while self._lines and not self._over:
+                self._write(self._batch())
 
+    def _batch(self) -> bytes:
+        lines: list[bytes] = []
+        size = 0
+        while self._lines and size < WRITE_BYTES:
+            lines.append(self._lines.popleft().encode(errors="backslashreplace"))
+            size += len(lines[-1]) + 1
+        return b"\n".join(lines) + b"\n"
 
-def _write_all(file: int, line: bytes) -> None:
-    while line:
-        try:
-            line = line[os.write(file, line) :]
-        except BlockingIOError:
-            # Somebody who shares the terminal has made it non-blocking.
-            select.select([], [file], [])
+    def _write(self, batch: bytes) -> None:
+        # Nobody is there to be told: a terminal that was closed, a full disk.
+        with suppress(OSError):
+            while batch and not self._over:
+                try:
+                    batch = batch[os.write(self._file, batch) :]
+                except BlockingIOError:
+                    # Somebody who shares the terminal has made it non-blocking.
+                    select.select([], [self._file], [])
 
 
 class _Prioritized(structlog.stdlib.ProcessorFormatter):
@@ -140,7 +183,8 @@ def start(*, level: str, as_json: bool | None, stream: TextIO | None) -> Callabl
     """
     journal = stream is not None and _is_journal(stream)
     root, own = logging.getLogger(), logging.getLogger("keepalive")
-    root.handlers[:] = [handler := logging.NullHandler() if stream is None else _Output(stream)]
+    handler = logging.NullHandler() if stream is None else _Output(stream)
+    root.handlers[:] = [handler]
     root.setLevel(max(logging.WARNING, logging.getLevelName(level.upper())))
     own.setLevel(level.upper())
     shared: list[structlog.typing.Processor] = [structlog.stdlib.add_log_level]
@@ -167,8 +211,14 @@ def start(*, level: str, as_json: bool | None, stream: TextIO | None) -> Callabl
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=False,
     )
+    global _requests
+    _requests = _tell_request
+    if isinstance(handler, _Output) and (journal or _is_json(stream, as_json)):
+        _requests = _Requests(handler, own.level, journal=journal, as_json=not journal or bool(as_json))
 
     def stop() -> None:
+        global _requests
+        _requests = _tell_request
         root.handlers.remove(handler)
         if isinstance(handler, _Output):
             handler.end()
@@ -176,8 +226,12 @@ def start(*, level: str, as_json: bool | None, stream: TextIO | None) -> Callabl
     return stop
 
 
+def _is_json(stream: TextIO | None, as_json: bool | None) -> bool:
+    return stream is not None and (bool(as_json) or (as_json is None and not stream.isatty()))
+
+
 def _renderer(stream: TextIO, *, as_json: bool | None) -> structlog.typing.Processor:
-    if as_json or (as_json is None and not stream.isatty()):
+    if _is_json(stream, as_json):
         return structlog.processors.JSONRenderer()
     colors = stream.isatty() and not os.environ.get("NO_COLOR")
     return structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=18, sort_keys=False)
@@ -208,6 +262,135 @@ def _plain(logger: object, name: str, event: structlog.typing.EventDict) -> str:
 def logger() -> structlog.stdlib.BoundLogger:
     log: structlog.stdlib.BoundLogger = structlog.get_logger("keepalive")
     return log
+
+
+# --- requests ---------------------------------------------------------------------------------------
+
+
+def request(seen: Seen) -> None:
+    """One request is over: a line, with nothing in it that was said."""
+    _requests(seen, "info" if seen.outcome in _WELL else "warning")
+
+
+_WELL = (Outcome.OK, Outcome.CLIENT_GONE)
+
+
+def _tell_request(seen: Seen, level: str) -> None:
+    """As any other line is written; what follows here says the same in less time."""
+    model = seen.model
+    logger().log(
+        logging.INFO if level == "info" else logging.WARNING,
+        "proxy.request",
+        route=seen.route,
+        model=model.key if model else None,
+        upstream=model.upstream if model else None,
+        outcome=seen.outcome.value,
+        status=seen.status,
+        start=seen.start,
+        waited=round(seen.wait_seconds, 3),
+        first_token=None if seen.first_token_seconds is None else round(seen.first_token_seconds, 3),
+        seconds=round(seen.seconds, 3),
+        bytes=seen.bytes,
+        events=seen.events,
+        key=seen.key,
+    )
+
+
+_requests: Callable[[Seen, str], None] = _tell_request
+
+
+class _Requests:
+    """Writes what `_tell_request` does, byte for byte, where a line is JSON or the journal's.
+
+    What is the same in many requests is rendered once; numbers are alike in both formats.
+    """
+
+    def __init__(self, output: _Output, threshold: int, *, journal: bool, as_json: bool) -> None:
+        self._output = output
+        self._said = {
+            name: f"<{PRIORITIES[level]}>" if journal else ""
+            for name, level in (("info", logging.INFO), ("warning", logging.WARNING))
+            if level >= threshold
+        }
+        self._as_json = as_json
+        self._dated = not journal
+        self._second = 0
+        self._date = ""
+
+    def __call__(self, seen: Seen, level: str) -> None:
+        begin = self._said.get(level)
+        if begin is None:
+            return
+        first = None if seen.first_token_seconds is None else round(seen.first_token_seconds, 3)
+        waited, seconds = round(seen.wait_seconds, 3), round(seen.seconds, 3)
+        frame = _json_frame if self._as_json else _fields_frame
+        before, after = frame(seen.route, seen.model, seen.outcome, seen.status, seen.start, seen.key, level)
+        if self._as_json:
+            line = (
+                f'{before}, "waited": {waited}, "first_token": {"null" if first is None else first}, '
+                f'"seconds": {seconds}, "bytes": {seen.bytes}, "events": {seen.events}, {after}'
+            )
+            end = f', "timestamp": "{self._now()}"}}' if self._dated else "}"
+        else:
+            line = (
+                f"{before} waited={waited} first_token={'' if first is None else first} "
+                f"seconds={seconds} bytes={seen.bytes} events={seen.events} {after}"
+            )
+            end = ""
+        self._output.put(f"{begin}{line}{end}")
+
+    def _now(self) -> str:
+        now = time.time_ns()
+        second, rest = divmod(now, 1_000_000_000)
+        if second != self._second:
+            self._second = second
+            self._date = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+        return f"{self._date}.{rest // 1000:06}Z"
+
+
+_Frame = tuple[str, str]
+
+
+@lru_cache(512)
+def _json_frame(
+    route: str,
+    model: ModelId | None,
+    outcome: Outcome,
+    status: int,
+    start: str | None,
+    key: str | None,
+    level: str,
+) -> _Frame:
+    before = _constant(route, model, outcome, status, start)
+    after = {"key": key, "event": "proxy.request", "level": level}
+    return json.dumps(before)[:-1], json.dumps(after)[1:-1]
+
+
+@lru_cache(512)
+def _fields_frame(
+    route: str,
+    model: ModelId | None,
+    outcome: Outcome,
+    status: int,
+    start: str | None,
+    key: str | None,
+    level: str,
+) -> _Frame:
+    before = _constant(route, model, outcome, status, start)
+    return f"proxy.request {_fields(None, '', before)}", _fields(None, "", {"key": key})
+
+
+def _constant(
+    route: str, model: ModelId | None, outcome: Outcome, status: int, start: str | None
+) -> dict[str, object]:
+    return {
+        "route": route,
+        "model": model.key if model else None,
+        "upstream": model.upstream if model else None,
+        "outcome": outcome.value,
+        "status": status,
+        "start": start,
+    }
 
 
 class Log:

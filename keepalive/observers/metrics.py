@@ -316,6 +316,9 @@ class ProxyMetrics:
             buckets=(0.1, 0.25, 0.5, *LOAD_BUCKETS, 3600.0),
             registry=registry,
         )
+        # The library looks for a series under a lock, which costs as much as counting in it.
+        self._ends: dict[tuple[str, str, str], Counter] = {}
+        self._durations: dict[str, Histogram] = {}
         self._gaps = _Gaps(gap_bounds)
         registry.register(self._gaps)
         registry.register(_Silences(silences))
@@ -323,8 +326,15 @@ class ProxyMetrics:
     def count(self, seen: Seen) -> None:
         # A name that a caller made up must not become a series.
         model = _label(seen.model)
-        self._requests.labels(model, seen.route, seen.outcome).inc()
-        self._duration.labels(model).observe(seen.seconds)
+        ends = model, seen.route, seen.outcome
+        requests = self._ends.get(ends)
+        if requests is None:
+            requests = self._ends[ends] = self._requests.labels(*ends)
+        requests.inc()
+        duration = self._durations.get(model)
+        if duration is None:
+            duration = self._durations[model] = self._duration.labels(model)
+        duration.observe(seen.seconds)
         if seen.start == "cold":
             self._wait.labels(model).observe(seen.wait_seconds)
         if seen.first_token_seconds is not None:

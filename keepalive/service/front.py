@@ -14,21 +14,21 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from keepalive import prompts
 from keepalive.config import Address as Listen
 from keepalive.config import Config, Kept
-from keepalive.core.callers import Key, Outcome, Seen
+from keepalive.core.callers import Key, Seen
 from keepalive.core.errors import KeepaliveError
 from keepalive.core.explain import eta
 from keepalive.core.facts import ModelFact, ModelId, UpstreamFact, WarmAsked
 from keepalive.core.keeping import View
 from keepalive.core.names import Meaning
+from keepalive.core.records import Model
+from keepalive.core.states import State
 from keepalive.http1 import Exchange, Headers, Limits, Listener, RequestHead, bind, serve
 from keepalive.keeper.keeper import Keeper
 from keepalive.observers import logs
 from keepalive.observers.metrics import Metrics, ProxyMetrics
 from keepalive.protocols.meter import GAP_BOUNDS
-from keepalive.protocols.routes import Route
 from keepalive.proxy import Address, Heartbeat, Proxy, Settings
 from keepalive.service import platform
-from keepalive.service.openings import Openings
 
 # Kept free for the admin address, for listings and pings, and for what Python opens by itself.
 FILES_RESERVED = 256
@@ -53,17 +53,16 @@ class Front:
         keeper: Keeper,
         clock: Callable[[], float],
         metrics: Metrics,
-        openings: Openings,
     ) -> None:
         self._log = logs.logger()
         self._keeper = keeper
         self._clock = clock
-        self._openings = openings
         self._kept: dict[ModelId, Kept] = {}
+        self._views: dict[ModelId, tuple[Model, View]] = {}
         self._list_timeout = 10.0
         self._limits = _limits(settings)
         self._listener: Listener | None = None
-        self._proxy = Proxy(self._settings(settings, {}, ()), self, self._seen, self)
+        self._proxy = Proxy(self._settings(settings, {}, ()), self, self._seen)
         self._prompts = prompts.Prompts(
             self._proxy, self._proxy.admit, self, self._warm, self._proxy.ticker, self._seen
         )
@@ -157,18 +156,26 @@ class Front:
         return self._keeper.rows(upstream)
 
     def view(self, model: ModelId) -> View:
-        known, now = self._keeper.model(model), self._clock()
+        known = self._keeper.glance(model)
         if known is None:
             return View("unknown", reason="it is no longer kept here", max_wait=0.0)
-        since, kept = known.loading_since, self._kept.get(model)
+        seen = self._views.get(model)
+        if seen is not None and seen[0] is known:
+            return seen[1]
+        view = self._view(model, known)
+        if known.state is State.WARM and view.elapsed is None and view.retry_after is None:
+            # Of a model that is warm nothing changes by itself, and nearly all requests are for one.
+            self._views[model] = known, view
+        return view
+
+    def _view(self, model: ModelId, known: Model) -> View:
+        now, since, kept = self._clock(), known.loading_since, self._kept.get(model)
         return View(
             known.state.value,
             reason=known.reason,
             elapsed=None if since is None else now - since,
             eta=eta(known, self._keeper.siblings(model), now),
             instance_id=known.instance_id,
-            in_flight=known.in_flight,
-            waiting=known.waiting,
             retry_after=None if known.retry_at is None or known.retry_at <= now else known.retry_at - now,
             max_wait=kept.max_wait if kept else 0.0,
             stall_timeout=kept.stall_timeout if kept else None,
@@ -187,20 +194,12 @@ class Front:
     def _warm(self, model: ModelId) -> None:
         self._keeper.record(WarmAsked(self._clock(), model))
 
-    def wants(self, model: ModelId) -> bool:
-        return self._openings.wants(model)
-
-    def note(self, model: ModelId, route: Route, body: bytes) -> str | None:
-        """The opening that a request begins with, where it is one that the model had read before."""
-        name, known = self._openings.note(model, route.protocol, body), self._keeper.model(model)
-        done = () if known is None else known.priming.done
-        return name if any(primed.opening == name for primed in done) else None
-
     # --- what it is given ---------------------------------------------------------------------------
 
     def _settings(self, settings: Config, tokens: Mapping[str, str | None], keys: Sequence[Key]) -> Settings:
         server = settings.server
         self._kept = {ModelId(kept.upstream, kept.key): kept for kept in settings.kept}
+        self._views.clear()
         self._list_timeout = max(upstream.list_timeout for upstream in settings.upstreams)
         silence = settings.defaults.stall_timeout
         return Settings(
@@ -221,22 +220,7 @@ class Front:
     def _seen(self, seen: Seen) -> None:
         """One request is over: a metric and a line. What fails here fails alone."""
         self._metrics.count(seen)
-        tell = self._log.info if seen.outcome in (Outcome.OK, Outcome.CLIENT_GONE) else self._log.warning
-        tell(
-            "proxy.request",
-            route=seen.route,
-            model=seen.model.key if seen.model else None,
-            upstream=seen.model.upstream if seen.model else None,
-            outcome=seen.outcome.value,
-            status=seen.status,
-            start=seen.start,
-            waited=round(seen.wait_seconds, 3),
-            first_token=None if seen.first_token_seconds is None else round(seen.first_token_seconds, 3),
-            seconds=round(seen.seconds, 3),
-            bytes=seen.bytes,
-            events=seen.events,
-            key=seen.key,
-        )
+        logs.request(seen)
 
 
 def _limits(settings: Config) -> Limits:

@@ -15,8 +15,10 @@ from keepalive.core.facts import (
     LoadOutcome,
     LoadsRecalled,
     LoadStarted,
+    PingStarted,
     ReleaseAsked,
     RequestEnded,
+    RequestsCounted,
     RequestStarted,
     WaitEnded,
     WaitStarted,
@@ -25,13 +27,14 @@ from keepalive.core.facts import (
     WindowOpened,
 )
 from keepalive.core.plan import plan
-from keepalive.core.records import Cause, Upstream
+from keepalive.core.records import Cause, Model, Upstream
 from keepalive.core.states import IllegalMove, State
 from keepalive.core.upstreams import apply_upstream
 from tests.kit.models import (
     GEMMA,
     OUR_MOVES,
     Box,
+    after,
     box,
     changed,
     cold,
@@ -170,6 +173,32 @@ def test_requests_are_counted():
         "used_at": 50,
     }
     assert apply(warm(), RequestEnded(50, GEMMA, answered=False)).in_flight == 0
+
+
+@pytest.mark.parametrize(
+    ("signs", "counted"),
+    [
+        ("+", RequestsCounted(30, GEMMA, 1, 0)),
+        ("+-", RequestsCounted(31, GEMMA, 1, 1, ended_at=31)),
+        ("+!", RequestsCounted(31, GEMMA, 1, 1, ended_at=31, answered_at=31)),
+        ("+!+-++", RequestsCounted(35, GEMMA, 4, 2, ended_at=33, answered_at=31)),
+        ("-!+", RequestsCounted(32, GEMMA, 1, 2, ended_at=31, answered_at=31)),
+    ],
+)
+@pytest.mark.parametrize(
+    "before",
+    [warm(in_flight=2), ours(in_flight=2, failures=3), after(warm(in_flight=2), PingStarted(20, GEMMA))],
+)
+def test_counted_together_requests_leave_a_warm_model_as_one_by_one(
+    before: Model, signs: str, counted: RequestsCounted
+):
+    """`+` begins, `-` ends, `!` ends answered; one a second from 30 on."""
+    one_by_one = before
+    for at, sign in enumerate(signs, start=30):
+        fact = RequestStarted(at, GEMMA) if sign == "+" else RequestEnded(at, GEMMA, answered=sign == "!")
+        one_by_one = apply(one_by_one, fact)
+
+    assert apply(before, counted) == one_by_one
 
 
 def test_a_request_that_was_answered_proves_the_model_and_leaves_the_ping_due():

@@ -5,7 +5,7 @@ What LM Studio saw is what counts: its own journal is asked.
 
 import asyncio
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -34,6 +34,7 @@ from keepalive.core.facts import (
     Instance,
     Listed,
     ListingFailed,
+    ListingStarted,
     LoadEnded,
     LoadOutcome,
     LoadStarted,
@@ -43,6 +44,7 @@ from keepalive.core.facts import (
     PingStarted,
     ReleaseAsked,
     RequestEnded,
+    RequestsCounted,
     RequestStarted,
     Tier,
     Trouble,
@@ -841,7 +843,7 @@ class Still:
         if isinstance(before, Model):
             self.facts.append(fact)
 
-    def listed(self, *loaded: str, keys: str = "ab", tier: Tier = Tier.V1) -> None:
+    def listed(self, *loaded: str, keys: Iterable[str] = "ab", tier: Tier = Tier.V1) -> None:
         rows = {k: Entry(k, instances=(Instance(k),) if k in loaded else ()) for k in keys}
         self.keeper.record(Listed(self.clock(), self.server.name, self.now, tier, rows))
 
@@ -899,6 +901,85 @@ async def test_who_asks_for_a_warm_model_is_sent_to_the_least_busy_and_never_cou
 
     assert (both.key, one.key) == ("b", "a")
     assert still.of(WaitStarted) == []
+
+
+def test_requests_for_a_warm_model_are_counted_and_told_of_together_by_whoever_looks_first():
+    still = Still("a", "b")
+    still.listed("a", "b")
+    still.warm(model := still.ids[0])
+    told = len(still.facts)
+    for answered in (True, False, True):
+        still.keeper.record(RequestStarted(still.clock(), model))
+        still.keeper.record(RequestEnded(still.clock(), model, answered))
+    still.keeper.record(RequestStarted(still.clock(), model))
+    last = still.now - 0.001
+    untold = still.facts[told:]
+    glanced = still.keeper.glance(model)
+    seen = still.keeper.snapshot().models[0]
+
+    assert untold == []
+    assert glanced is not None
+    assert (glanced.in_flight, seen.in_flight) == (0, 1)
+    assert (seen.active_at, seen.used_at) == (last, last)
+    assert [(f.started, f.ended) for f in still.of(RequestsCounted)] == [(4, 3)]
+    assert still.keeper.snapshot().models[0] is seen
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda keeper, model: keeper.model(model),
+        lambda keeper, model: keeper.siblings(model)[0],
+        lambda keeper, model: keeper.record(WaitStarted(1.0, model)) or keeper.glance(model),
+        lambda keeper, model: keeper.record(ListingStarted(1.0, "local")) or keeper.glance(model),
+    ],
+)
+def test_nobody_reads_a_record_without_the_requests_that_came_before(
+    look: Callable[[Keeper, ModelId], Model],
+):
+    still = Still("a")
+    still.listed("a", keys="a")
+    still.warm(model := still.ids[0])
+    still.keeper.record(RequestStarted(still.clock(), model))
+
+    assert look(still.keeper, model).in_flight == 1
+
+
+async def test_with_several_warm_models_those_that_are_counted_and_not_folded_yet_make_one_busy_too():
+    still = Still("a", "b")
+    still.listed("a", "b")
+    for model in still.ids:
+        still.warm(model)
+    sent = []
+    for _ in range(4):
+        sent.append(await still.keeper.ensure_warm(still.ids))
+        still.keeper.record(RequestStarted(still.clock(), sent[-1]))
+
+    assert [model.key for model in sent] == ["a", "b", "a", "b"]
+
+
+def test_an_answer_brings_a_model_back_at_once_that_is_not_taken_for_warm():
+    still = Still("a")
+    still.listed("a", keys="a")
+    model = still.ids[0]
+    still.keeper.record(RequestStarted(still.clock(), model))
+    still.keeper.record(RequestEnded(still.clock(), model, answered=True))
+    glanced = still.keeper.glance(model)
+
+    assert glanced is not None
+    assert glanced.state is State.WARM
+
+
+async def test_what_a_name_means_follows_what_is_listed():
+    still = Still("a")
+    still.listed("a", keys="a")
+    unknown = await still.keeper.meaning("other", 0.0)
+    again = await still.keeper.meaning("other", 0.0)
+    still.listed("a", keys=["a", "other"])
+    known = await still.keeper.meaning("other", 0.0)
+
+    assert again is unknown
+    assert (unknown.known, known.known) == (False, True)
 
 
 async def test_who_waits_is_woken_when_it_is_warm_and_is_told_of_as_served():

@@ -27,6 +27,7 @@ from keepalive.core.facts import (
     PingStarted,
     ReleaseAsked,
     RequestEnded,
+    RequestsCounted,
     RequestStarted,
     Sight,
     Tier,
@@ -241,6 +242,8 @@ def every_fact(at: float) -> list[Fact]:
         RequestStarted(at, GEMMA),
         RequestEnded(at, GEMMA, True),
         RequestEnded(at, GEMMA, False),
+        RequestsCounted(at, GEMMA, 2, 5, at - 0.01, at - 0.02),
+        RequestsCounted(at, GEMMA, 1, 0),
         InstanceLost(at, GEMMA, "Model unloaded."),
     ]
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from keepalive.core.apply import apply
+from keepalive.core.callers import Outcome, Seen
 from keepalive.core.facts import (
     ClockJumped,
     Entry,
@@ -426,7 +428,7 @@ def test_lines_come_whole_and_in_order_through_a_pipe_that_is_full_at_times() ->
             logs.logger().info("line", number=number)
         output = logging.getLogger().handlers[0]
         assert isinstance(output, logs._Output)
-        wait_until(output._lines.empty)
+        wait_until(lambda: output.idle)
         stop()
     taking.join()
     os.close(read)
@@ -460,3 +462,81 @@ def test_an_interpreter_ends_well_though_nobody_reads_its_stderr() -> None:
         code = process.wait(30)
 
     assert code == 0
+
+
+SEEN = [
+    Seen(GEMMA, "chat", None, Outcome.OK, 200, "warm", 0.0, 0.1234, 1.5, 257, 3),
+    Seen(None, "other", "ward", Outcome.REJECTED, 403, seconds=0.00049),
+    Seen(
+        ModelId("a b", 'odd "quoted" = \\ é'),
+        "chat",
+        "a=b",
+        Outcome.CUT,
+        502,
+        "cold",
+        96.4,
+        None,
+        1e6,
+        10**12,
+    ),
+]
+
+
+@pytest.mark.parametrize("as_json", [True, False, None])
+@pytest.mark.parametrize("journal", [True, False])
+def test_a_request_s_line_is_what_any_other_line_would_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, journal: bool, as_json: bool | None
+) -> None:
+    with (tmp_path / "log").open("w") as stream:
+        at = os.fstat(stream.fileno())
+        monkeypatch.setenv("JOURNAL_STREAM", f"{at.st_dev}:{at.st_ino}" if journal else "")
+        stop = logs.start(level="info", as_json=as_json, stream=stream)
+        for seen in SEEN:
+            logs.request(seen)
+            logs._tell_request(seen, "info" if seen.outcome is Outcome.OK else "warning")
+        stop()
+
+    lines = [
+        re.sub(r"[0-9-]+T[0-9:.]+Z", "now", line) for line in (tmp_path / "log").read_text().splitlines()
+    ]
+    assert len(lines) == 2 * len(SEEN)
+    assert lines[::2] == lines[1::2]
+
+
+@pytest.mark.parametrize(
+    ("level", "outcomes"), [("info", ["ok", "rejected", "cut"]), ("warning", ["rejected", "cut"])]
+)
+def test_a_request_that_went_well_is_said_at_info(tmp_path: Path, level: str, outcomes: list[str]) -> None:
+    with log_to(tmp_path / "log", level):
+        for seen in SEEN:
+            logs.request(seen)
+
+    assert [json.loads(line)["outcome"] for line in (tmp_path / "log").read_text().splitlines()] == outcomes
+
+
+def test_how_many_lines_were_lost_is_said_once_there_is_room_again() -> None:
+    read, write = os.pipe()
+    text = bytearray()
+
+    def take() -> None:
+        while piece := os.read(read, 65_536):
+            text.extend(piece)
+
+    taking = threading.Thread(target=take)
+    with os.fdopen(write, "w") as stream:
+        stop = logs.start(level="info", as_json=True, stream=stream)
+        written = logs.LINES_WAITING + 5000
+        for number in range(written):
+            logs.logger().info("line", number=number)
+        taking.start()
+        output = logging.getLogger().handlers[0]
+        assert isinstance(output, logs._Output)
+        wait_until(lambda: output.idle)
+        logs.request(SEEN[0])
+        stop()
+    taking.join()
+    os.close(read)
+
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert [row["event"] for row in rows[-2:]] == ["log.lines_lost", "proxy.request"]
+    assert rows[-2]["lines"] == written - len(rows[:-2]) > 0
