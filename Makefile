@@ -7,8 +7,11 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TESTABLE := $(VENV)/.installed-test
 
+# The tests start hundreds of processes: where this is set, each of them compiles the package anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test check mutants test-timely test-setup bench schema man clean python
+.PHONY: help demo test check collected mutants test-timely test-setup bench schema man clean python
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -16,7 +19,8 @@ help:  ## Show this list
 demo: $(INSTALLED)  ## Watch keepalive work, against a simulated LM Studio; Ctrl-C ends it
 	@$(BIN)/keepalive demo
 
-test: $(TESTABLE) check  ## Check style and types, run every test (minutes; ends with what was skipped, why, and the slowest)
+test: $(TESTABLE)  ## Check style and types, run every test (minutes; ends with what was skipped, why, and the slowest)
+	@$(MAKE) --no-print-directory --jobs=2 check collected
 	$(BIN)/pytest --numprocesses=auto --dist=loadgroup
 
 check: $(TESTABLE)  ## Check style, types and who imports whom (seconds)
@@ -24,6 +28,11 @@ check: $(TESTABLE)  ## Check style, types and who imports whom (seconds)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/pytest --quiet tests/test_house.py
+
+# Compiles every test once, beside the checks, before all workers would do it at the same time.
+collected: $(TESTABLE)
+	@$(BIN)/python -m compileall -q keepalive
+	@$(BIN)/pytest --collect-only --quiet >/dev/null
 
 mutants: $(TESTABLE)  ## Plant every fault in the core, one at a time, and see that its tests find it (minutes)
 	@$(BIN)/python tests/mutants.py

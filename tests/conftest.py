@@ -6,6 +6,7 @@ to set up, or must not meet, name it: `pytest.mark.xdist_group("a browser")`.
 """
 
 import asyncio
+import gc
 import os
 from pathlib import Path
 
@@ -54,6 +55,12 @@ def pytest_xdist_auto_num_workers(config):
 def pytest_collection_modifyitems(items):
     """What has to run on one worker comes first, so that no worker is left with it when the others are done."""
     items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+
+
+def pytest_collection_finish(session):
+    """What tests hold no more is looked for (`gc.collect`) among what they made, not in all that is loaded here."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

@@ -245,7 +245,8 @@ async def test_a_copy_that_came_while_ours_was_loading_is_found_as_somebody_else
         text = settings(server.url, "gemma")
         async with daemon(text) as running:
             await until(lambda: bool(server.studio.memory.loads))
-            server.studio.load("gemma", seconds=0.0)  # there before ours is, or it would be a copy like any other
+            # There before ours is, or it would be a copy like any other.
+            server.studio.load("gemma", seconds=0.0)
             await warm(running, "gemma")
             await until(lambda: model(running, "gemma")["instances"] == 2)
 

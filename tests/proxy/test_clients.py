@@ -29,6 +29,8 @@ class Official:
         self._package = package
 
     def __getattr__(self, name):
+        if name.startswith("_"):  # asked by the collection, of everything
+            raise AttributeError(name)
         return getattr(pytest.importorskip(self._package), name)
 
 
