@@ -238,9 +238,9 @@ class Model(Table):
     ] = "auto"
     """How it is made to answer: auto: by what its kind answers; off: never, so that its being listed is all that
     is known; or a request of your own."""
-    prime: Many[Prime] = Field((), examples=["prompts/agent.json"])
+    prime: Many[Prime] = Field((), examples=["prompts/agent.json", "learn"])
     """What it is to have read before anybody asks, so that nobody waits for that: files, beside this one, with a
-    request body of a chat or with plain text as its system message."""
+    request body of a chat or with plain text as its system message; "learn": what most requests begin with."""
     context_length: Count | None = Field(None, examples=[8192])
     """Given to LM Studio when it loads: how many tokens the context holds."""
     eval_batch_size: Count | None = Field(None, examples=[512])

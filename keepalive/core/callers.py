@@ -34,7 +34,8 @@ class Seen:
     key: str | None  # name of the caller's key
     outcome: Outcome
     status: int
-    start: str | None = None  # "warm", "cold"; None for a model that nobody keeps
+    start: str | None = None  # "warm", "cold", "primed"; None for a model that nobody keeps
+    opening: str | None = None  # the name of what it began with, where the model had read that before
     wait_seconds: float = 0.0
     first_token_seconds: float | None = None
     seconds: float = 0.0

@@ -40,8 +40,14 @@ def give_ups(models: Sequence[Model], *, free: bool) -> list[Action]:
     return [
         GiveUpPrime(m.id, opening)
         for m in models
-        if (opening := m.priming.under_way) is not None and not (free and _is_fit(m, opening))
+        if (opening := m.priming.under_way) is not None
+        and not (free and _is_fit(m, opening) and not _is_waited_for(m))
     ]
+
+
+def _is_waited_for(model: Model) -> bool:
+    """A stranger is there beside our opening, where LM Studio's own socket shows it."""
+    return any((instance.queued or 0) > 1 for instance in model.instances)
 
 
 def _due(model: Model, now: float) -> str | None:
@@ -61,21 +67,25 @@ def _is_used(models: Iterable[Model]) -> bool:
 
 
 def _is_quiet(models: Sequence[Model], now: float) -> bool:
-    return not _is_used(models) and now >= max((m.active_at for m in models), default=-inf) + QUIET
+    # Strangers are seen where LM Studio's own socket shows them.
+    busy = any(instance.busy for m in models for instance in m.instances)
+    return not (busy or _is_used(models)) and now >= max((m.active_at for m in models), default=-inf) + QUIET
 
 
 # --- what came of it ----------------------------------------------------------------------------------
 
 
-def chosen(priming: Priming, openings: Mapping[str, str | None]) -> Priming:
-    """From now on these are wished from files, each with why it is of no use, or None.
+def chosen(priming: Priming, openings: Mapping[str, str | None], *, learns: bool = False) -> Priming:
+    """From now on these are wished from files, each with why it is of no use, or None; and what was learnt, or not.
 
     Whoever reads the config anew may have mended what did not fit.
     """
-    known = {*openings, *priming.learned}
+    learned = priming.learned if learns else ()
+    known = {*openings, *learned}
     return replace(
         priming,
         openings=tuple(openings),
+        learned=learned,
         done=tuple(primed for primed in priming.done if primed.opening in known),
         unfit=tuple((opening, wrong) for opening, wrong in openings.items() if wrong is not None),
         failed=frozenset(),

@@ -140,6 +140,7 @@ class Keep:
     aliases: tuple[str, ...] = ()
     # To be replayed after a load, by the names by which they are looked up; each with why it cannot be, or None.
     openings: Mapping[str, str | None] = field(default_factory=dict)
+    learns: bool = False  # and what most requests begin with
 
 
 class Observer(Protocol):
@@ -278,7 +279,7 @@ class Keeper:
                 window_open=keep.window_open,
                 asked_for=None if model.retired else model.asked_for,
                 refused=model.refused if keep.policy.pinged else None,
-                priming=chosen(model.priming, keep.openings),
+                priming=chosen(model.priming, keep.openings, learns=keep.learns),
             )
         for key, model in gone.items():
             models[key] = replace(model, retired=True, rank=len(models))

@@ -159,7 +159,13 @@ class Client:
         """
         path, body = wire.own_ping(replay, target)
         async with _bound(timeout, f"no answer to the opening within {timeout:.0f} s"):
-            answer = await self._call("POST", path, body)
+            try:
+                answer = await self._call("POST", path, body)
+            except Refused as error:
+                if not wire.quotes(str(error), body):
+                    raise
+                why = f"HTTP {error.status}, in words of the opening"
+                raise Refused(why, reason=error.reason, status=error.status) from None
         author = wire.answered_by(answer)
         if not wire.is_answer_of(author, accepted, tier):
             raise Unexpected(f"{wire.clean(author or '') or 'a model without a name'} answered in its place")

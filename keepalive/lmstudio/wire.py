@@ -7,7 +7,7 @@ with 200 and an `error`, and its own crashes with 400. Evidence for every shape:
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -274,6 +274,24 @@ def tokens(answer: Json) -> int | None:
     if not isinstance(usage, Mapping):
         return None
     return _count(usage.get("prompt_tokens")) or _count(usage.get("input_tokens"))
+
+
+def quotes(message: str, body: Json) -> bool:
+    """Whether a message repeats what a body says: no prompt may go into a log by way of an error."""
+    said = " ".join(_said(body))
+    return any(message[at : at + 12] in said for at in range(0, len(message) - 11, 4))
+
+
+def _said(value: Json) -> Iterator[str]:
+    match value:
+        case str():
+            yield from value.split()
+        case Mapping():
+            for inner in value.values():
+                yield from _said(inner)
+        case list() | tuple():
+            for inner in value:
+                yield from _said(inner)
 
 
 def is_answer_of(name: str | None, accepted: Iterable[str], tier: Tier) -> bool:

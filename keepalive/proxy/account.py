@@ -16,6 +16,7 @@ class Account:
         "key",
         "model",
         "now",
+        "opening",
         "outcome",
         "route",
         "sent_at",
@@ -31,6 +32,7 @@ class Account:
         self.key: Key | None = None
         self.model: ModelId | None = None
         self.state: str | None = None  # of the model, when the request came
+        self.opening: str | None = None  # that it begins with, where the model had read that before
         self.waited = 0.0
         self.sent_at = 0.0
         self.status = 0
@@ -51,6 +53,8 @@ class Account:
         start = None
         if self.state is not None:
             start = "warm" if self.state == "warm" else "cold"
+            if start == "warm" and self.opening is not None:
+                start = "primed"
         return Seen(
             model=self.model,
             route=self.route,
@@ -58,6 +62,7 @@ class Account:
             outcome=self.outcome,
             status=self.status,
             start=start,
+            opening=self.opening,
             wait_seconds=self.waited,
             first_token_seconds=meter.first_token_seconds if meter is not None else None,
             seconds=self.now() - self.began,

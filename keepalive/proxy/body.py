@@ -49,6 +49,10 @@ class Body:
         self.data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         return finder.finish() if pieces else Asked()
 
+    @property
+    def packed(self) -> bool:
+        return bool(self._codings)
+
     def plain(self) -> bytes:
         """Without its codings."""
         return unpacked(self.data, self._codings)

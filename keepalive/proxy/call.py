@@ -30,6 +30,15 @@ from keepalive.proxy.upstreams import Upstreams
 ERROR_BYTES: Final = 262_144
 
 
+class Notes(Protocol):
+    """Who wants to know what requests for some models begin with."""
+
+    def wants(self, model: ModelId, /) -> bool: ...
+
+    def note(self, model: ModelId, route: Route, body: bytes, /) -> str | None:
+        """The name of the opening that a request begins with, where it has one."""
+
+
 class Owner(Protocol):
     """What all requests share: a `Proxy`."""
 
@@ -40,6 +49,7 @@ class Owner(Protocol):
     ticker: Ticker
     stored: Stored
     seen: Callable[[Seen], None]
+    notes: Notes | None
 
 
 class Call:
@@ -51,6 +61,7 @@ class Call:
         "_knows_lost",
         "_owner",
         "_patience",
+        "_to_note",
         "_watch",
         "account",
         "answer",
@@ -83,6 +94,7 @@ class Call:
         self._first = b""  # of the answer's body, read already
         self._knows_lost = False  # the keeper does, of this answer
         self._watch: Watch | None = None
+        self._to_note = b""
 
     # --- to the upstream --------------------------------------------------------------------------
 
@@ -223,6 +235,7 @@ class Call:
     async def relay(self, reply: Reply) -> None:
         """The upstream's answer becomes ours, byte for byte."""
         caller, head = self.caller, reply.head
+        self._note_later(head.status)
         self.body.release()
         if self._stalled():
             return None
@@ -237,6 +250,21 @@ class Call:
             await caller.drained()
         caller.on_pause, caller.on_resume = reply.pause, reply.resume
         return await (self._relay_events(reply) if stream else self._relay_whole(reply, words))
+
+    def _note_later(self, status: int) -> None:
+        """What the request begins with is looked at once the first bytes of its answer are on their way."""
+        notes, model = self._owner.notes, self.account.model
+        if notes is None or model is None or status != 200 or self.body.packed or not notes.wants(model):
+            return
+        self._to_note = self.body.data
+        asyncio.get_running_loop().call_soon(self._note)
+
+    def _note(self) -> None:
+        body, self._to_note = self._to_note, b""
+        notes, model = self._owner.notes, self.account.model
+        if body and notes is not None and model is not None:
+            with contextlib.suppress(Exception):  # it is bookkeeping
+                self.account.opening = notes.note(model, self.route, body)
 
     async def _relay_events(self, reply: Reply) -> None:
         account, answer = self.account, self.answer
@@ -333,6 +361,7 @@ class Call:
             self._patience.stop()
         self.body.release()
         self._told(answered=False)
+        self._note()
         passed = self.answer.passed
         meter = passed.meter if isinstance(passed, Events) else None
         with contextlib.suppress(Exception):

@@ -32,7 +32,7 @@ from keepalive.protocols.routes import Heartbeat, Route, heartbeat_in, named_in,
 from keepalive.protocols.words import error_body, no_heartbeat, refusal_code
 from keepalive.proxy import access
 from keepalive.proxy.body import Room
-from keepalive.proxy.call import Call
+from keepalive.proxy.call import Call, Notes
 from keepalive.proxy.homes import Homes
 from keepalive.proxy.listings import answer_listing
 from keepalive.proxy.sdk import Instances, SdkCalls
@@ -44,8 +44,15 @@ from keepalive.proxy.upstreams import UPGRADE, Upstreams
 class Proxy:
     """Handles the exchanges of a listener. One for the life of the daemon."""
 
-    def __init__(self, settings: Settings, keeping: Keeping, seen: Callable[[Seen], None]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        keeping: Keeping,
+        seen: Callable[[Seen], None],
+        notes: Notes | None = None,
+    ) -> None:
         self.settings = settings
+        self.notes = notes
         self.keeping = keeping
         self.seen = seen
         #: Requests that have not been answered to the end, and those of them that wait for a model.

@@ -22,6 +22,7 @@ from keepalive.core.facts import (
     ClockJumped,
     LoadsRecalled,
     ModelId,
+    OpeningsLearned,
     ReleaseAsked,
     WarmAsked,
     WindowClosed,
@@ -80,7 +81,7 @@ class Daemon:
         self._tokens: dict[str, str | None] = {}
         self._closing: list[Closable] = []  # of upstreams that a reload removed; closed at the end
         self._mistakes: tuple[str, ...] = ()
-        self._openings = Openings()
+        self._openings = Openings(self._clock, self._learned)
         self._reported: set[str] = set()
         self._started = wall()
         self._scraped: float | None = None
@@ -104,7 +105,7 @@ class Daemon:
         observers = [o for o in optional if o is not None]
         self.keeper = Keeper(self._clock, observers, self._report, self._openings.look_up)
         self._schedule = Schedule(self._tick, self._clock_jumped, self._metrics.jobs_missed.inc, wall=wall)
-        self._front = Front(settings, self.keeper, self._clock, self._metrics)
+        self._front = Front(settings, self.keeper, self._clock, self._metrics, self._openings)
         self._playground = Playground()
         self._page_key = secrets.token_urlsafe(32)
         self._apply(settings)
@@ -251,7 +252,7 @@ class Daemon:
         client_keys = tokens.of_callers(settings.auth.client_keys, self._environ, "auth.client_keys")
         told = tokens.of_notify(settings.notify, self._environ)
         old, self._config, self._mistakes = self._config, settings, ()
-        self._openings.configure(openings)
+        self._openings.configure(openings, settings.kept)
         self._kept = {ModelId(kept.upstream, kept.key): kept for kept in settings.kept}
         self._open = {model: self._is_open(kept) for model, kept in self._kept.items() if kept.window}
         self._admin.access = Access(settings.server.allowed_hosts, admin_keys)
@@ -324,6 +325,9 @@ class Daemon:
             if remembered:
                 self.keeper.record(remembered)
 
+    def _learned(self, model: ModelId, openings: tuple[str, ...]) -> None:
+        self.keeper.record(OpeningsLearned(self._clock(), model, openings))
+
     def _recall_loads(self, model: ModelId, seconds: tuple[float, ...]) -> None:
         if seconds:
             self.keeper.record(LoadsRecalled(self._clock(), model, seconds))
@@ -349,6 +353,7 @@ class Daemon:
             window_open=self._open.get(model, True),
             aliases=kept.aliases,
             openings=self._openings.of(model),
+            learns=config.LEARN in kept.prime,
         )
 
     def _is_open(self, kept: Kept) -> bool:

@@ -27,8 +27,10 @@ from keepalive.keeper.keeper import Keeper
 from keepalive.observers import logs
 from keepalive.observers.metrics import Metrics, ProxyMetrics
 from keepalive.protocols.meter import GAP_BOUNDS
+from keepalive.protocols.routes import Route
 from keepalive.proxy import Address, Heartbeat, Proxy, Settings
 from keepalive.service import platform
+from keepalive.service.openings import Openings
 
 # Kept free for the admin address, for listings and pings, and for what Python opens by itself.
 FILES_RESERVED = 256
@@ -53,16 +55,18 @@ class Front:
         keeper: Keeper,
         clock: Callable[[], float],
         metrics: Metrics,
+        openings: Openings,
     ) -> None:
         self._log = logs.logger()
         self._keeper = keeper
         self._clock = clock
+        self._openings = openings
         self._kept: dict[ModelId, Kept] = {}
         self._views: dict[ModelId, tuple[Model, View]] = {}
         self._list_timeout = 10.0
         self._limits = _limits(settings)
         self._listener: Listener | None = None
-        self._proxy = Proxy(self._settings(settings, {}, ()), self, self._seen)
+        self._proxy = Proxy(self._settings(settings, {}, ()), self, self._seen, self)
         self._prompts = prompts.Prompts(
             self._proxy, self._proxy.admit, self, self._warm, self._proxy.ticker, self._seen
         )
@@ -193,6 +197,15 @@ class Front:
 
     def _warm(self, model: ModelId) -> None:
         self._keeper.record(WarmAsked(self._clock(), model))
+
+    def wants(self, model: ModelId) -> bool:
+        return self._openings.wants(model)
+
+    def note(self, model: ModelId, route: Route, body: bytes) -> str | None:
+        """The opening that a request begins with, where it is one that the model had read before."""
+        name, known = self._openings.note(model, route.protocol, body), self._keeper.glance(model)
+        done = () if known is None else known.priming.done
+        return name if any(primed.opening == name for primed in done) else None
 
     # --- what it is given ---------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from keepalive.core.actions import GiveUpPrime, Load, Prime, Refresh
 from keepalive.core.errors import Reason
 from keepalive.core.facts import (
     Fact,
+    Instance,
     InstanceLost,
     LoadStarted,
     OpeningsLearned,
@@ -339,6 +340,24 @@ def test_what_was_learnt_comes_behind_the_files_and_is_forgotten_when_it_is_out_
 
     assert [one.opening for one in model.priming.done] == ["agent"]
     assert (model.priming.unfit, model.priming.next) == ((), "z")
+
+
+def test_what_was_learnt_is_kept_when_the_config_is_read_anew_while_the_model_is_to_learn():
+    model = after(ours(), OpeningsLearned(50, GEMMA, ("x",)), *primed(100, "x"))
+
+    assert chosen(model.priming, {}, learns=True).learned == ("x",)
+    assert [one.opening for one in chosen(model.priming, {}, learns=True).done] == ["x"]
+    assert chosen(model.priming, {}, learns=False) == Priming()
+
+
+def test_strangers_that_lm_studios_own_socket_shows_are_left_alone_too():
+    busy = replace(entry("gemma"), instances=(Instance("gemma", busy=True, queued=1),))
+    assert primes(a_box().see(listed(30, busy)), 30) == []
+    beside = replace(entry("gemma"), instances=(Instance("gemma", busy=True, queued=2),))
+    box = a_box().see(PrimeStarted(24, GEMMA, "agent"))
+
+    assert primes(box.see(listed(30, busy)), 30) == []  # that is ours
+    assert primes(box.see(listed(31, beside)), 31) == [GiveUpPrime(GEMMA, "agent")]
 
 
 # --- whatever happens -------------------------------------------------------------------------------------

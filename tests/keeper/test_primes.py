@@ -275,6 +275,7 @@ def test_another_server_behind_the_name_is_primed_anew_and_the_old_work_is_dropp
     async def go(judge: Judge) -> tuple[Told, Site]:
         world, told = primed_world(judge, prompt_finishes_after_disconnect=False)
         site = world.sites[0]
+        world.keeps = [replace(world.keeps[0], learns=True)]
         life = world.start()
         await warm(world)
         world.record(OpeningsLearned, A, ("learned",))

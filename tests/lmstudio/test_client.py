@@ -529,3 +529,14 @@ async def test_leaving_in_the_middle_frees_the_socket():
         await asyncio.gather(task, return_exceptions=True)
 
         await live.until(lambda: server.studio.in_flight == 0, "the server saw it leave")
+
+
+async def test_a_refusal_in_words_of_the_opening_is_told_without_them():
+    said = b'{"error":"cannot parse: You are the nurse of bed seven"}'
+    answer = b"HTTP/1.1 400 Bad Request\r\nContent-Length: %d\r\n\r\n" % len(said) + said
+    opening = OPENING[0], {"messages": [{"role": "system", "content": "You are the nurse of bed seven."}]}
+    async with raw(answer) as server, client(server.url) as upstream:
+        with pytest.raises(Refused) as caught:
+            await upstream.prime(opening, "acme/a", ["acme/a"], tier=Tier.V1, timeout=5)
+
+        assert (str(caught.value), caught.value.status) == ("HTTP 400, in words of the opening", 400)

@@ -368,3 +368,24 @@ def test_an_own_ping_is_sent_as_it_is_with_the_copy_that_is_asked():
 )
 def test_how_long_a_prompt_was_is_read_from_the_usage(answer: object, count: int | None):
     assert wire.tokens(answer) == count
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("Error rendering prompt with jinja template: no user query found", False),
+        ("request (9000 tokens) exceeds the available context size (8192 tokens)", False),
+        ("cannot parse 'the patient of bed 7 has'", True),
+        ("unexpected tool look_into_the_ward_files", True),
+        ("the patient", False),  # as short as that it may be by chance
+        ("", False),
+    ],
+)
+def test_an_error_that_repeats_what_was_sent_is_known(message: str, told: bool):
+    body = {
+        "messages": [{"role": "system", "content": "Say that\nthe patient   of bed 7 has no fever."}],
+        "tools": [{"function": {"name": "look_into_the_ward_files"}}],
+        "max_tokens": 1,
+    }
+
+    assert wire.quotes(message, body) is told

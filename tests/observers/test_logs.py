@@ -465,7 +465,18 @@ def test_an_interpreter_ends_well_though_nobody_reads_its_stderr() -> None:
 
 
 SEEN = [
-    Seen(GEMMA, "chat", None, Outcome.OK, 200, "warm", 0.0, 0.1234, 1.5, 257, 3),
+    Seen(
+        GEMMA,
+        "chat",
+        None,
+        Outcome.OK,
+        200,
+        "warm",
+        first_token_seconds=0.1234,
+        seconds=1.5,
+        bytes=257,
+        events=3,
+    ),
     Seen(None, "other", "ward", Outcome.REJECTED, 403, seconds=0.00049),
     Seen(
         ModelId("a b", 'odd "quoted" = \\ é'),
@@ -474,10 +485,8 @@ SEEN = [
         Outcome.CUT,
         502,
         "cold",
-        96.4,
-        None,
-        1e6,
-        10**12,
+        wait_seconds=96.4,
+        seconds=1e6,
     ),
 ]
 

@@ -1,17 +1,24 @@
 """Openings as a user has them: files beside his config, what status, log and metrics say of them, and a reload."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 from keepalive.simulator.models import SimModel
 from tests.kit.live import (
+    DaemonProcess,
+    SimulatorProcess,
+    ask,
     asked,
+    command,
     daemon,
+    ending,
     model,
     settings,
     simulator,
     until,
+    wait_until,
 )
 from tests.service.test_daemon import log_in, metric
 
@@ -124,15 +131,54 @@ async def test_a_reload_replays_what_has_changed_and_refuses_what_has_vanished(t
 
 
 def test_check_finds_what_is_wrong_with_the_files(tmp_path: Path) -> None:
-    import subprocess
-
-    from tests.kit.live import KEEPALIVE, environment
-
     path = written(tmp_path, "http://127.0.0.1:9", "gone.txt")
 
-    run = subprocess.run(
-        [*KEEPALIVE, "check", "-c", str(path)], capture_output=True, text=True, env=environment(), check=False
-    )
+    run = command("check", "-c", str(path), cwd=tmp_path)
 
     assert run.returncode == 3
     assert run.stderr == f'{path}:16: models[0].prime[0]: "gone.txt" cannot be read: there is no such file\n'
+
+
+def asks(url: str, system: str, said: str, **more: Any) -> int:
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": said}]
+    return ask(f"{url}/v1/chat/completions", "POST", {"model": "gemma", "messages": messages, **more})[0]
+
+
+def test_what_callers_share_is_read_after_the_next_load_and_shows_nowhere(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    simulated = SimulatorProcess(tmp_path, "gemma:0.1s")
+    text = settings(
+        simulated.url,
+        'key = "gemma"\nprime = "learn"',
+        server=f'log_level = "debug"\nlog_format = "json"\nstate_dir = "{state}"',
+    )
+    running = DaemonProcess(tmp_path, text)
+    with ending(simulated, running):
+        running.reaches("gemma", "warm")
+        front = running.events("daemon.started")[0]["listen"]
+
+        for said in ("one", "two"):
+            assert asks(front, WORDS, said) == 200
+        wait_until(lambda: (running.model("gemma")["primed"] or {}).get("openings") == 1, "it is learned")
+        unload = ask(f"{simulated.url}/api/v1/models/unload", "POST", {"instance_id": "gemma"})
+        assert unload[0] == 200
+        wait_until(lambda: running.model("gemma")["loads"] == 2, "it is loaded anew")
+        wait_until(lambda: running.model("gemma")["primed"]["openings"] == 1, "and has read it")
+        assert asks(front, WORDS, "three", stream=True) == 200
+
+        ends = [e for e in simulated.log() if e["kind"] == "generation.ended" and e["prompt"] > 500]
+        assert ends[-1]["prompt"] - ends[-1]["cached"] <= 3
+        shown = [
+            ask(running.url + at)[2] for at in ("/", "/metrics", "/api/status", "/api/history?model=gemma")
+        ]
+        counted = ask(f"{running.url}/metrics")[2]
+        running.signal(signal.SIGTERM)
+        assert running.ended() == 0
+    assert 'keepalive_proxy_time_to_first_token_seconds_count{model="gemma",start="primed"} 1.0' in counted
+    written_down = [
+        path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and "simulator" not in path.name
+    ]
+    assert len(written_down) >= 3  # config, log, history
+    assert not any(CANARY.encode() in content for content in written_down)
+    assert not any(CANARY in page for page in shown)
