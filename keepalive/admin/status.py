@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from keepalive import __version__
+from keepalive.core import room
 from keepalive.core.explain import eta, explain, next_try
 from keepalive.core.facts import ModelId
 from keepalive.core.primes import label
@@ -53,6 +54,7 @@ def document(
                 "tier": upstream.tier.value if upstream.tier else None,
                 "since": utc(date(upstream.since)),
                 "error": upstream.error,
+                "memory": memory_document(upstream, snapshot.of(upstream.name), snapshot.now),
             }
             for upstream in snapshot.upstreams
         ],
@@ -61,6 +63,22 @@ def document(
             for upstream in snapshot.upstreams
             for siblings in [snapshot.of(upstream.name)]
             for model in siblings
+        ],
+    }
+
+
+def memory_document(upstream: Upstream, models: Sequence[Model], now: float) -> Json | None:
+    """Whose memory it is; None where that is no matter."""
+    if not room.manages(upstream, models):
+        return None
+    budget = room.limit(upstream, models, now)
+    return {
+        "budget_bytes": budget,
+        "used_bytes": room.used(upstream, models),
+        "source": room.limit_source(upstream, models, now),
+        "strangers": [
+            {"key": one.key, "bytes": None if one.size_bytes is None else round(one.size_bytes * room.MARGIN)}
+            for one in room.others(upstream, models)
         ],
     }
 
@@ -93,6 +111,10 @@ def model_document(
     return {
         **state(model),
         "since": at(model.since),
+        "keep": "auto" if model.policy.auto else "always",
+        "memory_bytes": room.takes(model),
+        "memory_source": room.source(model),
+        "idle_at": at(_idle_at(model)),
         "listed": model.listed,
         "busy": model.busy,
         "in_flight": model.in_flight,
@@ -147,6 +169,13 @@ def _next_ping(model: Model, now: float) -> float | None:
     if model.ping_at is None or not model.needed or not (model.instances or model.blind):
         return None
     return max(model.ping_at, now)
+
+
+def _idle_at(model: Model) -> float | None:
+    """When it is let go for want of use."""
+    if model.policy.idle is None or not model.ours or model.in_flight or model.waiting:
+        return None
+    return model.unused_since + model.policy.idle
 
 
 def story_document(model: ModelId, story: Story, wall: float) -> Json:

@@ -32,6 +32,7 @@ class Checks:
         yield from self._default_model()
         yield from self._leases()
         yield from self._silences()
+        yield from self._idle()
         yield from self._prompts()
         yield from self._auth()
         yield from self._notify()
@@ -196,6 +197,17 @@ class Checks:
             if said and not wrong and time["lease"] <= least:
                 ends = f"a lease of {written(time['lease'])} ends within ping_interval and ping_timeout"
                 yield (*key, said[0]), f'{ends}; write lease = "{written(2 * least)}"'
+
+    def _idle(self) -> Found:
+        for number, model in enumerate(self.config.models):
+            place = ("models", number, "idle")
+            if (
+                model.idle is not None
+                and model.keep == "always"
+                and not {place, (*place[:2], "keep")} & self.wrong
+            ):
+                said = "is for models that are let go, and this one is always kept"
+                yield place, f'{said}; leave it out, or write keep = "auto"'
 
     def _prompts(self) -> Found:
         yield from self._repeated(("prompts",), "id", self.config.prompts)

@@ -93,7 +93,7 @@ Many = Annotated[
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
 ]
 Tables = Annotated[tuple[T, ...], Field(strict=False)]
-Unlisted = Annotated[Literal["pass"], BeforeValidator(values.read_unlisted)]
+Memory = Annotated[int, PlainValidator(values.read_memory), _written_as(values.MEMORY_PATTERN)]
 Route = Annotated[str, _text(ping.read_path), _written_as("/.*")]
 Body = Annotated[
     Mapping[str, Any], PlainValidator(ping.read_body, json_schema_input_type=dict[str, Any] | str)
@@ -138,8 +138,9 @@ class Server(Table):
     default_model: Line | None = Field(None, examples=["qwen/qwen3-4b-2507"])
     """What a request means that names no model, or one that no upstream lists: a key or an alias of
     [[models]], or key@variant. Default: LM Studio decides."""
-    unlisted: Unlisted = "pass"
-    """Models that LM Studio lists and this file does not: pass leaves them to LM Studio."""
+    unlisted: Literal["pass", "auto"] = "pass"
+    """Models that LM Studio lists and this file does not: pass leaves them to LM Studio; auto treats each as if
+    it stood here with keep = "auto", once it is asked for."""
     loads: Literal["join", "pass"] = "join"
     """What becomes of a caller's POST /api/v1/models/load for a model that is kept: it joins the one load, or
     is passed on, and LM Studio makes one more copy."""
@@ -174,6 +175,9 @@ class Upstream(Table):
     """How many models may load at the same time."""
     auto_evict: bool | None = Field(None, examples=[True])
     """LM Studio 0.3: whether "Only keep last JIT loaded model" is on. Default: found out by watching."""
+    memory: Memory | None = Field(None, examples=["40GiB"])
+    """How much of its memory is for models. Default: what LM Studio itself says, else one model at a time of
+    those with keep = "auto"."""
     connect_timeout: Timeout = seconds("5s")
     """How long a connection may take to open."""
     list_timeout: Timeout = seconds("10s")
@@ -197,6 +201,9 @@ class Defaults(Table):
     """LM Studio 0.3: how long a model that we load may idle before LM Studio drops it."""
     stall_timeout: Silence = seconds("15m")
     """How long an answer that has begun may fall silent before it is given up; off: for ever."""
+    patience: Patience = seconds("2m")
+    """How long callers of one model wait for room while others are used, before one of those is given to nobody
+    else, so that it makes room when its answers have ended."""
 
 
 class Ping(Table):
@@ -228,6 +235,13 @@ class Model(Table):
     """Further names by which callers may ask for it."""
     upstream: Many[Name] | None = Field(None, examples=["local"])
     """The upstream that keeps it, or a list of them. Default: the only one."""
+    keep: Literal["always", "auto"] = "always"
+    """always: loaded all the time; auto: loaded when it is asked for, or ahead of that into memory that is free,
+    and let go for others."""
+    memory: Memory | None = Field(None, examples=["9GiB"])
+    """What it takes in memory. Default: what LM Studio estimates, else its size and a fifth."""
+    idle: Interval | None = Field(None, examples=["30m"])
+    """With keep = "auto": unloaded after this long without use. Default: it stays while nobody needs the room."""
     window: Span | None = Field(None, examples=["Mon-Fri 08:00-19:00"])
     """When it is wanted. Default: always."""
     kind: Literal["llm", "embedding", "reranker"] | None = Field(None, examples=["llm"])
@@ -264,6 +278,8 @@ class Model(Table):
     lease: Lease | None = Field(None, examples=["24h"])
     """For this model, instead of [defaults]."""
     stall_timeout: Silence | None = Field(None, examples=["15m"])
+    """For this model, instead of [defaults]."""
+    patience: Patience | None = Field(None, examples=["2m"])
     """For this model, instead of [defaults]."""
 
 
@@ -358,6 +374,10 @@ class Kept:
     max_wait: float
     lease: float
     stall_timeout: float | None  # None: silence has no end
+    patience: float = 120.0
+    auto: bool = False
+    idle: float | None = None
+    memory: int | None = None  # bytes
 
 
 class Config(Table):
@@ -393,8 +413,15 @@ class Config(Table):
             load_fields=MappingProxyType(load_fields),
             ping=model.ping,
             prime=model.prime,
+            auto=model.keep == "auto",
+            idle=model.idle,
+            memory=model.memory,
             **time,
         )
+
+    def unlisted(self, upstream: str, key: str) -> Kept:
+        """A model that the file does not name, as `server.unlisted` has it kept."""
+        return self._kept(Model(key=key, keep="auto"), upstream)
 
     @cached_property
     def zone(self) -> tzinfo:

@@ -18,11 +18,15 @@ _UNIT_WORD = re.compile(r"([dhms])(?:ays?|(?:ou)?rs?|in(?:ute)?s?|ec(?:ond)?s?)(
 _SIZES = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _SIZE = re.compile(rf"(\d{{1,12}})({'|'.join(_SIZES)})", re.ASCII)
 
+_MEMORY_UNITS = {**_SIZES, "TB": 10**12, "TiB": 2**40}
+_MEMORY = re.compile(rf"(\d{{1,12}}(?:\.\d{{1,6}})?)({'|'.join(_MEMORY_UNITS)})", re.ASCII)
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
 
 # Looser than the readers, because the engines of some editors know no lookahead.
 DURATION_PATTERN = r"(\d+(\.\d+)?(ms|[smhd]))+"
 SIZE_PATTERN = _SIZE.pattern
+MEMORY_PATTERN = rf"(\d+(\.\d+)?)({'|'.join(_MEMORY_UNITS)})"
 
 
 def seconds(text: str) -> float:
@@ -68,13 +72,6 @@ def read_duration_or_off(value: object, low: str, high: str) -> float | Literal[
         raise ValueError(f'{error}, or "off"') from None
 
 
-def read_unlisted(value: object) -> object:
-    # The documents of the next release are read before it is installed.
-    if value == "auto":
-        raise ValueError('"auto" is not there yet; write "pass", which leaves these models to LM Studio')
-    return value
-
-
 def read_size(value: object) -> int:
     found = _SIZE.fullmatch(value) if isinstance(value, str) else None
     if found is None:
@@ -82,6 +79,16 @@ def read_size(value: object) -> int:
     size = int(found[1]) * _SIZES[found[2]]
     if not 2**10 <= size <= 2**34:
         raise ValueError(f'{shown(value)} is out of range; write a size from "1KiB" to "16GiB"')
+    return size
+
+
+def read_memory(value: object) -> int:
+    found = _MEMORY.fullmatch(value) if isinstance(value, str) else None
+    if found is None:
+        raise ValueError(f'{shown(value)} is no size; write a number and a unit, such as "40GiB" or "4.5GB"')
+    size = round(float(found[1]) * _MEMORY_UNITS[found[2]])
+    if not 2**20 <= size <= 2**50:
+        raise ValueError(f'{shown(value)} is out of range; write a size from "1MiB" to "1024TiB"')
     return size
 
 

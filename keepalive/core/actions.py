@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from keepalive.core.facts import ModelId
+from keepalive.core.facts import ModelId, UnloadCause
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +15,11 @@ class Refresh:
 
 @dataclass(frozen=True, slots=True)
 class Load:
+    """`ahead` and `claim` as `LoadStarted` has them."""
+
     model: ModelId
+    ahead: bool = False
+    claim: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,19 @@ class GiveUpPrime:
 class Unload:
     model: ModelId
     instance_id: str
+    cause: UnloadCause | None = None
 
 
-Action = Refresh | Load | SendPing | SkipPing | Prime | GiveUpPrime | Unload
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Give it to nobody any more, so that what it answers comes to an end."""
+
+    model: ModelId
+
+
+@dataclass(frozen=True, slots=True)
+class EndDrain:
+    model: ModelId
+
+
+Action = Refresh | Load | SendPing | SkipPing | Prime | GiveUpPrime | Unload | Drain | EndDrain

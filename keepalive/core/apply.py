@@ -8,9 +8,12 @@ from dataclasses import replace
 from math import inf
 
 from keepalive.core import calls, listings, primes
+from keepalive.core.demand import demand
 from keepalive.core.errors import Reason
 from keepalive.core.facts import (
     ClockJumped,
+    DrainEnded,
+    DrainStarted,
     Fact,
     InstanceLost,
     Listed,
@@ -47,28 +50,64 @@ def apply(model: Model, fact: Fact) -> Model:
     return change(model, fact) if change else model
 
 
-def _window(model: Model, *, is_open: bool) -> Model:
+def _window(model: Model, at: float, *, is_open: bool) -> Model:
+    if is_open and not model.window_open and model.policy.auto:
+        # A window says when it will be asked for: that counts as if somebody had just done so.
+        model = replace(model, use_at=at, asks=demand(model, at) + 1.0, asks_at=at)
     return replace(model, windowed=True, window_open=is_open, asked_for=None)
 
 
-def _warm_asked(model: Model) -> Model:
+def _warm_asked(model: Model, at: float) -> Model:
     # A person asks: he may know that what held us off is mended.
     due = None if model.ping_at is None else -inf
-    return replace(model, asked_for=True, retry_at=None, failures=0, ping_at=due)
+    model = replace(model, asked_for=True, retry_at=None, failures=0, ping_at=due)
+    if not model.policy.auto:
+        return model
+    # Once it is here it stays as long as there is room.
+    return replace(model, asked_for=None if model.state is State.WARM else True, use_at=at)
+
+
+def _wait_started(model: Model, fact: WaitStarted) -> Model:
+    since = fact.at if model.waiting_since is None else model.waiting_since
+    return replace(model, waiting=model.waiting + 1, waiting_since=since, use_at=fact.at, ahead=False)
+
+
+def _wait_ended(model: Model, fact: WaitEnded) -> Model:
+    waiting = max(0, model.waiting - 1)
+    return replace(
+        model,
+        waiting=waiting,
+        waiting_since=model.waiting_since if waiting else None,
+        use_at=fact.at if fact.served else model.use_at,
+    )
+
+
+def _request_started(model: Model, fact: RequestStarted) -> Model:
+    return replace(
+        model,
+        in_flight=model.in_flight + 1,
+        use_at=fact.at,
+        ahead=False,
+        asks=demand(model, fact.at) + 1.0,
+        asks_at=fact.at,
+    )
 
 
 def _request_ended(model: Model, fact: RequestEnded) -> Model:
-    model = replace(model, in_flight=max(0, model.in_flight - 1), used_at=fact.at)
+    model = replace(model, in_flight=max(0, model.in_flight - 1), used_at=fact.at, use_at=fact.at)
     return _answered(model, fact.at) if fact.answered else model
 
 
 def _requests_counted(model: Model, fact: RequestsCounted) -> Model:
     if fact.answered_at is not None:
         model = _answered(model, fact.answered_at)
+    if fact.started:
+        model = replace(model, ahead=False, asks=demand(model, fact.at) + fact.started, asks_at=fact.at)
     return replace(
         model,
         in_flight=max(0, model.in_flight + fact.started - fact.ended),
         used_at=model.used_at if fact.ended_at is None else fact.ended_at,
+        use_at=fact.at,
     )
 
 
@@ -112,13 +151,15 @@ CHANGES: Mapping[type[Fact], Callable[..., Model]] = {
     PrimeEnded: primes.ended,
     UnloadStarted: calls.unload_started,
     UnloadEnded: calls.unload_ended,
-    WindowOpened: lambda model, _: _window(model, is_open=True),
-    WindowClosed: lambda model, _: _window(model, is_open=False),
-    WarmAsked: lambda model, _: _warm_asked(model),
+    WindowOpened: lambda model, fact: _window(model, fact.at, is_open=True),
+    WindowClosed: lambda model, fact: _window(model, fact.at, is_open=False),
+    WarmAsked: lambda model, fact: _warm_asked(model, fact.at),
     ReleaseAsked: lambda model, _: replace(model, asked_for=False),
-    WaitStarted: lambda model, _: replace(model, waiting=model.waiting + 1),
-    WaitEnded: lambda model, _: replace(model, waiting=max(0, model.waiting - 1)),
-    RequestStarted: lambda model, _: replace(model, in_flight=model.in_flight + 1),
+    DrainStarted: lambda model, _: replace(model, draining=True),
+    DrainEnded: lambda model, _: replace(model, draining=False),
+    WaitStarted: _wait_started,
+    WaitEnded: _wait_ended,
+    RequestStarted: _request_started,
     RequestEnded: _request_ended,
     RequestsCounted: _requests_counted,
     InstanceLost: _instance_lost,

@@ -28,7 +28,16 @@ from keepalive.core.moves import (
     proved,
     says_that_it_loads,
 )
-from keepalive.core.records import LISTING_LAG, LOADS_REMEMBERED, UNSEEN, Cause, Model, Pending, Ping
+from keepalive.core.records import (
+    LISTING_LAG,
+    LOADS_REMEMBERED,
+    UNSEEN,
+    Cause,
+    Claim,
+    Model,
+    Pending,
+    Ping,
+)
 from keepalive.core.states import IllegalMove, Sign, State
 
 
@@ -36,7 +45,9 @@ def load_started(model: Model, fact: LoadStarted) -> Model:
     if model.calling or model.pending or model.instances:
         raise IllegalMove(f"{model.id}: a load though one is under way, or an instance is there")
     model = move(model, Sign.LOAD_STARTED, fact.at, None)
-    return replace(model, load_started=fact.at, retry_at=None)
+    return replace(
+        model, load_started=fact.at, retry_at=None, claim=fact.claim, ahead=fact.ahead, draining=False
+    )
 
 
 def load_remembered(model: Model, fact: LoadRemembered) -> Model:
@@ -60,6 +71,10 @@ def load_ended(model: Model, fact: LoadEnded) -> Model:
     if fact.outcome is LoadOutcome.REFUSED:
         # Memory does not come back by asking: bug reports show guardrails refusing in a tight loop.
         wait = TOKEN_RETRY if fact.why is Reason.UNAUTHORIZED else BACKOFF_MAX
+        if fact.why is not Reason.UNAUTHORIZED and model.claim is not None:
+            # Where room can be made it has told us how much: `room` holds it off until there is more.
+            model = replace(model, refused_claim=Claim(model.claim, fact.at))
+            wait = min(wait, backoff(model.failures))
         model = replace(model, retry_at=fact.at + wait)
     return model
 
@@ -71,6 +86,7 @@ def _loaded(model: Model, fact: LoadEnded, started: float) -> Model:
         loads=model.loads + 1,
         recent_loads=(*model.recent_loads, took)[-LOADS_REMEMBERED:],
         ours=model.ours | {fact.instance_id} if fact.instance_id else model.ours,
+        granted_claim=None if model.claim is None else Claim(model.claim, fact.at),
     )
     model = replace(model, refused=fact.message)
     if model.blind:
@@ -149,7 +165,7 @@ def _disproved(model: Model, at: float, message: str, why: Reason | None) -> Mod
 def unload_started(model: Model, fact: UnloadStarted) -> Model:
     if model.calling or fact.instance_id not in model.ours:
         raise IllegalMove(f"{model.id}: unloading {fact.instance_id}, which is not ours")
-    return replace(model, unloading=True)
+    return replace(model, unloading=True, letting_go=fact.cause)
 
 
 def unload_ended(model: Model, fact: UnloadEnded) -> Model:
@@ -160,5 +176,7 @@ def unload_ended(model: Model, fact: UnloadEnded) -> Model:
         failure = f"could not unload it: {fact.message}"
         return replace(model, failures=failures, failure=failure, retry_at=retry_at, reason=failure)
     left = tuple(i for i in model.instances if i.id != fact.instance_id)
-    model = replace(model, instances=left, ours=model.ours - {fact.instance_id}, warm_since=None)
+    model = replace(
+        model, instances=left, ours=model.ours - {fact.instance_id}, warm_since=None, draining=False
+    )
     return model if left else absent(model, fact.at, None)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from math import inf
 from statistics import median
 
-from keepalive.core.plan import blocked_by, holds_a_slot
+from keepalive.core.plan import arranged, blocked_by, holds_a_slot
 from keepalive.core.records import UNSEEN, Model, Upstream, UpstreamState
 from keepalive.core.states import State
 
@@ -26,6 +26,14 @@ def eta(model: Model, siblings: Iterable[Model], now: float) -> float | None:
         rates = [s.size_bytes / took for s in siblings if s.size_bytes and (took := s.expected_load)]
         expected = model.size_bytes / median(rates) if rates else None
     return None if expected is None else max(0.0, expected - (now - since))
+
+
+def _why_unwanted(model: Model) -> str:
+    if model.asked_for is False:
+        return "released by hand"
+    if not model.window_open:
+        return "outside its window"
+    return "loaded when somebody asks for it"
 
 
 def next_try(upstream: Upstream, model: Model, now: float) -> float | None:
@@ -50,12 +58,17 @@ def explain(
     if model.state is State.WARM and len(model.instances) > 1:
         copies = f"{len(model.instances)} copies are in memory"
         return copies if model.doubled_at is None else f"{copies}: {RIVAL}"
+    if model.draining:
+        return "makes room: it is given to nobody until another one has been there"
     if model.state is State.COLD and not model.needed:
-        return "released by hand" if model.asked_for is False else "outside its window"
+        return _why_unwanted(model)
     if model.state is State.COLD and model.listed:
         blocked = blocked_by(upstream, models, model)
         if blocked:
             return blocked
+        room = arranged(upstream, models, now)
+        if room is not None and (lack := room.never.get(model.id) or room.waits.get(model.id)):
+            return lack
         other = next((m for m in models if holds_a_slot(m, now)), None)
         if other and other is not model:
             return f"waits for its turn: {other.id.key} is loading"

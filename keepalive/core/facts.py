@@ -106,6 +106,14 @@ class Sight:
 NO_SIGHT = Sight()
 
 
+class Occupant(NamedTuple):
+    """What a listing shows in memory, whoever loaded it; `key` folded."""
+
+    key: str
+    copies: int
+    size_bytes: int | None
+
+
 @dataclass(frozen=True, slots=True)
 class Fact:
     at: float
@@ -136,12 +144,17 @@ class Listed(UpstreamFact):
     # Folded keys of what is loaded, and of what is being loaded, managed or not.
     resident: frozenset[str] = field(init=False, repr=False)
     arriving: frozenset[str] = field(init=False, repr=False)
+    occupants: tuple[Occupant, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         # Once, for all models of the upstream.
         entries = self.entries.values()
         object.__setattr__(self, "resident", frozenset(fold_key(e.key) for e in entries if e.instances))
         object.__setattr__(self, "arriving", frozenset(fold_key(e.key) for e in entries if e.loading))
+        # A variant stands there a second time.
+        there = {fold_key(e.key): e for e in entries if e.instances}
+        occupants = tuple(Occupant(key, len(e.instances), e.size_bytes) for key, e in there.items())
+        object.__setattr__(self, "occupants", occupants)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +193,10 @@ class LoadOutcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LoadStarted(ModelFact):
-    pass
+    """`ahead`: nobody had asked for it yet. `claim`: the bytes that models take with it, all together."""
+
+    ahead: bool = False
+    claim: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,9 +284,21 @@ class PrimeEnded(ModelFact):
     why: Reason | None = None  # what kind of ERROR
 
 
+class UnloadCause(StrEnum):
+    """Why we let go of a copy of ours."""
+
+    ROOM = "room"  # another one needs its memory
+    IDLE = "idle"
+    WINDOW = "window"
+    RELEASED = "released"
+
+
 @dataclass(frozen=True, slots=True)
 class UnloadStarted(ModelFact):
+    """Without a cause the model is wanted still: the copy is to be loaded anew."""
+
     instance_id: str
+    cause: UnloadCause | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,12 +322,22 @@ class WindowClosed(ModelFact):
 
 @dataclass(frozen=True, slots=True)
 class WarmAsked(ModelFact):
-    """Somebody wants it warm now; holds until its window next opens or closes."""
+    """Somebody wants it warm now; holds until its window next opens or closes, and for `auto` until it is warm."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReleaseAsked(ModelFact):
     """Somebody wants it kept no longer; holds until its window next opens."""
+
+
+@dataclass(frozen=True, slots=True)
+class DrainStarted(ModelFact):
+    """It makes room for others who have waited long: what it answers goes on, and who comes now waits."""
+
+
+@dataclass(frozen=True, slots=True)
+class DrainEnded(ModelFact):
+    """Nobody waits for its room any more."""
 
 
 # --- about a model: what users' requests show ------------------------------------------------------

@@ -85,7 +85,7 @@ def _present(model: Model, at: float, entry: Entry) -> Model:
         return proved(model, at)
     if model.load_started is not None:
         return model  # somebody else's copy came first; ours is still on its way
-    if not model.needed:
+    if not model.held:
         reason = None if model.state is State.WARM else "loaded, but not wanted now"
         return move(model, Sign.UNASKED, at, reason)
     reason = "loaded; has not answered a ping yet" if appeared else model.reason
@@ -105,6 +105,7 @@ def _appeared(model: Model, at: float) -> Model:
         busy=False,
         ping_at=at,
         used_at=at,
+        there_since=at,
         survived=0.0,
         suspected=None,
     )
@@ -192,6 +193,7 @@ def listing_failed(model: Model, fact: ListingFailed) -> Model:
     if fact.trouble is Trouble.REFUSED:
         # The program is gone, and with it its loads; what is found later is not ours, though named alike.
         # (`lms server stop` closes the port too, and goes on loading: then the next listing shows it.)
-        model = replace(model, pending=None, ours=frozenset())
+        # What it said of its memory is to be asked anew.
+        model = replace(model, pending=None, ours=frozenset(), refused_claim=None, granted_claim=None)
     model = replace(model, busy=False, ping_at=-inf)  # to be proved again as soon as it is seen
     return move(model, Sign.UNREACHABLE, fact.at, fact.message)

@@ -68,6 +68,7 @@ def proved(model: Model, at: float) -> Model:
         ping_at=at + model.policy.ping_interval,
         crashed=False,
         busy=False,
+        asked_for=None if model.policy.auto and model.asked_for else model.asked_for,
     )
     return move(model, Sign.PROVED, at, refusal(model))
 
@@ -96,7 +97,16 @@ def failed(model: Model, at: float, message: str) -> Model:
 
 
 def absent(model: Model, at: float, reason: str | None) -> Model:
-    model = replace(model, instances=(), ours=frozenset(), busy=False, crashed=False, ping_at=None)
+    model = replace(
+        model,
+        instances=(),
+        ours=frozenset(),
+        busy=False,
+        crashed=False,
+        ping_at=None,
+        ahead=False,
+        draining=False,
+    )
     if not model.listed:
         near = f"; listed are {', '.join(model.nearest)}" if model.nearest else ""
         return move(model, Sign.ABSENT, at, f"LM Studio does not list this key{near}")

@@ -121,6 +121,15 @@ class Names:
         self._heard.discard(upstream)
         self._listings.pop(upstream, None)
 
+    def row(self, upstream: str, name: str) -> Entry | None:
+        """The entry there that a name means; none where it means another variant than the one that is loaded."""
+        listing, folded = self._listings.get(upstream), fold_key(name)
+        entry = listing.find(folded) if listing is not None else None
+        if entry is None:
+            return None
+        other = "@" in folded and entry.selected is not None and fold_key(entry.selected) != folded
+        return None if other and fold_key(entry.key) != folded else entry
+
     # --- what is asked ------------------------------------------------------------------------------
 
     def find(self, name: str) -> tuple[ModelId, ...]:

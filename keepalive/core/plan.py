@@ -3,13 +3,14 @@
 A load, a ping or an unload needs knowledge no older than `FRESH`: each is preceded by a listing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import inf
 
-from keepalive.core.actions import Action, Load, Prime, Refresh, SendPing, SkipPing, Unload
-from keepalive.core.facts import Tier, fold_key
+from keepalive.core.actions import Action, Drain, EndDrain, Load, Prime, Refresh, SendPing, SkipPing, Unload
+from keepalive.core.facts import ModelId, Tier, UnloadCause, fold_key
 from keepalive.core.primes import give_ups, next_primes
-from keepalive.core.records import Model, Upstream, UpstreamState
+from keepalive.core.records import Model, Upstream, UpstreamState, is_loading
+from keepalive.core.room import Arrangement, arrange, is_in_use, manages
 from keepalive.core.states import State
 
 # A listing this old may still lead to a load or a ping: it is the race with other clients that we accept,
@@ -30,11 +31,17 @@ def plan(upstream: Upstream, models: Sequence[Model], now: float) -> list[Action
     """
     actions: list[Action] = [SkipPing(m.id) for m in models if _ping_is_due(m, now) and _is_in_use(m)]
     stale = False
-    loads, pings = _loads(upstream, models, now), _pings(models, now)
+    room = arranged(upstream, models, now)
+    if room is not None:
+        actions += [Drain(m.id) for m in models if m.id in room.drains and not m.draining]
+        actions += [EndDrain(m.id) for m in models if m.draining and m.id not in room.drains]
+    unloads, loads = _unloads(upstream, models, now, room), _loads(upstream, models, now, room)
+    going = {model.id for model, _ in unloads}
+    pings = _pings([m for m in models if m.id not in going], now)
     free = not (loads or upstream.arriving)
     actions += give_ups(models, free=free)
-    primes = [] if pings else next_primes(models, now, free=free)
-    calls = _unloads(upstream, models, now) + loads + pings + primes
+    primes = [] if pings else [p for p in next_primes(models, now, free=free) if p[0].id not in going]
+    calls = unloads + loads + pings + primes
     for model, action in calls:
         # What has just gone may be coming back already, by somebody else's request; and who primes is to be in the
         # way of no load.
@@ -44,7 +51,7 @@ def plan(upstream: Upstream, models: Sequence[Model], now: float) -> list[Action
         else:
             stale = True
     if not upstream.listing and _refresh_is_due(upstream, models, now, stale=stale):
-        loading = bool(primes) or any(_may_be_loading(m) for m in models)
+        loading = bool(loads or primes) or any(_may_be_loading(m) for m in models)
         actions.append(Refresh(upstream.name, loading=loading))
     return actions
 
@@ -82,10 +89,6 @@ def _may_be_loading(model: Model) -> bool:
     )
 
 
-def is_loading(model: Model) -> bool:
-    return model.load_started is not None or (model.pending is not None and model.pending.ours)
-
-
 def holds_a_slot(model: Model, now: float) -> bool:
     """Whether others wait for its load: not behind one of which nothing shows that it is alive.
 
@@ -99,21 +102,62 @@ def holds_a_slot(model: Model, now: float) -> bool:
     return pending.expected is not None and now < pending.since + pending.expected
 
 
-def _loads(upstream: Upstream, models: Sequence[Model], now: float) -> list[tuple[Model, Action]]:
+def arranged(upstream: Upstream, models: Sequence[Model], now: float) -> Arrangement | None:
+    """What is to become of the memory there; None where memory is no matter."""
+    if not manages(upstream, models):
+        return None
+    ready = _ready(upstream, models, now, lambda m: m.needed or m.held)
+    # Of `auto` models whoever has waited longest comes first. Nobody yet waits for what is loaded ahead.
+    ready.sort(
+        key=lambda m: (
+            m.policy.auto,
+            not m.needed,
+            m.policy.auto or m.waiting == 0,
+            _waiting_since(m),
+            m.rank,
+        )
+    )
+    return arrange(upstream, models, ready, _slots(upstream, models, now), now)
+
+
+def _waiting_since(model: Model) -> float:
+    if not model.policy.auto:
+        return 0.0
+    return model.since if model.waiting_since is None else model.waiting_since
+
+
+def _ready(
+    upstream: Upstream, models: Sequence[Model], now: float, meant: Callable[[Model], bool]
+) -> list[Model]:
+    could = [m for m in models if meant(m) and _is_loadable(m, now)]
+    return [m for m in could if blocked_by(upstream, models, m) is None]
+
+
+def _slots(upstream: Upstream, models: Sequence[Model], now: float) -> int:
     slots = upstream.max_loading - sum(holds_a_slot(m, now) for m in models)
-    ready = [m for m in models if _is_loadable(m, now) and blocked_by(upstream, models, m) is None]
-    # Somebody waits for the first of these; then the order of the config.
-    ready.sort(key=lambda m: (m.waiting == 0, m.rank))
     if upstream.tier is Tier.V0 and upstream.displaces is not False:
         # Each load on demand may push out the one before: see what it does.
         slots = min(slots, 1 - sum(map(is_loading, models)))
-    return [(m, Load(m.id)) for m in ready[: max(slots, 0)]]
+    return max(slots, 0)
+
+
+def _loads(
+    upstream: Upstream, models: Sequence[Model], now: float, room: Arrangement | None
+) -> list[tuple[Model, Action]]:
+    if room is not None:
+        loads: list[tuple[Model, Action]] = [(m, Load(m.id, claim=room.claims.get(m.id))) for m in room.loads]
+        if room.ahead is not None:
+            loads.append((room.ahead, Load(room.ahead.id, True, room.claims.get(room.ahead.id))))
+        return loads
+    ready = _ready(upstream, models, now, lambda m: m.needed)
+    # Somebody waits for the first of these; then the order of the config.
+    ready.sort(key=lambda m: (m.waiting == 0, m.rank))
+    return [(m, Load(m.id)) for m in ready[: _slots(upstream, models, now)]]
 
 
 def _is_loadable(model: Model, now: float) -> bool:
     return (
-        model.needed
-        and model.listed
+        model.listed
         and model.state in (State.COLD, State.BACKOFF)
         and not model.instances
         and not model.calling
@@ -141,7 +185,9 @@ def blocked_by(upstream: Upstream, models: Sequence[Model], model: Model) -> str
         return f"loading it on LM Studio 0.3.x could push out {foreign[0]}, which we did not load"
     if upstream.displaces is None:
         return None
-    first = min((m for m in models if m.needed and m.listed), key=lambda m: m.rank, default=model)
+    # Among those that are let go for each other there is no first: they take turns (`room`).
+    needed = (m for m in models if m.needed and m.listed and not m.policy.auto)
+    first = min(needed, key=lambda m: m.rank, default=model)
     if first is model:
         return None
     return f"LM Studio 0.3.x keeps one model at a time here, and {first.id.key} comes first in the config"
@@ -156,7 +202,7 @@ def _pings(models: Sequence[Model], now: float) -> list[tuple[Model, Action]]:
 
 def _ping_is_due(model: Model, now: float) -> bool:
     return (
-        model.needed
+        model.held
         and model.policy.pinged
         and bool(model.instances or (model.blind and model.state is State.WARM))
         and not model.calling
@@ -177,20 +223,43 @@ def _must_unload_crashed(model: Model) -> bool:
     return model.crashed and model.instance_id in model.ours
 
 
-def _unloads(upstream: Upstream, models: Sequence[Model], now: float) -> list[tuple[Model, Action]]:
+def _unloads(
+    upstream: Upstream, models: Sequence[Model], now: float, room: Arrangement | None
+) -> list[tuple[Model, Action]]:
     if upstream.tier is not Tier.V1:
         return []  # nothing before 0.4 can unload over HTTP: the lease runs out by itself
-    return [
-        (m, Unload(m.id, instance.id))
+    gone: dict[ModelId, tuple[Model, Action]] = {
+        m.id: (m, Unload(m.id, instance.id, _why_unloaded(m)))
         for m in models
         for instance in [i for i in m.instances if i.id in m.ours][:1]
         if _is_unloadable(m, now)
-    ]
+    }
+    for model, instance_id in room.unloads if room is not None else ():
+        gone.setdefault(model.id, (model, Unload(model.id, instance_id, UnloadCause.ROOM)))
+    return list(gone.values())
 
 
 def _is_unloadable(model: Model, now: float) -> bool:
     if model.calling or model.in_flight or (model.retry_at is not None and now < model.retry_at):
         return False
-    if model.needed:
-        return _must_unload_crashed(model)
-    return now >= model.active_at + LINGER
+    if model.held:
+        return _must_unload_crashed(model) or _is_idle(model, now)
+    return now >= model.active_at + LINGER and not model.engaged
+
+
+def _is_idle(model: Model, now: float) -> bool:
+    """Whether nobody has used it for as long as it may lie idle."""
+    idle = model.policy.idle
+    return (
+        model.policy.auto
+        and idle is not None
+        and now >= model.unused_since + idle
+        and not is_in_use(model, now)
+    )
+
+
+def _why_unloaded(model: Model) -> UnloadCause | None:
+    if model.held:
+        return None if _must_unload_crashed(model) else UnloadCause.IDLE
+    closed = model.windowed and not model.window_open and model.asked_for is None and not model.retired
+    return UnloadCause.WINDOW if closed else UnloadCause.RELEASED

@@ -59,7 +59,13 @@ def _due(model: Model, now: float) -> str | None:
 
 def _is_fit(model: Model, opening: str) -> bool:
     there = bool(model.instances) or model.blind
-    return there and model.needed and model.state is State.WARM and opening in model.priming.wished
+    return (
+        there
+        and model.held
+        and not model.draining
+        and model.state is State.WARM
+        and opening in model.priming.wished
+    )
 
 
 def _is_used(models: Iterable[Model]) -> bool:

@@ -8,7 +8,17 @@ from enum import StrEnum
 from math import inf
 from statistics import median
 
-from keepalive.core.facts import NO_SIGHT, Instance, ModelId, Need, PingOutcome, Sight, Tier
+from keepalive.core.facts import (
+    NO_SIGHT,
+    Instance,
+    ModelId,
+    Need,
+    Occupant,
+    PingOutcome,
+    Sight,
+    Tier,
+    UnloadCause,
+)
 from keepalive.core.states import State
 
 # LM Studio has been seen to list a model only some time after it said that it had loaded it.
@@ -43,6 +53,10 @@ class Policy:
     load_timeout: float = 900.0
     lease: float = 86400.0  # of what we load on demand
     pinged: bool = True  # False: its being listed is all that proves it
+    auto: bool = False  # loaded when asked for, and let go for others
+    idle: float | None = None  # auto: let go after this long without use
+    patience: float = 120.0  # for how long its callers wait in line before another model is drained for them
+    memory: int | None = None  # bytes that it takes, as the config says
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +122,14 @@ class Priming:
 
 
 @dataclass(frozen=True, slots=True)
+class Claim:
+    """All that models were to take, in bytes, when a load was answered; `since` which that holds."""
+
+    bytes: int
+    since: float
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """All we know of one model on one upstream."""
 
@@ -137,10 +159,15 @@ class Model:
     ours: frozenset[str] = frozenset()  # ids of instances that we loaded
     beside: frozenset[str] = frozenset()  # folded keys of all that the newest listing showed as loaded
     used_at: float = -inf  # when it was last known to be used, or appeared
+    there_since: float = -inf  # when it came into memory, as far as that was seen
     survived: float = 0.0  # the longest idleness that what is listed now has outlived
     suspected: Cause | None = None  # what would explain its loss, should the next listing show it missing
 
     # what we are doing
+    claim: int | None = None  # what its load makes of the memory that models take, in bytes
+    ahead: bool = False  # it was loaded ahead of demand, and nobody has asked for it since
+    draining: bool = False  # it is given to nobody, to make room
+    letting_go: UnloadCause | None = None  # why the unload under way, or the last one
     load_started: float | None = None
     pending: Pending | None = None
     pinging: bool = False
@@ -150,6 +177,8 @@ class Model:
     tells_loading: bool = False  # a listing has shown a load of this model in progress
 
     # what came of it
+    refused_claim: Claim | None = None  # its last load, when LM Studio said that there was no room
+    granted_claim: Claim | None = None  # and when it went well
     warm_since: float | None = None
     failures: int = 0
     failure: str | None = None  # what went wrong last
@@ -171,12 +200,39 @@ class Model:
     in_flight: int = 0
     active_at: float = -inf  # when a user's request was last answered
     vouched_at: float = -inf  # the last such answer that stood in for a ping
+    waiting_since: float | None = None  # when the first of those came who wait now
+    use_at: float = -inf  # when a caller last came for it, or was answered; no ping counts
+    asks: float = 0.0  # how much it was asked for of late, as it was at `asks_at`
+    asks_at: float = -inf
 
     @property
     def wanted(self) -> bool:
         if self.retired:
             return False
+        if self.policy.auto:
+            return self.asked_for is True
         return self.window_open if self.asked_for is None else self.asked_for
+
+    @property
+    def held(self) -> bool:
+        """Whether a copy in memory may stay; it is pinged, then."""
+        stays = self.policy.auto and not self.retired and self.asked_for is not False and self.window_open
+        return stays or self.needed
+
+    @property
+    def engaged(self) -> bool:
+        """Whether LM Studio says that it works for somebody, whoever that is."""
+        return any(instance.busy or instance.queued for instance in self.instances)
+
+    @property
+    def given(self) -> bool:
+        """Whether a request may be passed on to it: warm, and not about to go."""
+        return self.state is State.WARM and not self.draining and not self.unloading
+
+    @property
+    def unused_since(self) -> float:
+        """When it was last used, or came into memory."""
+        return max(self.use_at, self.there_since)
 
     @property
     def needed(self) -> bool:
@@ -225,6 +281,10 @@ class Model:
         return self.seen_at + policy.refresh_interval + policy.ping_interval
 
 
+def is_loading(model: Model) -> bool:
+    return model.load_started is not None or (model.pending is not None and model.pending.ours)
+
+
 class UpstreamState(StrEnum):
     UNKNOWN = "unknown"
     UP = "up"
@@ -240,6 +300,7 @@ class Upstream:
     refresh_interval: float = 15.0
     max_loading: int = 1
     auto_evict: bool | None = None  # as configured: whether a load on demand pushes out another
+    memory: int | None = None  # as configured: bytes for models
     state: UpstreamState = UpstreamState.UNKNOWN
     since: float = 0.0
     tier: Tier | None = None
@@ -252,6 +313,7 @@ class Upstream:
     due_at: float = -inf
     resident: frozenset[str] = frozenset()  # folded keys of what is loaded, managed or not
     arriving: frozenset[str] = frozenset()  # and of what is being loaded
+    occupants: tuple[Occupant, ...] = ()  # and with what they take
     sees_loading: bool = False  # the newest listing was asked for that, too
     sight: Sight = NO_SIGHT  # what LM Studio's socket was good for then
     evicts: bool | None = None  # as seen, where it is not configured

@@ -94,6 +94,7 @@ def _upstream_listed(upstream: Upstream, fact: Listed) -> Upstream:
         due_at=fact.at + upstream.refresh_interval,
         resident=fact.resident,
         arriving=fact.arriving,
+        occupants=fact.occupants,
         sees_loading=fact.loading,
         sight=fact.sight,
         evicts=evicts if fact.tier is Tier.V0 else None,

@@ -12,7 +12,18 @@ from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any, Protocol
 
-from keepalive.core.actions import Action, GiveUpPrime, Load, Prime, Refresh, SendPing, SkipPing, Unload
+from keepalive.core.actions import (
+    Action,
+    Drain,
+    EndDrain,
+    GiveUpPrime,
+    Load,
+    Prime,
+    Refresh,
+    SendPing,
+    SkipPing,
+    Unload,
+)
 from keepalive.core.apply import apply
 from keepalive.core.errors import (
     Cut,
@@ -27,6 +38,8 @@ from keepalive.core.errors import (
 )
 from keepalive.core.explain import next_try
 from keepalive.core.facts import (
+    DrainEnded,
+    DrainStarted,
     Entry,
     Fact,
     Listed,
@@ -57,7 +70,7 @@ from keepalive.core.facts import (
 )
 from keepalive.core.moves import BACKOFF_FIRST
 from keepalive.core.names import Meaning, Names
-from keepalive.core.plan import blocked_by, plan
+from keepalive.core.plan import arranged, blocked_by, plan
 from keepalive.core.primes import chosen
 from keepalive.core.records import Model, Policy, Priming, Snapshot, Upstream, UpstreamState
 from keepalive.core.states import State
@@ -67,6 +80,9 @@ from keepalive.core.upstreams import apply_upstream
 UNLOAD_TIMEOUT = 60.0
 # Names are the callers', who may make up any number of them.
 MEANINGS_REMEMBERED = 256
+# What is kept of its own accord once it is asked for, where the config says so.
+ADOPTED = ("llm", "embedding")
+ADOPTED_REASON = "it has just been asked for the first time"
 
 
 class Loaded(Protocol):
@@ -124,6 +140,7 @@ class Server:
     refresh_interval: float = 15.0
     max_loading: int = 1
     auto_evict: bool | None = None
+    memory: int | None = None  # bytes for models
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,15 +219,22 @@ class Keeper:
         self._meanings: dict[tuple[str | None, bool], Meaning] = {}
         self._unheard: dict[str, asyncio.Event] = {}
         self._news: dict[ModelId, asyncio.Future[None]] = {}
+        self._default: str | None = None
+        self._adopt: Callable[[ModelId], Keep] | None = None
 
     # --- what is kept -------------------------------------------------------------------------------
 
     def configure(
-        self, servers: Iterable[Server], keeps: Iterable[Keep], default: str | None = None
+        self,
+        servers: Iterable[Server],
+        keeps: Iterable[Keep],
+        default: str | None = None,
+        adopt: Callable[[ModelId], Keep] | None = None,
     ) -> list[Client]:
         """Keep these from now on, and leave alone what has not changed; returns the clients now unused.
 
-        `default` is the model that a request means that names nobody.
+        `default` is the model that a request means that names nobody. `adopt` says how a model is kept that an
+        upstream lists, that a request names and that is not among `keeps`; without it nobody keeps it.
         A model that is gone from the config is let go: unloaded if we loaded it, then forgotten.
         """
         now = self._clock()
@@ -240,13 +264,15 @@ class Keeper:
                 refresh_interval=server.refresh_interval,
                 max_loading=server.max_loading,
                 auto_evict=server.auto_evict,
+                memory=server.memory,
                 # Whoever reads the config anew may have mended the token where it is made.
                 due_at=-inf if shelf.upstream.state is UpstreamState.UNAUTHORIZED else shelf.upstream.due_at,
             )
         self._shelves = {server.name: self._shelves[server.name] for server in servers}
         self._keeps = {keep.model: keep for keep in keeps}
         self._meanings.clear()
-        self._names.configure(self._shelves, {keep.model: keep.aliases for keep in keeps}, default)
+        self._default, self._adopt = default, adopt
+        self._name_all()
         for name in gone:
             self._hear(name)
         for model in list(self._news):
@@ -259,6 +285,10 @@ class Keeper:
     def _abandon(self, model: ModelId) -> None:
         if task := self._primes.pop(model, None):
             task.cancel()
+
+    def _name_all(self) -> None:
+        aliases = {keep.model: keep.aliases for keep in self._keeps.values()}
+        self._names.configure(self._shelves, aliases, self._default)
 
     def _place(self, shelf: _Shelf, keeps: Sequence[Keep], now: float) -> None:
         gone = {key: m for key, m in shelf.models.items() if m.id not in self._keeps}
@@ -299,7 +329,7 @@ class Keeper:
         known = self._meanings.get((name, default))
         if known is not None:
             return known
-        meaning = self._names.meaning(name, self._up(), default=default)
+        meaning = self._meaning(name, default=default)
         if not meaning.open:
             if len(self._meanings) >= MEANINGS_REMEMBERED:
                 self._meanings.clear()
@@ -309,6 +339,28 @@ class Keeper:
             async with asyncio.timeout(within):
                 for unheard in [self._unheard[name] for name in meaning.open if name in self._unheard]:
                     await unheard.wait()
+        return self._meaning(name, default=default)
+
+    def _meaning(self, name: str | None, *, default: bool) -> Meaning:
+        meaning = self._names.meaning(name, self._up(), default=default)
+        if meaning.models or not meaning.known or self._adopt is None or not default:
+            return meaning
+        entry = self._names.row(meaning.upstream, meaning.written() or name or "")
+        shelf = self._shelves[meaning.upstream]
+        if entry is None or entry.kind not in ADOPTED or shelf.upstream.tier is Tier.OPENAI:
+            return meaning
+        keep = self._adopt(ModelId(meaning.upstream, entry.key))
+        self._keeps[keep.model] = keep
+        self._name_all()
+        now = self._clock()
+        there = shelf.models.get(entry.key)
+        if there is None:
+            there = Model(id=keep.model, since=now, kind=keep.kind or entry.kind, reason=ADOPTED_REASON)
+        shelf.models[entry.key] = replace(
+            there, rank=len(shelf.models), policy=keep.policy, retired=False, asked_for=None
+        )
+        self._due.add(shelf.server.name)
+        self._wake.set()
         return self._names.meaning(name, self._up(), default=default)
 
     def rows(self, upstream: str) -> Mapping[str, Sequence[str]]:
@@ -384,7 +436,7 @@ class Keeper:
         return warm
 
     def _least_busy(self, models: Sequence[ModelId]) -> ModelId | None:
-        warm = [m.id for m in map(self.glance, models) if m is not None and m.state is State.WARM]
+        warm = [m.id for m in map(self.glance, models) if m is not None and m.given]
         if len(warm) < 2:
             return warm[0] if warm else None
         return min(filter(None, map(self.model, warm)), key=lambda m: m.in_flight).id
@@ -417,6 +469,9 @@ class Keeper:
             blocked = blocked_by(upstream, siblings, model) if model.listed else model.reason
             if blocked is not None:
                 return f"{wanted.key} cannot be had: {blocked}", None
+            room = arranged(upstream, siblings, now)
+            if room is not None and wanted in room.never:
+                return f"{wanted.key} cannot be had: {room.never[wanted]}", None
         return None
 
     def _announce(self, model: ModelId) -> None:
@@ -455,7 +510,11 @@ class Keeper:
         for model in [shelf.models[key] for key in keys if key in shelf.models]:
             after = shelf.models[model.id.key] = apply(model, fact)
             self._tell(fact, model, after)
-            if after.state is not model.state or after.reason != model.reason:
+            if (
+                after.state is not model.state
+                or after.reason != model.reason
+                or after.given is not model.given
+            ):
                 self._announce(after.id)
             if after.retired and not after.calling and not after.ours:
                 del shelf.models[model.id.key]
@@ -542,10 +601,10 @@ class Keeper:
             case Refresh(upstream=name, loading=loading):
                 self.record(ListingStarted(now, name))
                 tasks.create_task(self._refresh(client, name, now, loading=loading))
-            case Load(model=model):
+            case Load(model=model, ahead=ahead, claim=claim):
                 tier = shelf.upstream.tier or Tier.V1
                 # Recorded first: an observer writes it down before LM Studio hears of it.
-                self.record(LoadStarted(now, model))
+                self.record(LoadStarted(now, model, ahead, claim))
                 tasks.create_task(self._load(client, self._keeps[model], tier, now))
             case SendPing(model=model, instance_id=target):
                 tier, before = shelf.upstream.tier or Tier.V1, shelf.models[model.key]
@@ -561,8 +620,12 @@ class Keeper:
             case GiveUpPrime(model=model, opening=opening):
                 self._abandon(model)  # its connection closes, which is how LM Studio is told
                 self.record(PrimeEnded(now, model, opening, PrimeOutcome.GIVEN_UP))
-            case Unload(model=model, instance_id=target):
-                self.record(UnloadStarted(now, model, target))
+            case Drain(model=model):
+                self.record(DrainStarted(now, model))
+            case EndDrain(model=model):
+                self.record(DrainEnded(now, model))
+            case Unload(model=model, instance_id=target, cause=cause):
+                self.record(UnloadStarted(now, model, target, cause))
                 tasks.create_task(self._unload(client, model, target))
 
     async def _refresh(self, client: Client, name: str, asked: float, *, loading: bool) -> None:

@@ -29,6 +29,7 @@ import structlog
 from keepalive.core.callers import Outcome, Seen
 from keepalive.core.facts import (
     ClockJumped,
+    DrainStarted,
     Fact,
     InstanceLost,
     LoadEnded,
@@ -464,9 +465,12 @@ def _model(fact: Fact, before: Model, after: Model) -> None:
                 "model.prime_failed", opening=label(fact.opening), outcome=outcome.value, reason=fact.message
             )
         case UnloadEnded(message=None):
-            log.info("model.unloaded", instance=fact.instance_id)
+            why = before.letting_go.value if before.letting_go else None
+            log.info("model.unloaded", instance=fact.instance_id, **_given(cause=why))
         case UnloadEnded():
             log.warning("model.unload_failed", instance=fact.instance_id, reason=fact.message)
+        case DrainStarted():
+            log.info("model.draining", in_flight=after.in_flight)
         case InstanceLost():
             log.warning("model.lost", reason=fact.message)
     if after.evictions > before.evictions:

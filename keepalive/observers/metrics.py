@@ -38,8 +38,14 @@ from keepalive.core.facts import (
     PingOutcome,
     PrimeEnded,
     PrimeOutcome,
+    RequestsCounted,
+    RequestStarted,
+    UnloadCause,
+    UnloadEnded,
+    WaitStarted,
 )
 from keepalive.core.records import Cause, Model, Snapshot, Upstream, UpstreamState
+from keepalive.core.room import limit, manages, takes, used
 from keepalive.core.states import State
 
 # A load takes 5 s to more than 120 s, and is given up on after 15 minutes.
@@ -80,6 +86,12 @@ FAMILIES = (
         "histogram",
         "How long it took the model to read openings that were replayed.",
     ),
+    (
+        "model_memory_bytes",
+        "gauge",
+        "What the model takes in memory when it is loaded, as far as that is known.",
+    ),
+    ("model_unloads", "counter", "Copies of ours that were let go, by why."),
 )
 
 
@@ -107,6 +119,26 @@ class Metrics:
             ["upstream", "state"],
             registry=registry,
         )
+        self._budget = Gauge(
+            "keepalive_upstream_memory_budget_bytes",
+            "What models may take there together, as far as that is known.",
+            ["upstream"],
+            registry=registry,
+        )
+        self._used = Gauge(
+            "keepalive_upstream_memory_used_bytes",
+            "What models take there now, whoever loaded them, as far as that is known.",
+            ["upstream"],
+            registry=registry,
+        )
+        self._ahead = Counter(
+            "keepalive_loads_ahead",
+            "Loads ahead of demand, by whether somebody then asked for the model before it went.",
+            ["outcome"],
+            registry=registry,
+        )
+        for outcome in ("used", "unused"):
+            self._ahead.labels(outcome)
         self.jobs_missed = Counter(
             "keepalive_scheduler_jobs_missed",
             "Runs of scheduled jobs that did not happen in time.",
@@ -127,19 +159,30 @@ class Metrics:
         """Begin the series of these models at zero; those of models that are no longer kept end."""
         self._series = {model: self._series.get(model) or _Series(model) for model in models}
 
+    def counts(self, model: ModelId) -> bool:
+        """Whether it has series of its own."""
+        return model in self._series
+
     def observe(self, fact: Fact, before: Model | Upstream, after: Model | Upstream) -> None:
-        if isinstance(before, Model) and isinstance(after, Model) and after.id in self._series:
-            self._series[after.id].count(fact, before, after)
+        if isinstance(before, Model) and isinstance(after, Model):
+            if before.ahead and not after.ahead:
+                used = isinstance(fact, WaitStarted | RequestStarted | RequestsCounted)
+                self._ahead.labels("used" if used else "unused").inc()
+            if after.id in self._series:
+                self._series[after.id].count(fact, before, after)
 
     def render(self, accept: str) -> tuple[bytes, str]:
         """The page that a scraper with this `Accept` wants, and its content type."""
         snapshot = self._look()
         self._up.clear()
         self._upstream_state.clear()
+        self._budget.clear()
+        self._used.clear()
         for upstream in snapshot.upstreams:
             self._up.labels(upstream.name).set(upstream.state is UpstreamState.UP)
             for state in UpstreamState:
                 self._upstream_state.labels(upstream.name, state.value).set(state is upstream.state)
+            self._render_memory(upstream, snapshot)
         try:
             encode, content_type = choose_encoder(accept)
         except (TypeError, ValueError):
@@ -147,6 +190,15 @@ class Metrics:
             encode, content_type = choose_encoder("")
         own = self._render_models(snapshot.models, openmetrics="openmetrics" in content_type)
         return own.encode() + encode(self.registry), content_type
+
+    def _render_memory(self, upstream: Upstream, snapshot: Snapshot) -> None:
+        models = snapshot.of(upstream.name)
+        if not manages(upstream, models):
+            return
+        budget = limit(upstream, models, snapshot.now)
+        if budget is not None:
+            self._budget.labels(upstream.name).set(budget)
+        self._used.labels(upstream.name).set(used(upstream, models))
 
     def _render_models(self, models: Sequence[Model], *, openmetrics: bool) -> str:
         rows = [self._series[m.id].lines(m, self._date) for m in models if m.id in self._series]
@@ -195,6 +247,7 @@ class _Series:
         "pings",
         "prime_seconds",
         "primes",
+        "unloads",
     )
 
     def __init__(self, model: ModelId) -> None:
@@ -204,6 +257,7 @@ class _Series:
         self.loads = dict.fromkeys(LoadOutcome, 0)
         self.pings = dict.fromkeys(PingOutcome, 0)
         self.evictions = dict.fromkeys(Cause, 0)
+        self.unloads = dict.fromkeys(UnloadCause, 0)
         self.load_seconds = _Histogram(LOAD_BUCKETS)
         self.ping_seconds = _Histogram(PING_BUCKETS)
         self.primes = dict.fromkeys(PrimeOutcome, 0)
@@ -224,6 +278,8 @@ class _Series:
             self.primes[fact.outcome] += 1
             if fact.outcome is PrimeOutcome.OK:
                 self.prime_seconds.observe(fact.seconds)
+        elif isinstance(fact, UnloadEnded) and fact.message is None and before.letting_go is not None:
+            self.unloads[before.letting_go] += 1
         else:
             return
         self._gauges = None
@@ -231,8 +287,8 @@ class _Series:
     def lines(self, model: Model, date: Callable[[float], float]) -> tuple[str, ...]:
         """The samples of each family, in the order of `FAMILIES`."""
         last_load = model.recent_loads[-1] if model.recent_loads else None
-        primes = bool(model.priming.wished)
-        gauges = (model.state, model.wanted, len(model.instances), last_load, model.pinged_at, primes)
+        copies, primes = len(model.instances), bool(model.priming.wished)
+        gauges = (model.state, model.wanted, copies, last_load, model.pinged_at, primes, takes(model))
         if gauges != self._gauges:
             self._lines = tuple(map("".join, self._write(model, last_load, date)))
             self._gauges = gauges
@@ -258,6 +314,9 @@ class _Series:
         primes = bool(model.priming.wished)
         yield _by("outcome", "model_primes_total", labels, self.primes) if primes else ()
         yield self.prime_seconds.lines("model_prime_duration_seconds", labels) if primes else ()
+        memory = takes(model)
+        yield () if memory is None else (f"keepalive_model_memory_bytes{{{labels}}} {float(memory)!r}\n",)
+        yield _by("cause", "model_unloads_total", labels, self.unloads)
 
 
 def _by(kind: str, name: str, labels: str, counts: Mapping[Any, int]) -> Iterator[str]:
@@ -282,7 +341,9 @@ class ProxyMetrics:
         waiting: Callable[[], float],
         silences: Callable[[], Mapping[ModelId | None, float]],
         gap_bounds: Sequence[float],
+        counts: Callable[[ModelId], bool] = lambda model: True,
     ) -> None:
+        self._counts = counts
         self._requests = Counter(
             "keepalive_proxy_requests",
             "Requests by how they ended.",
@@ -321,11 +382,11 @@ class ProxyMetrics:
         self._durations: dict[str, Histogram] = {}
         self._gaps = _Gaps(gap_bounds)
         registry.register(self._gaps)
-        registry.register(_Silences(silences))
+        registry.register(_Silences(silences, self._label))
 
     def count(self, seen: Seen) -> None:
         # A name that a caller made up must not become a series.
-        model = _label(seen.model)
+        model = self._label(seen.model)
         ends = model, seen.route, seen.outcome
         requests = self._ends.get(ends)
         if requests is None:
@@ -342,16 +403,20 @@ class ProxyMetrics:
         if seen.gaps:
             self._gaps.add(model, seen.gaps, seen.gap_seconds)
 
-
-def _label(model: ModelId | None) -> str:
-    return "other" if model is None else model.key
+    def _label(self, model: ModelId | None) -> str:
+        return model.key if model is not None and self._counts(model) else "other"
 
 
 class _Silences(Collector):
     """How long answers have been silent; nothing is said of a model of which none is under way."""
 
-    def __init__(self, silences: Callable[[], Mapping[ModelId | None, float]]) -> None:
+    def __init__(
+        self,
+        silences: Callable[[], Mapping[ModelId | None, float]],
+        label: Callable[[ModelId | None], str],
+    ) -> None:
         self._silences = silences
+        self._label = label
 
     def collect(self) -> Iterator[Metric]:
         family = GaugeMetricFamily(
@@ -361,7 +426,8 @@ class _Silences(Collector):
         )
         longest: dict[str, float] = {}
         for model, seconds in self._silences().items():
-            longest[_label(model)] = max(seconds, longest.get(_label(model), 0.0))
+            label = self._label(model)
+            longest[label] = max(seconds, longest.get(label, 0.0))
         for label, seconds in longest.items():
             family.add_metric([label], seconds)
         yield family

@@ -49,6 +49,8 @@ from keepalive.service.openings import Openings
 # The scheduler runs a job every second. Later than this, something is badly wrong.
 SCHEDULER_LATE = 10.0
 REPORTS_REMEMBERED = 100
+# Models that nobody wrote down and that have series of their own; what comes after them is counted as "other".
+ADOPTED_COUNTED = 100
 # At the end, connections that were accepted but have not been asked anything yet get this long.
 LAST_REQUESTS = 0.5
 
@@ -76,6 +78,7 @@ class Daemon:
         self._log = logs.logger()
         self._config = settings
         self._kept: dict[ModelId, Kept] = {}
+        self._adopted: set[ModelId] = set()  # of these, those that the file does not name
         self._open: dict[ModelId, bool] = {}
         self._clients: dict[str, Client] = {}
         self._tokens: dict[str, str | None] = {}
@@ -253,7 +256,8 @@ class Daemon:
         told = tokens.of_notify(settings.notify, self._environ)
         old, self._config, self._mistakes = self._config, settings, ()
         self._openings.configure(openings, settings.kept)
-        self._kept = {ModelId(kept.upstream, kept.key): kept for kept in settings.kept}
+        named = {ModelId(kept.upstream, kept.key): kept for kept in settings.kept}
+        self._kept = named | self._adopted_still(settings, named)
         self._open = {model: self._is_open(kept) for model, kept in self._kept.items() if kept.window}
         self._admin.access = Access(settings.server.allowed_hosts, admin_keys)
         servers = []
@@ -276,9 +280,10 @@ class Daemon:
                     refresh_interval=min(pace, default=settings.defaults.refresh_interval),
                     max_loading=upstream.max_loading,
                     auto_evict=upstream.auto_evict,
+                    memory=upstream.memory,
                 )
             )
-        self._metrics.configure(self._kept)
+        self._metrics.configure(self._counted())
         self._history.configure({model: self._urls[model.upstream] for model in self._kept})
         self._notify.configure(
             told,
@@ -289,11 +294,12 @@ class Daemon:
             pause=settings.notify.pause,
         )
         keeps = map(self._keep, self._kept.values())
-        self._closing += self.keeper.configure(servers, keeps, settings.server.default_model)
+        adopt = self._adopt if settings.server.unlisted == "auto" else None
+        self._closing += self.keeper.configure(servers, keeps, settings.server.default_model, adopt)
         self._clients = {server.name: self._clients[server.name] for server in servers}
         self._tokens = lm_tokens
         self._playground.key = self._page_key if client_keys else None
-        self._front.configure(settings, lm_tokens, client_keys, self._playground.key)
+        self._front.configure(settings, self._kept, lm_tokens, client_keys, self._playground.key)
         self._metrics.reload_ok.set(1)
         self._metrics.reloaded_at.set(self._wall())
         for name in ("listen", "admin_listen", "state_dir", "log_level", "log_format"):
@@ -318,6 +324,27 @@ class Daemon:
             model.state is State.BACKOFF for model in snapshot.of(upstream)
         )
 
+    def _adopt(self, model: ModelId) -> Keep:
+        """A model that the file does not name has been asked for: it is kept from now on."""
+        kept = self._kept[model] = self._config.unlisted(model.upstream, model.key)
+        self._adopted.add(model)
+        self._metrics.configure(self._counted())
+        self._history.configure({model: self._urls[model.upstream] for model in self._kept})
+        self._log.info("model.adopted", model=model.key, upstream=model.upstream)
+        return self._keep(kept)
+
+    def _adopted_still(self, settings: Config, named: Mapping[ModelId, Kept]) -> dict[ModelId, Kept]:
+        """Models that were asked for and are not named: they stay what they are, with the defaults of this file."""
+        upstreams = {u.name for u in settings.upstreams} if settings.server.unlisted == "auto" else set()
+        self._adopted = {m for m in self._adopted if m.upstream in upstreams and m not in named}
+        still = (m for m in self._kept if m in self._adopted)
+        return {m: settings.unlisted(m.upstream, m.key) for m in still}
+
+    def _counted(self) -> list[ModelId]:
+        """The models that have series of their own: all that the file names, and no more than so many others."""
+        adopted = [m for m in self._kept if m in self._adopted][:ADOPTED_COUNTED]
+        return [m for m in self._kept if m not in self._adopted] + adopted
+
     def _recall(self, models: Iterable[ModelId]) -> None:
         """Take note of loads that an earlier life began and did not see end."""
         for model in models:
@@ -341,6 +368,10 @@ class Daemon:
             kept.load_timeout,
             kept.lease,
             pinged=kept.ping != "off",
+            auto=kept.auto,
+            idle=kept.idle,
+            patience=kept.patience,
+            memory=kept.memory,
         )
         own = None if isinstance(kept.ping, str) else (kept.ping.path, kept.ping.body)
         return Keep(

@@ -61,7 +61,7 @@ class Front:
         self._keeper = keeper
         self._clock = clock
         self._openings = openings
-        self._kept: dict[ModelId, Kept] = {}
+        self._kept: Mapping[ModelId, Kept] = {}
         self._views: dict[ModelId, tuple[Model, View]] = {}
         self._list_timeout = 10.0
         self._limits = _limits(settings)
@@ -76,16 +76,22 @@ class Front:
             lambda: self._proxy.waiting,
             self._proxy.silences,
             GAP_BOUNDS,
+            metrics.counts,
         )
 
     def configure(
         self,
         settings: Config,
+        kept: Mapping[ModelId, Kept],
         tokens: Mapping[str, str | None],
         keys: Mapping[str, str],
         page_key: str | None = None,
     ) -> None:
-        """Use these from the next request on; `page_key` is that of the status page."""
+        """Use these from the next request on; `page_key` is that of the status page.
+
+        `kept` is looked into for each request: more models may come into it.
+        """
+        self._kept = kept
         known = [Key(name, secret) for name, secret in keys.items()]
         if page_key is not None:
             known.append(Key("page", page_key))
@@ -175,7 +181,8 @@ class Front:
     def _view(self, model: ModelId, known: Model) -> View:
         now, since, kept = self._clock(), known.loading_since, self._kept.get(model)
         return View(
-            known.state.value,
+            # Of what is about to go whoever comes now waits as if it had gone already.
+            State.COLD.value if known.state is State.WARM and not known.given else known.state.value,
             reason=known.reason,
             elapsed=None if since is None else now - since,
             eta=eta(known, self._keeper.siblings(model), now),
@@ -211,7 +218,6 @@ class Front:
 
     def _settings(self, settings: Config, tokens: Mapping[str, str | None], keys: Sequence[Key]) -> Settings:
         server = settings.server
-        self._kept = {ModelId(kept.upstream, kept.key): kept for kept in settings.kept}
         self._views.clear()
         self._list_timeout = max(upstream.list_timeout for upstream in settings.upstreams)
         silence = settings.defaults.stall_timeout

@@ -432,11 +432,7 @@ def test_a_model_with_a_mistake(line: str, message: str) -> None:
             'allowed_origins = ["*"]',
             '"*" would let every web page load models; name each origin by itself',
         ),
-        (
-            'unlisted = "auto"',
-            '"auto" is not there yet; write "pass", which leaves these models to LM Studio',
-        ),
-        ('unlisted = "keep"', '"keep" is not known; write "pass"'),
+        ('unlisted = "keep"', '"keep" is not known; write "pass" or "auto"'),
         ('loads = "refuse"', '"refuse" is not known; write "join" or "pass"'),
         ("default_model = 1", "1 is no text; write it in quotes"),
         (
@@ -963,7 +959,7 @@ def test_a_secret_that_looks_like_one_is_not_repeated(text: str) -> None:
         (
             '[[upstreams]]\npassword = "hunter2"\nurl = "http://box"\n',
             "2: upstreams[0].password: is unknown; write one of name, url, api_token_env, "
-            "api_token_file, max_loading, auto_evict, connect_timeout, list_timeout",
+            "api_token_file, max_loading, auto_evict, memory, connect_timeout, list_timeout",
         ),
         (
             '[server]\nadmin_key = "hunter2"\n',
@@ -1096,7 +1092,16 @@ def test_the_shipped_config_shows_every_setting() -> None:
 
 def test_the_defaults_in_the_shipped_config_are_those_of_the_code() -> None:
     found = parse(EVERYTHING)
-    examples = {"timezone", "state_dir", "path", "api_token_env", "auto_evict", "url", "default_model"}
+    examples = {
+        "timezone",
+        "state_dir",
+        "path",
+        "api_token_env",
+        "auto_evict",
+        "url",
+        "default_model",
+        "memory",
+    }
     differing = {
         name
         for shown, default in (
@@ -1135,7 +1140,9 @@ def test_the_schema_accepts_what_the_code_accepts() -> None:
         "[server]\nheartbeat = 5",
         "[defaults]\nmax_wait = '5'",
         "[[models]]\nkind = 'llm'",
-        "[server]\nunlisted = 'auto'",
+        "[server]\nunlisted = 'keep'",
+        "[[models]]\nkey = 'a'\nmemory = '9 GiB'",
+        "[[models]]\nkey = 'a'\nkeep = 'never'",
         "[[models]]\nkey = 'a'\nping = 'on'",
         "[[models]]\nkey = 'a'\nping = { path = '/x' }",
         "[[models]]\nkey = 'a'\nping = { path = 'x', body = {} }",

@@ -159,18 +159,29 @@ def test_who_releases_by_hand_changes_only_what_is_wanted():
 def test_who_waits_is_counted():
     before = warm(waiting=3)
 
-    assert changed(before, apply(before, WaitStarted(50, GEMMA))) == {"waiting": 4}
-    assert changed(before, apply(before, WaitEnded(50, GEMMA, 1.0, True))) == {"waiting": 2}
+    assert changed(before, apply(before, WaitStarted(50, GEMMA))) == {
+        "waiting": 4,
+        "waiting_since": 50,
+        "use_at": 50,
+    }
+    assert changed(before, apply(before, WaitEnded(50, GEMMA, 1.0, True))) == {"waiting": 2, "use_at": 50}
+    assert changed(before, apply(before, WaitEnded(50, GEMMA, 1.0, False))) == {"waiting": 2}
     assert apply(warm(), WaitEnded(50, GEMMA, 1.0, True)).waiting == 0
 
 
 def test_requests_are_counted():
     before = warm(in_flight=3)
 
-    assert changed(before, apply(before, RequestStarted(50, GEMMA))) == {"in_flight": 4}
+    assert changed(before, apply(before, RequestStarted(50, GEMMA))) == {
+        "in_flight": 4,
+        "use_at": 50,
+        "asks": 1.0,
+        "asks_at": 50,
+    }
     assert changed(before, apply(before, RequestEnded(50, GEMMA, answered=False))) == {
         "in_flight": 2,
         "used_at": 50,
+        "use_at": 50,
     }
     assert apply(warm(), RequestEnded(50, GEMMA, answered=False)).in_flight == 0
 
@@ -210,6 +221,7 @@ def test_a_request_that_was_answered_proves_the_model_and_leaves_the_ping_due():
         "reason": None,
         "in_flight": 0,
         "used_at": 50,
+        "use_at": 50,
         "active_at": 50,
         "seen_at": 50,
         "warm_since": 50,
@@ -226,6 +238,7 @@ def test_a_request_that_was_answered_beside_a_call_of_ours_proves_nothing_about_
 
     assert changed(before, apply(before, RequestEnded(50, GEMMA, answered=True))) == {
         "used_at": 50,
+        "use_at": 50,
         "active_at": 50,
     }
 

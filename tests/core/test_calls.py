@@ -23,6 +23,7 @@ from keepalive.core.facts import (
     RequestEnded,
     RequestStarted,
     Tier,
+    UnloadCause,
     UnloadEnded,
     UnloadStarted,
 )
@@ -191,7 +192,7 @@ def test_an_unload_that_fails_is_tried_again_later_and_says_so():
     state.see(listed(86.5, entry("gemma", "gemma")))
 
     assert early == []
-    assert state.plan(86.6) == [Unload(GEMMA, "gemma")]
+    assert state.plan(86.6) == [Unload(GEMMA, "gemma", UnloadCause.RELEASED)]
 
 
 # --- each call, and all that it leaves ------------------------------------------------------------

@@ -373,6 +373,7 @@ def test_what_has_just_appeared_has_still_to_answer_and_begins_a_story_of_its_ow
     assert changed(before, apply(before, listed(50, entry("gemma", "gemma", "gemma:2"), asked=49))) == {
         "state": State.UNKNOWN,
         "since": 50,
+        "there_since": 50,
         "reason": "loaded; has not answered a ping yet",
         "asked": 49,
         "beside": {"gemma"},

@@ -20,6 +20,7 @@ from keepalive.core.facts import (
     RequestEnded,
     RequestStarted,
     Tier,
+    UnloadCause,
     UnloadEnded,
     UnloadStarted,
     WaitStarted,
@@ -254,7 +255,7 @@ def test_when_its_window_closes_our_instance_is_unloaded_once_idle():
 
     assert in_use == []
     assert lingering == []
-    assert state.plan(100.6) == [Unload(GEMMA, "gemma")]
+    assert state.plan(100.6) == [Unload(GEMMA, "gemma", UnloadCause.WINDOW)]
 
 
 def test_when_its_window_closes_an_instance_that_we_found_is_left_alone():
@@ -701,14 +702,15 @@ def test_only_what_is_ours_and_idle_and_wanted_by_nobody_is_unloaded(
     before: dict[str, object] = {"window_open": False, "ours": OURS, "ping_at": 999.0}
     planned = plan(up(asked=100.0, answered_at=100.0, due_at=115.0), [there(**{**before, **changes})], 100.5)
 
-    assert planned == ([Unload(GEMMA, "gemma")] if unloaded else [])
+    cause = None if "crashed" in changes else UnloadCause.RELEASED
+    assert planned == ([Unload(GEMMA, "gemma", cause)] if unloaded else [])
 
 
 def test_copies_are_unloaded_one_after_the_other_and_only_ours():
     foreign = Instance("gemma:9")
     model = there(window_open=False, instances=(foreign, ONE, TWO), ours=OURS)
 
-    assert plan(up(), [model], 50.5) == [Unload(GEMMA, "gemma")]
+    assert plan(up(), [model], 50.5) == [Unload(GEMMA, "gemma", UnloadCause.RELEASED)]
 
 
 @pytest.mark.parametrize("tier", [Tier.V0, Tier.OPENAI])
@@ -730,7 +732,7 @@ def test_what_is_skipped_and_what_is_done_come_before_what_is_asked():
 
     assert plan(up(due_at=50.0), models, 50.5) == [
         SkipPing(QWEN),
-        Unload(phi, "phi"),
+        Unload(phi, "phi", UnloadCause.RELEASED),
         Load(GEMMA),
         SendPing(LLAMA, "llama"),
         Refresh("local", loading=True),

@@ -14,6 +14,7 @@ from keepalive.core.facts import (
     ListingStarted,
     LoadOutcome,
     LoadStarted,
+    Occupant,
     PingEnded,
     PingOutcome,
     RequestStarted,
@@ -227,6 +228,7 @@ def test_a_listing_ends_all_trouble_and_says_what_is_there():
         "due_at": 65.0,
         "resident": {"gemma"},
         "arriving": {"qwen"},
+        "occupants": (Occupant("gemma", 1, None),),
         "sees_loading": True,
     }
 

@@ -175,6 +175,7 @@ class Site:
     auto_evict: bool | None = None
     refresh: float = 30.0
     max_loading: int = 1
+    memory: int | None = None
 
 
 # --- the judge ------------------------------------------------------------------------------------------
@@ -564,7 +565,7 @@ class Life:
     def begin(self) -> None:
         world = self.world
         servers = [
-            Server(site.name, client, site.refresh, site.max_loading, site.auto_evict)
+            Server(site.name, client, site.refresh, site.max_loading, site.auto_evict, site.memory)
             for site, client in zip(world.sites, self.clients, strict=True)
         ]
         self.keeper.configure(servers, world.keeps)

@@ -1,6 +1,7 @@
 """The metrics page, read back with the parsers that scrapers use."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ from keepalive.core.facts import (
     Tier,
     Trouble,
 )
-from keepalive.core.records import Model, Snapshot, Upstream
+from keepalive.core.records import Model, Policy, Snapshot, Upstream
 from keepalive.core.upstreams import apply_upstream
 from keepalive.observers.metrics import LOAD_BUCKETS, PING_BUCKETS, Metrics
 
@@ -140,6 +141,10 @@ def test_the_page_before_anything_is_known_is_written_out() -> None:
         'keepalive_model_pings_total{model="gemma",upstream="local",outcome="skipped"} 0.0',
         'keepalive_model_ping_duration_seconds_sum{model="gemma",upstream="local"} 0.0',
         'keepalive_model_ping_duration_seconds_count{model="gemma",upstream="local"} 0.0',
+        'keepalive_model_unloads_total{model="gemma",upstream="local",cause="room"} 0.0',
+        'keepalive_model_unloads_total{model="gemma",upstream="local",cause="idle"} 0.0',
+        'keepalive_model_unloads_total{model="gemma",upstream="local",cause="window"} 0.0',
+        'keepalive_model_unloads_total{model="gemma",upstream="local",cause="released"} 0.0',
     ]
 
 
@@ -159,6 +164,11 @@ NAMES = {
     "keepalive_model_last_ping_success_timestamp_seconds": ("gauge", ["model", "upstream"]),
     "keepalive_model_primes": ("counter", ["model", "outcome", "upstream"]),
     "keepalive_model_prime_duration_seconds": ("histogram", ["le", "model", "upstream"]),
+    "keepalive_model_memory_bytes": ("gauge", ["model", "upstream"]),
+    "keepalive_model_unloads": ("counter", ["cause", "model", "upstream"]),
+    "keepalive_upstream_memory_budget_bytes": ("gauge", ["upstream"]),
+    "keepalive_upstream_memory_used_bytes": ("gauge", ["upstream"]),
+    "keepalive_loads_ahead": ("counter", ["outcome"]),
     "keepalive_scheduler_jobs_missed": ("counter", []),
     "keepalive_config_last_reload_successful": ("gauge", []),
     "keepalive_config_last_reload_success_timestamp_seconds": ("gauge", []),
@@ -166,9 +176,10 @@ NAMES = {
 
 
 def test_names_types_and_labels_are_those_of_the_contract_in_both_formats() -> None:
-    world = World().goes(
-        *loaded(10.0, 6.0), *pinged(11.0, PingOutcome.OK, 0.2), *primed(12.0, PrimeOutcome.OK)
-    )
+    world = World()
+    world.upstream = replace(world.upstream, memory=40 * 10**9)
+    world.models[GEMMA] = replace(world.models[GEMMA], policy=Policy(auto=True, memory=9 * 10**9))
+    world.goes(*loaded(10.0, 6.0), *pinged(11.0, PingOutcome.OK, 0.2), *primed(12.0, PrimeOutcome.OK))
 
     text = shape(parse_text(world.text()))
     openmetrics = shape(parse_openmetrics(world.text(OPENMETRICS)))

@@ -1,0 +1,444 @@
+"""Who may be in memory where there is not enough for all: who is let in, who goes for it, and who waits.
+
+- `always` models come first, in the order of the config; for them and for whoever waits room is made, in the order
+  in which they came. What nobody waits for is only ever loaded into room that is free.
+- Only a copy goes that we loaded, of a model that is `auto` and that nobody uses, the least recently used first and
+  no more than is needed. Superfluous copies of our own go before all others.
+- Where nothing idle is enough, callers wait. After `patience` what costs least to load again is drained: it answers
+  to the end and is given to nobody else. Nothing of this is remembered: with the reason the drain is gone, too.
+- A refusal for want of memory tells a limit, which holds for a while and until a load shows that it has gone.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf
+from types import MappingProxyType
+
+from keepalive.core.demand import FORGOTTEN, demand
+from keepalive.core.facts import ModelId, Occupant, Tier, fold_key
+from keepalive.core.records import Claim, Model, Upstream, is_loading
+from keepalive.core.states import State
+
+# Who has just been served comes again: the request that was woken is on its way, and so is an agent's next step.
+SETTLE = 3.0
+# Beside its file a model takes memory for context and buffers. A fifth is what LM Studio's own estimates come to.
+MARGIN = 1.2
+# What took the memory when LM Studio refused a load may give it back: then it is asked again.
+REFUSAL_HOLDS = 300.0
+# How long after a load or an unload LM Studio's word on what fits may still be that from before.
+WORD_LAG = 5.0
+# A model that a loss or a failure befell this recently is not loaded for nobody.
+AHEAD_AFTER = 300.0
+
+
+def takes(model: Model) -> int | None:
+    """The bytes that it takes in memory; None where nothing tells."""
+    if model.policy.memory is not None:
+        return model.policy.memory
+    if model.need is not None and model.need.memory_bytes > 0:
+        return model.need.memory_bytes
+    return round(model.size_bytes * MARGIN) if model.size_bytes else None
+
+
+def source(model: Model) -> str | None:
+    """What `takes` goes by."""
+    if model.policy.memory is not None:
+        return "config"
+    if model.need is not None and model.need.memory_bytes > 0:
+        return "estimate"
+    return "size" if model.size_bytes else None
+
+
+def limit(upstream: Upstream, models: Iterable[Model], now: float) -> int | None:
+    """The bytes that models may take together, as far as that is known."""
+    known = [] if upstream.memory is None else [upstream.memory]
+    models = tuple(models)
+    granted = [m.granted_claim for m in models if m.granted_claim]
+    known += [
+        m.refused_claim.bytes - 1 for m in models if m.refused_claim and _holds(m.refused_claim, granted, now)
+    ]
+    return min(known, default=None)
+
+
+def _holds(refused: Claim, granted: Iterable[Claim], now: float) -> bool:
+    since = refused.since
+    return now < since + REFUSAL_HOLDS and not any(
+        g.since > since and g.bytes >= refused.bytes for g in granted
+    )
+
+
+def limit_source(upstream: Upstream, models: Iterable[Model], now: float) -> str | None:
+    known = limit(upstream, models, now)
+    return None if known is None else "config" if known == upstream.memory else "refusal"
+
+
+def used(upstream: Upstream, models: Iterable[Model]) -> int:
+    """The bytes that models take now, whoever loaded them, as far as that is known."""
+    models = tuple(models)
+    return _used_by_others(upstream, models) + sum((takes(m) or 0) * copies(m) for m in models)
+
+
+def _used_by_others(upstream: Upstream, models: Iterable[Model]) -> int:
+    return sum(round((o.size_bytes or 0) * MARGIN) * o.copies for o in others(upstream, models))
+
+
+def others(upstream: Upstream, models: Iterable[Model]) -> list[Occupant]:
+    """What is in memory there of models that nobody keeps."""
+    kept = {fold_key(m.id.key) for m in models} if upstream.occupants else set()
+    return [one for one in upstream.occupants if one.key not in kept]
+
+
+def strangers(upstream: Upstream, models: Sequence[Model]) -> list[str]:
+    """The keys of what is in memory there and was not loaded by us."""
+    loaded = [m.id.key for m in models if m.instances and not m.ours and m.load_started is None]
+    return [*(one.key for one in others(upstream, models)), *loaded]
+
+
+def copies(model: Model) -> int:
+    """Those in memory, or on their way there."""
+    coming = model.load_started is not None or model.pending is not None
+    return max(len(model.instances), 1 if coming else 0)
+
+
+def manages(upstream: Upstream, models: Iterable[Model]) -> bool:
+    """Whether memory is a matter here at all, and can be seen."""
+    if upstream.tier is Tier.OPENAI:
+        return False
+    return upstream.memory is not None or any(m.policy.auto for m in models)
+
+
+def is_in_use(model: Model, now: float) -> bool:
+    """Whether anybody works with it, or is about to, by all that we know."""
+    if model.in_flight or model.calling or model.engaged or model.pending is not None or model.wanted:
+        return True
+    if model.draining:
+        return False  # those who wait for it wait until it comes again
+    return model.waiting > 0 or now < model.use_at + SETTLE
+
+
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """What is to become of the memory of one upstream."""
+
+    loads: tuple[Model, ...] = ()  # there is room for these now
+    ahead: Model | None = None  # nobody waits, and this one would fit
+    unloads: tuple[tuple[Model, str], ...] = ()  # copies that make room
+    drains: frozenset[ModelId] = frozenset()
+    waits: Mapping[ModelId, str] = field(default_factory=lambda: MappingProxyType({}))
+    # There is none, and nothing that we could do would make any.
+    never: Mapping[ModelId, str] = field(default_factory=lambda: MappingProxyType({}))
+    claims: Mapping[ModelId, int] = field(default_factory=lambda: MappingProxyType({}))
+
+
+def arrange(
+    upstream: Upstream, models: Sequence[Model], ready: Sequence[Model], slots: int, now: float
+) -> Arrangement:
+    """Who of `ready`, in this order, is let in, at most `slots` of them, and what has to happen for it.
+
+    `ready` are models that could be loaded now were there room, and of those that nobody waits for the `auto` ones.
+    """
+    return _Arranging(upstream, models, now).run(ready, slots)
+
+
+class _Arranging:
+    def __init__(self, upstream: Upstream, models: Sequence[Model], now: float) -> None:
+        self.now = now
+        self.models = models
+        self.upstream = upstream
+        self.limit = limit(upstream, models, now)
+        # LM Studio 0.3.x keeps one model on demand, and the next load is what displaces it.
+        self.displacing = upstream.tier is Tier.V0 and upstream.displaces is not False
+        self.unloads_by_call = upstream.tier not in (Tier.V0, Tier.OPENAI)
+        self.used = _used_by_others(upstream, models) + sum(self._takes(m) * copies(m) for m in models)
+        self.places = sum(self._place(m) for m in models if m.ours or is_loading(m))
+        self.idle = self._idle()
+        self.leaving = [m for m in models if m.unloading]
+        self.taken_out = 0
+        # LM Studio's word is of what was loaded when it was asked: a while ago, where something has changed since.
+        self.word_counts = upstream.asked > max((m.touched_at for m in models), default=-inf) + WORD_LAG
+        self.unloads: list[tuple[Model, str]] = []
+        self.drains: set[ModelId] = {m.id for m in self.leaving if m.draining}
+        self.waits: dict[ModelId, str] = {}
+        self.never: dict[ModelId, str] = {}
+        self.claims: dict[ModelId, int] = {}
+
+    # --- what there is --------------------------------------------------------------------------------
+
+    def _place(self, model: Model) -> int:
+        """Where nothing is known of the limit, there is one place, for whatever is `auto`."""
+        return 1 if model.policy.auto or self.displacing else 0
+
+    def _alone(self, model: Model) -> bool:
+        word = model.need is not None and model.need.passes_guardrails is not None
+        return self.displacing or (self.upstream.memory is None and not word)
+
+    def _takes(self, model: Model) -> int:
+        bytes_ = takes(model)
+        if bytes_ is None:
+            # It may take all there is: then it is alone.
+            return self.limit or 0
+        return bytes_
+
+    def _lacks(self, model: Model) -> bool:
+        if self._alone(model) and self._place(model) and self.places:
+            return True
+        if self.word_counts and not self.taken_out and model.need and model.need.passes_guardrails is False:
+            return True
+        return self.limit is not None and self.used + self._takes(model) > self.limit
+
+    def _idle(self) -> list[Model]:
+        """Whose copies may go, those first that are missed least."""
+        idle = [m for m in self.models if self._is_ours_alone(m) and not is_in_use(m, self.now)]
+        return sorted(idle, key=lambda m: (not m.draining, m.use_at, -m.rank))
+
+    def _is_ours_alone(self, model: Model) -> bool:
+        return (
+            model.policy.auto
+            and len(model.instances) > 0
+            and all(i.id in model.ours for i in model.instances)
+        )
+
+    # --- who is let in --------------------------------------------------------------------------------
+
+    def run(self, ready: Sequence[Model], slots: int) -> Arrangement:
+        asked = [m for m in ready if m.needed]
+        granted: list[Model] = []
+        self._reserve(ready)
+        room_is_kept = False
+        for model in asked:
+            if model.id in self.never:
+                continue
+            if slots <= 0:
+                break
+            if room_is_kept and not self._is_always(model):
+                self.waits[model.id] = "waits for room: others have waited longer"
+                continue
+            before = self.used
+            if self._is_always(model):
+                self.used -= self._takes(model)  # it was reserved
+            if not self._lacks(model):
+                granted.append(model)
+                self._let_in(model)
+                slots -= 1
+            elif self._make_room(model):
+                self._let_in(model)
+                if self.displacing:
+                    granted.append(model)
+                slots -= 1
+            else:
+                room_is_kept = room_is_kept or self._is_patient_no_more(model)
+                self.used = before
+        ahead = None
+        if slots > 0 and not asked and not self.leaving:
+            ahead = self._ahead(ready)
+        return Arrangement(
+            tuple(granted),
+            ahead,
+            tuple(self.unloads),
+            frozenset(self.drains),
+            self.waits,
+            self.never,
+            self.claims,
+        )
+
+    def _is_always(self, model: Model) -> bool:
+        return not model.policy.auto
+
+    def _let_in(self, model: Model) -> None:
+        self.used += self._takes(model)
+        self.places += self._place(model)
+        if takes(model) is not None:
+            self.claims[model.id] = self.used
+
+    def _reserve(self, ready: Sequence[Model]) -> None:
+        """Room for `always` models that are not there yet, as many of the first of them as fit."""
+        budget, together = self.upstream.memory, 0
+        for model in sorted(self.models, key=lambda m: m.rank):
+            if self._is_always(model) and model.wanted and model.listed:
+                bytes_ = self._takes(model)
+                absent = not copies(model)
+                if budget is not None and absent and together + bytes_ > budget:
+                    self.never[model.id] = (
+                        f"there is no room for it: it takes {gigabytes(bytes_)}, and of the "
+                        f"{gigabytes(budget)} for models those that come first take {gigabytes(together)}"
+                    )
+                    continue
+                together += bytes_
+                if absent:
+                    self.used += bytes_
+        if budget is None:
+            return
+        for model in self.models:
+            bytes_ = self._takes(model)
+            if model.policy.auto and not model.instances and bytes_ > budget - together:
+                beside = f" beside what is always kept ({gigabytes(together)})" if together else ""
+                self.never[model.id] = (
+                    f"there is no room for it: it takes {gigabytes(bytes_)}, and the budget is "
+                    f"{gigabytes(budget)}{beside}"
+                )
+
+    # --- who goes for it ------------------------------------------------------------------------------
+
+    def _make_room(self, model: Model) -> bool:
+        """Whether room comes without anybody's being asked to end; else says what it waits for."""
+        before = self.used, self.places, self.taken_out
+        for other in self.leaving:
+            self._take_out(other)
+        if not self._lacks(model):
+            self.waits[model.id] = f"waits for room: {_names(self.leaving)} is being unloaded"
+            self.leaving = []
+            return True
+        spare = self._superfluous()
+        idle = [m for m in self.idle if m.id != model.id] if self._can_empty() else []
+        chosen = self._choose(model, idle, spare)
+        if chosen is not None:
+            self._go(chosen, spare if self._spare_used else [])
+            self.leaving = []
+            names = _names([*chosen, *[m for m, _ in spare if self._spare_used]])
+            self.waits[model.id] = f"waits for room: {names} makes room"
+            return True
+        self.used, self.places, self.taken_out = before
+        busy = self._busy() if self._can_empty() else []
+        if self._is_patient_no_more(model):
+            chosen = self._choose(model, [*idle, *busy], spare)
+            if chosen is not None:
+                self.drains |= {m.id for m in chosen}
+            self.used, self.places, self.taken_out = before
+        self.waits[model.id] = self._what_for(model, idle, busy)
+        return False
+
+    def _can_empty(self) -> bool:
+        return self.unloads_by_call or self.displacing
+
+    _spare_used = False
+
+    def _superfluous(self) -> list[tuple[Model, str]]:
+        """Further copies of ours, of which one is enough."""
+        if not self.unloads_by_call:
+            return []
+        found = []
+        for model in self.models:
+            ours = [i.id for i in model.instances if i.id in model.ours]
+            extra = ours[1:] if len(ours) == len(model.instances) else ours
+            if len(model.instances) > 1 and extra and not model.in_flight and not model.calling:
+                found.append((model, extra[-1]))
+        return found
+
+    def _choose(
+        self, model: Model, candidates: Sequence[Model], spare: Sequence[tuple[Model, str]]
+    ) -> list[Model] | None:
+        """Of `candidates` the first that make room for `model`, without those that are not needed for it."""
+        self._spare_used = False
+        for other, _ in spare:
+            self.used -= self._takes(other)
+            self._spare_used = True
+        chosen: list[Model] = []
+        for other in candidates:
+            if not self._lacks(model):
+                break
+            chosen.append(other)
+            self._take_out(other)
+        if self._lacks(model):
+            return None
+        for other in list(reversed(chosen)):
+            self._put_back(other)
+            if self._lacks(model):
+                self._take_out(other)
+            else:
+                chosen.remove(other)
+        return chosen
+
+    def _take_out(self, model: Model) -> None:
+        self.used -= self._takes(model) * max(1, len(model.instances))
+        self.places -= self._place(model)
+        self.taken_out += 1
+
+    def _put_back(self, model: Model) -> None:
+        self.used += self._takes(model) * max(1, len(model.instances))
+        self.places += self._place(model)
+        self.taken_out -= 1
+
+    def _go(self, chosen: Sequence[Model], spare: Sequence[tuple[Model, str]]) -> None:
+        gone = {m.id for m in chosen}
+        # Until they are gone nobody gets them.
+        self.drains |= {m.id for m in chosen if m.draining}
+        self.idle = [m for m in self.idle if m.id not in gone]
+        if self.unloads_by_call:
+            self.unloads += [(m, i.id) for m in chosen for i in m.instances[-1:]]
+            self.unloads += spare
+
+    def _busy(self) -> list[Model]:
+        """Who could be drained, those first that cost least to load again.
+
+        What has just been loaded answers those who waited for it first.
+        """
+        busy = [
+            m
+            for m in self.models
+            if self._is_ours_alone(m)
+            and m.state is State.WARM
+            and is_in_use(m, self.now)
+            and not m.calling
+            and not m.wanted
+            and (m.draining or not m.waiting)
+        ]
+        return sorted(busy, key=lambda m: (not m.draining, m.expected_load or 0.0, m.use_at, -m.rank))
+
+    def _is_patient_no_more(self, model: Model) -> bool:
+        since = model.waiting_since if model.waiting_since is not None else model.since
+        return self.now >= since + model.policy.patience
+
+    # --- what nobody waits for ------------------------------------------------------------------------
+
+    def _ahead(self, ready: Sequence[Model]) -> Model | None:
+        wished = [
+            m
+            for m in ready
+            if not m.needed
+            and m.held
+            and m.id not in self.never
+            and not m.failures
+            and (m.last_eviction is None or self.now >= m.last_eviction.at + AHEAD_AFTER)
+            and (m.policy.idle is None or self.now < m.use_at + m.policy.idle)
+            and takes(m) is not None
+            and not self._lacks(m)
+        ]
+        wished = [m for m in wished if demand(m, self.now) >= FORGOTTEN]
+        best = max(wished, key=lambda m: (demand(m, self.now), -m.rank), default=None)
+        if best is not None:
+            self._let_in(best)
+        return best
+
+    # --- what is said of it ---------------------------------------------------------------------------
+
+    def _what_for(self, model: Model, idle: Sequence[Model], busy: Sequence[Model]) -> str:
+        if self._alone(model) and self._place(model) and self.limit is None:
+            lack = "one model at a time fits for all that is known"
+        else:
+            free = max(0, (self.limit or 0) - self.used)
+            lack = f"it takes {gigabytes(self._takes(model))}, and {gigabytes(free)} are free"
+        if not self._could_ever(model):
+            foreign = strangers(self.upstream, self.models)
+            whose = f"; {', '.join(foreign[:3])} was loaded by somebody else" if foreign else ""
+            self.never[model.id] = f"there is no room for it: {lack}{whose}"
+            return f"waits for room: {lack}{whose}"
+        used_now = [m for m in (*busy, *idle) if is_in_use(m, self.now)]
+        if used_now:
+            verb = "makes" if any(m.id in self.drains for m in used_now) else "is in use; it makes"
+            return f"waits for room: {lack}; {_names(used_now[:3])} {verb} room when its answers have ended"
+        return f"waits for room: {lack}"
+
+    def _could_ever(self, model: Model) -> bool:
+        """Whether it would fit if all went that we may ever let go."""
+        if self.limit is None:
+            return True
+        ours = (m for m in self.models if m.policy.auto and (m.ours or is_loading(m)))
+        return self.used - sum(self._takes(m) * copies(m) for m in ours) + self._takes(model) <= self.limit
+
+
+def _names(models: Iterable[Model]) -> str:
+    return ", ".join(dict.fromkeys(m.id.key for m in models))
+
+
+def gigabytes(bytes_: float) -> str:
+    return f"{bytes_ / 1e9:.1f} GB"

@@ -1,0 +1,25 @@
+"""What was asked for of late."""
+
+from math import inf
+
+import pytest
+
+from keepalive.core.demand import HALF_LIFE, demand
+from tests.kit.models import a_model
+
+
+def test_nobody_has_ever_asked():
+    assert demand(a_model(), 1e9) == 0.0
+    assert demand(a_model(asks=5.0), -inf) == 0.0
+
+
+def test_each_request_counts_one_and_half_of_that_later():
+    asked = a_model(asks=3.0, asks_at=100.0)
+
+    assert demand(asked, 100.0) == 3.0
+    assert demand(asked, 100.0 + HALF_LIFE) == pytest.approx(1.5)
+    assert demand(asked, 100.0 + 2 * HALF_LIFE) == pytest.approx(0.75)
+
+
+def test_a_clock_that_goes_back_makes_nobody_more_wanted():
+    assert demand(a_model(asks=3.0, asks_at=100.0), 50.0) == 3.0

@@ -1,0 +1,502 @@
+"""Who is let into memory, who goes for it, who waits, and what is said of it."""
+
+from dataclasses import replace
+
+import pytest
+
+from keepalive.core.actions import Action, Drain, EndDrain, Load, SendPing, Unload
+from keepalive.core.apply import apply
+from keepalive.core.explain import explain
+from keepalive.core.facts import (
+    Entry,
+    Instance,
+    Listed,
+    LoadEnded,
+    LoadOutcome,
+    LoadStarted,
+    ModelId,
+    Need,
+    Tier,
+    UnloadCause,
+    UnloadEnded,
+    UnloadStarted,
+)
+from keepalive.core.plan import arranged, plan
+from keepalive.core.records import Cause, Claim, Eviction, Model, Pending, Policy, Upstream, UpstreamState
+from keepalive.core.room import (
+    AHEAD_AFTER,
+    REFUSAL_HOLDS,
+    SETTLE,
+    is_in_use,
+    limit,
+    limit_source,
+    manages,
+    source,
+    takes,
+    used,
+)
+from keepalive.core.states import State
+
+GB = 10**9
+NOW = 1000.0
+ROOM = UnloadCause.ROOM
+
+
+def up(gigabytes: float | None = 30, **changes: object) -> Upstream:
+    memory = None if gigabytes is None else int(gigabytes * GB)
+    known = {"state": UpstreamState.UP, "tier": Tier.V1, "asked": NOW, "answered_at": NOW, "due_at": NOW + 15}
+    return Upstream("local", memory=memory, sees_loading=True, **{**known, **changes})  # type: ignore[arg-type]
+
+
+def policy(gigabytes: float | None, **changes: object) -> Policy:
+    memory = None if gigabytes is None else int(gigabytes * GB)
+    return Policy(**{"auto": True, "memory": memory, "pinged": False, **changes})  # type: ignore[arg-type]
+
+
+def ident(key: str) -> ModelId:
+    return ModelId("local", key)
+
+
+def absent(key: str, gigabytes: float | None = 10, **changes: object) -> Model:
+    known = {"state": State.COLD, "policy": policy(gigabytes), "reason": None}
+    return Model(ident(key), **{**known, **changes})  # type: ignore[arg-type]
+
+
+def there(key: str, gigabytes: float | None = 10, **changes: object) -> Model:
+    """Ours, warm, and last used long ago."""
+    known = {
+        "state": State.WARM,
+        "policy": policy(gigabytes),
+        "reason": None,
+        "instances": (Instance(key),),
+        "ours": frozenset({key}),
+        "use_at": 100.0,
+    }
+    return Model(ident(key), **{**known, **changes})  # type: ignore[arg-type]
+
+
+def asked(key: str, gigabytes: float | None = 10, *, since: float = NOW - 10, **changes: object) -> Model:
+    return absent(key, gigabytes, **{"waiting": 1, "waiting_since": since, "use_at": since, **changes})
+
+
+def always(model: Model) -> Model:
+    return replace(model, policy=replace(model.policy, auto=False))
+
+
+def planned(upstream: Upstream, *models: Model, now: float = NOW) -> list[Action]:
+    return [a for a in plan(upstream, models, now) if not isinstance(a, SendPing)]
+
+
+def why(upstream: Upstream, model: Model, *others: Model) -> str | None:
+    return explain(upstream, [model, *others], model, NOW)
+
+
+# --- what a model takes, and what there is --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "bytes_", "told_by"),
+    [
+        (absent("a", 9, size_bytes=5 * GB), 9 * GB, "config"),
+        (absent("a", None, size_bytes=5 * GB, need=Need(7 * GB)), 7 * GB, "estimate"),
+        (absent("a", None, size_bytes=5 * GB, need=Need(0)), 6 * GB, "size"),
+        (absent("a", None, size_bytes=5 * GB), 6 * GB, "size"),
+        (absent("a", None, size_bytes=0), None, None),
+        (absent("a", None), None, None),
+    ],
+)
+def test_what_a_model_takes_is_told_by_the_config_then_by_lm_studio_then_by_its_size(
+    model: Model, bytes_: int | None, told_by: str | None
+):
+    assert (takes(model), source(model)) == (bytes_, told_by)
+
+
+def listing(*entries: Entry) -> Listed:
+    return Listed(NOW, "local", NOW - 0.1, Tier.V1, {e.key: e for e in entries})
+
+
+def test_what_is_used_counts_every_copy_of_everybody_and_what_is_on_its_way():
+    entries = (
+        Entry("a", size_bytes=GB, instances=(Instance("a"),)),
+        Entry("x", size_bytes=10 * GB, instances=(Instance("x"), Instance("x:2"))),
+        Entry("y", instances=(Instance("y"),)),
+        Entry("z", size_bytes=10 * GB),
+    )
+    upstream = up(occupants=listing(*entries).occupants)
+    models = [
+        there("a", 3, instances=(Instance("a"), Instance("a:2"))),
+        absent("b", 5, load_started=NOW),
+        absent("c", 7, pending=Pending(NOW, NOW + 9, NOW)),
+        absent("d", 11),
+    ]
+
+    assert used(upstream, models) == (6 + 5 + 7 + 24) * GB
+
+
+def test_memory_is_a_matter_where_there_is_a_budget_or_something_to_let_go_and_where_it_can_be_seen():
+    keeps = [always(there("a")), always(absent("b"))]
+
+    assert not manages(up(None), keeps)
+    assert manages(up(), keeps)
+    assert manages(up(None), [*keeps, absent("c")])
+    assert not manages(up(tier=Tier.OPENAI), [absent("c")])
+
+
+def test_a_refusal_tells_a_limit_until_a_load_shows_more_or_it_is_old():
+    refused = absent("a", refused_claim=Claim(20 * GB, NOW))
+    shown = there("b", granted_claim=Claim(20 * GB, NOW + 5))
+    less = there("b", granted_claim=Claim(20 * GB - 1, NOW + 5))
+    earlier = there("b", granted_claim=Claim(25 * GB, NOW - 5))
+
+    assert limit(up(None), [refused], NOW) == 20 * GB - 1
+    assert limit(up(15), [refused], NOW) == 15 * GB
+    assert limit(up(30), [refused], NOW) == 20 * GB - 1
+    assert limit(up(None), [refused], NOW + REFUSAL_HOLDS) is None
+    assert limit(up(None), [refused, shown], NOW + 6) is None
+    assert limit(up(None), [refused, less], NOW + 6) == 20 * GB - 1
+    assert limit(up(None), [refused, earlier], NOW + 6) == 20 * GB - 1
+    assert limit_source(up(30), [refused], NOW) == "refusal"
+    assert limit_source(up(15), [refused], NOW) == "config"
+    assert limit_source(up(None), [], NOW) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "now", "in_use"),
+    [
+        ({}, NOW, False),
+        ({"in_flight": 1}, NOW, True),
+        ({"waiting": 1}, NOW, True),
+        ({"pinging": True}, NOW, True),
+        ({"pending": Pending(NOW, NOW, NOW)}, NOW, True),
+        ({"instances": (Instance("a", busy=True),)}, NOW, True),
+        ({"instances": (Instance("a", queued=1),)}, NOW, True),
+        ({"instances": (Instance("a", busy=False, queued=0),)}, NOW, False),
+        ({"asked_for": True}, NOW, True),
+        ({"use_at": NOW}, NOW + SETTLE - 0.1, True),
+        ({"use_at": NOW}, NOW + SETTLE, False),
+        ({"use_at": NOW, "draining": True, "waiting": 3}, NOW, False),
+        ({"in_flight": 1, "draining": True}, NOW, True),
+    ],
+)
+def test_who_works_with_a_model_or_is_about_to_is_known(changes: dict[str, object], now: float, in_use: bool):
+    assert is_in_use(there("a", **changes), now) is in_use
+
+
+# --- who is let in, and who goes ------------------------------------------------------------------
+
+
+def test_what_fits_is_loaded_and_says_what_all_take_then():
+    assert planned(up(), there("a"), asked("b")) == [Load(ident("b"), claim=20 * GB)]
+
+
+def test_what_nobody_asked_for_is_not_loaded():
+    assert planned(up(), there("a"), absent("b")) == []
+    assert why(up(), absent("b")) == "loaded when somebody asks for it"
+
+
+def test_the_least_recently_used_goes_and_no_more_than_is_needed():
+    models = [there("a", use_at=300.0), there("b", use_at=200.0), there("c", use_at=400.0)]
+
+    assert planned(up(), *models, asked("d")) == [Unload(ident("b"), "b", ROOM)]
+    assert planned(up(), *models, asked("d", 11)) == [
+        Unload(ident("b"), "b", ROOM),
+        Unload(ident("a"), "a", ROOM),
+    ]
+
+
+def test_a_small_one_stays_where_a_large_one_that_goes_is_enough():
+    models = [
+        there("small", 2, use_at=200.0),
+        there("large", 20, use_at=300.0),
+        there("last", 8, use_at=900.0),
+    ]
+
+    assert planned(up(), *models, asked("d", 20)) == [Unload(ident("large"), "large", ROOM)]
+
+
+def test_the_load_waits_until_the_room_is_there():
+    going = there("a", 20, unloading=True)
+
+    assert planned(up(), going, asked("b", 20)) == []
+    assert why(up(), asked("b", 20), going) == "waits for room: a is being unloaded"
+
+
+@pytest.mark.parametrize(
+    "left_alone",
+    [
+        there("a", 25, in_flight=1),
+        there("a", 25, use_at=NOW - SETTLE + 0.1),
+        there("a", 25, instances=(Instance("a", busy=True),)),
+        there("a", 25, ours=frozenset()),
+        there("a", 25, instances=(Instance("a"), Instance("a:2"))),
+        always(there("a", 25)),
+    ],
+    ids=["in use", "just used", "used by a stranger", "not ours", "partly not ours", "always"],
+)
+def test_what_is_in_use_or_not_ours_or_always_never_goes(left_alone: Model):
+    for patience in (0.0, 1e9):
+        waits = asked("b", policy=policy(10, patience=patience))
+
+        assert [a for a in planned(up(), left_alone, waits) if isinstance(a, (Load, Unload))] == []
+
+
+def test_superfluous_copies_of_our_own_go_first():
+    twice = always(there("a", 10, instances=(Instance("a"), Instance("a:2")), ours=frozenset({"a", "a:2"})))
+
+    assert planned(up(), twice, there("b", 5), asked("c")) == [Unload(ident("a"), "a:2", ROOM)]
+
+
+def test_always_comes_first_and_makes_room_in_the_same_way():
+    waits = asked("b", since=NOW - 500)
+
+    assert planned(up(), always(absent("a", rank=5)), waits) == [Load(ident("a"), claim=10 * GB)]
+    assert planned(up(), always(absent("a", 25)), there("c"), waits) == [Unload(ident("c"), "c", ROOM)]
+
+
+def test_room_is_kept_for_what_is_always_loaded_also_while_it_cannot_be():
+    held_off = always(absent("a", 25, state=State.BACKOFF, retry_at=NOW + 100))
+
+    assert planned(up(40), held_off, asked("b", 20)) == []
+    assert planned(up(40), held_off, asked("b", 15)) == [Load(ident("b"), claim=40 * GB)]
+
+
+def test_of_always_models_that_exceed_the_budget_the_first_are_kept():
+    models = [always(absent(key, 12, rank=n)) for n, key in enumerate("abc")]
+    loaded = [always(there(key, 12, rank=n)) for n, key in enumerate("ab")]
+
+    assert planned(up(max_loading=3), *models) == [
+        Load(ident("a"), claim=24 * GB),
+        Load(ident("b"), claim=24 * GB),
+    ]
+    assert planned(up(max_loading=3), *loaded, models[2]) == []
+    assert why(up(), models[2], *loaded) == (
+        "there is no room for it: it takes 12.0 GB, and of the 30.0 GB for models those that come first take 24.0 GB"
+    )
+
+
+def test_what_can_never_fit_is_said_at_once():
+    room = arranged(up(), [asked("a", 31), always(there("b", 5))], NOW)
+
+    assert room is not None
+    assert room.never == {
+        ident(
+            "a"
+        ): "there is no room for it: it takes 31.0 GB, and the budget is 30.0 GB beside what is always "
+        "kept (5.0 GB)"
+    }
+    assert planned(up(), asked("a", 31)) == []
+
+
+def test_who_has_waited_longest_comes_first():
+    first, second = asked("a", 20, since=NOW - 20), asked("b", 20, since=NOW - 10)
+
+    assert planned(up(), second, first) == [Load(ident("a"), claim=20 * GB)]
+
+
+def test_what_fits_now_does_not_wait_behind_what_does_not():
+    large, small, busy = asked("a", 25, since=NOW - 20), asked("b", 5), there("c", 20, in_flight=1)
+
+    assert planned(up(), large, small, busy) == [Load(ident("b"), claim=25 * GB)]
+
+
+def test_unless_that_has_waited_for_long_and_its_room_is_being_made():
+    large, small, busy = asked("a", 25, since=NOW - 120), asked("b", 5), there("c", 20, in_flight=1)
+
+    assert planned(up(), large, small, busy) == [Drain(ident("c"))]
+    assert why(up(), small, large, busy) == "waits for room: others have waited longer"
+
+
+def test_a_model_whose_size_nobody_knows_is_alone():
+    assert planned(up(), asked("a", None)) == [Load(ident("a"))]
+    assert planned(up(), asked("a", None), there("b", 1)) == [Unload(ident("b"), "b", ROOM)]
+    assert planned(up(), asked("a", 1), there("b", None)) == [Unload(ident("b"), "b", ROOM)]
+
+
+# --- where nothing is enough ----------------------------------------------------------------------
+
+
+def test_callers_wait_and_are_told_for_whom():
+    waits, busy = asked("a", 25), there("b", 20, in_flight=1)
+
+    assert planned(up(), waits, busy) == []
+    assert why(up(), waits, busy) == (
+        "waits for room: it takes 25.0 GB, and 10.0 GB are free; b is in use; it makes room when its answers have ended"
+    )
+
+
+def test_a_stranger_in_the_way_is_named_and_left_alone():
+    waits, stranger = asked("a", 25), there("b", 20, ours=frozenset())
+
+    room = arranged(up(), [waits, stranger], NOW)
+
+    assert room is not None
+    assert room.never[ident("a")] == (
+        "there is no room for it: it takes 25.0 GB, and 10.0 GB are free; b was loaded by somebody else"
+    )
+
+
+def test_after_patience_what_costs_least_to_load_again_is_drained():
+    waits = asked("a", 15, since=NOW - 120)
+    slow, quick = (
+        there("b", 15, in_flight=1, recent_loads=(90.0,)),
+        there("c", 15, in_flight=3, recent_loads=(9.0,)),
+    )
+
+    assert planned(up(), asked("a", 15, since=NOW - 119.9), slow, quick) == []
+    assert planned(up(), waits, slow, quick) == [Drain(ident("c"))]
+    assert planned(up(), waits, slow, replace(quick, draining=True)) == []
+
+
+def test_what_is_drained_goes_once_its_answers_have_ended_whoever_waits_for_it():
+    drained = there("c", 15, draining=True, waiting=2, waiting_since=NOW - 5, use_at=NOW)
+
+    assert planned(up(), asked("a", 25, since=NOW - 130), drained) == [Unload(ident("c"), "c", ROOM)]
+
+
+def test_a_drain_ends_when_nobody_waits_for_it_any_more():
+    drained = there("c", 15, draining=True, in_flight=1)
+
+    assert planned(up(), absent("a", 25), drained) == [EndDrain(ident("c"))]
+
+
+def test_what_has_just_been_loaded_answers_those_who_waited_before_it_is_drained():
+    fresh = there("b", 20, waiting=4, waiting_since=NOW - 60)
+
+    assert planned(up(), asked("a", 25, since=NOW - 500), fresh) == []
+
+
+# --- without a budget -----------------------------------------------------------------------------
+
+
+def test_without_a_budget_and_without_a_word_of_lm_studio_there_is_one_at_a_time():
+    keeps = always(there("k", 50))
+
+    assert planned(up(None), keeps, asked("a")) == [Load(ident("a"), claim=60 * GB)]
+    assert planned(up(None), keeps, there("b", 1), asked("a", 1)) == [Unload(ident("b"), "b", ROOM)]
+    assert planned(up(None), there("b", 1, in_flight=1), asked("a", 1)) == []
+    assert why(up(None), asked("a", 1), there("b", 1, in_flight=1)) == (
+        "waits for room: one model at a time fits for all that is known; b is in use; it makes room when its answers "
+        "have ended"
+    )
+
+
+def test_lm_studios_word_lets_more_than_one_in():
+    fits = asked("a", None, need=Need(9 * GB, passes_guardrails=True))
+
+    assert planned(up(None), there("b", 9), fits) == [Load(ident("a"), claim=18 * GB)]
+
+
+def test_lm_studios_word_that_it_does_not_fit_makes_room_first_and_is_old_right_after_that():
+    no = asked("a", None, need=Need(9 * GB, passes_guardrails=False))
+    idle = there("b", 9, touched_at=NOW - 6), there("c", 9, touched_at=NOW - 6, use_at=50.0)
+
+    assert planned(up(None), *idle, no) == [Unload(ident("c"), "c", ROOM)]
+    assert planned(up(None), replace(idle[0], touched_at=NOW - 1), no) == [Load(ident("a"), claim=18 * GB)]
+
+
+def test_a_refusal_is_knowledge_about_the_limit_and_room_is_made_at_once():
+    loads = apply(asked("a", 9), LoadStarted(NOW, ident("a"), claim=27 * GB))
+    refused = apply(loads, LoadEnded(NOW + 1, ident("a"), LoadOutcome.REFUSED, 1.0, message="too much"))
+    others = there("b", 9), there("c", 9, use_at=50.0)
+    later = NOW + 7
+    upstream = up(asked=later, answered_at=later)
+
+    assert refused.refused_claim == Claim(27 * GB, NOW + 1)
+    assert planned(upstream, refused, *others, now=later) == [Unload(ident("c"), "c", ROOM)]
+    assert planned(upstream, refused, others[0], now=later) == [Load(ident("a"), claim=18 * GB)]
+
+
+def test_a_refusal_with_nothing_of_ours_to_go_is_no_loop_of_loads():
+    refused = asked("a", 9, refused_claim=Claim(27 * GB, NOW))
+    foreign = there("b", 18, ours=frozenset())
+
+    assert planned(up(None), refused, foreign) == []
+    assert "a" in str(arranged(up(None), [refused, foreign], NOW).never)  # type: ignore[union-attr]
+
+
+def test_on_an_old_server_the_next_load_is_what_makes_room_and_only_from_what_is_idle():
+    upstream = up(None, tier=Tier.V0, auto_evict=True, resident=frozenset({"b"}))
+
+    assert planned(upstream, there("b"), asked("a")) == [Load(ident("a"), claim=10 * GB)]
+    assert planned(upstream, there("b", in_flight=1), asked("a")) == []
+    assert planned(upstream, there("b", in_flight=1), asked("a", since=NOW - 120)) == [Drain(ident("b"))]
+
+
+# --- idle, windows and hands ----------------------------------------------------------------------
+
+
+def test_what_nobody_uses_is_let_go_after_its_time_and_not_before():
+    idle = there("a", policy=policy(9, idle=600.0), use_at=NOW - 600)
+
+    assert planned(up(), idle) == [Unload(ident("a"), "a", UnloadCause.IDLE)]
+    assert planned(up(), replace(idle, use_at=NOW - 599)) == []
+    assert planned(up(), replace(idle, there_since=NOW - 599)) == []
+    assert planned(up(), replace(idle, in_flight=1)) == []
+    assert planned(up(), replace(idle, ours=frozenset())) == []
+    assert planned(up(), there("a", use_at=0.0)) == []
+
+
+def test_outside_its_window_it_is_let_go():
+    closed = there("a", windowed=True, window_open=False)
+
+    assert planned(up(), closed) == [Unload(ident("a"), "a", UnloadCause.WINDOW)]
+    assert planned(up(), there("a", asked_for=False)) == [Unload(ident("a"), "a", UnloadCause.RELEASED)]
+
+
+# --- ahead of demand ------------------------------------------------------------------------------
+
+
+def lately(key: str, gigabytes: float = 10, asks: float = 1.0, **changes: object) -> Model:
+    return absent(key, gigabytes, **{"asks": asks, "asks_at": NOW - 60, "use_at": NOW - 60, **changes})
+
+
+def test_free_room_is_filled_with_what_was_asked_for_most_of_late():
+    assert planned(up(), lately("a", asks=2.0), lately("b", asks=5.0), lately("c", 31, asks=9.0)) == [
+        Load(ident("b"), ahead=True, claim=10 * GB)
+    ]
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        [there("b", 25)],
+        [asked("b", 25), there("c", 20, in_flight=1)],
+        [absent("b", load_started=NOW, waiting=1)],
+        [there("b", 1, unloading=True)],
+    ],
+    ids=["no room", "somebody waits", "somebody loads", "something is going"],
+)
+def test_nothing_is_loaded_ahead_in_the_way_of_anybody(others: list[Model]):
+    assert [a for a in planned(up(), lately("a"), *others) if isinstance(a, (Load, Unload))] == []
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lately("a", failures=1),
+        lately("a", last_eviction=Eviction(NOW - AHEAD_AFTER + 1, Cause.UNKNOWN, 0.0)),
+        lately("a", policy=policy(10, idle=60.0)),
+        lately("a", asks=0.01),
+        lately("a", asked_for=False),
+        lately("a", window_open=False),
+        lately("a", policy=policy(None)),
+    ],
+    ids=[
+        "failed",
+        "just lost",
+        "idle for its time",
+        "long ago",
+        "released",
+        "outside its window",
+        "size unknown",
+    ],
+)
+def test_what_is_not_worth_it_is_not_loaded_ahead(model: Model):
+    assert planned(up(), model) == []
+
+
+def test_an_unload_counts_why_and_clears_what_held_the_model():
+    model = apply(there("a", draining=True), UnloadStarted(NOW, ident("a"), "a", ROOM))
+    gone = apply(model, UnloadEnded(NOW + 1, ident("a"), "a"))
+
+    assert (model.letting_go, gone.draining, gone.state) == (ROOM, False, State.COLD)

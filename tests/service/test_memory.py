@@ -1,0 +1,110 @@
+"""More models than memory, from the first request to the last byte: the real daemon, sockets and all."""
+
+import asyncio
+import json
+from typing import Any
+
+from keepalive.config import parse
+from keepalive.service.daemon import Daemon
+from keepalive.simulator.models import SimModel
+from tests.kit.live import asked, daemon, model, settings, simulator, until
+
+CHAT = "/v1/chat/completions"
+A, B = (
+    SimModel("acme/a", size_bytes=9 * 10**9, load_seconds=0.1),
+    SimModel("acme/b", size_bytes=9 * 10**9, load_seconds=0.1),
+)
+EMBED = SimModel("acme/embed", kind="embedding", size_bytes=10**8, load_seconds=0.1)
+
+
+async def chat(running: Daemon, name: str, **more: Any) -> tuple[int, str]:
+    body = {"model": name, "messages": [{"role": "user", "content": "x"}], "max_tokens": 2, **more}
+    status, _, text = await asked(running.url + CHAT, "POST", body)
+    return status, text
+
+
+async def metrics(running: Daemon) -> str:
+    _, _, text = await asked(running.admin_url + "/metrics")
+    return text
+
+
+async def test_two_models_take_turns_in_the_room_of_one_and_all_of_it_is_said() -> None:
+    async with simulator(A, B) as upstream:
+        tables = [f'key = "{m.key}"\nkeep = "auto"' for m in (A, B)]
+        text = settings(upstream.url, *tables, upstream='memory = "12GB"')
+        async with daemon(text) as running:
+            assert (await asked(running.admin_url + "/readyz"))[0] == 200
+            answers = [await chat(running, key) for key in (A.key, B.key, A.key)]
+            here = model(running, A.key)
+            away = model(running, B.key)
+            status = running.status()
+            page = await metrics(running)
+            kinds = [e["kind"] for e in upstream.studio.log(0) if e["kind"] in ("load.started", "unloaded")]
+
+    assert [status for status, _ in answers] == [200, 200, 200]
+    assert kinds == ["load.started", "unloaded", "load.started", "unloaded", "load.started"]
+    assert (here["keep"], here["memory_bytes"], here["memory_source"]) == ("auto", 10_800_000_000, "size")
+    assert (away["state"], away["wanted"], away["reason"]) == (
+        "cold",
+        False,
+        "loaded when somebody asks for it",
+    )
+    assert status["upstreams"][0]["memory"] == {
+        "budget_bytes": 12 * 10**9,
+        "used_bytes": 10_800_000_000,
+        "source": "config",
+        "strangers": [],
+    }
+    assert 'keepalive_model_unloads_total{model="acme/a",upstream="local",cause="room"} 1.0' in page
+    assert 'keepalive_upstream_memory_budget_bytes{upstream="local"} 1.2e+010' in page.replace(
+        "e+10", "e+010"
+    )
+
+
+async def test_an_answer_under_way_goes_on_to_its_end_while_others_wait_for_its_room() -> None:
+    async with simulator(A, B, token_seconds=0.05) as upstream:
+        tables = [f'key = "{m.key}"\nkeep = "auto"' for m in (A, B)]
+        text = settings(upstream.url, *tables, upstream='memory = "12GB"', defaults='patience = "0s"')
+        async with daemon(text) as running:
+            long = asyncio.create_task(chat(running, A.key, max_tokens=40, stream=True))
+            await until(lambda: model(running, A.key)["in_flight"] == 1, "A answers")
+            other = asyncio.create_task(chat(running, B.key))
+            await until(lambda: "makes room" in (model(running, A.key)["reason"] or ""), "A is drained")
+            late = asyncio.create_task(chat(running, A.key))
+            (_, streamed), (status, _), (late_status, _) = await asyncio.gather(long, other, late)
+
+    assert streamed.rstrip().endswith("[DONE]")
+    assert "error" not in streamed
+    assert (status, late_status) == (200, 200)
+
+
+async def test_what_nobody_wrote_down_is_kept_once_it_is_asked_for_and_stays_so_after_a_reload() -> None:
+    async with simulator(A, EMBED) as upstream:
+        text = settings(upstream.url, server='unlisted = "auto"', upstream='memory = "12GB"')
+        async with daemon(text) as running:
+            before = running.status()["models"]
+            status, _ = await chat(running, "ACME/A")
+            nobody, _ = await chat(running, "no-such-model")
+            await until(lambda: model(running, A.key)["state"] == "warm", "it is kept")
+            running._apply(parse(text))
+            after = running.status()["models"]
+            page = await metrics(running)
+            owners = [e["owner"] for e in upstream.studio.log(0) if e["kind"] == "load.started"]
+
+    assert before == []
+    assert (status, owners) == (200, ["rest"])
+    assert nobody != 200
+    assert [(m["key"], m["keep"], m["state"]) for m in after] == [(A.key, "auto", "warm")]
+    assert 'keepalive_model_state{model="acme/a",upstream="local",state="warm"} 1.0' in page
+    assert "no-such-model" not in page
+
+
+async def test_a_model_that_can_never_fit_is_refused_at_once_and_says_why() -> None:
+    async with simulator(A) as upstream:
+        text = settings(upstream.url, f'key = "{A.key}"\nkeep = "auto"', upstream='memory = "8GB"')
+        async with daemon(text) as running:
+            await until(lambda: model(running, A.key)["state"] == "cold", "it is known")
+            status, body = await chat(running, A.key)
+
+    assert status == 503
+    assert "it takes 10.8 GB, and the budget is 8.0 GB" in json.loads(body)["error"]["message"]
