@@ -193,7 +193,7 @@ class _Reading:
                 self.report(detail["loc"], _explained(detail))
                 self._repair(detail["loc"])
             config = Config.model_validate(self.data)
-        if not config.models and not self.mistakes:
+        if not config.models and not self.mistakes and config.server.unlisted == "pass":
             self.report((), _nothing_to_keep(self.source))
         for key, message in Checks(config, frozenset(self.wrong)).all():
             self.report(key, message)

@@ -6,7 +6,7 @@ from math import inf
 
 from keepalive import __version__
 from keepalive.admin.status import document, is_ready, story_document, utc
-from keepalive.core.facts import Instance, LoadOutcome, ModelId, PingOutcome, Tier
+from keepalive.core.facts import Entry, Instance, Listed, LoadOutcome, ModelId, PingOutcome, Tier
 from keepalive.core.records import (
     Cause,
     Eviction,
@@ -78,6 +78,7 @@ def test_the_document_of_a_daemon_with_one_warm_model() -> None:
                 "tier": "v1",
                 "since": "2026-11-22T10:00:10.000Z",
                 "error": None,
+                "memory": None,
             }
         ],
         "models": [
@@ -87,6 +88,10 @@ def test_the_document_of_a_daemon_with_one_warm_model() -> None:
                 "state": "warm",
                 "since": "2026-11-22T10:01:00.000Z",
                 "wanted": True,
+                "keep": "always",
+                "memory_bytes": None,
+                "memory_source": None,
+                "idle_at": None,
                 "listed": True,
                 "busy": False,
                 "in_flight": 2,
@@ -247,6 +252,7 @@ def test_an_upstream_that_is_down_says_why() -> None:
             "tier": None,
             "since": "2026-11-22T10:01:39.000Z",
             "error": "nothing listens",
+            "memory": None,
         }
     ]
 
@@ -311,3 +317,39 @@ def test_the_document_of_what_is_remembered_is_written_out() -> None:
 def test_times_are_utc_to_the_millisecond() -> None:
     assert utc(0) == "1970-01-01T00:00:00.000Z"
     assert utc(WALL + 0.1234) == "2026-11-22T10:01:40.123Z"
+
+
+def test_memory_says_what_there_is_who_has_it_and_until_when() -> None:
+    entries = [
+        Entry("gemma", size_bytes=10**9, instances=(Instance("gemma"),)),
+        Entry("x", size_bytes=5 * 10**9, instances=(Instance("x"),)),
+        Entry("y", instances=(Instance("y"),)),
+    ]
+    upstream = Upstream(
+        "local",
+        memory=40 * 10**9,
+        occupants=Listed(1.0, "local", 0.5, Tier.V1, {e.key: e for e in entries}).occupants,
+    )
+    gemma = Model(
+        GEMMA,
+        policy=Policy(auto=True, idle=600.0, memory=9 * 10**9),
+        state=State.WARM,
+        instances=(Instance("gemma"),),
+        ours=frozenset({"gemma"}),
+        use_at=40.0,
+        there_since=30.0,
+    )
+
+    page = document(Snapshot(100.0, (upstream,), (gemma,)), date, WALL - 100, {})
+    in_use = shown(replace(gemma, in_flight=1), upstream=upstream)
+
+    assert page["upstreams"][0]["memory"] == {
+        "budget_bytes": 40 * 10**9,
+        "used_bytes": 15 * 10**9,
+        "source": "config",
+        "strangers": [{"key": "x", "bytes": 6 * 10**9}, {"key": "y", "bytes": None}],
+    }
+    model = page["models"][0]
+    assert (model["keep"], model["memory_bytes"], model["memory_source"]) == ("auto", 9 * 10**9, "config")
+    assert model["idle_at"] == "2026-11-22T10:10:40.000Z"
+    assert in_use["idle_at"] is None

@@ -1331,7 +1331,7 @@ def p2(patch: pytest.MonkeyPatch) -> None:
 
 
 def p3(patch: pytest.MonkeyPatch) -> None:
-    def unloads(upstream: Upstream, models: list[Model], now: float) -> list[Any]:
+    def unloads(upstream: Upstream, models: list[Model], now: float, room: object) -> list[Any]:
         idle = [m for m in models if not m.needed and m.instances and planning._is_unloadable(m, now)]
         return [(m, Unload(m.id, m.instances[0].id)) for m in idle]
 

@@ -214,7 +214,9 @@ def pings_what_is_absent(patch: pytest.MonkeyPatch) -> None:
 
 
 def unloads_what_is_not_ours(patch: pytest.MonkeyPatch) -> None:
-    def unloads(upstream: object, models: list[Model], now: float) -> list[tuple[Model, Unload]]:
+    def unloads(
+        upstream: object, models: list[Model], now: float, room: object
+    ) -> list[tuple[Model, Unload]]:
         idle = [m for m in models if not m.needed and m.instances and planning._is_unloadable(m, now)]
         return [(m, Unload(m.id, m.instances[0].id)) for m in idle]
 

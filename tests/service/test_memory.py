@@ -86,7 +86,7 @@ async def test_what_nobody_wrote_down_is_kept_once_it_is_asked_for_and_stays_so_
             status, _ = await chat(running, "ACME/A")
             nobody, _ = await chat(running, "no-such-model")
             await until(lambda: model(running, A.key)["state"] == "warm", "it is kept")
-            running._apply(parse(text))
+            running._apply(parse(text, "test", {}))
             after = running.status()["models"]
             page = await metrics(running)
             owners = [e["owner"] for e in upstream.studio.log(0) if e["kind"] == "load.started"]
