@@ -359,6 +359,8 @@ class Keeper:
         shelf.models[entry.key] = replace(
             there, rank=len(shelf.models), policy=keep.policy, retired=False, asked_for=None
         )
+        shelf.upstream = replace(shelf.upstream, due_at=-inf)  # nothing is known of it yet
+        self._meanings.clear()
         self._due.add(shelf.server.name)
         self._wake.set()
         return self._names.meaning(name, self._up(), default=default)
