@@ -154,6 +154,9 @@ def _primed(model: Model, at: Callable[[float | None], str | None]) -> Json | No
     priming = model.priming
     if not priming.wished:
         return None
+    whys = [f"{label(opening)}: {why}" for opening, why in priming.unfit]
+    if priming.useless is not None:
+        whys.insert(0, priming.useless)
     tokens = [primed.tokens for primed in priming.done if primed.tokens is not None]
     return {
         "openings": len(priming.done),
@@ -161,7 +164,7 @@ def _primed(model: Model, at: Callable[[float | None], str | None]) -> Json | No
         "tokens": sum(tokens) if tokens else None,
         "at": at(priming.done[-1].at if priming.done else None),
         "under_way": priming.under_way is not None,
-        "reason": "; ".join(f"{label(opening)}: {why}" for opening, why in priming.unfit) or None,
+        "reason": "; ".join(whys) or None,
     }
 
 

@@ -22,6 +22,7 @@ from keepalive.config import Config, Kept, Upstream, written
 from keepalive.core.errors import KeepaliveError, TimedOut, Unauthorized, Unexpected, Unreachable
 from keepalive.core.explain import RIVAL
 from keepalive.core.facts import Entry, Tier, fold_key
+from keepalive.core.primes import USELESS
 from keepalive.lmstudio.client import Client, Listing
 from keepalive.service import tokens
 from keepalive.service.front import is_loopback
@@ -305,6 +306,7 @@ def _model(seen: Evidence, kept: Kept) -> Iterator[Finding]:
             f'ping = {{ path = "/v1/…", body = {{ … }} }} in [[models]] "{kept.key}", kind = "reranker" where it is '
             'one, or ping = "off"',
         )
+    yield from _primed(kept, status.get("primed") or {})
     eviction = status.get("last_eviction")
     idle = eviction and eviction.get("idle_seconds")
     # It was missed by the next listing, and may have been gone that much longer.
@@ -324,6 +326,24 @@ def _model(seen: Evidence, kept: Kept) -> Iterator[Finding]:
             'LM Studio: Developer, Server Settings, switch off "Only Keep Last JIT Loaded Model", or keep '
             "both models here",
         )
+
+
+def _primed(kept: Kept, primed: Json) -> Iterator[Finding]:
+    reason = primed.get("reason")
+    if not reason:
+        return
+    useless = reason.startswith(USELESS)
+    yield Finding(
+        f"{kept.key} on {kept.upstream}: {reason}"
+        if useless
+        else f"{kept.key} on {kept.upstream} has not read all that it is to have read: {reason}",
+        "this server has no prompt cache, or others use it up: reading ahead is work for nothing, and has stopped"
+        if useless
+        else "whoever asks first waits for it",
+        f'prime = [] in [[models]] "{kept.key}"; or a larger cache over there, and then a reload'
+        if useless
+        else "keepalive check; mend the file, and reload",
+    )
 
 
 def _unlisted(seen: Evidence, kept: Kept, entries: Mapping[str, Entry]) -> Finding:

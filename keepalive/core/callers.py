@@ -26,6 +26,14 @@ class Key:
 
 
 @dataclass(frozen=True, slots=True)
+class Begun:
+    """How a request begins: by the name of an opening. `mostly`: what comes behind it is less than half as long."""
+
+    opening: str
+    mostly: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Seen:
     """One request, when it is over: for metrics and the log. Holds nothing that was said."""
 
@@ -35,7 +43,7 @@ class Seen:
     outcome: Outcome
     status: int
     start: str | None = None  # "warm", "cold", "primed"; None for a model that nobody keeps
-    opening: str | None = None  # the name of what it began with, where the model had read that before
+    begun: Begun | None = None  # with what, where the model had read that before
     wait_seconds: float = 0.0
     first_token_seconds: float | None = None
     seconds: float = 0.0

@@ -294,6 +294,17 @@ class UnloadCause(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class PrimedAnswered(ModelFact):
+    """A request that began with little more than an opening that had been read got its first token after `seconds`.
+
+    Nobody else was being answered by that model.
+    """
+
+    opening: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class UnloadStarted(ModelFact):
     """Without a cause the model is wanted still: the copy is to be loaded anew."""
 

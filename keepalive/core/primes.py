@@ -11,13 +11,19 @@ from math import inf
 
 from keepalive.core.actions import Action, GiveUpPrime, Prime
 from keepalive.core.errors import Reason
-from keepalive.core.facts import OpeningsLearned, PrimeEnded, PrimeOutcome, PrimeStarted
+from keepalive.core.facts import OpeningsLearned, PrimedAnswered, PrimeEnded, PrimeOutcome, PrimeStarted
 from keepalive.core.moves import proved
 from keepalive.core.records import Model, Primed, Priming
 from keepalive.core.states import IllegalMove, State
 
 # Who has just had an answer mostly asks again: an opening that is begun and given up all the time helps nobody.
 QUIET = 5.0
+# Of a server without a prompt cache even the quickest of so many answers takes as long as to read its opening did; of
+# one that has one the slowest that count take half of that. What is read sooner than in a second proves nothing.
+JUDGED_BY = 5
+AS_LONG = 0.8
+WORTH = 1.0
+USELESS = "priming has not made answers faster"
 # What is wrong here, the opening is not to blame for.
 BLAMELESS = (Reason.UNAUTHORIZED, Reason.LOADING, Reason.UNLOADED, Reason.UNKNOWN_MODEL)
 # What failed for a reason that nobody knows is tried once more, after this long. A model that dies of an opening
@@ -52,7 +58,7 @@ def _is_waited_for(model: Model) -> bool:
 
 def _due(model: Model, now: float) -> str | None:
     opening = model.priming.next
-    if opening is None or model.calling or now < model.priming.again_at:
+    if opening is None or model.calling or model.priming.useless is not None or now < model.priming.again_at:
         return None
     return opening if _is_fit(model, opening) else None
 
@@ -96,6 +102,9 @@ def chosen(priming: Priming, openings: Mapping[str, str | None], *, learns: bool
         unfit=tuple((opening, wrong) for opening, wrong in openings.items() if wrong is not None),
         failed=frozenset(),
         again_at=-inf,
+        longest=tuple(found for found in priming.longest if found[0] in known),
+        answers=(),
+        useless=None,
     )
 
 
@@ -109,6 +118,7 @@ def learned(model: Model, fact: OpeningsLearned) -> Model:
             learned=fact.openings,
             done=tuple(primed for primed in priming.done if primed.opening in known),
             unfit=tuple(found for found in priming.unfit if found[0] in known),
+            longest=tuple(found for found in priming.longest if found[0] in known),
         ),
     )
 
@@ -145,11 +155,32 @@ def _done(model: Model, fact: PrimeEnded) -> Model:
     model = _proved(replace(model, pinged_at=fact.at), fact.at)
     if model.state is not State.WARM:
         return model  # it went away meanwhile, and its cache with it
-    before = (primed for primed in model.priming.done if primed.opening != fact.opening)
-    done = (*before, Primed(fact.opening, fact.at, fact.seconds, fact.tokens))
-    return replace(
-        model, priming=replace(model.priming, done=done, failed=model.priming.failed - {fact.opening})
+    priming, opening = model.priming, fact.opening
+    before = (primed for primed in priming.done if primed.opening != opening)
+    longest = dict(priming.longest)
+    longest[opening] = max(fact.seconds, longest.get(opening, 0.0))
+    priming = replace(
+        priming,
+        done=(*before, Primed(opening, fact.at, fact.seconds, fact.tokens)),
+        failed=priming.failed - {opening},
+        longest=tuple(longest.items()),
     )
+    return replace(model, priming=priming)
+
+
+def answered(model: Model, fact: PrimedAnswered) -> Model:
+    priming = model.priming
+    took = dict(priming.longest).get(fact.opening, 0.0)
+    if took < WORTH or priming.useless is not None:
+        return model
+    answers = (*priming.answers, fact.seconds / took)[-JUDGED_BY:]
+    useless = None
+    if len(answers) == JUDGED_BY and min(answers) >= AS_LONG:
+        useless = (
+            f"{USELESS}: the first tokens of the last {JUDGED_BY} that began with what had been read took "
+            f"{min(answers):.0%} of the time of reading it, or more"
+        )
+    return replace(model, priming=replace(priming, answers=answers, useless=useless))
 
 
 def _proved(model: Model, at: float) -> Model:

@@ -108,6 +108,9 @@ class Priming:
     done: tuple[Primed, ...] = ()  # in the instance that is there now
     unfit: tuple[tuple[str, str], ...] = ()  # openings that are not tried again, each with why
     failed: frozenset[str] = frozenset()  # once, and nobody knows why
+    longest: tuple[tuple[str, float], ...] = ()  # seconds that each took to read when it was not in the cache
+    answers: tuple[float, ...] = ()  # first tokens of late, in parts of those seconds
+    useless: str | None = None  # why nothing is primed any more
     again_at: float = -inf
 
     @property

@@ -476,6 +476,8 @@ def _model(fact: Fact, before: Model, after: Model) -> None:
     if after.evictions > before.evictions:
         cause = after.last_eviction.cause.value if after.last_eviction else None
         log.warning("model.evicted", cause=cause, evictions=after.evictions, **_in(after.retry_at, fact.at))
+    if after.priming.useless and not before.priming.useless:
+        log.warning("model.priming_stopped", reason=after.priming.useless)
     if after.doubled_at != before.doubled_at:
         log.warning("model.loaded_by_others", reason="a copy came while ours was being loaded")
     if len(after.instances) > max(1, len(before.instances)):

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from keepalive.core.callers import Key, Outcome, Seen
+from keepalive.core.callers import Begun, Key, Outcome, Seen
 from keepalive.core.facts import ModelId
 from keepalive.http1 import Headers
 from keepalive.protocols.meter import Meter
@@ -13,10 +13,10 @@ class Account:
 
     __slots__ = (
         "began",
+        "begun",
         "key",
         "model",
         "now",
-        "opening",
         "outcome",
         "route",
         "sent_at",
@@ -32,7 +32,7 @@ class Account:
         self.key: Key | None = None
         self.model: ModelId | None = None
         self.state: str | None = None  # of the model, when the request came
-        self.opening: str | None = None  # that it begins with, where the model had read that before
+        self.begun: Begun | None = None  # with what, where the model had read that before
         self.waited = 0.0
         self.sent_at = 0.0
         self.status = 0
@@ -53,7 +53,7 @@ class Account:
         start = None
         if self.state is not None:
             start = "warm" if self.state == "warm" else "cold"
-            if start == "warm" and self.opening is not None:
+            if start == "warm" and self.begun is not None:
                 start = "primed"
         return Seen(
             model=self.model,
@@ -62,7 +62,7 @@ class Account:
             outcome=self.outcome,
             status=self.status,
             start=start,
-            opening=self.opening,
+            begun=self.begun,
             wait_seconds=self.waited,
             first_token_seconds=meter.first_token_seconds if meter is not None else None,
             seconds=self.now() - self.began,

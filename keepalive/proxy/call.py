@@ -5,7 +5,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
-from keepalive.core.callers import Outcome, Seen
+from keepalive.core.callers import Begun, Outcome, Seen
 from keepalive.core.errors import Reason, UpstreamError
 from keepalive.core.facts import InstanceLost, ModelId, RequestEnded, RequestStarted
 from keepalive.core.keeping import Keeping
@@ -35,8 +35,8 @@ class Notes(Protocol):
 
     def wants(self, model: ModelId, /) -> bool: ...
 
-    def note(self, model: ModelId, route: Route, body: bytes, /) -> str | None:
-        """The name of the opening that a request begins with, where it has one."""
+    def note(self, model: ModelId, route: Route, body: bytes, /) -> Begun | None:
+        """The opening that a request begins with, where the model had read that before."""
 
 
 class Owner(Protocol):
@@ -264,7 +264,7 @@ class Call:
         notes, model = self._owner.notes, self.account.model
         if body and notes is not None and model is not None:
             with contextlib.suppress(Exception):  # it is bookkeeping
-                self.account.opening = notes.note(model, self.route, body)
+                self.account.begun = notes.note(model, self.route, body)
 
     async def _relay_events(self, reply: Reply) -> None:
         account, answer = self.account, self.answer

@@ -14,10 +14,10 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from keepalive import prompts
 from keepalive.config import Address as Listen
 from keepalive.config import Config, Kept
-from keepalive.core.callers import Key, Seen
+from keepalive.core.callers import Begun, Key, Seen
 from keepalive.core.errors import KeepaliveError
 from keepalive.core.explain import eta
-from keepalive.core.facts import ModelFact, ModelId, UpstreamFact, WarmAsked
+from keepalive.core.facts import ModelFact, ModelId, PrimedAnswered, UpstreamFact, WarmAsked
 from keepalive.core.keeping import View
 from keepalive.core.names import Meaning
 from keepalive.core.records import Model
@@ -208,11 +208,12 @@ class Front:
     def wants(self, model: ModelId) -> bool:
         return self._openings.wants(model)
 
-    def note(self, model: ModelId, route: Route, body: bytes) -> str | None:
+    def note(self, model: ModelId, route: Route, body: bytes) -> Begun | None:
         """The opening that a request begins with, where it is one that the model had read before."""
-        name, known = self._openings.note(model, route.protocol, body), self._keeper.glance(model)
-        done = () if known is None else known.priming.done
-        return name if any(primed.opening == name for primed in done) else None
+        begun, known = self._openings.note(model, route.protocol, body), self._keeper.glance(model)
+        if begun is None or known is None:
+            return None
+        return begun if any(primed.opening == begun.opening for primed in known.priming.done) else None
 
     # --- what it is given ---------------------------------------------------------------------------
 
@@ -236,10 +237,26 @@ class Front:
             keys=tuple(keys),
         )
 
+    def _judge(self, seen: Seen) -> None:
+        """Whether it helps that a model had read the opening is told by requests of little more, on an idle model."""
+        begun, seconds = seen.begun, seen.first_token_seconds
+        if (
+            seen.start != "primed"
+            or seen.model is None
+            or begun is None
+            or not begun.mostly
+            or seconds is None
+        ):
+            return
+        known = self._keeper.model(seen.model)
+        if known is not None and not known.in_flight:
+            self._keeper.record(PrimedAnswered(self._clock(), seen.model, begun.opening, seconds))
+
     def _seen(self, seen: Seen) -> None:
         """One request is over: a metric and a line. What fails here fails alone."""
         self._metrics.count(seen)
         logs.request(seen)
+        self._judge(seen)
 
 
 def _limits(settings: Config) -> Limits:

@@ -11,6 +11,7 @@ from hashlib import blake2b
 from json import loads
 
 from keepalive.config import LEARN, Kept, Opening
+from keepalive.core.callers import Begun
 from keepalive.core.facts import ModelId
 from keepalive.protocols import openings
 from keepalive.protocols.routes import Protocol
@@ -83,8 +84,8 @@ class Openings:
         """Whether it is of use to `note` requests for this model."""
         return model in self._learns or bool(self._files.get(model))
 
-    def note(self, model: ModelId, protocol: Protocol, body: bytes) -> str | None:
-        """A request was passed on to that model; the name of the opening that it begins with, where that has one."""
+    def note(self, model: ModelId, protocol: Protocol, body: bytes) -> Begun | None:
+        """A request was passed on to that model; the opening that it begins with, where that has a name."""
         if len(body) > LOOKED_INTO or len(body) < LEAST_BYTES:
             return None
         try:
@@ -94,14 +95,14 @@ class Openings:
         words = None if found is None else openings.written(found)
         if words is None:
             return None
-        mark = self._mark(protocol, words)
+        mark, mostly = self._mark(protocol, words), len(body) < 1.5 * len(words)
         name = self._marks.get(model, {}).get(mark)
         if name is not None:
-            return name
+            return Begun(name, mostly)
         if model not in self._learns or len(words) < LEAST_BYTES:
             return None
         self._count(model, mark, words)
-        return _learned_name(mark)
+        return Begun(_learned_name(mark), mostly)
 
     # --- learning -----------------------------------------------------------------------------------
 

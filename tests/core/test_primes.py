@@ -16,6 +16,7 @@ from keepalive.core.facts import (
     PingEnded,
     PingOutcome,
     PingStarted,
+    PrimedAnswered,
     PrimeEnded,
     PrimeOutcome,
     PrimeStarted,
@@ -308,6 +309,52 @@ def test_a_model_that_went_away_meanwhile_is_not_warm_by_an_opening():
 
     assert model.state is State.COLD
     assert (model.priming.done, model.priming.under_way) == ((), None)
+
+
+# --- whether it helps -------------------------------------------------------------------------------------
+
+
+def answers(*seconds: float, opening: str = "agent") -> list[Fact]:
+    return [PrimedAnswered(200 + n, GEMMA, opening, took) for n, took in enumerate(seconds)]
+
+
+def test_where_no_answer_comes_faster_than_its_opening_is_read_priming_says_so_and_stops():
+    box = a_box().see(*primed(25), *answers(5.1, 4.2, 9.0, 5.0))
+    assert box[GEMMA].priming.useless is None
+
+    box.see(PrimedAnswered(210, GEMMA, "agent", 30.0))
+
+    assert box[GEMMA].priming.useless == (
+        "priming has not made answers faster: the first tokens of the last 5 that began with what had been read took "
+        "84% of the time of reading it, or more"
+    )
+    assert first(box, 220) == []
+    assert chosen(box[GEMMA].priming, {"agent": None, "second": None}).useless is None
+
+
+def test_one_quick_answer_of_the_last_few_is_enough_to_go_on():
+    model = after(ours(priming=WISHES), *primed(25), *answers(9, 9, 9, 9, 0.3, 9, 9, 9, 9))
+
+    assert model.priming.useless is None
+    assert after(model, PrimedAnswered(300, GEMMA, "agent", 9.0)).priming.useless is not None
+
+
+def test_an_opening_that_is_read_in_no_time_proves_nothing():
+    quick = [PrimeStarted(25, GEMMA, "agent"), PrimeEnded(26, GEMMA, "agent", OK, 0.9)]
+
+    model = after(
+        ours(priming=WISHES), *quick, *answers(*[9.0] * 9), *answers(*[9.0] * 9, opening="nobody knows")
+    )
+
+    assert (model.priming.useless, model.priming.answers) == (None, ())
+
+
+def test_what_counts_is_how_long_an_opening_took_that_was_not_in_the_cache():
+    again = [PrimeStarted(50, GEMMA, "agent"), PrimeEnded(51, GEMMA, "agent", OK, 0.1)]
+
+    model = after(ours(priming=WISHES), *primed(25), *again, PrimedAnswered(60, GEMMA, "agent", 0.5))
+
+    assert model.priming.answers == (0.1,)
 
 
 # --- which ----------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import gzip
 
 import pytest
 
+from keepalive.core.callers import Begun
 from keepalive.core.facts import ModelId
 from keepalive.protocols.routes import Route
 from tests.kit.fronted import CHAT_BODY, CHAT_STREAM, Keep, ask, chat, fronted, post, says
@@ -13,7 +14,7 @@ REFUSED = b'HTTP/1.1 400 Bad Request\r\nContent-Length: 13\r\n\r\n{"error":"x"}'
 
 
 class Notes:
-    def __init__(self, name: str | None = None, wants: bool = True) -> None:
+    def __init__(self, name: Begun | None = None, wants: bool = True) -> None:
         self.name = name
         self.wanted = wants
         self.noted: list[tuple[ModelId, str, bytes]] = []
@@ -21,13 +22,13 @@ class Notes:
     def wants(self, model: ModelId) -> bool:
         return self.wanted
 
-    def note(self, model: ModelId, route: Route, body: bytes) -> str | None:
+    def note(self, model: ModelId, route: Route, body: bytes) -> Begun | None:
         self.noted.append((model, route.name, body))
         return self.name
 
 
 class Raises(Notes):
-    def note(self, model: ModelId, route: Route, body: bytes) -> str | None:
+    def note(self, model: ModelId, route: Route, body: bytes) -> Begun | None:
         super().note(model, route, body)
         raise RuntimeError("no memory")
 
@@ -38,8 +39,8 @@ def kept() -> Keep:
     return keep
 
 
-@pytest.mark.parametrize(("name", "start"), [("agent", "primed"), (None, "warm")])
-async def test_a_request_whose_opening_was_read_before_is_told_apart(name: str | None, start: str) -> None:
+@pytest.mark.parametrize(("name", "start"), [(Begun("agent", True), "primed"), (None, "warm")])
+async def test_a_request_whose_opening_was_read_before_is_told_apart(name: Begun | None, start: str) -> None:
     async with fronted(says(CHAT_STREAM), keep=kept()) as (front, _):
         front.proxy.notes = notes = Notes(name)
         request = chat("m")
@@ -49,7 +50,7 @@ async def test_a_request_whose_opening_was_read_before_is_told_apart(name: str |
 
         assert body == CHAT_BODY
         assert notes.noted == [(M, "chat", request.partition(b"\r\n\r\n")[2])]
-        assert (seen.start, seen.opening) == (start, name)
+        assert (seen.start, seen.begun) == (start, name)
 
 
 async def test_one_that_raises_changes_no_byte_and_no_count() -> None:
@@ -61,7 +62,7 @@ async def test_one_that_raises_changes_no_byte_and_no_count() -> None:
 
         assert len(notes.noted) == 1
         assert body == CHAT_BODY
-        assert (seen.start, seen.outcome, seen.opening) == ("warm", "ok", None)
+        assert (seen.start, seen.outcome, seen.begun) == ("warm", "ok", None)
 
 
 async def test_what_nobody_wants_is_refused_or_is_packed_is_not_looked_into() -> None:
@@ -82,7 +83,7 @@ async def test_a_model_that_was_cold_is_cold_whatever_the_request_begins_with() 
     keep = Keep()
     keep.add("m", state="cold")
     async with fronted(says(CHAT_STREAM), keep=keep) as (front, _):
-        front.proxy.notes = Notes("agent")
+        front.proxy.notes = Notes(Begun("agent"))
 
         await ask(front.port, chat("m"))
 

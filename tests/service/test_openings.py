@@ -29,7 +29,8 @@ class World:
 
     def asks(self, system: str, said: str = "hi", **more: Any) -> str | None:
         body = {"messages": [system_of(system), {"role": "user", "content": said}], **more}
-        return self.openings.note(GEMMA, CHAT, json.dumps(body).encode())
+        begun = self.openings.note(GEMMA, CHAT, json.dumps(body).encode())
+        return None if begun is None else begun.opening
 
     def replayed(self) -> list[str]:
         """What would be replayed now, by what its system message says first."""
@@ -182,6 +183,18 @@ def test_a_file_with_other_words_is_another_opening() -> None:
     }
 
     assert len(names) == 2
+
+
+def test_a_request_says_whether_it_is_mostly_its_opening() -> None:
+    world = World("learn")
+    mostly = []
+    for size in (10, 500, 3000):
+        body = {"messages": [system_of("agent"), {"role": "user", "content": "x" * size}]}
+        begun = world.openings.note(GEMMA, CHAT, json.dumps(body).encode())
+        assert begun is not None
+        mostly.append(begun.mostly)
+
+    assert mostly == [True, True, False]
 
 
 def test_no_name_tells_what_is_behind_it() -> None:

@@ -5,6 +5,10 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from keepalive import config
+from keepalive.cli.doctor import findings, gather
 from keepalive.simulator.models import SimModel
 from tests.kit.live import (
     DaemonProcess,
@@ -182,3 +186,35 @@ def test_what_callers_share_is_read_after_the_next_load_and_shows_nowhere(tmp_pa
     assert len(written_down) >= 3  # config, log, history
     assert not any(CANARY.encode() in content for content in written_down)
     assert not any(CANARY in page for page in shown)
+
+
+@pytest.mark.parametrize("remembers", [True, False])
+async def test_where_it_does_not_help_it_says_so_and_stops(remembers: bool, tmp_path: Path) -> None:
+    (tmp_path / "agent.txt").write_text(WORDS)
+    with log_in(tmp_path) as lines:
+        async with simulator(GEMMA, prompt_cache=remembers, prompt_token_seconds=0.002) as studio:
+            path = written(tmp_path, studio.url, "agent.txt")
+            async with daemon(path.read_text(), path=path) as running:
+                await until(lambda: model(running, "gemma")["primed"]["at"], "it is primed")
+                # Twice as slow: a busy machine, too, may have been slow to read the opening.
+                studio.studio.set_faults(prompt_token_seconds=0.004)
+                messages = [{"role": "system", "content": WORDS}, {"role": "user", "content": "hi"}]
+                asks = {"model": "gemma", "messages": messages, "stream": True, "max_tokens": 2}
+                for _ in range(5):
+                    assert (await asked(f"{running.url}/v1/chat/completions", "POST", asks))[0] == 200
+                await until(lambda: model(running, "gemma")["in_flight"] == 0, "all is answered")
+                known = model(running, "gemma")
+                parsed = config.parse(path.read_text(), str(path), {})
+                found = findings(await gather(parsed, path, {}, "", running.status()))
+                text = (await asked(f"{running.admin_url}/metrics"))[2]
+        stopped = lines("model.priming_stopped")
+
+    count = 'keepalive_proxy_time_to_first_token_seconds_count{model="gemma",start="primed"} 5.0'
+    assert count in text
+    told = [finding.what for finding in found if "priming" in finding.what]
+    if remembers:
+        assert (known["primed"]["reason"], stopped, told) == (None, [], [])
+    else:
+        assert known["primed"]["reason"].startswith("priming has not made answers faster: ")
+        assert [line["reason"] for line in stopped] == [known["primed"]["reason"]]
+        assert told == [f"gemma on local: {known['primed']['reason']}"]
