@@ -294,6 +294,13 @@ class UnloadCause(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class OpeningRead(ModelFact):
+    """A user's request begins with an opening, and is being answered: the model has it in its cache."""
+
+    opening: str
+
+
+@dataclass(frozen=True, slots=True)
 class PrimedAnswered(ModelFact):
     """A request that began with little more than an opening that had been read got its first token after `seconds`.
 

@@ -8,7 +8,7 @@ from math import inf
 
 from keepalive.core.actions import Action, Drain, EndDrain, Load, Prime, Refresh, SendPing, SkipPing, Unload
 from keepalive.core.facts import ModelId, Tier, UnloadCause, fold_key
-from keepalive.core.primes import give_ups, next_primes
+from keepalive.core.primes import by_opening, give_ups, next_primes
 from keepalive.core.records import Model, Upstream, UpstreamState, is_loading
 from keepalive.core.room import Arrangement, arrange, is_in_use, manages
 from keepalive.core.states import State
@@ -40,6 +40,7 @@ def plan(upstream: Upstream, models: Sequence[Model], now: float) -> list[Action
     pings = _pings([m for m in models if m.id not in going], now)
     free = not (loads or upstream.arriving)
     actions += give_ups(models, free=free)
+    pings = by_opening(pings, models, free=free)
     primes = [] if pings else [p for p in next_primes(models, now, free=free) if p[0].id not in going]
     calls = unloads + loads + pings + primes
     for model, action in calls:
@@ -51,7 +52,8 @@ def plan(upstream: Upstream, models: Sequence[Model], now: float) -> list[Action
         else:
             stale = True
     if not upstream.listing and _refresh_is_due(upstream, models, now, stale=stale):
-        loading = bool(loads or primes) or any(_may_be_loading(m) for m in models)
+        primes_next = any(isinstance(action, Prime) for _, action in calls)
+        loading = bool(loads) or primes_next or any(_may_be_loading(m) for m in models)
         actions.append(Refresh(upstream.name, loading=loading))
     return actions
 

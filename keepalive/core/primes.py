@@ -11,9 +11,17 @@ from math import inf
 
 from keepalive.core.actions import Action, GiveUpPrime, Prime
 from keepalive.core.errors import Reason
-from keepalive.core.facts import OpeningsLearned, PrimedAnswered, PrimeEnded, PrimeOutcome, PrimeStarted
+from keepalive.core.facts import (
+    OpeningRead,
+    OpeningsLearned,
+    PingOutcome,
+    PrimedAnswered,
+    PrimeEnded,
+    PrimeOutcome,
+    PrimeStarted,
+)
 from keepalive.core.moves import proved
-from keepalive.core.records import Model, Primed, Priming
+from keepalive.core.records import Model, Ping, Primed, Priming
 from keepalive.core.states import IllegalMove, State
 
 # Who has just had an answer mostly asks again: an opening that is begun and given up all the time helps nobody.
@@ -38,6 +46,24 @@ def next_primes(models: Sequence[Model], now: float, *, free: bool) -> list[tupl
     ready = [(m, opening) for m in models if (opening := _due(m, now)) is not None]
     ready.sort(key=lambda found: found[0].rank)
     return [(m, Prime(m.id, m.instance_id or m.id.key, opening)) for m, opening in ready[:1]]
+
+
+def by_opening(
+    pings: list[tuple[Model, Action]], models: Sequence[Model], *, free: bool
+) -> list[tuple[Model, Action]]:
+    """The pings that are due; one of them is an opening that was read, where that is in nobody's way.
+
+    It proves as much, and holds its place in the cache: another prompt may take that.
+    """
+    if not free or _is_used(models) or any(m.priming.under_way for m in models):
+        return pings
+    for number, (model, _) in enumerate(pings):
+        priming = model.priming
+        held = next((primed.opening for primed in priming.done if primed.ours), None)
+        if held is not None and priming.useless is None and _is_fit(model, held):
+            replayed = (model, Prime(model.id, model.instance_id or model.id.key, held))
+            return [*pings[:number], replayed, *pings[number + 1 :]]
+    return pings
 
 
 def give_ups(models: Sequence[Model], *, free: bool) -> list[Action]:
@@ -123,6 +149,16 @@ def learned(model: Model, fact: OpeningsLearned) -> Model:
     )
 
 
+def read(model: Model, fact: OpeningRead) -> Model:
+    """Who replayed it now would take away what its user has said behind it."""
+    priming = model.priming
+    known = any(primed.opening == fact.opening for primed in priming.done)
+    if known or fact.opening not in priming.wished or model.state is not State.WARM:
+        return model
+    done = (*priming.done, Primed(fact.opening, fact.at, 0.0, ours=False))
+    return replace(model, priming=replace(priming, done=done))
+
+
 def started(model: Model, fact: PrimeStarted) -> Model:
     if model.calling or not (model.instances or (model.blind and model.state is State.WARM)):
         raise IllegalMove(f"{model.id}: an opening though nothing is loaded, or a call is under way")
@@ -130,6 +166,7 @@ def started(model: Model, fact: PrimeStarted) -> Model:
 
 
 def ended(model: Model, fact: PrimeEnded) -> Model:
+    was_read = any(primed.opening == fact.opening for primed in model.priming.done)
     priming = replace(model.priming, under_way=None)
     model = replace(model, touched_at=fact.at, used_at=fact.at, priming=priming)
     match fact.outcome:
@@ -140,19 +177,23 @@ def ended(model: Model, fact: PrimeEnded) -> Model:
         case PrimeOutcome.REFUSED:
             # It answers, only not this.
             return _unfit(_proved(model, fact.at), fact)
-        case PrimeOutcome.TIMEOUT:
+        case PrimeOutcome.TIMEOUT if not was_read:
             return _unfit(model, fact)
     again = fact.why is Reason.CRASHED or fact.opening in priming.failed
-    if fact.why not in BLAMELESS:
+    # One that it knew is answered late by a busy model, as any ping is.
+    blameless = fact.why in BLAMELESS or (was_read and fact.outcome is PrimeOutcome.TIMEOUT)
+    if not blameless:
         priming = replace(priming, failed=priming.failed | {fact.opening})
-    model = replace(model, priming=replace(priming, again_at=fact.at + AGAIN))
+    # Nothing is sure any more: the next ping is a plain one.
+    model = replace(model, priming=replace(priming, again_at=fact.at + AGAIN, done=()))
     if model.policy.pinged and model.ping_at is not None:
         model = replace(model, ping_at=min(model.ping_at, fact.at))  # the verdict on the model is a ping's
-    return _unfit(model, fact) if again and fact.why not in BLAMELESS else model
+    return _unfit(model, fact) if again and not blameless else model
 
 
 def _done(model: Model, fact: PrimeEnded) -> Model:
-    model = _proved(replace(model, pinged_at=fact.at), fact.at)
+    ping = Ping(fact.at, PingOutcome.OK, fact.seconds)
+    model = _proved(replace(model, pinged_at=fact.at, last_ping=ping), fact.at)
     if model.state is not State.WARM:
         return model  # it went away meanwhile, and its cache with it
     priming, opening = model.priming, fact.opening
@@ -191,7 +232,8 @@ def _proved(model: Model, at: float) -> Model:
 def _unfit(model: Model, fact: PrimeEnded) -> Model:
     others = (found for found in model.priming.unfit if found[0] != fact.opening)
     unfit = (*others, (fact.opening, fact.message or "no words"))
-    return replace(model, priming=replace(model.priming, unfit=unfit))
+    done = tuple(primed for primed in model.priming.done if primed.opening != fact.opening)
+    return replace(model, priming=replace(model.priming, unfit=unfit, done=done))
 
 
 def label(opening: str) -> str:

@@ -96,6 +96,7 @@ class Primed:
     at: float
     seconds: float
     tokens: int | None = None
+    ours: bool = True  # we replayed it; else a user's request began with it
 
 
 @dataclass(frozen=True, slots=True)

@@ -725,7 +725,9 @@ class Keeper:
             if replay is None:
                 outcome, message = PrimeOutcome.REFUSED, "it is no longer known"
             else:
-                timeout = model.policy.load_timeout
+                # What it had in its cache it answers as soon as a ping.
+                held = any(primed.opening == opening for primed in model.priming.done)
+                timeout = model.policy.ping_timeout if held else model.policy.load_timeout
                 tokens = await client.prime(replay, target, accepted, tier=tier, timeout=timeout)
         except TimedOut as error:
             outcome, message = PrimeOutcome.TIMEOUT, str(error)

@@ -17,7 +17,7 @@ from keepalive.config import Config, Kept
 from keepalive.core.callers import Begun, Key, Seen
 from keepalive.core.errors import KeepaliveError
 from keepalive.core.explain import eta
-from keepalive.core.facts import ModelFact, ModelId, PrimedAnswered, UpstreamFact, WarmAsked
+from keepalive.core.facts import ModelFact, ModelId, OpeningRead, PrimedAnswered, UpstreamFact, WarmAsked
 from keepalive.core.keeping import View
 from keepalive.core.names import Meaning
 from keepalive.core.records import Model
@@ -213,7 +213,10 @@ class Front:
         begun, known = self._openings.note(model, route.protocol, body), self._keeper.glance(model)
         if begun is None or known is None:
             return None
-        return begun if any(primed.opening == begun.opening for primed in known.priming.done) else None
+        done = next((primed for primed in known.priming.done if primed.opening == begun.opening), None)
+        if done is None:
+            self._keeper.record(OpeningRead(self._clock(), model, begun.opening))
+        return begun if done is not None and done.ours else None
 
     # --- what it is given ---------------------------------------------------------------------------
 

@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 
-from keepalive.core.actions import GiveUpPrime, Load, Prime, Refresh
+from keepalive.core.actions import GiveUpPrime, Load, Prime, Refresh, SendPing
 from keepalive.core.errors import Reason
 from keepalive.core.facts import (
     Fact,
     Instance,
     InstanceLost,
     LoadStarted,
+    OpeningRead,
     OpeningsLearned,
     PingEnded,
     PingOutcome,
@@ -207,6 +208,39 @@ def test_an_opening_that_was_read_counts_as_the_ping_of_its_interval():
     assert (model.ping_at, model.pinged_at, model.seen_at) == (405, 105, 105)
     assert model.state is State.WARM
     assert not model.calling
+
+
+def test_the_next_ping_is_an_opening_that_was_read_where_that_is_in_nobodys_way():
+    box = a_box(a_model(QWEN, rank=1, window_open=False)).see(*primed(25), *primed(31, "second"))
+    seen = listed(400, *rows(a_model(QWEN)))
+    assert box.see(seen).plan(400) == [Prime(GEMMA, "gemma", "agent")]
+
+    box.see(RequestStarted(400, QWEN))
+
+    assert SendPing(GEMMA, "gemma") in box.plan(400)
+    assert primes(box, 400) == []
+
+
+@pytest.mark.parametrize("outcome", [PrimeOutcome.ERROR, PrimeOutcome.TIMEOUT])
+def test_where_that_fails_a_ping_of_its_own_is_the_verdict(outcome: PrimeOutcome):
+    box = a_box().see(*primed(25), *primed(31, "second"), *primed(400, "agent", outcome, message="no"))
+
+    assert box.see(listed(406, *rows())).plan(406) == [SendPing(GEMMA, "gemma")]
+    assert box[GEMMA].priming.unfit == ()
+
+
+def test_what_users_read_by_themselves_is_not_replayed_and_is_no_ping():
+    box = a_box().see(
+        OpeningRead(25, GEMMA, "agent"), OpeningRead(26, GEMMA, "agent"), OpeningRead(26, GEMMA, "x")
+    )
+    assert [(one.opening, one.ours) for one in box[GEMMA].priming.done] == [("agent", False)]
+
+    assert first(box, 30) == [Prime(GEMMA, "gemma", "second")]
+    assert SendPing(GEMMA, "gemma") in box.see(listed(400, *rows())).plan(400)
+
+
+def test_who_reads_an_opening_of_a_model_that_is_gone_leaves_nothing_behind():
+    assert after(cold(priming=WISHES), OpeningRead(25, GEMMA, "agent")).priming.done == ()
 
 
 def test_a_listing_from_while_it_was_read_says_nothing_of_what_came_after():

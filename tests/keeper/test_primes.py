@@ -2,14 +2,18 @@
 
 import asyncio
 import json
-from dataclasses import replace
+import random
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 
 from keepalive.core.facts import (
+    InstanceLost,
     LoadEnded,
     ModelId,
+    OpeningRead,
     OpeningsLearned,
     PrimeEnded,
     PrimeOutcome,
@@ -21,7 +25,7 @@ from keepalive.core.records import Model
 from keepalive.core.states import State
 from keepalive.keeper.keeper import Keep, Replay, Server
 from keepalive.lmstudio.client import Client
-from keepalive.simulator.exchange import Request
+from keepalive.simulator.exchange import Refusal, Request
 from keepalive.simulator.models import SimModel
 from tests.keeper.test_keeper import POLICY, a_site, a_world, events, model, virtually, warm
 from tests.kit.world import InProcess, Judge, Site, World
@@ -31,8 +35,12 @@ PATH = "/v1/chat/completions"
 LONG = [{"role": "system", "content": " ".join(f"rule{n}" for n in range(1000))}]
 
 
-def opening(messages: list[dict[str, str]]) -> Replay:
-    return PATH, {"messages": [*messages, {"role": "user", "content": "."}], "max_tokens": 1, "stream": False}
+def opening(messages: list[dict[str, str]], said: str = ".") -> Replay:
+    return PATH, {
+        "messages": [*messages, {"role": "user", "content": said}],
+        "max_tokens": 1,
+        "stream": False,
+    }
 
 
 class Told:
@@ -69,14 +77,15 @@ async def until(told: Told, count: int) -> None:
     raise AssertionError(f"only {told.outcomes}")
 
 
-async def first_token(site: Site, messages: list[dict[str, str]]) -> float:
+async def first_token(site: Site, messages: list[dict[str, str]], said: str = ".") -> float:
     """How long a user waits for it, past the daemon."""
     began = asyncio.get_running_loop().time()
-    _, body = opening(messages)
+    _, body = opening(messages, said)
     sent = json.dumps({**body, "model": "a", "stream": True, "max_tokens": 5}).encode()
     reply = await site.studio.handle(Request("POST", PATH, "", {}, sent))
     pieces = reply.body
-    assert not isinstance(pieces, bytes)
+    if isinstance(pieces, bytes):
+        raise LookupError("the model went away")  # noqa: TRY004
     await anext(pieces.__aiter__())
     seconds = asyncio.get_running_loop().time() - began
     await reply.read()
@@ -128,8 +137,52 @@ def test_every_load_is_followed_by_it_again():
 
     told, site = virtually(go)
 
-    assert told.outcomes == [("one", "ok"), ("two", "ok")] * 3
+    assert told.outcomes[:6] == [("one", "ok"), ("two", "ok")] * 3
     assert len(events(site, "load.started")) == 3
+
+
+def test_a_quiet_model_is_pinged_by_what_it_has_read_in_turn_so_that_no_ping_takes_its_place():
+    """With one slot a ping of its own would leave nothing of an opening in the cache."""
+
+    async def go(judge: Judge) -> tuple[float, Told, Site]:
+        world, told = primed_world(judge, "one", "two", parallel=2)
+        site = world.sites[0]
+        world.start()
+        await until(told, 2)
+        await asyncio.sleep(3600)
+        seconds = await first_token(site, [{"role": "system", "content": "one"}, *LONG])
+        assert model(world, "a").last_ping.at > 3300
+        await world.kill()
+        return seconds, told, site
+
+    seconds, told, site = virtually(go)
+
+    assert len(told.ends) >= 12
+    assert set(told.outcomes[::2]) == {("one", "ok")}
+    assert set(told.outcomes[1::2]) == {("two", "ok")}
+    assert max(prompt - known for prompt, known in cached(site)[3:]) <= 4
+    assert seconds < 0.5
+
+
+def test_a_model_that_hangs_is_found_by_a_ping_of_its_own_in_no_more_time_than_ever():
+    async def go(judge: Judge) -> tuple[Told, Model]:
+        world, told = primed_world(judge)
+        world.start()
+        await until(told, 1)
+        world.sites[0].studio.set_faults(answer="hang")
+        await until(told, 2)
+        took = told.ends[1].seconds
+        await asyncio.sleep(70)
+        known = model(world, "a")
+        assert took == pytest.approx(POLICY.ping_timeout)
+        await world.kill()
+        return told, known
+
+    told, known = virtually(go)
+
+    assert told.outcomes == [("agent", "ok"), ("agent", "timeout")]
+    assert known.busy
+    assert known.priming.unfit == ()
 
 
 def test_a_user_who_comes_meanwhile_ends_it_at_once_and_it_is_gone_on_with_when_he_has_left():
@@ -293,3 +346,115 @@ def test_another_server_behind_the_name_is_primed_anew_and_the_old_work_is_dropp
     assert told.outcomes[0] == ("agent", "ok")
     assert len(told.ends) <= 2
     assert len([e for e in site.studio.log() if e["kind"] == "client.gone"]) >= 1
+
+
+# --- in nobody's way --------------------------------------------------------------------------------------
+
+NOTICED = 0.4
+# A keeper takes a look before it does something, and users come between its ticks.
+ROUNDING = 0.1
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """Somebody comes at `at` with an opening (of those that are primed, or his own), and says so many words."""
+
+    at: float
+    begins: str
+    words: int
+    leaves: float | None = None  # in mid-answer
+
+
+def drawn(seed: int, names: tuple[str, ...]) -> tuple[list[Arrival], list[float]]:
+    """Users, and when LM Studio loses the model."""
+    chance = random.Random(seed)
+    arrivals, at = [], 0.0
+    # Of two who begin alike at once only one finds it in the cache, and the other's copy helps a third: who that is
+    # would be a matter of luck.
+    free_at: dict[str, float] = {}
+    while len(arrivals) < 12:
+        at += chance.choice([0.05, chance.uniform(0.05, 4), chance.uniform(1, 20), chance.uniform(1, 200)])
+        begins = chance.choice([*names, "own"])
+        if at < free_at.get(begins, 0.0) or begins == "own":
+            begins = f"own{len(arrivals)}"
+        free_at[begins] = at + 30
+        leaves = chance.uniform(0, 5) if chance.random() < 0.2 else None
+        arrivals.append(Arrival(at, begins, chance.choice([1, 10, 200]), leaves))
+    return arrivals, [chance.uniform(0, at) for _ in range(chance.randrange(3))]
+
+
+async def visit(world: World, arrival: Arrival, n: int) -> float | None:
+    """The way of a request through the daemon: held until the model is warm, then passed on; its first token."""
+    began, life = asyncio.get_running_loop().time(), world.life
+    assert life is not None
+    await life.keeper.ensure_warm([A])
+    waited = asyncio.get_running_loop().time() - began
+    world.record(RequestStarted, A)
+    answered = False
+    try:
+        if arrival.begins in world.openings:
+            world.record(OpeningRead, A, arrival.begins)
+        own = " ".join(f"word{n}-{k}" for k in range(arrival.words))
+        messages = [{"role": "system", "content": arrival.begins}, *LONG]
+        async with asyncio.timeout(arrival.leaves):
+            seconds = await first_token(world.sites[0], messages, own)
+        answered = True
+        return waited + seconds
+    except (Refusal, LookupError, TimeoutError):
+        return None  # he left, or the model did
+    finally:
+        world.record(lambda at, m: RequestEnded(at, m, answered), A)
+
+
+def lived(seed: int, names: tuple[str, ...], slots: int, *, primes: bool) -> tuple[list[float | None], Told]:
+    """When each of the users had his first token, with priming or without."""
+
+    async def go(judge: Judge) -> tuple[list[float | None], Told]:
+        faults = {"prompt_finishes_after_disconnect": False, "disconnect_noticed_seconds": NOTICED}
+        world, told = primed_world(judge, *names, parallel=slots, **faults)
+        if not primes:
+            world.keeps = [replace(world.keeps[0], openings={})]
+        arrivals, losses = drawn(seed, names)
+        world.start()
+
+        async def come(n: int, arrival: Arrival) -> float | None:
+            await asyncio.sleep(arrival.at)
+            return await visit(world, arrival, n)
+
+        async def lose(at: float) -> None:
+            await asyncio.sleep(at)
+            with suppress(ValueError):
+                world.sites[0].studio.evict("a")
+                world.record(
+                    InstanceLost, A, "Model unloaded."
+                )  # or who looks when would be a matter of luck
+
+        visits = [asyncio.ensure_future(come(n, arrival)) for n, arrival in enumerate(arrivals)]
+        await asyncio.gather(*map(lose, losses), *visits)
+        await world.kill()
+        return [visit.result() for visit in visits], told
+
+    result: tuple[list[float | None], Told] = virtually(go)
+    return result
+
+
+@pytest.mark.parametrize(("names", "slots"), [(("one",), 1), (("one", "two"), 16)])
+def test_no_users_first_token_is_later_than_without_by_more_than_lm_studio_takes_to_see_a_caller_leave(
+    names: tuple[str, ...], slots: int
+):
+    saved, given_up = 0.0, 0
+    for seed in range(12):
+        without, _ = lived(seed, names, slots, primes=False)
+        with_it, told = lived(seed, names, slots, primes=True)
+
+        for n, (before, now) in enumerate(zip(without, with_it, strict=True)):
+            if before is not None and now is not None:
+                assert now <= before + NOTICED + ROUNDING, (
+                    f"seed {seed}, user {n}: {before:.2f} s, now {now:.2f} s"
+                )
+                saved += before - now
+        given_up += sum(end.outcome is PrimeOutcome.GIVEN_UP for end in told.ends)
+    print(f"{saved:.0f} s saved, {given_up} times given up")
+
+    assert saved > 50
+    assert given_up > 0
