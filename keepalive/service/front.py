@@ -214,7 +214,7 @@ class Front:
         if begun is None or known is None:
             return None
         done = next((primed for primed in known.priming.done if primed.opening == begun.opening), None)
-        if done is None:
+        if done is None and begun.opening in known.priming.wished:
             self._keeper.record(OpeningRead(self._clock(), model, begun.opening))
         return begun if done is not None and done.ours else None
 
