@@ -106,8 +106,10 @@ def _is_used(models: Iterable[Model]) -> bool:
 
 def _is_quiet(models: Sequence[Model], now: float) -> bool:
     # Strangers are seen where LM Studio's own socket shows them.
-    busy = any(instance.busy for m in models for instance in m.instances)
-    return not (busy or _is_used(models)) and now >= max((m.active_at for m in models), default=-inf) + QUIET
+    engaged = any(m.engaged for m in models)
+    return (
+        not (engaged or _is_used(models)) and now >= max((m.active_at for m in models), default=-inf) + QUIET
+    )
 
 
 # --- what came of it ----------------------------------------------------------------------------------

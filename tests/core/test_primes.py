@@ -33,6 +33,7 @@ from keepalive.core.records import Model, Primed, Priming
 from keepalive.core.states import IllegalMove, State
 from tests.kit.models import (
     GEMMA,
+    POLICY,
     QWEN,
     Box,
     a_model,
@@ -470,3 +471,13 @@ def test_where_residency_does_not_show_a_model_that_answers_is_primed_by_its_key
     assert primes(box.see(listed(20, entry("gemma"), tier=Tier.OPENAI)), 20) == [
         Prime(GEMMA, "gemma", "agent")
     ]
+
+
+def test_a_model_that_is_loaded_when_asked_for_is_primed_too_and_not_when_it_is_about_to_go():
+    on_demand = replace(ours(priming=WISHES), policy=replace(POLICY, auto=True))
+    box = Box(on_demand).see(listed(20, *rows()))
+    assert first(box, 30) == [Prime(GEMMA, "gemma", "agent")]
+
+    going = Box(replace(on_demand, draining=True)).see(listed(20, *rows()))
+
+    assert first(going, 30) == []
