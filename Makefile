@@ -11,10 +11,10 @@ TESTABLE := $(VENV)/.installed-test
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check collected mutants test-timely test-setup bench schema man clean python
+.PHONY: help demo test check collected mutants test-timely test-setup test-setup-container bench schema man clean python
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-22s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(INSTALLED)  ## Watch keepalive work, against a simulated LM Studio; Ctrl-C ends it
 	@$(BIN)/keepalive demo
@@ -42,6 +42,9 @@ test-timely: $(TESTABLE)  ## Run the tests that depend most on time 20 times, wh
 
 test-setup: python  ## Install the real inference server that some tests skip without (more than 1 GB)
 	$(PYTHON) tests/kit/real_server.py install
+
+test-setup-container: python  ## Make the small Debian that the container's test skips without (root, debootstrap, 400 MB)
+	$(PYTHON) tests/kit/container.py install
 
 bench: $(TESTABLE)  ## Measure what the daemon costs, idle, for the page, as a proxy and for prompts (13 minutes)
 	@$(BIN)/python benchmarks/idle.py
