@@ -97,6 +97,7 @@ class ModelLoading:
     message: str
     elapsed_seconds: float
     expected_seconds: float | None
+    progress: float | None = None  # from 0 to 1, where LM Studio tells it
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,7 +335,10 @@ def _event(data: str) -> Event | None:
             case "model_loading":
                 expected = told["estimatedTime"]
                 return ModelLoading(
-                    told["message"], told["elapsed"] / 1000, None if expected is None else expected / 1000
+                    told["message"],
+                    told["elapsed"] / 1000,
+                    None if expected is None else expected / 1000,
+                    told.get("progress"),
                 )
             case "reasoning":
                 return Reasoning(told["content"])
@@ -359,7 +363,10 @@ def _delta(data: str) -> answers.Delta:
 def _loading(heartbeat: words.Heartbeat) -> ModelLoading:
     to_go, elapsed = heartbeat.eta, heartbeat.elapsed
     return ModelLoading(
-        f"{heartbeat.model} is {heartbeat.state}", elapsed, None if to_go is None else elapsed + to_go
+        f"{heartbeat.model} is {heartbeat.state}",
+        elapsed,
+        None if to_go is None else elapsed + to_go,
+        heartbeat.progress,
     )
 
 

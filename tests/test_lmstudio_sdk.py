@@ -178,7 +178,7 @@ async def test_who_asks_for_a_cold_model_waits_for_the_one_load():
         assert result.content == "This answer comes"
         assert live.loads(studio) == 1
         assert list(studio.memory.instances) == [KEPT.key]
-        assert studio.memory.instances[KEPT.key].owner == "rest"
+        assert studio.memory.instances[KEPT.key].ttl_seconds is None
 
 
 async def test_another_copy_is_loaded_after_the_one_that_is_kept():

@@ -55,6 +55,8 @@ def document(
                 "since": utc(date(upstream.since)),
                 "error": upstream.error,
                 "memory": memory_document(upstream, snapshot.of(upstream.name), snapshot.now),
+                "sdk": upstream.sight.sdk.value,
+                "sdk_reason": upstream.sight.why,
             }
             for upstream in snapshot.upstreams
         ],
@@ -116,7 +118,8 @@ def model_document(
         "memory_source": room.source(model),
         "idle_at": at(_idle_at(model)),
         "listed": model.listed,
-        "busy": model.busy,
+        "busy": model.busy or model.engaged,
+        "queued": model.queued,
         "in_flight": model.in_flight,
         "waiting": model.waiting,
         "silent_seconds": None
@@ -126,12 +129,18 @@ def model_document(
         "instances": len(model.instances),
         "ours": model.instance_id in model.ours,
         "context_length": model.instances[0].context_length if model.instances else None,
+        # LM Studio's own words: null where it says nothing, or where nothing runs out.
+        "ttl_seconds": None if model.ttl is None or math.isinf(model.ttl) else round(model.ttl, 3),
+        "last_used_at": None if model.last_used is None else utc(model.last_used),
+        "goes_at": at(model.goes_at),
+        "passes_guardrails": None if model.need is None else model.need.passes_guardrails,
         "load": None
         if since is None
         else {
             "elapsed_seconds": round(max(0.0, now - since), 3),
             "eta_seconds": None if left is None else round(left, 3),
             "attempt": model.failures + 1,
+            "progress": None if model.progress is None else round(model.progress, 3),
         },
         "last_load_seconds": model.recent_loads[-1] if model.recent_loads else None,
         "loads": model.loads,
@@ -169,9 +178,10 @@ def _primed(model: Model, at: Callable[[float | None], str | None]) -> Json | No
 
 
 def _next_ping(model: Model, now: float) -> float | None:
-    if model.ping_at is None or not model.needed or not (model.instances or model.blind):
+    due = model.ping_due_at
+    if due is None or not model.needed or not (model.instances or model.blind):
         return None
-    return max(model.ping_at, now)
+    return max(due, now)
 
 
 def _idle_at(model: Model) -> float | None:

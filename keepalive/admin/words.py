@@ -30,7 +30,9 @@ def summary(status: Json) -> str:
     for model in cold:
         if model["load"]:
             load = model["load"]
-            parts.append(f"{model['key']} loading, {span(load['elapsed_seconds'])}{_to_go(load)}")
+            parts.append(
+                f"{model['key']} loading, {span(load['elapsed_seconds'])}{_done(load)}{_to_go(load)}"
+            )
         elif model["state"] == "backoff":
             parts.append(f"{model['key']} failed: {model['reason']}")
     return "; ".join(parts)
@@ -68,7 +70,12 @@ def span(seconds: float) -> str:
 
 
 def progress(load: Json) -> str:
-    return f"{span(load['elapsed_seconds'])} so far{_to_go(load)}"
+    return f"{span(load['elapsed_seconds'])} so far{_done(load)}{_to_go(load)}"
+
+
+def _done(load: Json) -> str:
+    done = load.get("progress")
+    return "" if done is None else f", {done:.0%} done"
 
 
 def _to_go(load: Json) -> str:

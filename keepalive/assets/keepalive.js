@@ -221,7 +221,7 @@ function apply(state, event, duration) {
     }
     case "model_loading": {
       const { message = null, elapsed = null, estimatedTime = null } = event;
-      const fraction = estimatedTime > 0 && elapsed < estimatedTime ? elapsed / estimatedTime : null;
+      const fraction = event.progress ?? (estimatedTime > 0 && elapsed < estimatedTime ? elapsed / estimatedTime : null);
       Object.assign(progress, { message, elapsed, estimatedTime, fraction });
       return { ...state, status: "loading", isModelLoading: true, progress };
     }

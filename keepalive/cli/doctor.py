@@ -6,7 +6,9 @@ what the answers mean. What the daemon sees outranks what is seen from here: a t
 
 import asyncio
 import importlib.util
+import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, tzinfo
 from difflib import get_close_matches
@@ -24,6 +26,7 @@ from keepalive.core.explain import RIVAL
 from keepalive.core.facts import Entry, Tier, fold_key
 from keepalive.core.primes import USELESS
 from keepalive.lmstudio.client import Client, Listing
+from keepalive.lmstudio.wire import SDK_ALONE
 from keepalive.service import tokens
 from keepalive.service.front import is_loopback
 from keepalive.service.tokens import TokenError
@@ -66,6 +69,7 @@ class Host:
     now: datetime
     zone: tzinfo | str | None = None  # as text: why there is none
     synchronized: bool | None = None
+    memory_bytes: int | None = None
     unit: str | None = None  # what systemd says of keepalive.service: "enabled", "disabled", …
     messages: bool = True  # what sends them is installed
 
@@ -102,11 +106,11 @@ async def gather(
     status: Json | None,
     silence: str = "",
 ) -> Evidence:
-    """Ask every upstream and this machine. Bounded by the longest `list_timeout`."""
-    probes = await asyncio.gather(*(_probe(upstream, environ) for upstream in config.upstreams))
+    """Ask every upstream and this machine. Bounded by the longest `list_timeout`, three times."""
+    probes = await asyncio.gather(*(_probe(config, upstream, environ) for upstream in config.upstreams))
     names = [upstream.name for upstream in config.upstreams]
     messages = importlib.util.find_spec("apprise") is not None
-    host = Host(datetime.now(UTC), _zone(config), messages=messages)
+    host = Host(datetime.now(UTC), _zone(config), memory_bytes=_memory(), messages=messages)
     if _has_systemd():
         clock = await _said("timedatectl", "show", "--property=NTPSynchronized", "--value")
         unit = await _said("systemctl", "is-enabled", "keepalive.service")
@@ -114,7 +118,7 @@ async def gather(
     return Evidence(config, path, address, status, silence, host, dict(zip(names, probes, strict=True)))
 
 
-async def _probe(upstream: Upstream, environ: Mapping[str, str]) -> Probe:
+async def _probe(config: Config, upstream: Upstream, environ: Mapping[str, str]) -> Probe:
     try:
         token = tokens.of_upstream(upstream, environ)
         async with Client(
@@ -123,8 +127,17 @@ async def _probe(upstream: Upstream, environ: Mapping[str, str]) -> Probe:
             token=token,
             connect_timeout=upstream.connect_timeout,
             list_timeout=upstream.list_timeout,
+            sdk=upstream.sdk == "auto",
         ) as client:
-            return Probe(listing=await client.listing())
+            client.expect(
+                {kept.key: kept.load_fields for kept in config.kept if kept.upstream == upstream.name}
+            )
+            listing = await client.listing()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(upstream.list_timeout):
+                    await client.estimated()
+                    listing = await client.listing()
+            return Probe(listing=listing)
     except KeepaliveError as error:
         return Probe(error=error)
 
@@ -134,6 +147,13 @@ def _zone(config: Config) -> tzinfo | str:
         return config.zone
     except (ZoneInfoNotFoundError, OSError, ValueError) as error:
         return str(error) or type(error).__name__
+
+
+def _memory() -> int | None:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None  # not every system tells
 
 
 def _has_systemd() -> bool:
@@ -254,6 +274,8 @@ def _upstream(seen: Evidence, upstream: Upstream) -> Iterator[Finding]:
             )
     if probe.listing is not None:
         yield from _tier(seen, upstream, probe.listing.tier)
+        yield from _socket(seen, upstream, probe.listing)
+        yield from _room(seen, upstream, probe.listing)
 
 
 def _tier(seen: Evidence, upstream: Upstream, tier: Tier) -> Iterator[Finding]:
@@ -280,6 +302,70 @@ def _tier(seen: Evidence, upstream: Upstream, tier: Tier) -> Iterator[Finding]:
             'LM Studio: Developer, Server Settings, switch off "Only Keep Last JIT Loaded Model"; then '
             f"auto_evict = false in [[upstreams]] {upstream.name!r}",
         )
+
+
+def _socket(seen: Evidence, upstream: Upstream, listing: Listing) -> Iterator[Finding]:
+    """What the socket of LM Studio's SDKs is good for: as the daemon sees it, else as it is seen from here."""
+    known = seen.upstream_status(upstream.name) or {}
+    sdk, why = listing.sight.sdk.value, listing.sight.why
+    if known.get("url") == upstream.url and known.get("sdk", "off") != "off" and sdk != "up":
+        sdk, why = known["sdk"], known["sdk_reason"]
+    if listing.tier is Tier.OPENAI or upstream.sdk == "off":
+        sdk = "off"
+    blind = "how far a load is, what others do with a model and when its timer strikes cannot be seen; all else works"
+    if sdk == "refused":
+        yield Finding(
+            f"LM Studio {upstream.name!r} refuses the socket of its SDKs: {why}",
+            blind,
+            f'give the token the permission for it, or sdk = "off" in [[upstreams]] {upstream.name!r}',
+        )
+    if sdk == "absent":
+        yield Finding(
+            f"LM Studio {upstream.name!r} does not serve the socket of its SDKs: {why}",
+            blind,
+            "let WebSockets through where a proxy stands in front of it; else "
+            f'sdk = "off" in [[upstreams]] {upstream.name!r}',
+        )
+    for kept in seen.config.kept:
+        alone = SDK_ALONE & kept.load_fields.keys() if kept.upstream == upstream.name else ()
+        if alone and sdk != "up":
+            yield Finding(
+                f"{', '.join(sorted(alone))} of {kept.key} has no effect",
+                f"only the socket of LM Studio's SDKs takes it, and that is {sdk}",
+                "see above" if sdk in ("refused", "absent") else 'sdk = "auto" in [[upstreams]]',
+            )
+
+
+def _room(seen: Evidence, upstream: Upstream, listing: Listing) -> Iterator[Finding]:
+    """What loads will take, by LM Studio's own estimates, before they are made."""
+    needs = {
+        kept: (entry, entry.need)
+        for kept in seen.config.kept
+        if kept.upstream == upstream.name
+        and (entry := listing.entries.get(fold_key(kept.key))) is not None
+        and entry.need is not None
+    }
+    for kept, (entry, need) in needs.items():
+        if need.passes_guardrails is False and not entry.instances:
+            yield Finding(
+                f"LM Studio {upstream.name!r} will refuse to load {kept.key}: it would take {size(need.memory_bytes)}",
+                "its guardrails find that too much beside what is loaded now",
+                f'a smaller context_length in [[models]] "{kept.key}"; or LM Studio: Settings, Hardware, Guardrails',
+            )
+    room = seen.host.memory_bytes if is_loopback(urlsplit(upstream.url).hostname or "") else None
+    always = {kept.key: need.memory_bytes for kept, (_, need) in needs.items() if kept.window is None}
+    if room is not None and len(always) > 1 and sum(always.values()) > room:
+        parts = ", ".join(f"{key} {size(taken)}" for key, taken in always.items())
+        yield Finding(
+            f"the models of {upstream.name!r} do not fit together: {parts}, and this machine has {size(room)}",
+            "the last of them is refused, or the machine swaps and all of them become slow",
+            "a window for one of them, a smaller context_length, or fewer models",
+        )
+
+
+def size(count: int) -> str:
+    """Bytes as short as people say it."""
+    return f"{count / 1e9:.1f} GB"
 
 
 def _model(seen: Evidence, kept: Kept) -> Iterator[Finding]:

@@ -142,11 +142,20 @@ def _state(model: Json, *, bars: bool) -> Text:
     if model["busy"]:
         text.append(" (busy)")
     load = model["load"]
-    if bars and load and load["eta_seconds"] is not None:
-        total = load["elapsed_seconds"] + load["eta_seconds"]
-        done = min(BAR, int(BAR * load["elapsed_seconds"] / total)) if total else BAR
+    if bars and load and (share := _done(load)) is not None:
+        done = min(BAR, int(BAR * share))
         text.append(f" {'━' * done}").append("─" * (BAR - done), style="dim")
     return text
+
+
+def _done(load: Json) -> float | None:
+    """How far a load is: by LM Studio's own word, else by the time that is left; None where nobody knows."""
+    if load.get("progress") is not None:
+        return float(load["progress"])
+    if load["eta_seconds"] is None:
+        return None
+    total = load["elapsed_seconds"] + load["eta_seconds"]
+    return load["elapsed_seconds"] / total if total else 1.0
 
 
 def _why(model: Json, now: datetime) -> str:

@@ -178,6 +178,8 @@ class Upstream(Table):
     memory: Memory | None = Field(None, examples=["40GiB"])
     """How much of its memory is for models. Default: what LM Studio itself says, else one model at a time of
     those with keep = "auto"."""
+    sdk: Literal["auto", "off"] = "auto"
+    """Whether the WebSocket of LM Studio's own SDKs is used, where it is there: it shows progress, work and timers."""
     connect_timeout: Timeout = seconds("5s")
     """How long a connection may take to open."""
     list_timeout: Timeout = seconds("10s")
@@ -263,6 +265,9 @@ class Model(Table):
     """Given to LM Studio when it loads: whether to use flash attention."""
     num_experts: Count | None = Field(None, examples=[8])
     """Given to LM Studio when it loads: how many experts a mixture uses for a token."""
+    num_parallel_sessions: Count | None = Field(None, examples=[8])
+    """Given to LM Studio when it loads, where sdk of its upstream is not off: how many requests it works on at
+    once."""
     offload_kv_cache_to_gpu: bool | None = Field(None, examples=[True])
     """Given to LM Studio when it loads: whether the KV cache lives in GPU memory."""
     refresh_interval: Refresh | None = Field(None, examples=["15s"])
@@ -350,7 +355,8 @@ LEARN = "learn"
 """What stands among the files of `prime` for the openings that requests share."""
 
 LOAD_FIELDS = (
-    "context_length", "eval_batch_size", "flash_attention", "num_experts", "offload_kv_cache_to_gpu",
+    "context_length", "eval_batch_size", "flash_attention", "num_experts", "num_parallel_sessions",
+    "offload_kv_cache_to_gpu",
 )  # fmt: skip
 """LM Studio refuses a load that carries any other field."""
 

@@ -19,6 +19,7 @@ from keepalive.core.facts import (
     Listed,
     ListingFailed,
     LoadEnded,
+    LoadProgressed,
     LoadRemembered,
     LoadsRecalled,
     LoadStarted,
@@ -141,6 +142,7 @@ CHANGES: Mapping[type[Fact], Callable[..., Model]] = {
         model, touched_at=fact.at, used_at=model.used_at - max(0.0, fact.seconds)
     ),
     LoadStarted: calls.load_started,
+    LoadProgressed: calls.load_progressed,
     LoadEnded: calls.load_ended,
     LoadRemembered: calls.load_remembered,
     LoadsRecalled: lambda model, fact: replace(

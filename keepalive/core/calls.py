@@ -10,6 +10,7 @@ from keepalive.core.errors import Reason
 from keepalive.core.facts import (
     LoadEnded,
     LoadOutcome,
+    LoadProgressed,
     LoadRemembered,
     LoadStarted,
     PingEnded,
@@ -46,8 +47,20 @@ def load_started(model: Model, fact: LoadStarted) -> Model:
         raise IllegalMove(f"{model.id}: a load though one is under way, or an instance is there")
     model = move(model, Sign.LOAD_STARTED, fact.at, None)
     return replace(
-        model, load_started=fact.at, retry_at=None, claim=fact.claim, ahead=fact.ahead, draining=False
+        model,
+        load_started=fact.at,
+        progress=None,
+        retry_at=None,
+        claim=fact.claim,
+        ahead=fact.ahead,
+        draining=False,
     )
+
+
+def load_progressed(model: Model, fact: LoadProgressed) -> Model:
+    if model.load_started is None or fact.progress <= (model.progress or 0.0):
+        return model
+    return replace(model, progress=fact.progress, progress_at=fact.at)
 
 
 def load_remembered(model: Model, fact: LoadRemembered) -> Model:
@@ -60,7 +73,7 @@ def load_remembered(model: Model, fact: LoadRemembered) -> Model:
 
 def load_ended(model: Model, fact: LoadEnded) -> Model:
     started = model.load_started if model.load_started is not None else fact.at
-    model = replace(model, load_started=None, touched_at=fact.at)
+    model = replace(model, load_started=None, progress=None, touched_at=fact.at)
     if fact.outcome is LoadOutcome.OK:
         return _loaded(model, fact, started)
     if fact.why is Reason.LOADING:
@@ -125,7 +138,7 @@ def ping_started(model: Model, fact: PingStarted) -> Model:
 def ping_ended(model: Model, fact: PingEnded) -> Model:
     policy, at = model.policy, fact.at
     if fact.outcome is PingOutcome.SKIPPED:
-        last = at if model.in_flight else model.active_at
+        last = at if model.in_flight or model.engaged else model.active_at
         return replace(model, ping_at=last + policy.ping_interval, vouched_at=model.active_at)
     ping = Ping(at, fact.outcome, fact.seconds)
     model = replace(model, pinging=False, touched_at=at, used_at=at, last_ping=ping, busy=False)

@@ -1,6 +1,7 @@
 """A model that was there is missing, and we did not unload it: why, and what it costs."""
 
 from dataclasses import replace
+from math import inf
 
 from keepalive.core.facts import Listed, Tier
 from keepalive.core.moves import STABLE, backoff
@@ -9,6 +10,8 @@ from keepalive.core.states import State
 
 # LM Studio's idle timers are set in minutes: what went sooner after its last use was not on one.
 IDLE_MIN = 60.0
+# LM Studio's clock is known to the second.
+TIMER_LATE = 2.0
 
 
 def why_missing(model: Model, fact: Listed, *, told: bool) -> Cause:
@@ -20,11 +23,16 @@ def why_missing(model: Model, fact: Listed, *, told: bool) -> Cause:
         return Cause.UNKNOWN
     if model.suspected is not None:
         return model.suspected
-    explicit = fact.tier is Tier.V1 and all(i.id in model.ours for i in model.instances)
-    if explicit:
-        # Of several none is left: LM Studio may have been restarted between two listings.
-        emptied = len(model.beside) > 1 and not model.beside & fact.resident
-        return Cause.UNKNOWN if emptied else Cause.BY_HAND
+    emptied = not model.beside & fact.resident
+    if emptied and fact.sight.hung_up > model.seen_by.hung_up:
+        return Cause.RESTART  # it ended the socket, too
+    # Of several none is left: LM Studio may have been restarted between two listings. Not where the socket outlived it.
+    watched = model.seen_by.session != 0 and model.seen_by.session == fact.sight.session
+    otherwise = Cause.UNKNOWN if emptied and len(model.beside) > 1 and not watched else Cause.BY_HAND
+    if model.ttl is not None:
+        return _by_its_timer(model, fact, model.ttl, otherwise)
+    if fact.tier is Tier.V1 and all(i.id in model.ours for i in model.instances):
+        return otherwise
     if (fact.resident | fact.arriving) - model.beside:
         return Cause.DISPLACED
     idle, ours = _idle(model, fact.at), bool(model.ours)
@@ -33,6 +41,14 @@ def why_missing(model: Model, fact: Listed, *, told: bool) -> Cause:
     # Whatever lease it got, that was too short for a timer; and what might have displaced it would show.
     too_short = idle <= max(model.survived, IDLE_MIN if ours else 0.0)
     return Cause.BY_HAND if too_short and told else Cause.UNKNOWN
+
+
+def _by_its_timer(model: Model, fact: Listed, ttl: float, otherwise: Cause) -> Cause:
+    """Where LM Studio tells what its idle timer is; without one no load on demand pushes it out."""
+    if _idle(model, fact.at) >= ttl - TIMER_LATE:
+        return Cause.TIMER
+    came = (fact.resident | fact.arriving) - model.beside
+    return Cause.DISPLACED if came and ttl != inf else otherwise
 
 
 def count_eviction(model: Model, at: float, cause: Cause) -> Model:

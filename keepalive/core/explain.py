@@ -10,22 +10,34 @@ from keepalive.core.states import State
 
 # Two daemons that start at once in front of one server each see nothing there, and each load it.
 RIVAL = "one came while keepalive was loading it: does another keepalive keep the same models?"
+# Before this much of it is done, progress tells little: the file is being opened.
+PROGRESS_LEAST = 0.02
 
 
 def eta(model: Model, siblings: Iterable[Model], now: float) -> float | None:
     """Seconds until the load under way should be done; 0 when it is overdue, None when nothing is known.
 
     From this model's own past loads; before the first, from its size and how fast its siblings on the same
-    upstream came into memory.
+    upstream came into memory; and from its progress, where LM Studio tells it.
     """
     since = model.loading_since
     if since is None:
         return None
+    left = None
+    if model.load_started is not None and model.progress is not None and model.progress >= PROGRESS_LEAST:
+        whole = (model.progress_at - since) / model.progress
+        left = max(0.0, whole - (now - since))
     expected = model.expected_load
     if expected is None and model.size_bytes:
         rates = [s.size_bytes / took for s in siblings if s.size_bytes and (took := s.expected_load)]
         expected = model.size_bytes / median(rates) if rates else None
-    return None if expected is None else max(0.0, expected - (now - since))
+    if expected is None:
+        return left
+    known = max(0.0, expected - (now - since))
+    if left is None or model.progress is None:
+        return known
+    # The further it is, the more its own progress tells than the loads before it; of which it may be none.
+    return known + (left - known) * model.progress if known else left
 
 
 def _why_unwanted(model: Model) -> str:

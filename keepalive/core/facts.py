@@ -200,6 +200,13 @@ class LoadStarted(ModelFact):
 
 
 @dataclass(frozen=True, slots=True)
+class LoadProgressed(ModelFact):
+    """How far our load is, from 0 to 1, as LM Studio says it."""
+
+    progress: float
+
+
+@dataclass(frozen=True, slots=True)
 class LoadEnded(ModelFact):
     """`elapsed` is our clock, `seconds` what LM Studio measured itself, where it said so."""
 

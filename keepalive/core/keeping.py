@@ -16,6 +16,7 @@ class View:
     reason: str | None = None
     elapsed: float | None = None
     eta: float | None = None
+    progress: float | None = None  # from 0 to 1, where LM Studio tells it
     instance_id: str | None = None
     retry_after: float | None = None
     max_wait: float = 600.0

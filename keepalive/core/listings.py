@@ -23,7 +23,14 @@ def listed(model: Model, fact: Listed) -> Model:
     if fact.asked <= max(model.asked, model.touched_at):
         return model  # older than what we know, or asked while our own call was changing it
     before = model
-    model = replace(model, asked=fact.asked, blind=fact.tier is Tier.OPENAI, beside=fact.resident)
+    model = replace(
+        model,
+        asked=fact.asked,
+        blind=fact.tier is Tier.OPENAI,
+        beside=fact.resident,
+        seen_by=fact.sight,
+        idle_since=None,
+    )
     entry = fact.entries.get(fold_key(model.id.key))
     if model.blind:
         return _listed_blind(model, fact)
@@ -40,6 +47,8 @@ def listed(model: Model, fact: Listed) -> Model:
         tells_loading=model.tells_loading or entry.loading is True,
     )
     if entry.instances:
+        if all(instance.busy is False for instance in entry.instances):
+            model = replace(model, idle_since=fact.asked if before.idle_since is None else before.idle_since)
         return _present(model, fact.at, entry)
     told = entry.loading is not None
     cause = why_missing(before, fact, told=told)
@@ -78,6 +87,11 @@ def _present(model: Model, at: float, entry: Entry) -> Model:
     if model.priming.done and model.instance_id not in known:
         model = forget_primed(model)
     model = replace(model, instances=entry.instances, ours=model.ours & known, pending=None, seen_at=at)
+    model = replace(model, used_at=max(model.used_at, _used(model, at)))
+    if model.engaged:
+        model = replace(
+            model, use_at=at
+        )  # our own calls are not seen here: a look from meanwhile does not count
     begun = model.load_started is not None or (pending is not None and pending.loaded)
     if appeared and begun and known - model.ours:
         model = replace(model, doubled_at=at)
@@ -91,9 +105,22 @@ def _present(model: Model, at: float, entry: Entry) -> Model:
     reason = "loaded; has not answered a ping yet" if appeared else model.reason
     if not model.policy.pinged and not (model.crashed and model.instance_id in model.ours):
         return believed(model, at)
+    if model.engaged and not model.crashed and model.state in (State.UNKNOWN, State.COLD, State.LOADING):
+        # It answers somebody: a ping could say no more, and would stand in his way.
+        return replace(believed(model, at), ping_at=at + model.policy.ping_interval)
     if appeared and model.state is State.BACKOFF:
         return move(model, Sign.UNASKED, at, reason)
     return move(model, Sign.PRESENT, at, reason)
+
+
+def _used(model: Model, at: float) -> float:
+    """When it was last used, as far as the socket shows it."""
+    if model.engaged:
+        return at
+    clock = model.seen_by.clock
+    if clock is None or model.last_used is None:
+        return -inf
+    return at - max(0.0, clock - model.last_used)
 
 
 def _appeared(model: Model, at: float) -> Model:

@@ -209,7 +209,7 @@ def _ping_is_due(model: Model, now: float) -> bool:
         and bool(model.instances or (model.blind and model.state is State.WARM))
         and not model.calling
         and not _must_unload_crashed(model)
-        and (model.ping_at is None or now >= model.ping_at)
+        and (model.ping_due_at is None or now >= model.ping_due_at)
     )
 
 
@@ -218,7 +218,7 @@ def _is_in_use(model: Model) -> bool:
     if model.state is not State.WARM:
         return False
     last_ping = model.last_ping.at if model.last_ping else -inf
-    return model.in_flight > 0 or model.active_at > max(last_ping, model.vouched_at)
+    return model.in_flight > 0 or model.engaged or model.active_at > max(last_ping, model.vouched_at)
 
 
 def _must_unload_crashed(model: Model) -> bool:
@@ -244,9 +244,13 @@ def _unloads(
 def _is_unloadable(model: Model, now: float) -> bool:
     if model.calling or model.in_flight or (model.retry_at is not None and now < model.retry_at):
         return False
+    if model.held and _must_unload_crashed(model):
+        return True
+    if model.engaged or model.seen_by.late:
+        return False  # somebody who does not ask through us is at it, or may be
     if model.held:
-        return _must_unload_crashed(model) or _is_idle(model, now)
-    return now >= model.active_at + LINGER and not model.engaged
+        return _is_idle(model, now)
+    return now >= model.active_at + LINGER
 
 
 def _is_idle(model: Model, now: float) -> bool:

@@ -24,6 +24,8 @@ from keepalive.core.states import State
 # LM Studio has been seen to list a model only some time after it said that it had loaded it.
 LISTING_LAG = 45.0
 LOADS_REMEMBERED = 5
+# An idle timer is reset this long before it strikes, and two looks more; and no sooner than this after a call of ours.
+TIMER_MARGIN, TIMER_LEAST = 10.0, 5.0
 # A load that nobody has ever seen succeed, and whose end is not seen, is believed in for as long as its file takes
 # to read at the pace of a slow disk, twice, within these bounds. Longer than that a caller waits in vain more often
 # than a second copy is begun beside a living load.
@@ -165,6 +167,8 @@ class Model:
     used_at: float = -inf  # when it was last known to be used, or appeared
     there_since: float = -inf  # when it came into memory, as far as that was seen
     survived: float = 0.0  # the longest idleness that what is listed now has outlived
+    idle_since: float | None = None  # since when each look of the socket has shown it without work
+    seen_by: Sight = NO_SIGHT  # the socket, as of the newest listing that counted
     suspected: Cause | None = None  # what would explain its loss, should the next listing show it missing
 
     # what we are doing
@@ -173,6 +177,8 @@ class Model:
     draining: bool = False  # it is given to nobody, to make room
     letting_go: UnloadCause | None = None  # why the unload under way, or the last one
     load_started: float | None = None
+    progress: float | None = None  # of our load, where LM Studio tells it
+    progress_at: float = -inf
     pending: Pending | None = None
     pinging: bool = False
     unloading: bool = False
@@ -247,6 +253,39 @@ class Model:
         """Whether a call of ours for this model is under way."""
         primes = self.priming.under_way is not None
         return self.load_started is not None or self.pinging or self.unloading or primes
+
+    @property
+    def queued(self) -> int | None:
+        """Requests on it, whoever's, those that it works on too; None where nobody tells."""
+        told = [instance.queued for instance in self.instances if instance.queued is not None]
+        return sum(told) if told else None
+
+    @property
+    def ttl(self) -> float | None:
+        """The shortest idle timer of its copies; inf: all stay. None where nobody tells."""
+        told = [instance.ttl for instance in self.instances if instance.ttl is not None]
+        return min(told) if told else None
+
+    @property
+    def last_used(self) -> float | None:
+        """In Unix seconds, by LM Studio's own clock."""
+        return max((i.last_used for i in self.instances if i.last_used is not None), default=None)
+
+    @property
+    def goes_at(self) -> float | None:
+        """When its idle timer lets it go, if nobody uses it; None where none runs, or nobody knows."""
+        if self.ttl is None or self.ttl == inf or self.engaged or self.in_flight:
+            return None
+        return self.used_at + self.ttl
+
+    @property
+    def ping_due_at(self) -> float | None:
+        """When the next ping is due: by its interval, or before an idle timer lets go what is to be kept."""
+        goes_at, ttl = self.goes_at, self.ttl
+        if self.ping_at is None or goes_at is None or ttl is None or self.state is not State.WARM:
+            return self.ping_at
+        margin = min(ttl / 2, 2 * self.policy.refresh_interval + TIMER_MARGIN)
+        return min(self.ping_at, max(goes_at - margin, self.touched_at + TIMER_LEAST))
 
     @property
     def contested(self) -> bool:

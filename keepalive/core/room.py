@@ -109,8 +109,10 @@ def manages(upstream: Upstream, models: Iterable[Model]) -> bool:
 
 def is_in_use(model: Model, now: float) -> bool:
     """Whether anybody works with it, or is about to, by all that we know."""
-    if model.in_flight or model.calling or model.engaged or model.pending is not None or model.wanted:
+    if model.in_flight or model.calling or model.pending is not None or model.wanted:
         return True
+    if model.engaged or model.seen_by.late:
+        return True  # somebody who does not ask through us is at it, or may be
     if model.draining:
         return False  # those who wait for it wait until it comes again
     return model.waiting > 0 or now < model.use_at + SETTLE

@@ -16,6 +16,7 @@ from keepalive.core.facts import (
     ModelsChanged,
     PingEnded,
     PingOutcome,
+    Sdk,
     Tier,
     Trouble,
     UnloadEnded,
@@ -112,6 +113,9 @@ def _upstream_failed(upstream: Upstream, fact: ListingFailed) -> Upstream:
     elif fact.trouble is Trouble.TIMEOUT and upstream.state is UpstreamState.UP:
         # A busy server answers late. One late answer is no outage.
         state = UpstreamState.DOWN if failures >= DOWN_AFTER_TIMEOUTS else UpstreamState.UP
+    sdk = upstream.sight.sdk
+    if fact.trouble in (Trouble.REFUSED, Trouble.UNREACHABLE) and sdk is Sdk.UP:
+        sdk = Sdk.ABSENT
     return replace(
         upstream,
         listing=False,
@@ -119,6 +123,7 @@ def _upstream_failed(upstream: Upstream, fact: ListingFailed) -> Upstream:
         since=fact.at if state is not upstream.state else upstream.since,
         error=fact.message,
         failures=failures,
+        sight=replace(upstream.sight, sdk=sdk),
         answered_at=-inf,
         # From try to try: a time-out of its own does not make them rarer.
         due_at=max(fact.asked + wait, fact.at + min(wait, TRIED_LEAST)),

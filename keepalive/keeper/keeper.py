@@ -47,6 +47,7 @@ from keepalive.core.facts import (
     ListingStarted,
     LoadEnded,
     LoadOutcome,
+    LoadProgressed,
     LoadRemembered,
     LoadStarted,
     ModelFact,
@@ -60,6 +61,7 @@ from keepalive.core.facts import (
     RequestEnded,
     RequestsCounted,
     RequestStarted,
+    Sight,
     Tier,
     Trouble,
     UnloadEnded,
@@ -97,6 +99,8 @@ class Listing(Protocol):
     def tier(self) -> Tier: ...
     @property
     def entries(self) -> Mapping[str, Entry]: ...
+    @property
+    def sight(self) -> Sight: ...
 
 
 OwnPing = tuple[str, Mapping[str, Any]]  # path and body
@@ -108,7 +112,15 @@ class Client(Protocol):
 
     async def listing(self, *, loading: bool = False) -> Listing: ...
 
-    async def load(self, key: str, fields: Mapping[str, Any], *, timeout: float) -> Loaded: ...
+    async def load(
+        self,
+        key: str,
+        fields: Mapping[str, Any],
+        *,
+        timeout: float,
+        kind: str,
+        told: Callable[[float], None],
+    ) -> Loaded: ...
 
     async def unload(self, instance_id: str, *, timeout: float) -> None: ...
 
@@ -637,14 +649,21 @@ class Keeper:
             self._record_of(client, ListingFailed(self._clock(), name, asked, _trouble(error), str(error)))
         else:
             at, tier, entries = self._clock(), listing.tier, listing.entries
-            self._record_of(client, Listed(at, name, asked, tier, entries, loading))
+            self._record_of(client, Listed(at, name, asked, tier, entries, loading, listing.sight))
 
     async def _load(self, client: Client, keep: Keep, tier: Tier, began: float) -> None:
         model, timeout = keep.model, keep.policy.load_timeout
         outcome, message, why, loaded = LoadOutcome.OK, None, None, None
         try:
             if tier is Tier.V1:
-                loaded = await client.load(model.key, keep.load_fields or {}, timeout=timeout)
+                known = self._known(model)
+                loaded = await client.load(
+                    model.key,
+                    keep.load_fields or {},
+                    timeout=timeout,
+                    kind=known.kind if known else "llm",
+                    told=lambda done: self._record_of(client, LoadProgressed(self._clock(), model, done)),
+                )
             else:
                 # Without an explicit load, the first request is the load; its lease counts from now on.
                 kind = self._kind(keep)
@@ -756,9 +775,12 @@ class Keeper:
         """What the config says, else what the listing said."""
         if keep.kind is not None:
             return keep.kind
-        shelf = self._shelves.get(keep.model.upstream)
-        model = shelf.models.get(keep.model.key) if shelf else None
+        model = self._known(keep.model)
         return model.kind if model else "llm"
+
+    def _known(self, model: ModelId) -> Model | None:
+        shelf = self._shelves.get(model.upstream)
+        return shelf.models.get(model.key) if shelf else None
 
 
 def _forgotten(model: Model, now: float) -> Model:

@@ -1,4 +1,5 @@
-"""The client of one LM Studio server: what it has, loading, unloading, pinging.
+"""The client of one LM Studio server: what it has, loading, unloading, pinging. All of it over HTTP; what the socket
+of LM Studio's SDKs adds, `Eyes` see.
 
 The only importer of httpx, and of nothing that decides. Each call has a bound in seconds and either returns
 or raises one of `errors`. Nothing is retried here, no redirect followed, no proxy taken from the environment: a
@@ -9,9 +10,10 @@ import asyncio
 import re
 import socket
 import ssl
-from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,8 +21,10 @@ import httpx
 
 from keepalive import __version__
 from keepalive.core.errors import Cut, Reason, Refused, TimedOut, Unauthorized, Unexpected, Unreachable
-from keepalive.core.facts import Entry, Tier
+from keepalive.core.facts import NO_SIGHT, Entry, Sight, Tier
 from keepalive.lmstudio import wire
+from keepalive.lmstudio.eyes import Eyes
+from keepalive.lmstudio.line import Dial, Web
 
 # A listing of a thousand models is about 1 MB. More than this is not a listing.
 ANSWER_MAX = 8 * 1024 * 1024
@@ -32,6 +36,7 @@ class Listing:
 
     tier: Tier
     entries: Mapping[str, Entry]
+    sight: Sight = NO_SIGHT
 
 
 class Client:
@@ -47,9 +52,14 @@ class Client:
         list_timeout: float = 10.0,
         socket_options: Sequence[tuple[int, int, int]] = (),
         transport: httpx.AsyncBaseTransport | None = None,
+        sdk: bool = False,
+        dial: Dial | None = None,
     ) -> None:
         self.name = name
         self.url = url
+        self._web = Web(re.sub("^http", "ws", url), socket_options)
+        self._eyes = Eyes(dial or self._web.dial)
+        self._clock: float | None = None
         self._tier: Tier | None = None
         self._shows_loading = True
         self._http = httpx.AsyncClient(
@@ -64,11 +74,17 @@ class Client:
             follow_redirects=False,
             transport=transport or _transport(socket_options),
         )
-        self.configure(token=token, connect_timeout=connect_timeout, list_timeout=list_timeout)
+        self.configure(token=token, connect_timeout=connect_timeout, list_timeout=list_timeout, sdk=sdk)
 
-    def configure(self, *, token: str | None, connect_timeout: float, list_timeout: float) -> None:
-        """Use these from the next call on."""
-        self._token = token
+    def configure(
+        self, *, token: str | None, connect_timeout: float, list_timeout: float, sdk: bool = False
+    ) -> None:
+        """Use these from the next call on; with `sdk` the socket of LM Studio's SDKs, too."""
+        self._token = self._web.token = token
+        self._eyes.configure(token)
+        self._sees = sdk
+        if not sdk:
+            self._eyes.shut()
         self._connect_timeout = connect_timeout
         self._list_timeout = list_timeout
         self._http.timeout = httpx.Timeout(None, connect=connect_timeout)
@@ -86,7 +102,13 @@ class Client:
         await self.close()
 
     async def close(self) -> None:
+        await self._eyes.close()
+        await self._web.close()
         await self._http.aclose()
+
+    def expect(self, wanted: Mapping[str, Mapping[str, Any]]) -> None:
+        """See what loads of these models will take, by key, with the fields that their loads have."""
+        self._eyes.expect(wanted)
 
     async def listing(self, *, loading: bool = False) -> Listing:
         """What is there and what is loaded; with `loading` also what is being loaded, where that shows."""
@@ -94,18 +116,40 @@ class Client:
             async with _bound(self._list_timeout, f"{self.url} did not answer the listing"):
                 if self._tier is None:
                     self._tier = await self._detect()
-                return Listing(self._tier, wire.by_key(await self._entries(self._tier, loading=loading)))
+                tier, entries = self._tier, await self._entries(self._tier, loading=loading)
         except (Unreachable, Cut, Unexpected, Refused, Unauthorized):
             # Something else may answer next time: another version, or another program. After a refused token
             # that is minutes later, and a newer version still serves the older one's listing.
             self._tier = None
             self._shows_loading = True
             raise
+        sight = NO_SIGHT
+        if self._sees and tier is not Tier.OPENAI:
+            sight, entries = await self._eyes.look(entries)
+            sight = replace(sight, clock=self._clock)
+        return Listing(tier, wire.by_key(entries), sight)
 
-    async def load(self, key: str, fields: Mapping[str, Any], *, timeout: float) -> wire.Loaded:
-        """Load one more copy, explicitly (0.4 and later). The answer comes when the load is over."""
-        body = {**fields, "model": key}
+    async def estimated(self) -> None:
+        """Wait until what is being estimated is; the next listing has it."""
+        await self._eyes.estimated()
+
+    async def load(
+        self,
+        key: str,
+        fields: Mapping[str, Any],
+        *,
+        timeout: float,
+        kind: str = "llm",
+        told: Callable[[float], None] = lambda progress: None,
+    ) -> wire.Loaded:
+        """Load one more copy, explicitly (0.4 and later). The answer comes when the load is over.
+
+        Where the socket is up it tells how far it is, from 0 to 1. `kind` as listed.
+        """
+        body = {**{name: value for name, value in fields.items() if name not in wire.SDK_ALONE}, "model": key}
         async with _bound(timeout, f"no answer to the load within {timeout:.0f} s"):
+            if self._sees and (loaded := await self._eyes.load(kind, key, fields, told)) is not None:
+                return loaded
             return wire.loaded(await self._call("POST", "/api/v1/models/load", body))
 
     async def unload(self, instance_id: str, *, timeout: float) -> None:
@@ -237,6 +281,7 @@ class Client:
                     if len(content) > ANSWER_MAX:
                         raise Unexpected(f"{what} was answered with more than {ANSWER_MAX >> 20} MiB")
                 status, retry_after = response.status_code, "retry-after" in response.headers
+                self._clock = _date(response.headers.get("date"))
         except httpx.ConnectTimeout:
             raise Unreachable(f"no connection to {self.url} within {self._connect_timeout:g} s") from None
         except httpx.ConnectError as error:
@@ -295,6 +340,14 @@ def _transport(socket_options: Sequence[tuple[int, int, int]]) -> httpx.AsyncBas
         verify=ssl.create_default_context(),
         socket_options=socket_options,
     )
+
+
+def _date(text: str | None) -> float | None:
+    """A header's, in Unix seconds: in the middle of the second that it names."""
+    try:
+        return parsedate_to_datetime(text or "").timestamp() + 0.5
+    except (ValueError, TypeError, OverflowError):
+        return None
 
 
 def _words(error: Exception) -> str:

@@ -18,6 +18,9 @@ Json = Any
 
 MESSAGE_MAX = 300
 
+# Fields of a load that only the socket of the SDKs takes: over HTTP the schema is closed.
+SDK_ALONE = frozenset({"num_parallel_sessions"})
+
 # Texts of LM Studio's errors, by what they mean for us. Compared without case, by substring, in this order:
 # a failed load may name its inner reason, and the reason is what decides when to try again.
 _REASONS: tuple[tuple[str, Reason], ...] = (
@@ -72,8 +75,14 @@ def refusal(status: int, answer: Json, *, retry_after: bool = False) -> Refused 
     otherwise = Reason.UNKNOWN_ROUTE if status in (404, 405) else Reason.OTHER
     if status == 503 and (retry_after or "loading model" in haystack or "unavailable_error" in haystack):
         otherwise = Reason.LOADING  # how llama-server says it, on every path
-    reason = next((reason for text, reason in _REASONS if text in haystack), otherwise)
-    return Refused(clean(message) or f"HTTP {status} {kind or code}".strip(), reason=reason, status=status)
+    why = reason(haystack, otherwise)
+    return Refused(clean(message) or f"HTTP {status} {kind or code}".strip(), reason=why, status=status)
+
+
+def reason(text: str, otherwise: Reason = Reason.OTHER) -> Reason:
+    """What an error text of LM Studio's means."""
+    haystack = text.lower()
+    return next((reason for part, reason in _REASONS if part in haystack), otherwise)
 
 
 def clean(text: str) -> str:

@@ -419,6 +419,8 @@ def _upstream(fact: Fact, before: Upstream, after: Upstream) -> None:
         )
     elif after.error and after.error != before.error:
         log.warning("upstream.error", error=after.error)
+    if after.sight.sdk is not before.sight.sdk:
+        log.info("upstream.sdk", sdk=after.sight.sdk.value, **_given(reason=after.sight.why))
     if after.evicts and not before.evicts:
         log.warning("upstream.evicts", reason="a load on demand pushes out the model before it")
 

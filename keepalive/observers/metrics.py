@@ -40,6 +40,7 @@ from keepalive.core.facts import (
     PrimeOutcome,
     RequestsCounted,
     RequestStarted,
+    Sdk,
     UnloadCause,
     UnloadEnded,
     WaitStarted,
@@ -139,6 +140,12 @@ class Metrics:
         )
         for outcome in ("used", "unused"):
             self._ahead.labels(outcome)
+        self._upstream_sdk = Gauge(
+            "keepalive_upstream_sdk",
+            "1 for what became of the socket of LM Studio's SDKs there, 0 for the others.",
+            ["upstream", "sdk"],
+            registry=registry,
+        )
         self.jobs_missed = Counter(
             "keepalive_scheduler_jobs_missed",
             "Runs of scheduled jobs that did not happen in time.",
@@ -178,11 +185,14 @@ class Metrics:
         self._upstream_state.clear()
         self._budget.clear()
         self._used.clear()
+        self._upstream_sdk.clear()
         for upstream in snapshot.upstreams:
             self._up.labels(upstream.name).set(upstream.state is UpstreamState.UP)
             for state in UpstreamState:
                 self._upstream_state.labels(upstream.name, state.value).set(state is upstream.state)
             self._render_memory(upstream, snapshot)
+            for sdk in Sdk:
+                self._upstream_sdk.labels(upstream.name, sdk.value).set(sdk is upstream.sight.sdk)
         try:
             encode, content_type = choose_encoder(accept)
         except (TypeError, ValueError):

@@ -193,6 +193,7 @@ class Stream:
             else f"Waiting for {self._key} ({view.state})",
             estimatedTime=None if view.eta is None else milliseconds(elapsed + view.eta),
             elapsed=milliseconds(elapsed),
+            **({} if view.progress is None else {"progress": round(view.progress, 3)}),
         )
 
     def _hear(self, data: str) -> None:

@@ -144,17 +144,25 @@ _SPACE_OR_CONTROL: Final = re.compile(r"[\x00-\x20\x7f-\xa0\u2028\u2029]+")
 
 
 def heartbeat_comment(
-    model: str, state: str, elapsed: float, eta: float | None, silent: float | None = None
+    model: str,
+    state: str,
+    elapsed: float,
+    eta: float | None,
+    silent: float | None = None,
+    progress: float | None = None,
 ) -> bytes:
     """A comment that every SSE reader skips; seconds, `eta` those still to go.
 
-    `silent`: an answer has begun, and nothing has come of it for so long.
+    `silent`: an answer has begun, and nothing has come of it for so long. `progress`: of the load, from 0 to 1.
     """
     # The model's name is the client's own words here: it must not be able to end the line.
     name = _SPACE_OR_CONTROL.sub("_", model)
     to_go = "" if eta is None else f" eta={eta:.1f}"
     said = "" if silent is None else f" silent={silent:.1f}"
-    return sse.encode_comment(f"keepalive model={name} state={state} elapsed={elapsed:.1f}{to_go}{said}")
+    done = "" if progress is None else f" progress={progress:.2f}"
+    return sse.encode_comment(
+        f"keepalive model={name} state={state} elapsed={elapsed:.1f}{to_go}{said}{done}"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,10 +174,12 @@ class Heartbeat:
     elapsed: float
     eta: float | None
     silent: float | None = None
+    progress: float | None = None
 
 
 _HEARTBEAT: Final = re.compile(
     r"keepalive model=(\S+) state=(\w+) elapsed=(\d+\.\d)(?: eta=(\d+\.\d))?(?: silent=(\d+\.\d))?"
+    r"(?: progress=(\d\.\d\d))?"
 )
 
 
@@ -191,16 +201,19 @@ def no_heartbeat(mode: str) -> str:
     )
 
 
-def heartbeat_reasoning(route: Route, model: str, state: str, elapsed: float, eta: float | None) -> bytes:
+def heartbeat_reasoning(
+    route: Route, model: str, state: str, elapsed: float, eta: float | None, progress: float | None = None
+) -> bytes:
     """The same as text that chat programs show as reasoning; a comment where the route knows no such thing.
 
     Only chat completions take a chunk that belongs to nothing: the others open every stream with an event
     that may come once, and LM Studio will send it.
     """
     if route.protocol is not Protocol.CHAT:
-        return heartbeat_comment(model, state, elapsed, eta)
+        return heartbeat_comment(model, state, elapsed, eta, progress=progress)
     to_go = "" if eta is None else f", about {eta:.0f} s to go"
-    text = f"{model} is {state}: {elapsed:.0f} s so far{to_go}.\n"
+    done = "" if progress is None else f", {progress:.0%} done"
+    text = f"{model} is {state}: {elapsed:.0f} s so far{done}{to_go}.\n"
     chunk = {
         "id": "chatcmpl-keepalive",
         "object": "chat.completion.chunk",

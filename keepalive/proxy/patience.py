@@ -74,10 +74,10 @@ class Patience:
             if passed and passed.bytes:
                 # Who asked for words cannot read comments, and in the answer no words of ours have a place.
                 return
-            words = heartbeat_reasoning(self._route, model.key, view.state, elapsed, view.eta)
+            words = heartbeat_reasoning(self._route, model.key, view.state, elapsed, view.eta, view.progress)
         else:
             silence = self._answer.silence
             silent = None if silence is None else silence.seconds
-            words = heartbeat_comment(model.key, view.state, elapsed, view.eta, silent)
+            words = heartbeat_comment(model.key, view.state, elapsed, view.eta, silent, view.progress)
         self._answer.spoke = True
         caller.push(words)

@@ -271,6 +271,10 @@ class Daemon:
                 token=lm_tokens[upstream.name],
                 connect_timeout=upstream.connect_timeout,
                 list_timeout=upstream.list_timeout,
+                sdk=upstream.sdk == "auto",
+            )
+            client.expect(
+                {kept.key: kept.load_fields for kept in settings.kept if kept.upstream == upstream.name}
             )
             pace = [kept.refresh_interval for kept in settings.kept if kept.upstream == upstream.name]
             servers.append(

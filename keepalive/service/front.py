@@ -24,6 +24,7 @@ from keepalive.core.records import Model
 from keepalive.core.states import State
 from keepalive.http1 import Exchange, Headers, Limits, Listener, RequestHead, bind, serve
 from keepalive.keeper.keeper import Keeper
+from keepalive.lmstudio.wire import SDK_ALONE
 from keepalive.observers import logs
 from keepalive.observers.metrics import Metrics, ProxyMetrics
 from keepalive.protocols.meter import GAP_BOUNDS
@@ -193,7 +194,9 @@ class Front:
             wanted=known.wanted,
             kind=known.kind,
             context_length=known.instances[0].context_length if known.instances else None,
-            load_fields=kept.load_fields if kept else {},
+            # As a load over HTTP has them: that is what callers compare with theirs.
+            load_fields={n: v for n, v in kept.load_fields.items() if n not in SDK_ALONE} if kept else {},
+            progress=known.progress,
         )
 
     async def ensure_warm(self, models: Sequence[ModelId]) -> ModelId:

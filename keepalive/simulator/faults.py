@@ -79,6 +79,12 @@ FAULTS: Mapping[str, Fault] = {fault.name: fault for fault in (
           "what a WebSocket of an SDK (/llm, /embedding, /system, …) meets: LM Studio's protocol; the same and "
           "every other frame sent back; a refusal of the upgrade",
           choices=("sdk", "echo", "refuse")),
+    Fault("sdk_answers", "ok",
+          "what is said on an SDK's socket: LM Studio's protocol; the greeting is refused; what is no JSON; nothing "
+          "after the greeting; an error to each call and channel; the socket is ended at each call and channel",
+          choices=("ok", "refused", "garbled", "silent", "errors", "drops")),
+    Fault("load_cuts_socket", -1,
+          "an SDK's socket is ended after this many messages about a load, which goes on; -1: it is not"),
     # what stays in memory
     Fault("jit", True,
           "an inference request for a model that is not loaded loads it (Just-in-Time loading)"),

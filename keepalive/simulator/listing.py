@@ -31,7 +31,7 @@ def _v1_row(model: SimModel, memory: Memory, faults: Faults) -> dict[str, Any]:
 
     def config(context_length: int, given: Any) -> dict[str, Any]:
         shown = load_config(model, context_length, given)
-        return shown if model.kind != "llm" else {**shown, "parallel": parallel}
+        return shown if model.kind != "llm" else {"parallel": parallel, **shown}
 
     instances = [
         {"id": instance.id, "config": config(instance.context_length, instance.config)}

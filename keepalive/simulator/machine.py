@@ -4,6 +4,7 @@ flight; and what somebody who sits in front of it can do.
 
 import random
 from collections.abc import Callable, Iterable, Mapping
+from email.utils import formatdate
 from typing import Any, Literal, get_args
 
 from keepalive.simulator.clock import Clock, Timer
@@ -12,6 +13,7 @@ from keepalive.simulator.faults import Faults
 from keepalive.simulator.journal import Event, Happened, Journal
 from keepalive.simulator.memory import Memory
 from keepalive.simulator.models import DEFAULT_MODELS, Guest, Instance, Load, SimModel, Stored
+from keepalive.simulator.speech import EPOCH
 
 Tier = Literal["v1", "v0", "openai"]
 TIERS: tuple[Tier, ...] = get_args(Tier)
@@ -44,6 +46,10 @@ class Machine:
         self._numbers = 0
         self.faults.patch(faults or {})
         self.faults.watchers.append(self._faults_changed)
+
+    def date(self) -> str:
+        """What its clock says, as a header has it."""
+        return formatdate(EPOCH + self.clock.now(), usegmt=True)
 
     def set_faults(self, changes: Mapping[str, Any] | None = None, /, **more: Any) -> None:
         """Merge changes into the faults; None puts one back to its default. `FaultError` names what is

@@ -159,12 +159,17 @@ class Memory:
                 load.timer = self._clock.call_later(load.seconds, partial(self._finish_load, load))
 
     def _fits(self, load: Load) -> bool:
-        if load.context_length > load.model.max_context_length:
-            return False
-        limit = int(self._faults.number("memory_bytes", load.model.key))
+        return load.context_length <= load.model.max_context_length and self._within_limit(load.model, ())
+
+    def has_room(self, model: SimModel) -> bool:
+        """What the guardrails would say to a load of it."""
+        return self._within_limit(model, (model,))
+
+    def _within_limit(self, asked: SimModel, more: tuple[SimModel, ...]) -> bool:
+        limit = int(self._faults.number("memory_bytes", asked.key))
         loaded = [instance.model for instance in self.instances.values()]
         loading = [other.model for other in self.loads.values() if other.started_at is not None]
-        return limit <= 0 or sum(model.size_bytes for model in (*loaded, *loading)) <= limit
+        return limit <= 0 or sum(model.size_bytes for model in (*loaded, *loading, *more)) <= limit
 
     def _finish_load(self, load: Load) -> None:
         if load.result == "fail":
@@ -290,9 +295,9 @@ class Memory:
         self._grant(instance)
 
     def _grant(self, instance: Instance) -> None:
-        while instance.queue and len(instance.working) < int(
-            self._faults.number("parallel", instance.model.key)
-        ):
+        usual = int(self._faults.number("parallel", instance.model.key))
+        parallel = instance.config.get("parallel", usual)
+        while instance.queue and isinstance(parallel, int) and len(instance.working) < parallel:
             call = instance.queue.popleft()
             instance.working[call.n] = call
             call.granted = True

@@ -14,7 +14,16 @@ from keepalive.simulator.exchange import Cut, Hang, Refusal, Request, compact
 from keepalive.simulator.journal import Happened
 from keepalive.simulator.machine import Machine
 from keepalive.simulator.sdk_channels import Channel, embed_string
-from keepalive.simulator.sdk_rows import SdkRefusal, field, find, instance_row, model_row, no_such_model, work
+from keepalive.simulator.sdk_rows import (
+    SdkRefusal,
+    estimate,
+    field,
+    find,
+    instance_row,
+    model_row,
+    no_such_model,
+    work,
+)
 
 SDK_PATHS = ("/llm", "/embedding", "/system", "/files", "/repository")
 
@@ -22,11 +31,18 @@ SDK_PATHS = ("/llm", "/embedding", "/system", "/files", "/repository")
 class SdkSession:
     """One socket. `close` it when it is gone."""
 
-    def __init__(self, machine: Machine, path: str, send: Callable[[str | bytes], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        path: str,
+        send: Callable[[str | bytes], Awaitable[None]],
+        hang_up: Callable[[], None] = lambda: None,
+    ) -> None:
         self._machine = machine
         self._path = path
         self._kind = "embedding" if path == "/embedding" else "llm"
         self._send = send
+        self.hang_up = hang_up
         self._greeted = False
         self._echoes = machine.faults.take("websocket", route="sdk") == "echo"
         self._channels: dict[Any, Channel] = {}
@@ -35,7 +51,9 @@ class SdkSession:
 
     async def hear(self, frame: str | bytes) -> None:
         """Answers a frame, if it gets an answer. In echo mode all but handshake and calls come back as they
-        are."""
+        are. Raises `Cut` when the socket is to be ended."""
+        if self._machine.vanished:
+            return
         try:
             said = json.loads(frame)
         except ValueError:
@@ -46,6 +64,8 @@ class SdkSession:
             return
         if not self._greeted:
             await self._say(self._handshake(said))
+            return
+        if said.get("type") in ("rpcCall", "channelCreate") and await self._goes_wrong(said):
             return
         match said.get("type"):
             case "rpcCall" if said.get("endpoint") == "embedString":
@@ -68,10 +88,36 @@ class SdkSession:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    async def _goes_wrong(self, said: dict[str, Any]) -> bool:
+        faults = self._machine.faults
+        match faults.take("sdk_answers", route="sdk"):
+            case "garbled":
+                await self._send("{")
+            case "silent":
+                pass
+            case "errors":
+                error = {"title": f"No endpoint {said.get('endpoint')}"}
+                if said["type"] == "rpcCall":
+                    await self._say({"type": "rpcError", "callId": said.get("callId"), "error": error})
+                else:
+                    await self._say(
+                        {"type": "channelError", "channelId": said.get("channelId"), "error": error}
+                    )
+            case "drops":
+                raise Cut("fin")
+            case _:
+                return faults.flag("stalled")
+        return True
+
     async def _say(self, message: dict[str, Any]) -> None:
         await self._send(compact(message))
 
     def _handshake(self, said: dict[str, Any]) -> dict[str, Any]:
+        answers = self._machine.faults.look("sdk_answers", route="sdk")
+        if answers == "garbled":
+            return {"lmstudio": False}
+        if answers == "refused":
+            return {"success": False, "error": f"Not for {said.get('clientPasskey')}"}
         if said.get("authVersion") != 1 or not said.get("clientIdentifier"):
             return {"success": False, "error": "Invalid authentication packet"}
         token = str(self._machine.faults.look("auth_token"))
@@ -112,6 +158,8 @@ class SdkSession:
                 if instance := find(memory, field(parameter, "specifier")):
                     return instance_row(self._machine, instance)
                 raise no_such_model()
+            case "estimateModelUsage":
+                return estimate(memory, self._kind, parameter)
             case "unloadModel":
                 ident = field(parameter, "identifier")
                 unwanted = memory.instances.get(ident) if isinstance(ident, str) else None
@@ -131,7 +179,16 @@ class SdkSession:
     async def _open(self, said: dict[str, Any]) -> None:
         ident = said.get("channelId")
 
+        told = 0
+
         async def send(message: dict[str, Any]) -> None:
+            nonlocal told
+            if said.get("endpoint") == "loadModel":
+                cut = self._machine.faults.number("load_cuts_socket", route="sdk")
+                if 0 <= cut <= told:
+                    self.hang_up()
+                    await asyncio.get_running_loop().create_future()
+                told += 1
             await self._say({"type": "channelSend", "channelId": ident, "message": message})
 
         async def run(call: Call) -> dict[str, Any]:

@@ -69,6 +69,7 @@ class Channel:
             call.fault,
             ttl_seconds=ttl / 1000 if isinstance(ttl, (int, float)) else None,
             context_length=self._context(parameter),
+            config=_config(parameter),
             identifier=identifier,
             variant=memory.variant(model, field(parameter, "modelKey")),
         )
@@ -189,6 +190,19 @@ class Channel:
 
     async def _prompted(self, progress: float) -> None:
         await self._send({"type": "promptProcessingProgress", "progress": progress})
+
+
+def _config(parameter: Any) -> dict[str, object]:
+    """The settings of a load that the listing shows, by the listing's names."""
+    stack = field(parameter, "loadConfigStack")
+    names = {
+        "llm.load.llama.evalBatchSize": "eval_batch_size",
+        "llm.load.llama.flashAttention": "flash_attention",
+        "llm.load.numExperts": "num_experts",
+        "llm.load.numParallelSessions": "parallel",
+        "llm.load.offloadKVCacheToGpu": "offload_kv_cache_to_gpu",
+    }
+    return {name: found for key, name in names.items() if (found := configured(stack, key)) is not None}
 
 
 async def embed_string(call: Call, parameter: Any) -> dict[str, Any]:

@@ -95,6 +95,29 @@ def instance_row(machine: Machine, instance: Instance) -> dict[str, Any]:
     }
 
 
+def estimate(memory: Memory, kind: str, parameter: Any) -> dict[str, Any]:
+    """What a load would take: the file, and a context that costs an eighth of it for each 4,096 tokens."""
+    asked = field(parameter, "modelKey")
+    model = memory.find(asked) if isinstance(asked, str) else None
+    if model is None or memory.listed_kind(model) != kind:
+        raise SdkRefusal(f'Cannot find a model with path "{asked}"', "generic.pathNotFound", path=asked)
+    context = configured(field(parameter, "loadConfigStack"), f"{kind}.load.contextLength")
+    tokens = context if isinstance(context, int) else model.usual_context_length
+    taken = round(model.size_bytes * tokens / 4_096 / 8)
+    return {
+        "memory": {
+            "confidence": "high",
+            "modelVramBytes": model.size_bytes,
+            "contextVramBytes": taken,
+            "totalVramBytes": model.size_bytes + taken,
+            "modelBytes": model.size_bytes,
+            "contextBytes": taken,
+            "totalBytes": model.size_bytes + taken,
+        },
+        "passesGuardrails": memory.has_room(model),
+    }
+
+
 def work(instance: Instance) -> dict[str, Any]:
     working = list(instance.working.values())
     status = "idle"

@@ -139,7 +139,7 @@ class Server:
         return await self._send(request, reply)
 
     async def _send(self, request: web.BaseRequest, reply: Reply) -> web.StreamResponse:
-        headers = {**reply.headers, "Server": "lm-studio-simulator"}
+        headers = {**reply.headers, "Server": "lm-studio-simulator", "Date": self.studio.date()}
         if self.studio.tier != "openai":
             headers["X-Powered-By"] = "Express"
         if request.keep_alive:
@@ -188,11 +188,17 @@ class Server:
         async def send(frame: str | bytes) -> None:
             await (tunnel.send_str(frame) if isinstance(frame, str) else tunnel.send_bytes(frame))
 
-        session = SdkSession(self.studio, path, send)
+        def hang_up() -> None:
+            if request.transport is not None:
+                request.transport.close()
+
+        session = SdkSession(self.studio, path, send, hang_up)
         try:
             async for message in tunnel:
                 if message.type in (WSMsgType.TEXT, WSMsgType.BINARY):
                     await session.hear(message.data)
+        except Cut:
+            hang_up()
         finally:
             await session.close()
         return tunnel

@@ -6,7 +6,18 @@ from math import inf
 
 from keepalive import __version__
 from keepalive.admin.status import document, is_ready, story_document, utc
-from keepalive.core.facts import Entry, Instance, Listed, LoadOutcome, ModelId, PingOutcome, Tier
+from keepalive.core.facts import (
+    Entry,
+    Instance,
+    Listed,
+    LoadOutcome,
+    ModelId,
+    Need,
+    PingOutcome,
+    Sdk,
+    Sight,
+    Tier,
+)
 from keepalive.core.records import (
     Cause,
     Eviction,
@@ -79,6 +90,8 @@ def test_the_document_of_a_daemon_with_one_warm_model() -> None:
                 "since": "2026-11-22T10:00:10.000Z",
                 "error": None,
                 "memory": None,
+                "sdk": "off",
+                "sdk_reason": None,
             }
         ],
         "models": [
@@ -94,6 +107,7 @@ def test_the_document_of_a_daemon_with_one_warm_model() -> None:
                 "idle_at": None,
                 "listed": True,
                 "busy": False,
+                "queued": None,
                 "in_flight": 2,
                 "waiting": 1,
                 "silent_seconds": 12,
@@ -101,6 +115,10 @@ def test_the_document_of_a_daemon_with_one_warm_model() -> None:
                 "instances": 1,
                 "ours": True,
                 "context_length": 8192,
+                "ttl_seconds": None,
+                "last_used_at": None,
+                "goes_at": None,
+                "passes_guardrails": None,
                 "load": None,
                 "last_load_seconds": 124.2,
                 "loads": 3,
@@ -125,7 +143,7 @@ def test_a_load_says_how_long_it_has_been_and_nothing_that_is_not_known() -> Non
 
     page = shown(gemma)
 
-    assert page["load"] == {"elapsed_seconds": 31.2, "eta_seconds": None, "attempt": 1}
+    assert page["load"] == {"elapsed_seconds": 31.2, "eta_seconds": None, "attempt": 1, "progress": None}
 
 
 def test_a_load_is_estimated_from_the_median_of_those_before() -> None:
@@ -135,7 +153,7 @@ def test_a_load_is_estimated_from_the_median_of_those_before() -> None:
 
     page = shown(gemma)
 
-    assert page["load"] == {"elapsed_seconds": 31.2, "eta_seconds": 93.0, "attempt": 3}
+    assert page["load"] == {"elapsed_seconds": 31.2, "eta_seconds": 93.0, "attempt": 3, "progress": None}
 
 
 def test_a_first_load_is_estimated_from_its_size_and_how_fast_others_came() -> None:
@@ -144,7 +162,7 @@ def test_a_first_load_is_estimated_from_its_size_and_how_fast_others_came() -> N
 
     page = shown(gemma, other)
 
-    assert page["load"] == {"elapsed_seconds": 10.0, "eta_seconds": 30.0, "attempt": 1}
+    assert page["load"] == {"elapsed_seconds": 10.0, "eta_seconds": 30.0, "attempt": 1, "progress": None}
 
 
 def test_a_load_that_is_overdue_has_nothing_left_and_no_negative_time() -> None:
@@ -152,7 +170,7 @@ def test_a_load_that_is_overdue_has_nothing_left_and_no_negative_time() -> None:
 
     page = shown(gemma)
 
-    assert page["load"] == {"elapsed_seconds": 50.0, "eta_seconds": 0.0, "attempt": 1}
+    assert page["load"] == {"elapsed_seconds": 50.0, "eta_seconds": 0.0, "attempt": 1, "progress": None}
 
 
 def test_an_earlier_lifes_load_counts_from_its_own_start() -> None:
@@ -161,7 +179,7 @@ def test_an_earlier_lifes_load_counts_from_its_own_start() -> None:
 
     page = shown(gemma)
 
-    assert page["load"] == {"elapsed_seconds": 60.0, "eta_seconds": None, "attempt": 1}
+    assert page["load"] == {"elapsed_seconds": 60.0, "eta_seconds": None, "attempt": 1, "progress": None}
     assert page["reason"] == "LM Studio is still loading it"
 
 
@@ -253,6 +271,8 @@ def test_an_upstream_that_is_down_says_why() -> None:
             "since": "2026-11-22T10:01:39.000Z",
             "error": "nothing listens",
             "memory": None,
+            "sdk": "off",
+            "sdk_reason": None,
         }
     ]
 
@@ -353,3 +373,27 @@ def test_memory_says_what_there_is_who_has_it_and_until_when() -> None:
     assert (model["keep"], model["memory_bytes"], model["memory_source"]) == ("auto", 9 * 10**9, "config")
     assert model["idle_at"] == "2026-11-22T10:10:40.000Z"
     assert in_use["idle_at"] is None
+
+
+def test_what_the_socket_shows_stands_with_its_model_and_its_upstream():
+    one = Instance("gemma", busy=True, queued=2, ttl=3600.0, last_used=1_795_000_000.0)
+    need = Need(9_000_000_000, passes_guardrails=False)
+    gemma = Model(id=GEMMA, state=State.WARM, instances=(one,), need=need, used_at=50.0)
+    why = "the SDK socket /llm wants an API token"
+    server = replace(UP, sight=Sight(Sdk.REFUSED, why=why))
+    upstream = document(Snapshot(100.0, (server,), (gemma,)), date, 0.0, {})["upstreams"][0]
+    model = shown(gemma)
+    idle = shown(replace(gemma, instances=(replace(one, busy=False, queued=0),)))
+
+    assert (upstream["sdk"], upstream["sdk_reason"]) == ("refused", why)
+    assert (model["busy"], model["queued"], model["ttl_seconds"]) == (True, 2, 3600.0)
+    assert model["last_used_at"] == "2026-11-18T11:06:40.000Z"
+    assert (model["memory_bytes"], model["passes_guardrails"]) == (9_000_000_000, False)
+    assert (model["goes_at"], idle["goes_at"]) == (None, utc(date(3650.0)))
+
+
+def test_a_load_that_tells_its_progress_is_estimated_by_it_even_the_first_time():
+    loading = Model(id=GEMMA, state=State.LOADING, load_started=40.0, progress=0.25, progress_at=55.0)
+    page = shown(loading, now=60.0)
+
+    assert page["load"] == {"elapsed_seconds": 20.0, "eta_seconds": 40.0, "attempt": 1, "progress": 0.25}

@@ -162,7 +162,7 @@ async def front(origin: str = "", **faults: Any) -> AsyncIterator[tuple[Daemon, 
     server = f'allowed_origins = ["{origin}"]' if origin else ""
     async with (
         simulator(SimModel(KEY, load_seconds=LONG), **faults) as upstream,
-        daemon(settings(upstream.url, KEY, server=server) + PROMPTS) as running,
+        daemon(settings(upstream.url, KEY, server=server, upstream=BY_HTTP) + PROMPTS) as running,
     ):
         await load_ends(upstream.studio, 1)
         await until(lambda: model(running, KEY)["state"] == "warm")
@@ -519,6 +519,8 @@ async def element(
         assert here.dialogs == []
 
 
+# Over HTTP LM Studio says itself how long a load took, so that the next one is estimated by minutes.
+BY_HTTP = 'sdk = "off"'
 PLAIN = "<streaming-prompt-executor></streaming-prompt-executor>"
 PROMPT = PLAIN.replace(">", """ prompt-id="28" variables='{"topic": "SSE"}'>""", 1)
 

@@ -185,11 +185,11 @@ async def test_an_older_lm_studio_is_found_and_that_its_models_push_each_other_o
 
 
 async def test_a_token_that_is_needed_and_one_that_is_wrong_are_told_apart() -> None:
-    async with simulator(SimModel("gemma"), auth_token="sk-lm-good") as server:
+    async with simulator(SimModel("gemma"), auth_token="sk-lm-good:pass") as server:
         needed = await examine(settings(server.url, "gemma"), None)
         named = settings(server.url, "gemma", upstream='api_token_env = "LM_API_TOKEN"')
         wrong = await examine(named, None, LM_API_TOKEN="sk-lm-bad")
-        right = await examine(named, None, LM_API_TOKEN="sk-lm-good")
+        right = await examine(named, None, LM_API_TOKEN="sk-lm-good:pass")
         unset = await examine(named, None)
 
     assert needed[1].what.startswith(f"{server.url} wants an API token")
@@ -202,9 +202,9 @@ async def test_a_token_that_is_needed_and_one_that_is_wrong_are_told_apart() -> 
 
 
 async def test_a_token_that_the_daemon_alone_can_read_is_no_finding() -> None:
-    async with simulator(SimModel("gemma", load_seconds=0.05), auth_token="sk-lm-good") as server:
+    async with simulator(SimModel("gemma", load_seconds=0.05), auth_token="sk-lm-good:pass") as server:
         named = settings(server.url, "gemma", upstream='api_token_env = "LM_API_TOKEN"')
-        async with daemon(named, environ={"LM_API_TOKEN": "sk-lm-good"}) as running:
+        async with daemon(named, environ={"LM_API_TOKEN": "sk-lm-good:pass"}) as running:
             await warm(running, "gemma")
 
             assert await examine(named, running) == []
@@ -462,3 +462,63 @@ def test_a_config_with_mistakes_is_a_finding_of_its_own(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "ping_interval" in done.stderr
     assert done.stderr.endswith("Mend it, then ask again.\n")
+
+
+# --- the socket of LM Studio's SDKs -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fault", "what"),
+    [
+        (
+            {"sdk_answers": "refused"},
+            "LM Studio 'local' refuses the socket of its SDKs: the SDK socket /llm wants an",
+        ),
+        (
+            {"websocket": "refuse"},
+            "LM Studio 'local' does not serve the socket of its SDKs: there is no SDK socket at",
+        ),
+    ],
+)
+async def test_a_socket_that_is_not_to_be_had_is_found_and_what_it_alone_can_do(
+    fault: dict[str, str], what: str
+) -> None:
+    async with simulator(SimModel("gemma", load_seconds=0.05), **fault) as server:
+        text = settings(server.url, 'key = "gemma"\nnum_parallel_sessions = 2')
+        async with daemon(text) as running:
+            await warm(running, "gemma")
+
+            found = await examine(text, running)
+
+    assert [finding.what.startswith(what) for finding in found] == [True, False]
+    assert found[1].what == "num_parallel_sessions of gemma has no effect"
+    assert found[0].do.endswith("sdk = \"off\" in [[upstreams]] 'local'")
+
+
+async def test_a_socket_that_is_not_used_is_no_finding() -> None:
+    async with simulator(SimModel("gemma", load_seconds=0.05), websocket="refuse") as server:
+        text = settings(server.url, "gemma", upstream='sdk = "off"')
+        async with daemon(text) as running:
+            await warm(running, "gemma")
+
+            found = await examine(text, running)
+
+    assert found == []
+
+
+async def test_models_that_will_be_refused_or_do_not_fit_together_are_found_before_they_are_loaded() -> None:
+    big, small = SimModel("big", size_bytes=40_000_000_000), SimModel("small", size_bytes=8_000_000_000)
+    async with simulator(big, small, memory_bytes=20_000_000_000) as server:
+        parsed = config.parse(settings(server.url, "big", "small"), "config.toml", {})
+        seen = await doctor.gather(
+            parsed, Path("config.toml"), {}, "http://10.0.0.9:9235", None, "no daemon answers"
+        )
+        seen = replace(seen, host=Host(NOW, ZoneInfo("Europe/Lisbon"), memory_bytes=32_000_000_000))
+        found = [finding.what for finding in findings(seen)]
+        loads = [event for event in server.studio.log(0) if event["kind"] == "load.started"]
+
+    assert found[1:] == [
+        "LM Studio 'local' will refuse to load big: it would take 45.0 GB",
+        "the models of 'local' do not fit together: big 45.0 GB, small 9.0 GB, and this machine has 32.0 GB",
+    ]
+    assert loads == []

@@ -959,7 +959,7 @@ def test_a_secret_that_looks_like_one_is_not_repeated(text: str) -> None:
         (
             '[[upstreams]]\npassword = "hunter2"\nurl = "http://box"\n',
             "2: upstreams[0].password: is unknown; write one of name, url, api_token_env, "
-            "api_token_file, max_loading, auto_evict, memory, connect_timeout, list_timeout",
+            "api_token_file, max_loading, auto_evict, memory, sdk, connect_timeout, list_timeout",
         ),
         (
             '[server]\nadmin_key = "hunter2"\n',

@@ -152,6 +152,7 @@ NAMES = {
     "keepalive_build_info": ("gauge", ["version"]),
     "keepalive_upstream_up": ("gauge", ["upstream"]),
     "keepalive_upstream_state": ("gauge", ["state", "upstream"]),
+    "keepalive_upstream_sdk": ("gauge", ["sdk", "upstream"]),
     "keepalive_model_state": ("gauge", ["model", "state", "upstream"]),
     "keepalive_model_wanted": ("gauge", ["model", "upstream"]),
     "keepalive_model_instances": ("gauge", ["model", "upstream"]),

@@ -9,6 +9,7 @@ export const idOf = (model) => `${model.upstream}\n${model.key}`;
 function modelOf(document, at) {
   const load = document.load && {
     began: at - document.load.elapsed_seconds * 1000,
+    progress: document.load.progress ?? null,
     ends: document.load.eta_seconds === null ? null : at + document.load.eta_seconds * 1000,
     attempt: document.load.attempt,
   };

@@ -105,7 +105,8 @@ export class Row {
   drawProgress(at) {
     const { load } = this.model;
     const total = load.ends === null ? null : load.ends - load.began;
-    if (total > 0) this.bar.value = Math.min(1, Math.max(0, (at - load.began) / total));
+    if (load.progress !== null) this.bar.value = load.progress;
+    else if (total > 0) this.bar.value = Math.min(1, Math.max(0, (at - load.began) / total));
     else this.bar.removeAttribute("value");
     const attempt = load.attempt > 1 ? `, attempt ${load.attempt}` : "";
     say(this.left, progress(load, at) + attempt);

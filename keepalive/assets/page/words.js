@@ -74,6 +74,7 @@ export const KINDS = {
 /** "62 s, about 50 s to go" */
 export function progress(load, now) {
   const elapsed = counted((now - load.began) / 1000);
+  if (load.progress !== null && load.ends === null) return `${elapsed} so far, ${Math.round(load.progress * 100)} % done`;
   if (load.ends === null) return `${elapsed} so far, no earlier load to tell how long it takes`;
   const left = Math.ceil((load.ends - now) / 1000);
   return left > 0 ? `${elapsed}, about ${counted(left)} to go` : `${elapsed}, longer than usual`;

@@ -1,0 +1,425 @@
+"""The socket of LM Studio's SDKs: what it adds to a listing and to a load, and all that can be wrong with it.
+
+Against the simulator, and against servers that do what none should, over real sockets on a clock that jumps.
+"""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from math import inf
+from typing import Any
+
+import pytest
+from aiohttp import ClientSession, WSMsgType, web
+
+from keepalive.core.errors import Cut, Reason, Refused, TimedOut
+from keepalive.core.facts import Instance, Need, Sdk, Sight
+from keepalive.lmstudio.client import Client
+from keepalive.lmstudio.line import MESSAGE_MAX, MESSAGES_A_SECOND
+from keepalive.simulator.exchange import Request
+from keepalive.simulator.models import SimModel
+from keepalive.simulator.server import Server, serve
+from keepalive.simulator.studio import Studio
+
+pytestmark = pytest.mark.clock_jumps
+
+CHAT = SimModel("acme/chat", load_seconds=60.0, size_bytes=8_000_000_000)
+EMBED = SimModel("acme/embed", kind="embedding", load_seconds=1.0, max_context_length=2_048)
+TOKEN = "sk-lm-canary01:canary0123456789abcd"
+
+
+@asynccontextmanager
+async def met(*, token: str | None = None, **faults: object) -> AsyncIterator[tuple[Server, Client]]:
+    """A client that has seen its first listing."""
+    async with (
+        await serve(Studio([CHAT, EMBED], faults=faults)) as server,
+        Client("local", server.url, token=token, sdk=True) as client,
+    ):
+        await client.listing()
+        yield server, client
+
+
+async def seen(client: Client, key: str = CHAT.key) -> Instance:
+    return (await client.listing()).entries[key].instances[0]
+
+
+def happened(server: Server, kind: str) -> int:
+    return sum(event["kind"] == kind for event in server.studio.log(0))
+
+
+async def chat(server: Server, key: str = CHAT.key) -> None:
+    body = {"model": key, "messages": [{"role": "user", "content": "x"}]}
+    async with (
+        ClientSession() as session,
+        session.post(f"{server.url}/v1/chat/completions", json=body) as answer,
+    ):
+        await answer.read()
+
+
+# --- what is seen -----------------------------------------------------------------------------------
+
+
+async def test_the_first_listing_sees_by_the_socket_already():
+    async with met() as (server, client):
+        server.studio.load(CHAT.key, seconds=0)
+        server.studio.load(EMBED.key, seconds=0)
+        listing = await client.listing()
+
+        assert (listing.sight.sdk, listing.sight.session, listing.sight.late) == (Sdk.UP, 2, False)
+        assert listing.entries[CHAT.key].instances == (
+            Instance(CHAT.key, 4_096, busy=False, queued=0, ttl=inf, last_used=None),
+        )
+        assert listing.entries[EMBED.key].instances[0].busy is False
+
+
+async def test_work_of_others_and_idle_timers_are_seen():
+    async with met(token_seconds=1.0, answer_tokens=30, default_ttl_seconds=300) as (server, client):
+        talking = asyncio.create_task(chat(server))
+        await asyncio.sleep(70)
+        working = await seen(client)
+        await talking
+        await asyncio.sleep(50)
+        listing = await client.listing()
+        rested = listing.entries[CHAT.key].instances[0]
+
+        assert (working.busy, working.queued, working.ttl) == (True, 1, 300)
+        assert (rested.busy, rested.queued) == (False, 0)
+        assert listing.sight.clock is not None
+        assert rested.last_used is not None
+        assert listing.sight.clock - rested.last_used == pytest.approx(50, abs=1)
+
+
+async def test_what_a_load_will_take_is_estimated_once_and_whether_it_fits_whenever_that_may_have_changed():
+    async with met() as (server, client):
+        client.expect({CHAT.key: {"context_length": 8_192}, "nobody": {}})
+        first = await client.listing()
+        await asyncio.sleep(1)
+        second = await client.listing()
+        server.studio.set_faults(memory_bytes=8_000_000_000)
+        server.studio.load(EMBED.key, seconds=0)
+        await client.listing()
+        await asyncio.sleep(1)
+        third = await client.listing()
+
+        assert first.entries[CHAT.key].need is None
+        assert second.entries[CHAT.key].need == Need(10_000_000_000, passes_guardrails=True, sure=True)
+        assert third.entries[CHAT.key].need == Need(10_000_000_000, passes_guardrails=False, sure=True)
+        assert third.entries[EMBED.key].need is None
+
+
+async def test_the_token_opens_the_socket_and_another_one_is_refused_in_words_without_it():
+    async with met(token=TOKEN, auth_token=TOKEN) as (_, client):
+        assert (await client.listing()).sight.sdk is Sdk.UP
+    async with met(token=TOKEN, sdk_answers="refused") as (_, client):
+        sight = (await client.listing()).sight
+
+        assert (sight.sdk, sight.why) == (Sdk.REFUSED, "the SDK socket /llm does not accept the API token")
+
+
+async def test_a_socket_that_lm_studio_ends_is_opened_anew_at_once_and_told():
+    async with met() as (server, client):
+        server.studio.restart(0.0)
+        await asyncio.sleep(1)
+        sight = (await client.listing()).sight
+
+        assert (sight.sdk, sight.session, sight.hung_up) == (Sdk.UP, 4, 2)
+
+
+async def test_without_it_nothing_is_opened_and_nothing_known():
+    async with await serve(Studio([CHAT])) as server, Client("local", server.url) as client:
+        listing = await client.listing()
+
+        assert listing.sight == Sight()
+        assert happened(server, "sdk.opened") == 0
+
+
+# --- loads ------------------------------------------------------------------------------------------
+
+
+async def test_a_load_tells_its_progress_and_has_every_field_and_no_timer():
+    fields = {"context_length": 8_192, "flash_attention": True, "num_parallel_sessions": 2}
+    told: list[float] = []
+    async with met() as (server, client):
+        loaded = await client.load(CHAT.key, fields, timeout=900, told=told.append)
+        instance = server.studio.memory.instances[CHAT.key]
+
+        assert loaded.instance_id == CHAT.key
+        assert told == sorted(set(told))
+        assert 50 < len(told) <= 100
+        assert (instance.context_length, instance.ttl_seconds) == (8_192, None)
+        assert instance.config == {"flash_attention": True, "parallel": 2}
+
+
+async def test_a_load_that_fails_says_why_as_over_http():
+    async with met(load_result="guardrail") as (_, client):
+        with pytest.raises(Refused) as refused:
+            await client.load(CHAT.key, {}, timeout=900)
+        assert refused.value.reason is Reason.RESOURCES
+    async with met(load_result="fail") as (_, client):
+        with pytest.raises(Refused) as refused:
+            await client.load(CHAT.key, {}, timeout=900)
+        assert refused.value.reason is Reason.LOAD_FAILED
+
+
+@pytest.mark.parametrize("messages", [0, 1, 2, 50])
+async def test_a_load_whose_socket_dies_has_an_unknown_end_and_the_next_one_goes_by_http(messages: int):
+    async with met(load_cuts_socket=messages) as (server, client):
+        with pytest.raises(Cut):
+            await client.load(CHAT.key, {}, timeout=900)
+        await asyncio.sleep(100)
+        again = (await client.listing()).sight
+        server.studio.set_faults(load_cuts_socket=None)
+        await client.load(EMBED.key, {}, timeout=900, kind="embedding")
+        for instance in server.studio.memory.copies(CHAT):
+            server.studio.memory.unload(instance, by="hand")
+        await client.load(CHAT.key, {}, timeout=900)
+
+        assert again.sdk is Sdk.UP
+        assert server.studio.memory.instances[EMBED.key].owner == "by hand"
+        assert server.studio.memory.instances[CHAT.key].owner == "rest"
+
+
+async def test_a_load_of_which_nothing_is_said_is_unknown_soon():
+    async with met() as (server, client):
+        server.studio.set_faults(sdk_answers="silent")
+        began = asyncio.get_running_loop().time()
+        with pytest.raises(TimedOut, match="nothing of the load within 30 s"):
+            await client.load(CHAT.key, {}, timeout=900)
+
+        assert asyncio.get_running_loop().time() - began == pytest.approx(30, abs=1)
+
+
+async def test_where_loads_are_not_served_they_go_by_http_at_once_without_what_it_does_not_take():
+    async with met() as (server, client):
+        server.studio.set_faults(sdk_answers="errors")
+        loaded = await client.load(CHAT.key, {"num_parallel_sessions": 2}, timeout=900)
+
+        assert loaded.instance_id == CHAT.key
+        assert server.studio.memory.instances[CHAT.key].owner == "rest"
+        assert happened(server, "load.started") == 1
+
+
+# --- bad input ----------------------------------------------------------------------------------------
+
+Behaviour = Callable[[web.WebSocketResponse, dict[str, Any]], Awaitable[None]]
+
+
+def reply(message: dict[str, Any], **more: Any) -> str:
+    return json.dumps({"type": "rpcResult", "callId": message.get("callId"), **more})
+
+
+async def binary(tunnel: web.WebSocketResponse, message: dict[str, Any]) -> None:
+    await tunnel.send_bytes(reply(message, result=[]).encode())
+
+
+async def huge(tunnel: web.WebSocketResponse, message: dict[str, Any]) -> None:
+    await tunnel.send_str(reply(message, result="x" * (MESSAGE_MAX + 1)))
+
+
+async def strangers(tunnel: web.WebSocketResponse, message: dict[str, Any]) -> None:
+    for number in (999, -1, "1", None, 1.5, [], {}):
+        await tunnel.send_str(json.dumps({"type": "rpcResult", "callId": number, "result": []}))
+        await tunnel.send_str(
+            json.dumps({"type": "channelSend", "channelId": number, "ackId": 1, "message": 7})
+        )
+        await tunnel.send_str(json.dumps({"type": number}))
+
+
+async def garbage(tunnel: web.WebSocketResponse, message: dict[str, Any]) -> None:
+    for text in ("", "{", "[]", "null", "7", "[" * 100_000, '{"type":"rpcError"}', '{"type":"unheardOf"}'):
+        await tunnel.send_str(text)
+
+
+async def nonsense(tunnel: web.WebSocketResponse, message: dict[str, Any]) -> None:
+    """An answer to each call, in no shape that fits."""
+    rows = [
+        {"identifier": CHAT.key, "ttlMs": -5, "lastUsedTime": "today"},
+        {"identifier": 7},
+        None,
+        "x",
+        {"status": [], "queued": -1},
+    ]
+    await tunnel.send_str(reply(message, result=rows))
+
+
+async def numbers(tunnel: web.WebSocketResponse, message: dict[str, Any]) -> None:
+    """In the right shape, with numbers that cannot be."""
+    if message["endpoint"] == "listLoaded":
+        text = reply(message, result=[{"identifier": CHAT.key, "ttlMs": 1e308, "lastUsedTime": -1}])
+    elif message["endpoint"] == "estimateModelUsage":
+        text = reply(message, result={"memory": {"totalBytes": -9}, "passesGuardrails": "yes"})
+    else:
+        text = reply(message, result={"status": "generating", "queued": -3}).replace("-3", "NaN")
+    await tunnel.send_str(text)
+
+
+async def flood(tunnel: web.WebSocketResponse, message: dict[str, Any]) -> None:
+    with contextlib.suppress(ConnectionError):
+        for _ in range(5 * MESSAGES_A_SECOND):
+            await tunnel.send_str('{"type":"signalUpdate"}')
+
+
+async def errors(tunnel: web.WebSocketResponse, message: dict[str, Any]) -> None:
+    ids = {name: message[name] for name in ("callId", "channelId") if name in message}
+    await tunnel.send_str(json.dumps({"type": "rpcError", **ids, "error": {"title": [], "displayData": 5}}))
+
+
+async def hang_up(tunnel: web.WebSocketResponse, message: dict[str, Any]) -> None:
+    await tunnel.close()
+
+
+async def silence(tunnel: web.WebSocketResponse, message: dict[str, Any]) -> None:
+    pass
+
+
+class Odd:
+    """LM Studio's listings by a simulator; the socket by `behaviour`, after a greeting that is `greeting`."""
+
+    def __init__(self, behaviour: Behaviour, greeting: str | None = '{"success":true}') -> None:
+        self.studio = Studio([CHAT, EMBED])
+        self.behaviour = behaviour
+        self.greeting = greeting
+        self.upgrades = 0
+        self.calls = 0
+
+    async def answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        if request.headers.get("Upgrade", "").lower() != "websocket":
+            body = await request.read()
+            said = await self.studio.handle(Request(request.method, request.path, "", {}, body))
+            return web.Response(status=said.status, body=await said.read(), content_type="application/json")
+        self.upgrades += 1
+        tunnel = web.WebSocketResponse(max_msg_size=0)
+        await tunnel.prepare(request)
+        async for message in tunnel:
+            if message.type is not WSMsgType.TEXT:
+                continue
+            said = json.loads(message.data)
+            if "authVersion" in said:
+                if self.greeting is not None:
+                    await tunnel.send_str(self.greeting)
+                continue
+            self.calls += 1
+            await self.behaviour(tunnel, said)
+        return tunnel
+
+
+@asynccontextmanager
+async def odd(server: Odd) -> AsyncIterator[Client]:
+    runner = web.ServerRunner(web.Server(server.answer), shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        async with Client("local", f"http://127.0.0.1:{runner.addresses[0][1]}", sdk=True) as client:
+            client.expect({CHAT.key: {}})
+            yield client
+    finally:
+        await runner.cleanup()
+        server.studio.close()
+
+
+@pytest.mark.parametrize(
+    "behaviour", [binary, huge, strangers, garbage, nonsense, numbers, flood, errors, hang_up, silence]
+)
+async def test_whatever_the_socket_says_http_goes_on(behaviour: Behaviour):
+    server, loop = Odd(behaviour), asyncio.get_running_loop()
+    async with odd(server) as client:
+        server.studio.load(CHAT.key, seconds=0)
+        for _ in range(20):
+            began = loop.time()
+            listing = await client.listing()
+            took = loop.time() - began
+            instance = listing.entries[CHAT.key].instances[0]
+
+            assert took <= 1.1
+            assert instance.ttl is None
+            assert instance.last_used is None
+            assert listing.entries[CHAT.key].need is None
+            await asyncio.sleep(15)
+        await client.unload(CHAT.key, timeout=5)
+
+    # Five minutes of it: tried more and more rarely, and with no more questions than there were listings.
+    assert server.upgrades <= 20
+    assert server.calls <= 20 * 3 + 10
+
+
+@pytest.mark.parametrize(
+    "greeting",
+    [None, "", "[]", '{"success":1}', '{"lmstudio":true}', "x" * (MESSAGE_MAX + 1)],
+    ids=["nothing", "empty", "a list", "a number", "another word", "huge"],
+)
+async def test_what_does_not_greet_as_lm_studio_does_is_no_socket(greeting: str | None):
+    server = Odd(silence, greeting)
+    async with odd(server) as client:
+        for _ in range(20):
+            await client.listing()
+            await asyncio.sleep(15)
+        sight = (await client.listing()).sight
+
+    assert sight.sdk is Sdk.ABSENT
+    assert sight.why
+    assert server.upgrades <= 20
+    assert server.calls == 0
+
+
+async def test_an_upgrade_that_is_refused_is_no_socket():
+    async with met(websocket="refuse") as (_, client):
+        sight = (await client.listing()).sight
+
+        assert (sight.sdk, sight.why) == (Sdk.ABSENT, "there is no SDK socket at /llm: HTTP 426")
+
+
+async def test_a_socket_that_leaves_a_question_unanswered_is_late_and_then_given_up():
+    async with met() as (server, client):
+        server.studio.load(CHAT.key, seconds=0)
+        server.studio.set_faults(sdk_answers="silent")
+        sights = []
+        for _ in range(4):
+            sights.append((await client.listing()).sight)
+            await asyncio.sleep(14)
+
+        assert [(sight.sdk, sight.late) for sight in sights] == [
+            (Sdk.UP, True),
+            (Sdk.UP, True),
+            (Sdk.UP, True),
+            (Sdk.ABSENT, False),
+        ]
+        assert sights[-1].why == "it has left a question unanswered for 30 s"
+
+
+async def test_progress_that_goes_back_or_makes_no_sense_is_not_told():
+    steps = [0.5, 0.2, -1, 2, "x", None, 0.505, 0.6, True, 1.0]
+
+    async def loads(tunnel: web.WebSocketResponse, message: dict[str, Any]) -> None:
+        if message.get("endpoint") != "loadModel":
+            await tunnel.send_str(reply(message, result=[]))
+            return
+        ident = message["channelId"]
+        for step in steps:
+            told = {"type": "progress", "progress": step}
+            await tunnel.send_str(json.dumps({"type": "channelSend", "channelId": ident, "message": told}))
+        done = {"type": "success", "info": {"identifier": "a"}}
+        await tunnel.send_str(json.dumps({"type": "channelSend", "channelId": ident, "message": done}))
+
+    told: list[float] = []
+    async with odd(Odd(loads)) as client:
+        await client.listing()
+        loaded = await client.load(CHAT.key, {}, timeout=900, told=told.append)
+
+    assert loaded.instance_id == "a"
+    assert told == [0.5, 0.6, 1.0]
+
+
+async def test_a_reload_of_the_config_opens_and_closes_it():
+    async with met() as (server, client):
+        client.configure(token=None, connect_timeout=5, list_timeout=10, sdk=False)
+        off = (await client.listing()).sight
+        client.configure(token=None, connect_timeout=5, list_timeout=10, sdk=True)
+        await asyncio.sleep(400)
+        on = (await client.listing()).sight
+
+        assert off == Sight()
+        assert on.sdk is Sdk.UP
+        assert happened(server, "sdk.opened") == 4
