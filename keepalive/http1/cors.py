@@ -50,8 +50,10 @@ def preflight(head: RequestHead, origins: Origins, methods: bytes = _METHODS) ->
 
     It is given here and not upstream: LM Studio may know nothing of pages, or be away, and shows no key.
     """
+    if head.method != b"OPTIONS":
+        return None
     grant = granted(head, origins)
-    if head.method != b"OPTIONS" or not grant or head.get(b"access-control-request-method") is None:
+    if not grant or head.get(b"access-control-request-method") is None:
         return None
     answer = [
         grant[0],

@@ -8,7 +8,7 @@ How the bytes were cut into segments never changes the result, errors included.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -16,6 +16,8 @@ _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e]++) HTTP/([0-9]\.[0-9])\r\n")
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([0-9]{3})(?: ([\t\x20-\x7e\x80-\xff]*+))?\r\n")
 _FIELD_LINE = re.compile(rb"(" + _TOKEN + rb"):[\t ]*+([\t\x20-\x7e\x80-\xff]*+)\r\n")
+# Lines of headers to the empty one, by the same grammar: nearly every head comes whole, and is read at one go.
+_FIELD_LINES = re.compile(rb"(?:" + _TOKEN + rb":[\t\x20-\x7e\x80-\xff]*+\r\n)*+\r\n")
 _DIGITS = re.compile(rb"[0-9]{1,18}")
 _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]{2,45}\]|[0-9A-Za-z._~!$&'()*+,;=%-]*)(?::([0-9]{0,5}))?")
 
@@ -71,6 +73,14 @@ class HeadReader:
     def feed(self, data: bytes) -> bytes | None:
         """The bytes behind the head once it is complete, until then None. Raises BadHead, once."""
         search_from = 0
+        if not self._length and not self._kept:
+            line = self._start_line.match(data)
+            lines = _FIELD_LINES.match(data, line.end()) if line is not None else None
+            if line is not None and lines is not None and lines.end() <= self._limit:
+                self.start = tuple(part or b"" for part in line.groups())
+                found = _FIELD_LINE.findall(data, line.end(), lines.end())
+                self.headers = [(name, value.rstrip(b" \t")) for name, value in found]
+                return data[lines.end() :]
         if self._kept:
             search_from = len(self._kept)
             self._kept += data
@@ -114,48 +124,77 @@ class HeadReader:
             raise BadHead(400, "this port speaks plain HTTP/1.1")
 
 
-class RequestHead:
+class _Head:
+    """Headers that can be asked for by name, which is in lower case."""
+
+    __slots__ = ("_by_name", "_headers")
+
+    def __init__(self, headers: Headers) -> None:
+        self._headers = headers
+        self._by_name: dict[bytes, list[bytes]] | None = None
+
+    @property
+    def headers(self) -> Headers:
+        return self._headers
+
+    @headers.setter
+    def headers(self, headers: Headers) -> None:
+        self._headers = headers
+        self._by_name = None
+
+    def values(self, name: bytes) -> list[bytes]:
+        """Every value of the header `name`."""
+        by_name = self._by_name
+        if by_name is None:
+            # A dozen of them are asked for, one after the other.
+            by_name = self._by_name = {}
+            for key, value in self._headers:
+                by_name.setdefault(key.lower(), []).append(value)
+        return by_name.get(name) or []
+
+    def get(self, name: bytes) -> bytes | None:
+        """The value of the one header `name`; None when there are none or several."""
+        found = self.values(name)
+        return found[0] if len(found) == 1 else None
+
+    def listed(self, name: bytes) -> set[bytes]:
+        """The members of a comma-separated header, in lower case."""
+        return _members(self.values(name))
+
+
+class RequestHead(_Head):
     """What a caller asked. `body` is the length of its body, or CHUNKED."""
 
-    __slots__ = ("body", "expects", "headers", "keeps_alive", "method", "minor", "target", "upgrade")
+    __slots__ = ("body", "expects", "keeps_alive", "method", "minor", "target", "upgrade")
 
     def __init__(self, method: bytes, target: bytes, headers: Headers, minor: int = 1) -> None:
+        super().__init__(headers)
         self.method = method
         self.target = target
-        self.headers = headers
         self.minor = minor
         self.body = 0
         self.expects = False
         self.upgrade: bytes | None = None  # what the caller asks to speak instead of HTTP
         # HTTP/1.0 clients that want to be kept are older than the models: one request each is enough.
-        self.keeps_alive = minor == 1 and b"close" not in listed(headers, b"connection")
-
-    def get(self, name: bytes) -> bytes | None:
-        """The value of the one header `name` (in lower case); None when there are none or several."""
-        found = values(self.headers, name)
-        return found[0] if len(found) == 1 else None
+        self.keeps_alive = minor == 1 and b"close" not in self.listed(b"connection")
 
 
-class ReplyHead:
+class ReplyHead(_Head):
     """What an upstream answered. `body` is the length of its body, CHUNKED or UNTIL_CLOSE."""
 
-    __slots__ = ("body", "events", "headers", "keeps_alive", "minor", "reason", "status", "stream")
+    __slots__ = ("body", "events", "keeps_alive", "minor", "reason", "status", "stream")
 
     def __init__(self, status: int, reason: bytes, headers: Headers, minor: int) -> None:
+        super().__init__(headers)
         self.status = status
         self.reason = reason
-        self.headers = headers
         self.minor = minor
         self.body = 0
-        self.keeps_alive = minor == 1 and b"close" not in listed(headers, b"connection")
-        kind = values(headers, b"content-type")
+        self.keeps_alive = minor == 1 and b"close" not in self.listed(b"connection")
+        kind = self.values(b"content-type")
         #: Server-sent events; those that can be read, not being compressed.
         self.events = len(kind) == 1 and kind[0].lower().startswith(b"text/event-stream")
-        self.stream = self.events and not values(headers, b"content-encoding")
-
-    def get(self, name: bytes) -> bytes | None:
-        found = values(self.headers, name)
-        return found[0] if len(found) == 1 else None
+        self.stream = self.events and not self.values(b"content-encoding")
 
 
 def request_reader(limit: int) -> HeadReader:
@@ -184,8 +223,8 @@ def request_head(reader: HeadReader) -> RequestHead:
     _refuse_host(head)
     head.body = _request_body(head)
     head.expects = _expects(head)
-    protocols = values(head.headers, b"upgrade")
-    if len(protocols) == 1 and head.minor == 1 and b"upgrade" in listed(head.headers, b"connection"):
+    protocols = head.values(b"upgrade")
+    if len(protocols) == 1 and head.minor == 1 and b"upgrade" in head.listed(b"connection"):
         head.upgrade = protocols[0]
     return head
 
@@ -200,7 +239,7 @@ def _refuse_target(method: bytes, target: bytes) -> None:
 
 
 def _refuse_host(head: RequestHead) -> None:
-    hosts = values(head.headers, b"host")
+    hosts = head.values(b"host")
     if len(hosts) != 1 and not (head.minor == 0 and not hosts):
         raise BadHead(400, "there must be one Host header")
     if hosts and not _HOST.fullmatch(hosts[0]):
@@ -209,8 +248,8 @@ def _refuse_host(head: RequestHead) -> None:
 
 def _request_body(head: RequestHead) -> int:
     """The length of the body, or CHUNKED: never both, and never a guess."""
-    codings = values(head.headers, b"transfer-encoding")
-    lengths = values(head.headers, b"content-length")
+    codings = head.values(b"transfer-encoding")
+    lengths = head.values(b"content-length")
     if codings:
         if lengths or head.minor == 0:
             raise BadHead(400, "Transfer-Encoding cannot stand beside Content-Length or in HTTP/1.0")
@@ -222,7 +261,7 @@ def _request_body(head: RequestHead) -> int:
 
 def _expects(head: RequestHead) -> bool:
     """Whether the caller waits for 100 before it sends its body."""
-    expectations = values(head.headers, b"expect")
+    expectations = head.values(b"expect")
     if not expectations or head.minor != 1:
         return False
     if len(expectations) > 1 or expectations[0].lower() != b"100-continue":
@@ -234,8 +273,8 @@ def reply_head(reader: HeadReader, method: bytes) -> ReplyHead:
     """The answer in a complete head, to a request of `method`."""
     minor, status, reason = reader.start
     head = ReplyHead(int(status), reason, reader.headers, int(minor))
-    codings = values(head.headers, b"transfer-encoding")
-    lengths = values(head.headers, b"content-length")
+    codings = head.values(b"transfer-encoding")
+    lengths = head.values(b"content-length")
     if codings and (lengths or len(codings) > 1 or codings[0].lower() != b"chunked"):
         raise BadHead(502, "its transfer coding is not exactly chunked")
     if lengths:
@@ -263,12 +302,16 @@ def values(headers: Headers, name: bytes) -> list[bytes]:
 
 def listed(headers: Headers, name: bytes) -> set[bytes]:
     """The members of a comma-separated header, in lower case."""
-    return {part.strip(b" \t").lower() for value in values(headers, name) for part in value.split(b",")}
+    return _members(values(headers, name))
 
 
-def preferred_wait(headers: Headers) -> float | None:
+def _members(found: list[bytes]) -> set[bytes]:
+    return {part.strip(b" \t").lower() for value in found for part in value.split(b",")}
+
+
+def preferred_wait(head: RequestHead) -> float | None:
     """Seconds of `Prefer: wait=N`."""
-    for value in values(headers, b"prefer"):
+    for value in head.values(b"prefer"):
         for part in value.split(b","):
             name, _, seconds = part.partition(b"=")
             if name.strip().lower() == b"wait" and seconds.strip().isdigit():
@@ -276,10 +319,14 @@ def preferred_wait(headers: Headers) -> float | None:
     return None
 
 
-def end_to_end(headers: Headers, *, without: Iterable[bytes] = ()) -> Headers:
+def end_to_end(headers: Headers, *, without: Collection[bytes] = ()) -> Headers:
     """The headers meant for the other end: not those between two neighbours, nor any in `without`."""
-    dropped = _HOP_BY_HOP | listed(headers, b"connection") | set(without)
-    return [pair for pair in headers if pair[0].lower() not in dropped]
+    kept = [pair for pair in headers if (name := pair[0].lower()) not in _HOP_BY_HOP and name not in without]
+    if len(kept) != len(headers):
+        named = listed(headers, b"connection")
+        if named - _HOP_BY_HOP:
+            return [pair for pair in kept if pair[0].lower() not in named]
+    return kept
 
 
 def host_of(value: bytes) -> str:

@@ -14,7 +14,6 @@ from keepalive.http1.heads import (
     BadHead,
     HeadReader,
     ReplyHead,
-    listed,
     reply_head,
     reply_reader,
 )
@@ -62,6 +61,7 @@ class Link(asyncio.Protocol):
         "idle_since",
         "lost",
         "reused",
+        "streamed",
         "transport",
         "upload",
     )
@@ -72,6 +72,8 @@ class Link(asyncio.Protocol):
         self._owner = pool
         self.lost = False
         self.reused = False
+        #: Its last answer was a stream of events.
+        self.streamed = False
         self.idle_since = 0.0
         #: Sends what is still to come of the request body.
         self.upload: asyncio.Task[None] | None = None
@@ -128,6 +130,7 @@ class Link(asyncio.Protocol):
         ):
             self._reply = None
             self.reused = True
+            self.streamed = reply.head.stream
             resume(self.transport)  # a slow caller may have had it paused when the last byte came
             self._owner.keep(self)
         else:
@@ -219,7 +222,7 @@ class Link(asyncio.Protocol):
             if not 100 <= head.status <= 599:
                 raise BadHead(502, "there is no such status")
             if head.status == 101:
-                if not self._asked_upgrade or b"upgrade" not in listed(head.headers, b"connection"):
+                if not self._asked_upgrade or b"upgrade" not in head.listed(b"connection"):
                     raise BadHead(502, "it switches protocols unasked")
             elif head.status < 200:
                 self._reader = reply_reader(self._owner.limits.head_bytes)

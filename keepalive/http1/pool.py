@@ -58,6 +58,9 @@ class Pool:
         self.links: set[Link] = set()
         self._ssl = ssl_context or (ssl.create_default_context() if parts.scheme == "https" else None)
         self._idle: deque[Link] = deque()
+        # llama-server closes after a stream without saying so, whatever its headers promise: seen once, it is
+        # expected from then on, lest every request that follows a stream is sent twice.
+        self._ends_with_streams = False
         self._address = literal(self.host, self.port)
 
     async def send(
@@ -107,6 +110,7 @@ class Pool:
                 stale = link.reused and link.untouched and self.loop.time() - asked_at < STALE_SECONDS
                 if alone or not stale:
                     raise
+                self._ends_with_streams = self._ends_with_streams or link.streamed
                 link = None
             except BaseException:
                 link.let_go(None)
@@ -123,8 +127,7 @@ class Pool:
 
     def keeps(self, head: ReplyHead) -> bool:
         """Whether another request may follow this answer on its connection."""
-        # llama-server closes after a stream without saying so, whatever its headers promise.
-        return head.keeps_alive and head.body != UNTIL_CLOSE and not head.stream
+        return head.keeps_alive and head.body != UNTIL_CLOSE and not (head.stream and self._ends_with_streams)
 
     def keep(self, link: Link) -> None:
         link.idle_since = self.loop.time()
@@ -154,6 +157,8 @@ class Pool:
         self.ticker.discard(link)
         with contextlib.suppress(ValueError):
             self._idle.remove(link)
+            if link.streamed and self.loop.time() - link.idle_since < STALE_SECONDS:
+                self._ends_with_streams = True
 
     async def close(self) -> None:
         for link in list(self.links):

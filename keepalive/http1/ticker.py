@@ -28,12 +28,13 @@ class Ticker:
             self._timer = asyncio.get_running_loop().call_later(self.interval, self._turn)
 
     def discard(self, member: Ticking) -> None:
+        # The timer goes on to its next turn: most members stay for a millisecond, and are followed by others.
         self._members.discard(member)
-        if not self._members and self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
 
     def _turn(self) -> None:
+        if not self._members:
+            self._timer = None
+            return
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(self.interval, self._turn)
         now = loop.time()

@@ -10,7 +10,7 @@ from keepalive.core.callers import Key, Outcome, Seen
 from keepalive.core.errors import NotWarm
 from keepalive.core.facts import ModelId
 from keepalive.core.keeping import Keeping
-from keepalive.http1 import NO_STORE, Exchange, Headers, RequestHead, Ticker, cors, preferred_wait, values
+from keepalive.http1 import NO_STORE, Exchange, Headers, RequestHead, Ticker, cors, preferred_wait
 from keepalive.prompts.asked import Refusal, Settings, read_order, read_warmup, variables
 from keepalive.prompts.stream import Forward, Stream, Visit, milliseconds, view_of
 from keepalive.protocols.encodings import codings
@@ -125,7 +125,7 @@ class Prompts:
         for model in models:
             self._warm(model)
         longest = view_of(self._keeping, models).max_wait
-        wish = preferred_wait(visit.exchange.head.headers)
+        wish = preferred_wait(visit.exchange.head)
         deadline = visit.began + (longest if wish is None else min(longest, wish))
         try:
             async with asyncio.timeout_at(deadline):
@@ -161,7 +161,7 @@ class Prompts:
         if kind != b"application/json":
             message = "send Content-Type: application/json"
             raise Refusal(415, message, "unsupported_media_type", field="Content-Type")
-        if codings(values(head.headers, b"content-encoding")) != []:
+        if codings(head.values(b"content-encoding")) != []:
             message = "send the body uncompressed"
             raise Refusal(415, message, "unsupported_encoding", field="Content-Encoding")
         return await self._hold(visit.exchange, self._read(visit.exchange))

@@ -159,9 +159,8 @@ def _conversation(model: str, body: dict[str, object]) -> bytes | None:
     opening = [(name, part) for name in _OPENING if (part := _opening(body.get(name)))]
     if not opening:
         return None
-    # ASCII by default, so that no text, not even half a surrogate pair, can fail to be encoded.
-    told = json.dumps([model.casefold(), opening], separators=(",", ":"))
-    return blake2b(told.encode(), digest_size=8).digest()
+    # Half a surrogate pair is written as an escape, so that no text can fail to be encoded.
+    return blake2b(repr((model.casefold(), opening)).encode(), digest_size=8).digest()
 
 
 def _opening(value: object) -> object:

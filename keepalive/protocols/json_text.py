@@ -7,6 +7,8 @@ from typing import Final
 def text(body: bytes) -> str:
     """The characters of a body, in whichever encoding."""
     # Bytes that are no characters are replaced, as LM Studio's runtime does: they do not make a body invalid.
+    if body.startswith(b'{"'):
+        return body.decode("utf-8", "replace")  # no other encoding begins like that
     return body.decode(json.detect_encoding(body), "replace")
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from keepalive.core.callers import Key
-from keepalive.http1 import RequestHead, host_of, values
+from keepalive.http1 import RequestHead, host_of
 from keepalive.proxy.settings import Settings
 
 Refused = tuple[int, str, str]  # status, message and code
@@ -25,7 +25,7 @@ def admit(head: RequestHead, settings: Settings) -> tuple[Key | None, Refused | 
     origin = (head.get(b"origin") or b"").decode("latin-1")
     if not settings.keys:
         # Wherever we listen, and most of all where more than this machine can reach us.
-        host = host_of(head.get(b"host") or b"")
+        host = _host_of(head.get(b"host") or b"")
         if host and not _is_expected(host, settings):
             why = "this Host is not expected here; if it is yours, add it to server.allowed_hosts"
             return None, (403, why, "host")
@@ -58,6 +58,9 @@ def _own_names() -> frozenset[str]:
 
 
 # Callers say the same few names, and telling what they are costs more than all the rest.
+_host_of = functools.lru_cache(64)(host_of)
+
+
 @functools.lru_cache(64)
 def _is_address(host: str) -> bool:
     try:
@@ -91,8 +94,8 @@ def _shown(head: RequestHead) -> list[bytes]:
 
     What knows of names and passwords alone (`https://user:KEY@host`) sends Basic: either of the two may be it.
     """
-    shown = [value for name in SHOWN_IN[1:] for value in values(head.headers, name)]
-    for value in values(head.headers, SHOWN_IN[0]):
+    shown = [value for name in SHOWN_IN[1:] for value in head.values(name)]
+    for value in head.values(SHOWN_IN[0]):
         scheme, _, given = value.partition(b" ")
         if scheme.lower() == b"bearer":
             shown.append(given)

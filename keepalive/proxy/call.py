@@ -10,7 +10,7 @@ from keepalive.core.errors import Reason, UpstreamError
 from keepalive.core.facts import InstanceLost, ModelId, RequestEnded, RequestStarted
 from keepalive.core.keeping import Keeping
 from keepalive.core.names import Meaning
-from keepalive.http1 import Caller, Reply, Ticker, preferred_wait, values
+from keepalive.http1 import Caller, Reply, Ticker, preferred_wait
 from keepalive.protocols.answers import event_error
 from keepalive.protocols.asked import Asked
 from keepalive.protocols.lost import Lost, looks_lost
@@ -28,6 +28,8 @@ from keepalive.proxy.upstreams import Upstreams
 
 #: Of an upstream's error answer: read before it is decided what becomes of it.
 ERROR_BYTES: Final = 262_144
+
+_MODES: Final = frozenset(Heartbeat)
 
 
 class Notes(Protocol):
@@ -105,7 +107,7 @@ class Call:
         best = next((index for index, view in enumerate(views) if view.state == "warm"), 0)
         account.model, account.state = models[best], views[best].state
         longest = views[best].max_wait
-        wish = preferred_wait(head.headers)
+        wish = preferred_wait(head)
         self.deadline = account.began + (longest if wish is None else min(longest, wish))
         if self.asked.stream and self.route.streams:
             wanted = chosen_heartbeat(head.get(b"x-keepalive-heartbeat"), self.mode)
@@ -189,10 +191,11 @@ class Call:
             self.answer.begin(head, stream=True)
             self.caller.flush()
             self._first = await first_event(reply)
-            error = event_error(self._first)
         else:
             self._first = await first_error(reply)
-            error = self._first
+        if b'"error"' not in self._first:
+            return None  # as nearly always: an error has that word, whatever it looks like
+        error = event_error(self._first) if head.stream else self._first
         return self._look(200, error) if error else None
 
     def _look(self, status: int, body: bytes) -> Lost | None:
@@ -243,7 +246,7 @@ class Call:
         if self.answer.promised and not stream:
             return await self._explain(reply)
         self.answer.begin(head, stream=stream)
-        readable = head.status == 200 and not values(head.headers, b"content-encoding")
+        readable = head.status == 200 and not head.values(b"content-encoding")
         words = Words(self.route.protocol) if readable and not stream else None
         caller.head.headers = head.headers = []  # a stream goes on for long
         if caller.paused:

@@ -24,7 +24,6 @@ from keepalive.http1 import (
     cors,
     end_to_end,
     plain_refusal,
-    values,
 )
 from keepalive.protocols.encodings import codings
 from keepalive.protocols.joined import joined
@@ -117,7 +116,7 @@ class Proxy:
             return await self._tunnel(call)
         if not (call.route.names and head.method == b"POST"):
             return await self._show(call)
-        packed = codings(values(head.headers, b"content-encoding"))
+        packed = codings(head.values(b"content-encoding"))
         if packed is None:
             # LM Studio might unpack it and find the model that we did not see.
             why = "send the body as gzip or deflate, or uncompressed"
@@ -223,16 +222,18 @@ class Proxy:
         if home is not None and home in models and self.keeping.view(home).state == "warm":
             models = [home]
         cold = all(self.keeping.view(model).state != "warm" for model in models)
+        if not cold:
+            model = await self.keeping.ensure_warm(models)  # which does not wait for what is warm
+            self._homes.remember(call.asked.conversation, model)
+            return model
         began = call.account.now()
-        if cold:
-            self.waiting += 1
-            call.beat()
+        self.waiting += 1
+        call.beat()
         try:
             async with asyncio.timeout_at(call.deadline):
                 model = await self.keeping.ensure_warm(models)
         finally:
-            if cold:
-                self.waiting -= 1
+            self.waiting -= 1
             call.account.waited += call.account.now() - began
         self._homes.remember(call.asked.conversation, model)
         return model
@@ -311,7 +312,7 @@ class Proxy:
 
     def _listen(self, reply: Reply, upstream: str, route: Route) -> SdkCalls | None:
         """Who reads along in a tunnel: in those of LM Studio's SDKs, where the frames are not compressed."""
-        if not route.websocket or values(reply.head.headers, b"sec-websocket-extensions"):
+        if not route.websocket or reply.head.values(b"sec-websocket-extensions"):
             return None
         return SdkCalls(self, upstream, route.kind, joins=self.settings.join_loads)
 

@@ -12,6 +12,11 @@ from keepalive.proxy.settings import Settings
 #: What both ends of a tunnel say to each other.
 UPGRADE: Headers = [(b"Connection", b"Upgrade"), (b"Upgrade", b"websocket")]
 
+#: What of a caller's head is said to us, or anew.
+_OURS: Final = frozenset([b"host", b"content-length", b"expect", b"x-keepalive-heartbeat"])
+_READABLE: Final = _OURS | {b"accept-encoding"}
+_SHOWN: Final = frozenset(SHOWN_IN)
+
 #: A listing of a thousand models is about 1 MB. More than this is not a listing.
 LOOKED_BYTES: Final = 8 * 1024 * 1024
 
@@ -104,11 +109,9 @@ class Upstreams:
 
     def _headers(self, name: str, headers: Headers, *, readable: bool) -> Headers:
         token = self._settings.upstreams[name].token
-        without = [b"host", b"content-length", b"expect", b"x-keepalive-heartbeat"]
+        without = _READABLE if readable else _OURS
         if self._settings.keys or token is not None:
-            without += SHOWN_IN
-        if readable:
-            without.append(b"accept-encoding")
+            without |= _SHOWN
         kept = end_to_end(headers, without=without)
         if token is not None:
             kept.append((b"Authorization", b"Bearer " + token.encode("latin-1")))

@@ -103,7 +103,7 @@ def read_head(pieces, reader, finish):
             rest = reader.feed(piece)
             if rest is not None:
                 head = finish(reader)
-                said = {name: getattr(head, name) for name in head.__slots__}
+                said = {name: getattr(head, name) for name in (*head.__slots__, "headers")}
                 return said, rest + b"".join(pieces)
     except BadHead as bad:
         return bad.status, bad.text

@@ -9,6 +9,7 @@ from keepalive.http1.heads import (
     CHUNKED,
     UNTIL_CLOSE,
     BadHead,
+    RequestHead,
     end_to_end,
     host_of,
     reply_head,
@@ -324,3 +325,24 @@ def test_any_bytes_are_read_the_same_in_any_segments(noise, data):
     cut = data.draw(st.integers(0, len(wire)))
 
     assert read([wire[:cut], wire[cut:]]) == read([wire])
+
+
+def test_a_head_that_comes_whole_is_read_as_one_that_comes_byte_by_byte():
+    whole = b"POST /v1 HTTP/1.1\r\nHost: a \t\r\nX:\t1\r\nx: \r\n\r\nbody"
+    at_once, by_byte = request_reader(1000), request_reader(1000)
+    rest = at_once.feed(whole)
+    for at in range(len(whole) - 4):
+        last = by_byte.feed(whole[at : at + 1])
+
+    assert (rest, last) == (b"body", b"")
+    assert at_once.start == by_byte.start == (b"POST", b"/v1", b"1.1")
+    assert at_once.headers == by_byte.headers == [(b"Host", b"a"), (b"X", b"1"), (b"x", b"")]
+
+
+def test_headers_that_were_changed_are_asked_for_anew():
+    head = RequestHead(b"GET", b"/", [(b"Accept", b"a"), (b"ACCEPT", b"b, C")])
+    before = head.values(b"accept"), head.get(b"accept"), head.listed(b"accept")
+    head.headers = [(b"accept", b"c")]
+
+    assert before == ([b"a", b"b, C"], None, {b"a", b"b", b"c"})
+    assert (head.get(b"accept"), head.values(b"host")) == (b"c", [])
