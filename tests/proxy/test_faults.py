@@ -177,12 +177,26 @@ async def test_u4_connections_closed_unannounced_after_a_stream_are_not_used_aga
         assert len(upstream.requests) == 20
 
 
-async def test_u4_after_a_stream_another_connection_is_used_even_where_this_one_stays_open():
+async def test_u4_after_a_stream_the_connection_is_used_again_while_it_stays_open():
     async with fronted(says(CHAT_STREAM), keep=warm()) as (front, upstream):
-        await ask(front.port, chat())
-        await ask(front.port, chat())
+        for _ in range(3):
+            await ask(front.port, chat())
 
-        assert upstream.connections == 2
+        assert upstream.connections == 1
+
+
+async def test_u4_once_a_connection_was_closed_after_a_stream_none_is_used_again_after_one():
+    async def script(asking):
+        first = len(asking.upstream.requests) == 1
+        await asking.send(CHAT_STREAM)
+        if first:
+            asking.cut()
+
+    async with fronted(script, keep=warm()) as (front, upstream):
+        for _ in range(4):
+            assert (await ask(front.port, chat()))[2] == CHAT_BODY
+
+        assert (len(upstream.requests), upstream.connections) == (4, 4)
 
 
 async def test_a_connection_that_a_slow_caller_had_paused_serves_the_next_one():
