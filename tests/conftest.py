@@ -8,6 +8,7 @@ to set up, or must not meet, name it: `pytest.mark.xdist_group("a browser")`.
 import asyncio
 import gc
 import os
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -27,6 +28,12 @@ hypothesis.settings.register_profile(
     "fixed", derandomize=os.environ.get("KEEPALIVE_SEED") != "random", deadline=None
 )
 hypothesis.settings.load_profile("fixed")
+
+
+def pytest_configure(config):
+    # A run in the background of a script ignores Ctrl-C, and so would each command that a test starts and interrupts.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
