@@ -40,8 +40,9 @@ mutants: $(TESTABLE)  ## Plant every fault in the core, one at a time, and see t
 test-timely: $(TESTABLE)  ## Run the tests that depend most on time 20 times, while busy loops take all cores
 	@$(BIN)/python tests/kit/timely.py
 
-test-setup: python  ## Install the real inference server that some tests skip without (more than 1 GB)
+test-setup: python  ## Install the real inference servers that some tests skip without (more than 1 GB)
 	$(PYTHON) tests/kit/real_server.py install
+	$(PYTHON) tests/kit/llama.py install
 
 test-setup-container: python  ## Make the small Debian that the container's test skips without (root, debootstrap, 400 MB)
 	$(PYTHON) tests/kit/container.py install

@@ -250,6 +250,7 @@ ping_interval = "2s"
 [[models]]
 key = "medicine-llm"
 upstream = "local"
+prime = "opening.txt"
 
 [[models]]
 key = "qwen/qwen3-1.7b"
@@ -303,6 +304,7 @@ class Watched:
         self._port = free_port()
         urls = {name: getattr(self, name).url for name in ("local", "gpu", "locked")}
         self.config = CONFIG.format(port=self._port, **urls)
+        (folder / "opening.txt").write_text("You are the nurse of this ward.")
         # Two minutes of trouble are much only for an objective that allows little.
         text = shipped(folder, f"127.0.0.1:{self._port}", objective="0.9999999")
         self.prometheus = self._running(Prometheus(folder, text))

@@ -1,0 +1,69 @@
+"""Priming in front of a real llama.cpp server, which says itself how much of a prompt it had to read."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.kit.live import DaemonProcess, ending, settings, wait_until
+from tests.kit.llama import LlamaServer, ask, made_model, why_not
+
+MISSING = why_not()
+pytestmark = [
+    pytest.mark.real_server,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(MISSING is not None, reason=MISSING or ""),
+]
+
+RULES = " ".join(f"Rule {n}: wash your hands." for n in range(100))
+SYSTEM = {"role": "system", "content": RULES}
+
+
+def read(answer: dict[str, Any]) -> tuple[int, int]:
+    """Tokens of the prompt that were computed, and that were in the cache."""
+    timings = answer["timings"]
+    return timings["prompt_n"], timings["cache_n"]
+
+
+def test_what_was_primed_is_not_read_again_when_a_caller_begins_with_it(
+    run_folder: Path, tmp_path: Path
+) -> None:
+    """With one slot, which a ping of its own would take."""
+    model = made_model(run_folder)
+    (tmp_path / "agent.json").write_text(json.dumps({"messages": [SYSTEM]}))
+    with LlamaServer(tmp_path, model, slots=1) as server:
+        text = settings(
+            server.url,
+            f'key = "{model}"\nprime = "agent.json"',
+            server='log_format = "json"',
+            defaults='ping_interval = "2s"',
+        )
+        running = DaemonProcess(tmp_path, text)
+        with ending(running):
+            front = running.events("daemon.started")[0]["listen"]
+            known = wait_until(
+                lambda: (primed := running.model(str(model))["primed"])["at"] and primed, "it is primed"
+            )
+            wait_until(lambda: len(running.events("model.primed")) >= 3, "it was pinged by what it has read")
+
+            computed, cached = read(
+                ask(front, [SYSTEM, {"role": "user", "content": "May I sit down?"}], model)
+            )
+            other = read(
+                ask(
+                    front,
+                    [{"role": "system", "content": RULES[::-1]}, {"role": "user", "content": "?"}],
+                    model,
+                )
+            )
+            took = [line["seconds"] for line in running.events("model.primed")]
+
+    print(
+        f"read in {took[0]:.2f} s, again in {max(took[1:]):.2f} s; then {computed} tokens of {computed + cached}"
+    )
+    assert known["tokens"] > 2000
+    assert computed <= 40
+    assert cached > known["tokens"] - 40
+    # what nobody has primed is read from the first word on
+    assert other[0] > 2000
