@@ -49,13 +49,19 @@ def _line(name: str, model: Json) -> str:
     reason = f": {model['reason']}" if model["reason"] else ""
     load = f", {progress(model['load'])}" if model["load"] else ""
     silent = f", {said}" if (said := silence(model)) else ""
-    return f"{name} is {model['state']}{load}{silent}{reason}"
+    primed = f"; {said}" if (said := unread(model)) else ""
+    return f"{name} is {model['state']}{load}{silent}{reason}{primed}"
 
 
 def silence(status: Json) -> str | None:
     """How long the quietest answer of a model has been silent, once that is worth a word."""
     seconds = status.get("silent_seconds") or 0.0
     return f"silent for {span(seconds)}" if seconds >= SILENT_FROM else None
+
+
+def unread(status: Json) -> str | None:
+    """Which openings a model has not read ahead, or why it reads none."""
+    return (status.get("primed") or {}).get("reason")
 
 
 def span(seconds: float) -> str:

@@ -12,7 +12,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.padding import Padding
 from rich.text import Text
 
-from keepalive.admin.words import TROUBLE, progress, silence, span
+from keepalive.admin.words import TROUBLE, progress, silence, span, unread
 
 Json = Mapping[str, Any]
 
@@ -166,6 +166,8 @@ def _why(model: Json, now: datetime) -> str:
         parts.append(model["reason"])
     if silent := silence(model):
         parts.append(silent)
+    if primed := unread(model):
+        parts.append(primed)
     if not model["wanted"] and model["state"] != "cold":
         parts.append("not wanted now")
     if model["retry_at"]:

@@ -562,6 +562,29 @@ async def test_open_details_the_focus_and_a_selection_outlive_every_change(brows
         assert await page.evaluate("getSelection().toString()") == selected
 
 
+async def test_what_a_model_has_read_ahead_stands_in_its_details_and_what_it_has_not_among_the_notices(
+    browser: Browser,
+) -> None:
+    primed = {
+        "openings": 2, "of": 2, "tokens": 21400, "at": "2026-11-22T10:01:35.000Z", "under_way": False, "reason": None,
+    }  # fmt: skip
+    async with (
+        served(Written(written("a", primed=primed), written("b"))) as world,
+        opened(browser, world.url) as shown,
+    ):
+        page = shown.page
+        for key in "ab":
+            await row(page, key).get_by_text("Details").click()
+
+        await expect(row(page, "a")).to_contain_text("2 of 2 openings, 21,400 tokens at ")
+        await expect(row(page, "b")).not_to_contain_text("Read ahead")
+        await expect(page.locator("#notices li")).to_have_count(0)
+        reason = "priming has not made answers faster: …"
+        world.becomes(written("a", primed={**primed, "reason": reason}), written("b"))
+        await expect(page.locator("#notices li")).to_contain_text(reason)
+        await expect(row(page, "a").locator("details")).to_contain_text(reason)
+
+
 async def test_models_come_and_go_with_the_config(browser: Browser) -> None:
     async with served(Written(written("a"), written("b"))) as world, opened(browser, world.url) as shown:
         page = shown.page

@@ -216,6 +216,15 @@ def test_a_busy_model_says_so() -> None:
     assert "warm (busy)" in drawn(status(model("a", busy=True)))
 
 
+def test_an_opening_that_was_not_read_ahead_says_why() -> None:
+    reason = "agent.json: the context is too small"
+    torn, well = model("a", primed={"reason": reason}), model("b", primed={"reason": None})
+
+    assert reason in drawn(status(torn))
+    assert words.lines(status(torn)) == {"a": f"a is warm; {reason}"}
+    assert words.lines(status(well)) == {"b": "b is warm"}
+
+
 def test_an_answer_that_has_been_silent_for_long_says_so() -> None:
     quiet, thinking = model("a", silent_seconds=40.0), model("b", silent_seconds=29.0)
 

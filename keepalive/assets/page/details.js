@@ -1,6 +1,6 @@
 // What only somebody asks for who looks into one model: where it is, what was counted, its last loads and evictions.
 
-import { moment } from "./clock.js";
+import { clock, moment, time } from "./clock.js";
 import { h } from "./dom.js";
 import { histories } from "./history.js";
 import { causeOf, many, short, span } from "./words.js";
@@ -46,6 +46,7 @@ export class Details {
       ["Instance", model.instance_id ? `${short(model.instance_id)}, ${model.ours ? "loaded by keepalive" : "loaded by somebody else"}` : "none"],
       ["Since the daemon started", `${many(model.loads, "load")}, ${many(model.evictions, "eviction")}`],
     ];
+    if (model.primed) facts.push(["Read ahead", readAhead(model.primed)]);
     if (history) {
       const pings = Object.entries(history.pings).filter(([, count]) => count);
       facts.push(["People waited, 24 h", history.waits.requests ? `${span(history.waits.seconds)} in ${many(history.waits.requests, "request")}` : "not at all"]);
@@ -53,4 +54,9 @@ export class Details {
     }
     return facts;
   }
+}
+
+function readAhead({ openings, of, tokens, at, under_way: underWay, reason }) {
+  const read = `${openings} of ${many(of, "opening")}${tokens ? `, ${many(tokens, "token")}` : ""}${at ? ` at ${clock(time(at))}` : ""}`;
+  return `${read}${underWay ? ", reading" : ""}${reason ? `: ${short(reason, 300)}` : ""}`;
 }

@@ -166,6 +166,9 @@ export function attention(picture, all) {
   for (const [reason, models] of Map.groupBy(failing, (model) => model.reason ?? "no reason given")) {
     add("failing", `failing ${reason}`, () => `cannot be loaded: ${short(reason, 160)}`, models);
   }
+  for (const model of picture.models.filter((one) => one.primed?.reason)) {
+    add("loading", `primed ${model.id}`, () => `has not read all ahead: ${short(model.primed.reason, 160)}`, [model]);
+  }
   for (const model of picture.models.filter((one) => one.instances > 1)) {
     add("loading", `copies ${model.id}`, () =>
       `is in memory ${many(model.instances, "time")}; unload all copies but one in LM Studio`, [model]);
