@@ -47,11 +47,12 @@ test-setup: python  ## Install the real inference servers that some tests skip w
 test-setup-container: python  ## Make the small Debian that the container's test skips without (root, debootstrap, 400 MB)
 	$(PYTHON) tests/kit/container.py install
 
-bench: $(TESTABLE)  ## Measure what the daemon costs, idle, for the page, as a proxy and for prompts (13 minutes)
+bench: $(TESTABLE)  ## Measure what the daemon costs, idle, for the page, as a proxy, for prompts and short of memory (20 minutes)
 	@$(BIN)/python benchmarks/idle.py
 	@$(BIN)/python benchmarks/page.py
 	@$(BIN)/python benchmarks/proxy
 	@$(BIN)/python benchmarks/prompts.py
+	@$(BIN)/python benchmarks/memory
 
 schema: $(INSTALLED)  ## Write docs/config.schema.json anew, after a change of the config
 	@$(BIN)/python -m keepalive.config > $(VENV)/schema

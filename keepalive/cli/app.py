@@ -335,6 +335,45 @@ def release(model: KeyArgument, url: UrlOption = None, path: ConfigOption = None
 
 
 @app.command()
+def replay(
+    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="CSV with second,model,answer_seconds.")],
+    path: ConfigOption = None,
+    models: Annotated[
+        Path | None,
+        typer.Option(help="CSV with model,gigabytes,load_seconds. Outranks the config."),
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="How much there is for models, as 40GB. Outranks the config.")
+    ] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="ours, lru, auto-evict or clairvoyant. Repeatable. Default: all of them."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="A list, one object for each policy.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.svg", help="Draw who was in memory when, and who waited.")
+    ] = None,
+) -> None:
+    """Try a memory and a policy before buying a card: what would callers have waited?
+
+    Replays requests of the past. The decisions are those of the daemon; the clock is not.
+    """
+    from keepalive.cli import replaying
+
+    try:
+        settings = _config(path)[0] if path is not None or models is None else None
+        reports = replaying.run(trace, settings, models, memory, policy or [], _environ())
+        if plot is not None:
+            replaying.draw(plot, reports)
+    except KeepaliveError as error:
+        _fail(str(error), 1)
+    if as_json:
+        typer.echo(json.dumps(replaying.documents(reports), indent=1))
+    else:
+        _console().print(replaying.table(reports))
+
+
+@app.command()
 def doctor(url: UrlOption = None, path: ConfigOption = None) -> None:
     """Find what is wrong, and how to mend it. Exit code 0 healthy, 1 findings.
 

@@ -7,6 +7,7 @@ for it longer than `READ_WAIT`. Rows hold times, states, outcomes and the keys a
     story      what is remembered of one model
     store      the file
     writer     the thread that owns it
+    past       what a file of an earlier life tells, read once
 
 May import: core.
 """
