@@ -354,9 +354,9 @@ def replay(
         Path | None, typer.Option(metavar="FILE.svg", help="Draw who was in memory when, and who waited.")
     ] = None,
 ) -> None:
-    """Try a memory and a policy before buying a card: what would callers have waited?
+    """Tell what callers would have waited with another memory.
 
-    Replays requests of the past. The decisions are those of the daemon; the clock is not.
+    Before a card is bought: replays requests of the past, with other models, another memory, another policy. The decisions are those of the daemon; the clock is not.
     """
     from keepalive.cli import replaying
 
