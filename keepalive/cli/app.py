@@ -356,7 +356,8 @@ def replay(
 ) -> None:
     """Tell what callers would have waited with another memory.
 
-    Before a card is bought: replays requests of the past, with other models, another memory, another policy. The decisions are those of the daemon; the clock is not.
+    Replays requests of the past with other models, another memory, another policy. The decisions are those of
+    the daemon; the clock is not.
     """
     from keepalive.cli import replaying
 
