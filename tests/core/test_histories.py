@@ -8,7 +8,7 @@ from math import inf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from keepalive.core.actions import Action, Load, Refresh, SendPing, SkipPing, Unload
+from keepalive.core.actions import Action, GiveUpPrime, Load, Prime, Refresh, SendPing, SkipPing, Unload
 from keepalive.core.apply import apply
 from keepalive.core.errors import Reason
 from keepalive.core.facts import (
@@ -24,6 +24,9 @@ from keepalive.core.facts import (
     PingEnded,
     PingOutcome,
     PingStarted,
+    PrimeEnded,
+    PrimeOutcome,
+    PrimeStarted,
     ReleaseAsked,
     RequestEnded,
     RequestStarted,
@@ -38,7 +41,8 @@ from keepalive.core.facts import (
     WindowOpened,
 )
 from keepalive.core.plan import blocked_by, plan
-from keepalive.core.records import Upstream
+from keepalive.core.primes import chosen
+from keepalive.core.records import Priming, Upstream
 from keepalive.core.states import IllegalMove, State
 from keepalive.core.upstreams import apply_upstream
 from tests.kit.models import OUR_MOVES, Box, a_model, entry, every_fact, every_model, failed, listed
@@ -64,7 +68,8 @@ class History:
     last_listed: dict[ModelId, tuple[float, Entry | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        models = [a_model(identity, rank=n) for n, identity in enumerate(IDS)]
+        wishes = chosen(Priming(), {"agent": None, "ward": None})
+        models = [a_model(identity, rank=n, priming=wishes) for n, identity in enumerate(IDS)]
         upstream = Upstream("local", max_loading=self.chance.choice([1, 2, 3]))
         self.box = Box(*models, upstream=upstream)
 
@@ -99,6 +104,11 @@ class History:
             if isinstance(action, SkipPing):
                 self.see(PingEnded(self.tick(), action.model, PingOutcome.SKIPPED))
                 continue
+            if isinstance(action, GiveUpPrime):
+                self.calls = [c for c in self.calls if not (isinstance(c, Prime) and c.model == action.model)]
+                self.last_load_ended[action.model] = self.tick()
+                self.see(PrimeEnded(self.now, action.model, action.opening, PrimeOutcome.GIVEN_UP))
+                continue
             asked, row = self.last_listed.get(action.model, (-inf, None))
             assert asked > self.last_load_ended.get(action.model, -inf)
             if isinstance(action, Load):
@@ -111,6 +121,13 @@ class History:
                 assert model.needed
                 assert model.blind or (row is not None and row.instances)
                 self.see(PingStarted(self.tick(), action.model))
+            elif isinstance(action, Prime):
+                assert model.state is State.WARM
+                assert model.blind or (row is not None and row.instances)
+                everybody = self.box.models.values()
+                assert not any(m.waiting or m.in_flight or m.pending or m.load_started for m in everybody)
+                assert not any(isinstance(call, Prime) for call in self.calls)
+                self.see(PrimeStarted(self.tick(), action.model, action.opening))
             else:
                 assert action.instance_id in model.ours
                 self.see(UnloadStarted(self.tick(), action.model, action.instance_id))
@@ -131,6 +148,11 @@ class History:
             why = self.chance.choice([None, *Reason]) if outcome is PingOutcome.ERROR else None
             self.last_load_ended[call.model] = at
             self.see(PingEnded(at, call.model, outcome, 0.1, "no", why))
+        elif isinstance(call, Prime):
+            ended = self.chance.choice([o for o in PrimeOutcome if o is not PrimeOutcome.GIVEN_UP])
+            why = self.chance.choice([None, *Reason]) if ended is PrimeOutcome.ERROR else None
+            self.last_load_ended[call.model] = at
+            self.see(PrimeEnded(at, call.model, call.opening, ended, 5.0, message="no", why=why))
         elif isinstance(call, Unload):
             self.last_load_ended[call.model] = at
             self.see(UnloadEnded(at, call.model, call.instance_id, self.chance.choice([None, "no"])))
@@ -176,6 +198,14 @@ class History:
             )
         )
 
+    def leave(self) -> None:
+        """All who waited or were answered have left."""
+        for identity in IDS:
+            while self.box[identity].in_flight:
+                self.see(RequestEnded(self.tick(), identity, False))
+            while self.box[identity].waiting:
+                self.see(WaitEnded(self.tick(), identity, 1.0, False))
+
     def stale(self, at: float, identity: ModelId) -> list[Fact]:
         if self.asked is not None or self.box.upstream.asked == -inf:
             return []
@@ -190,6 +220,8 @@ class History:
             self.end_call(self.chance.choice(self.calls))
         elif kind < 0.75:
             self.surprise()
+        elif kind < 0.8:
+            self.leave()
         # No plan may leave something of itself in the next one, or the keeper would never rest.
         first = self.carry_out()
         again = self.box.plan(self.now)
@@ -222,10 +254,7 @@ def warm_all(history: History) -> None:
     there: set[str] = set()
     for identity in IDS:
         history.see(WindowOpened(history.tick(), identity))
-        while history.box[identity].in_flight:
-            history.see(RequestEnded(history.tick(), identity, False))
-        while history.box[identity].waiting:
-            history.see(WaitEnded(history.tick(), identity, 1.0, False))
+    history.leave()
     end = history.now + 5000.0
     while history.now < end and not all(m.state is State.WARM for m in history.box.models.values()):
         history.now += 1.0
@@ -248,6 +277,8 @@ def warm_all(history: History) -> None:
                 history.see(LoadEnded(at, call.model, LoadOutcome.OK, 1.0, 1.0, call.model.key, proved))
             elif isinstance(call, SendPing):
                 history.see(PingEnded(at, call.model, PingOutcome.OK, 0.1))
+            elif isinstance(call, Prime):
+                history.see(PrimeEnded(at, call.model, call.opening, PrimeOutcome.OK, 0.1))
             elif isinstance(call, Unload):
                 there.discard(call.model.key)
                 history.see(UnloadEnded(at, call.model, call.instance_id))

@@ -22,9 +22,15 @@ from keepalive.core.facts import (
     LoadStarted,
     ModelFact,
     ModelId,
+    OpeningRead,
+    OpeningsLearned,
     PingEnded,
     PingOutcome,
     PingStarted,
+    PrimedAnswered,
+    PrimeEnded,
+    PrimeOutcome,
+    PrimeStarted,
     ReleaseAsked,
     RequestEnded,
     RequestsCounted,
@@ -230,6 +236,12 @@ def every_fact(at: float) -> list[Fact]:
         PingStarted(at, GEMMA),
         *(PingEnded(at, GEMMA, outcome) for outcome in PingOutcome),
         *(PingEnded(at, GEMMA, PingOutcome.ERROR, why=why) for why in Reason),
+        OpeningsLearned(at, GEMMA, ("agent",)),
+        OpeningRead(at, GEMMA, "agent"),
+        PrimeStarted(at, GEMMA, "agent"),
+        *(PrimeEnded(at, GEMMA, "agent", outcome, 5.0) for outcome in PrimeOutcome),
+        *(PrimeEnded(at, GEMMA, "agent", PrimeOutcome.ERROR, why=why) for why in Reason),
+        PrimedAnswered(at, GEMMA, "agent", 9.0),
         UnloadStarted(at, GEMMA, "gemma"),
         UnloadEnded(at, GEMMA, "gemma"),
         UnloadEnded(at, GEMMA, "gemma:9", "no such instance"),
@@ -248,7 +260,7 @@ def every_fact(at: float) -> list[Fact]:
     ]
 
 
-OUR_MOVES = (LoadStarted, PingStarted, UnloadStarted)
+OUR_MOVES = (LoadStarted, PingStarted, PrimeStarted, UnloadStarted)
 OLD = Tier.V0
 
 

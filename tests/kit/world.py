@@ -1121,6 +1121,19 @@ KINDS = (
 )
 
 
+# What models read ahead: two, so that one may be given up and the other not.
+OPENINGS: dict[str, Replay] = {
+    name: (
+        "/v1/chat/completions",
+        {
+            "messages": [{"role": "system", "content": name}, {"role": "user", "content": "."}],
+            "max_tokens": 1,
+        },
+    )
+    for name in ("agent", "ward")
+}
+
+
 def drawn(seed: int, *, calm: bool = False) -> World:
     """A world whose servers, models, policies, faults and their rates come from the seed.
 
@@ -1158,7 +1171,9 @@ def drawn(seed: int, *, calm: bool = False) -> World:
             load_timeout=float(chance.choice([450, 900])),
         )
         kept = models if chance.random() < 0.5 else models[:-1]
-        keeps += [Keep(ModelId(name, m.key), policy, kind=m.kind, windowed=True) for m in kept]
+        for m in kept:
+            openings = dict.fromkeys(OPENINGS) if m.kind == "llm" else {}
+            keeps.append(Keep(ModelId(name, m.key), policy, kind=m.kind, windowed=True, openings=openings))
     return World(
         seed,
         sites,
@@ -1168,6 +1183,7 @@ def drawn(seed: int, *, calm: bool = False) -> World:
         tick=30.0 if calm else chance.choice([1.0, 5.0, 5.0, 5.0]),
         pace=3600.0 if calm else float(chance.choice([120, 300, 600])),
         kinds=tuple(chance.sample(KINDS, k=chance.randint(6, len(KINDS)))),
+        openings=OPENINGS,
     )
 
 
