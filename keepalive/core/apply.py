@@ -25,6 +25,7 @@ from keepalive.core.facts import (
     LoadStarted,
     OpeningRead,
     OpeningsLearned,
+    OursRecalled,
     PingEnded,
     PingStarted,
     PrimedAnswered,
@@ -145,6 +146,7 @@ CHANGES: Mapping[type[Fact], Callable[..., Model]] = {
     LoadProgressed: calls.load_progressed,
     LoadEnded: calls.load_ended,
     LoadRemembered: calls.load_remembered,
+    OursRecalled: lambda model, fact: replace(model, recalled=(fact.instance_ids, fact.until)),
     LoadsRecalled: lambda model, fact: replace(
         model, recent_loads=(*fact.seconds, *model.recent_loads)[-LOADS_REMEMBERED:]
     ),

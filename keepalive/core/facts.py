@@ -229,6 +229,14 @@ class LoadRemembered(ModelFact):
 
 
 @dataclass(frozen=True, slots=True)
+class OursRecalled(ModelFact):
+    """An earlier life of this daemon loaded these copies; a listing answered by `until` shows the same ones."""
+
+    instance_ids: frozenset[str]
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
 class LoadsRecalled(ModelFact):
     """How many seconds its last loads took that succeeded in earlier lives of this daemon, oldest first."""
 

@@ -32,6 +32,15 @@ def listed(model: Model, fact: Listed) -> Model:
         idle_since=None,
     )
     entry = fact.entries.get(fold_key(model.id.key))
+    if model.recalled is not None:
+        # The first listing of this life decides: what comes later may be anybody's.
+        ids, until = model.recalled
+        same = (
+            ids & {i.id for i in entry.instances}
+            if entry is not None and fact.at <= until
+            else frozenset[str]()
+        )
+        model = replace(model, recalled=None, ours=model.ours | same)
     if model.blind:
         return _listed_blind(model, fact)
     if entry is None:
@@ -221,6 +230,8 @@ def listing_failed(model: Model, fact: ListingFailed) -> Model:
         # The program is gone, and with it its loads; what is found later is not ours, though named alike.
         # (`lms server stop` closes the port too, and goes on loading: then the next listing shows it.)
         # What it said of its memory is to be asked anew.
-        model = replace(model, pending=None, ours=frozenset(), refused_claim=None, granted_claim=None)
+        model = replace(
+            model, pending=None, ours=frozenset(), recalled=None, refused_claim=None, granted_claim=None
+        )
     model = replace(model, busy=False, ping_at=-inf)  # to be proved again as soon as it is seen
     return move(model, Sign.UNREACHABLE, fact.at, fact.message)

@@ -163,6 +163,7 @@ class Model:
     need: Need | None = None
     instances: tuple[Instance, ...] = ()
     ours: frozenset[str] = frozenset()  # ids of instances that we loaded
+    recalled: tuple[frozenset[str], float] | None = None  # and in an earlier life, good until then
     beside: frozenset[str] = frozenset()  # folded keys of all that the newest listing showed as loaded
     used_at: float = -inf  # when it was last known to be used, or appeared
     there_since: float = -inf  # when it came into memory, as far as that was seen

@@ -361,21 +361,26 @@ class Keeper:
         shelf = self._shelves[meaning.upstream]
         if entry is None or entry.kind not in ADOPTED or shelf.upstream.tier is Tier.OPENAI:
             return meaning
-        keep = self._adopt(ModelId(meaning.upstream, entry.key))
-        self._keeps[keep.model] = keep
+        self.adopt(ModelId(meaning.upstream, entry.key), entry.kind)
+        return self._names.meaning(name, self._up(), default=default)
+
+    def adopt(self, model: ModelId, kind: str = "llm") -> None:
+        """Keep a model from now on that is not in the config, where that is wanted of such models."""
+        shelf = self._shelves.get(model.upstream)
+        if shelf is None or self._adopt is None or model in self._keeps:
+            return
+        keep = self._keeps[model] = self._adopt(model)
         self._name_all()
-        now = self._clock()
-        there = shelf.models.get(entry.key)
+        there = shelf.models.get(model.key)
         if there is None:
-            there = Model(id=keep.model, since=now, kind=keep.kind or entry.kind, reason=ADOPTED_REASON)
-        shelf.models[entry.key] = replace(
+            there = Model(id=model, since=self._clock(), kind=keep.kind or kind, reason=ADOPTED_REASON)
+        shelf.models[model.key] = replace(
             there, rank=len(shelf.models), policy=keep.policy, retired=False, asked_for=None
         )
         shelf.upstream = replace(shelf.upstream, due_at=-inf)  # nothing is known of it yet
         self._meanings.clear()
         self._due.add(shelf.server.name)
         self._wake.set()
-        return self._names.meaning(name, self._up(), default=default)
 
     def rows(self, upstream: str) -> Mapping[str, Sequence[str]]:
         """The aliases that belong to each row of a listing of `upstream`, by the row's folded key."""

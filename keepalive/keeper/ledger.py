@@ -16,12 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from keepalive.core.errors import KeepaliveError
-from keepalive.core.facts import Fact, LoadRemembered, ModelId
+from keepalive.core.facts import Fact, Listed, LoadRemembered, ModelId, OursRecalled
 from keepalive.core.records import Model, Upstream
 
 ENTRY_MAX = 64 * 1024
 # No load takes a day. A file that says so is damaged, and would keep the model from being loaded.
 EXPECTED_MAX = 86_400.0
+# Nobody unloads a model and loads it anew, unseen, in less time than it takes to load; nor, as with two listings of
+# one life, between two looks that are no further apart than this.
+UNSEEN_LEAST = 30.0
+OWNED_MAX = 1000
 
 
 class LedgerError(KeepaliveError):
@@ -63,6 +67,8 @@ class Ledger:
     def observe(self, fact: Fact, before: Model | Upstream, after: Model | Upstream) -> None:
         if not isinstance(before, Model) or not isinstance(after, Model):
             return
+        if after.policy.auto and (before.ours or after.ours or before.recalled):
+            self._keep_ours(fact, before, after)
         if _is_open(after) and not _is_open(before):
             started = self._wall() - (fact.at - (after.loading_since or fact.at))
             self._write(after, started)
@@ -94,12 +100,48 @@ class Ledger:
         ago = max(0.0, self._wall() - entry.started)
         return LoadRemembered(at, model, at - ago, entry.expected, entry.tells_loading)
 
-    def _path(self, model: ModelId) -> Path | None:
+    def _keep_ours(self, fact: Fact, before: Model, after: Model) -> None:
+        """What may be let go is known to be ours in the next life, too, as long as nothing can have come between."""
+        path = self._path(after.id, "ours")
+        if path is None:
+            return
+        if not after.ours and after.recalled is None:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+        elif after.ours != before.ours:
+            url = self._urls()[after.id.upstream]
+            shortest = min(after.recent_loads, default=0.0)
+            row = {"url": url, "key": after.id.key, "ids": sorted(after.ours), "boot": self._boot(url)}
+            self._put(path, {**row, "shortest_load": shortest, "seen": self._wall()})
+        elif isinstance(fact, Listed) and after.asked > before.asked:
+            seen = self._wall()
+            with suppress(OSError):
+                os.utime(path, (seen, seen))
+
+    def recall_ours(self, model: ModelId, at: float) -> OursRecalled | None:
+        """The copies of this model that an earlier life loaded, on the keeper's clock."""
+        path = self._path(model, "ours")
+        row = _read_ours(path) if path else None
+        if path is None or row is None or (row.url, row.key) != (self._urls()[model.upstream], model.key):
+            return None
+        if row.boot is not None and self._boot(row.url) not in (None, row.boot):
+            return None
+        unseen = max(0.0, self._wall() - row.seen)
+        left = max(UNSEEN_LEAST, row.shortest_load) - unseen
+        return OursRecalled(at, model, row.ids, at + left) if left > 0 else None
+
+    def owned(self) -> list[ModelId]:
+        """All models of which an earlier life loaded copies, whether or not anybody still names them."""
+        names = {url: name for name, url in self._urls().items()}
+        rows = [_read_ours(path) for path in sorted(self._folder.glob("ours-*.json"))[:OWNED_MAX]]
+        return [ModelId(names[row.url], row.key) for row in rows if row is not None and row.url in names]
+
+    def _path(self, model: ModelId, what: str = "load") -> Path | None:
         url = self._urls().get(model.upstream)
         if url is None:
             return None
         digest = hashlib.sha256(f"{url} {model.key}".encode()).hexdigest()[:24]
-        return self._folder / f"load-{digest}.json"
+        return self._folder / f"{what}-{digest}.json"
 
     def _write(self, model: Model, started: float) -> None:
         path = self._path(model.id)
@@ -107,18 +149,21 @@ class Ledger:
             return
         url = self._urls()[model.id.upstream]
         entry = Entry(url, model.id.key, started, model.expected_load, model.tells_loading, self._boot(url))
+        self._put(path, {name: getattr(entry, name) for name in Entry.__slots__})
+        self._written[model.id] = path
+
+    def _put(self, path: Path, row: Mapping[str, object]) -> None:
         draft = path.with_suffix(f".{os.getpid()}")
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             try:
-                draft.write_text(json.dumps({name: getattr(entry, name) for name in Entry.__slots__}))
+                draft.write_text(json.dumps(row))
                 draft.replace(path)
             except OSError:
                 draft.unlink(missing_ok=True)
                 raise
         except OSError as error:
             raise self._error(error) from error
-        self._written[model.id] = path
 
     def _strike(self, model: ModelId) -> None:
         path = self._written.pop(model, None)
@@ -135,6 +180,32 @@ class Ledger:
             f"server.state_dir: loads cannot be noted in {self._folder} ({why}); "
             "if the daemon ends during one, the next may begin it again"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Ours:
+    """Copies that were loaded by us on the server at `url`, and when they were last seen there (Unix seconds)."""
+
+    url: str
+    key: str
+    ids: frozenset[str]
+    seen: float
+    shortest_load: float
+    boot: str | None
+
+
+def _read_ours(path: Path) -> Ours | None:
+    try:
+        with path.open("rb") as file:
+            row = json.loads(file.read(ENTRY_MAX))
+            seen = max(float(row["seen"]), os.fstat(file.fileno()).st_mtime)
+        shortest, ids = float(row["shortest_load"]), row["ids"]
+        if not math.isfinite(seen) or not 0 <= shortest <= EXPECTED_MAX or not isinstance(ids, list):
+            return None
+        boot = row["boot"] if isinstance(row.get("boot"), str) else None
+        return Ours(str(row["url"]), str(row["key"]), frozenset(map(str, ids)), seen, shortest, boot)
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        return None
 
 
 def _is_open(model: Model) -> bool:

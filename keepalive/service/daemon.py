@@ -132,6 +132,8 @@ class Daemon:
             stack.push_async_callback(self._front.close)
             self._playground.open(self.url)
             await self._history.read()
+            for model in self._ledger.owned() if self._ledger else ():
+                self.keeper.adopt(model)
             self._recall(self._kept)
             self._log.info(
                 "daemon.started",
@@ -351,10 +353,13 @@ class Daemon:
 
     def _recall(self, models: Iterable[ModelId]) -> None:
         """Take note of loads that an earlier life began and did not see end."""
-        for model in models:
+        for model in list(models):
             remembered = self._ledger.recall(model, self._clock()) if self._ledger else None
             if remembered:
                 self.keeper.record(remembered)
+            ours = self._ledger.recall_ours(model, self._clock()) if self._ledger else None
+            if ours:
+                self.keeper.record(ours)
 
     def _learned(self, model: ModelId, openings: tuple[str, ...]) -> None:
         self.keeper.record(OpeningsLearned(self._clock(), model, openings))

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from keepalive.core.facts import (
     ModelId,
     Tier,
     Trouble,
+    UnloadEnded,
+    UnloadStarted,
     UpstreamFact,
 )
-from keepalive.core.records import Model
+from keepalive.core.records import Model, Policy
 from keepalive.keeper.ledger import Ledger, LedgerError
 
 GEMMA = ModelId("local", "gemma")
@@ -322,3 +325,91 @@ def test_a_full_or_read_only_disk_is_said_in_the_same_words_each_time(
     assert f"({reason})" in said[0]
     assert said[0] == said[1]
     assert left <= {"ballast"}
+
+
+# --- what is ours, across lives -------------------------------------------------------------------
+
+
+def auto(observer: Ledger) -> Story:
+    story = Story(observer)
+    story.model = replace(story.model, policy=Policy(auto=True))
+    return story
+
+
+def loads_it(story: Story, seconds: float = 12.0) -> Story:
+    ended = LoadEnded(4.0, GEMMA, LoadOutcome.OK, seconds, instance_id="gemma")
+    return story.goes(listed(1.0), LoadStarted(2.0, GEMMA), ended, listed(5.0, "gemma"))
+
+
+def comes_back(folder: Path, wall: float, boot: str | None = None) -> Model:
+    """The model of the next life after its first listing, at 101."""
+    again = ledger(folder, wall, boot=boot)
+    story = auto(again)
+    recalled = again.recall_ours(GEMMA, 100.0)
+    return story.goes(*([recalled] if recalled else []), listed(101.0, "gemma")).model
+
+
+def test_what_was_loaded_on_demand_is_ours_in_the_next_life_that_begins_soon(tmp_path: Path) -> None:
+    loads_it(auto(ledger(tmp_path)))
+
+    assert ledger(tmp_path).owned() == [GEMMA]
+    assert comes_back(tmp_path, 10_020.0).ours == {"gemma"}
+
+
+@pytest.mark.parametrize(
+    ("load_seconds", "later", "ours"),
+    [(12.0, 28.0, True), (12.0, 31.0, False), (90.0, 80.0, True), (90.0, 91.0, False)],
+)
+def test_nobody_can_have_loaded_it_anew_in_less_time_than_that_takes(
+    tmp_path: Path, load_seconds: float, later: float, ours: bool
+) -> None:
+    loads_it(auto(ledger(tmp_path)), load_seconds)
+
+    assert (comes_back(tmp_path, 10_000.0 + later).ours == {"gemma"}) is ours
+
+
+def test_a_first_listing_that_comes_too_late_proves_nothing(tmp_path: Path) -> None:
+    loads_it(auto(ledger(tmp_path)))
+    again = ledger(tmp_path, 10_020.0)
+    recalled = again.recall_ours(GEMMA, 100.0)
+    assert recalled is not None
+
+    late = auto(again).goes(recalled, listed(recalled.until + 0.1, "gemma"))
+
+    assert late.model.ours == frozenset()
+    assert again.owned() == []
+
+
+def test_each_listing_that_shows_it_makes_it_ours_for_longer(tmp_path: Path) -> None:
+    folder = tmp_path
+    loads_it(auto(ledger(folder)))
+    story = auto(ledger(folder, 10_500.0))
+    story.model = replace(story.model, ours=frozenset({"gemma"}), instances=(Instance("gemma"),))
+    story.goes(listed(9.0, "gemma"))
+
+    assert comes_back(folder, 10_520.0).ours == {"gemma"}
+
+
+def test_it_is_ours_no_longer_once_it_is_gone_or_its_machine_was_started_anew(tmp_path: Path) -> None:
+    story = loads_it(auto(ledger(tmp_path, boot="one")))
+
+    assert comes_back(tmp_path, 10_001.0, boot="two").ours == frozenset()
+    story.goes(UnloadStarted(6.0, GEMMA, "gemma"), UnloadEnded(7.0, GEMMA, "gemma"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_always_kept_leaves_no_such_note(tmp_path: Path) -> None:
+    loads_it(Story(ledger(tmp_path)))
+
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"url": 1}', '{"seen": "x"}', '{"seen": 1e999, "shortest_load": 1, "ids": []}']
+)
+def test_a_note_of_ours_that_makes_no_sense_is_no_note(tmp_path: Path, text: str) -> None:
+    loads_it(auto(ledger(tmp_path)))
+    next(tmp_path.glob("ours-*.json")).write_text(text)
+
+    assert ledger(tmp_path, 10_001.0).recall_ours(GEMMA, 1.0) is None
+    assert ledger(tmp_path).owned() == []

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 from keepalive.config import parse
@@ -107,3 +108,18 @@ async def test_a_model_that_can_never_fit_is_refused_at_once_and_says_why() -> N
 
     assert status == 503
     assert "it takes 10.8 GB, and the budget is 8.0 GB" in json.loads(body)["error"]["message"]
+
+
+async def test_the_next_daemon_lets_go_of_what_the_one_before_it_loaded(tmp_path: Path) -> None:
+    async with simulator(A, B) as upstream:
+        server = f'unlisted = "auto"\nstate_dir = "{tmp_path}"'
+        text = settings(upstream.url, server=server, upstream='memory = "12GB"')
+        async with daemon(text) as running:
+            assert (await chat(running, A.key))[0] == 200
+        async with daemon(text) as running:
+            await until(lambda: [m["ours"] for m in running.status()["models"]] == [True], "it is ours still")
+            status, _ = await chat(running, B.key)
+            kinds = [(e["kind"], e["model"]) for e in upstream.studio.log(0) if e["kind"] == "unloaded"]
+
+    assert status == 200
+    assert kinds == [("unloaded", A.key)]
