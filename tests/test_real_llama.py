@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.kit.live import DaemonProcess, ending, settings, wait_until
+from tests.kit.live import ask as live_ask
 from tests.kit.llama import LlamaServer, ask, made_model, why_not
 
 MISSING = why_not()
@@ -67,3 +68,30 @@ def test_what_was_primed_is_not_read_again_when_a_caller_begins_with_it(
     assert cached > known["tokens"] - 40
     # what nobody has primed is read from the first word on
     assert other[0] > 2000
+
+
+def test_a_caller_who_comes_while_it_is_read_has_the_only_slot_at_once_and_it_is_gone_on_with_later(
+    run_folder: Path, tmp_path: Path
+) -> None:
+    model = made_model(run_folder)
+    (tmp_path / "long.txt").write_text(f"{RULES} {RULES[:5000]} {RULES}"[:7000])
+    with LlamaServer(tmp_path, model, slots=1) as server:
+        text = settings(server.url, f'key = "{model}"\nprime = "long.txt"', server='log_format = "json"')
+        running = DaemonProcess(tmp_path, text)
+        with ending(running):
+            front = running.events("daemon.started")[0]["listen"]
+            wait_until(lambda: running.model(str(model))["primed"]["under_way"], "it is being read")
+
+            ask(front, [{"role": "user", "content": "May I sit down?"}], model)
+
+            assert running.events("model.primed") == []
+            assert running.model(str(model))["primed"]["openings"] == 0
+            metrics = live_ask(f"{running.url}/metrics")[2]
+            known = wait_until(
+                lambda: (primed := running.model(str(model))["primed"])["at"] and primed, "it is primed"
+            )
+
+    assert (
+        f'keepalive_model_primes_total{{model="{model}",upstream="local",outcome="given_up"}} 1.0' in metrics
+    )
+    assert known["tokens"] > 6000
