@@ -1,4 +1,4 @@
-"""Loads begun, on disk, so that a restart does not begin them again.
+"""Loads begun, on disk, so that a restart does not begin them again; and whose copies are ours to let go.
 
 LM Studio may be busy with a load for minutes and list nothing of it. A daemon that was killed meanwhile could
 not know. So each load is written down before LM Studio hears of it, and struck out once its end is known. A
