@@ -456,12 +456,14 @@ def _model(fact: Fact, before: Model, after: Model) -> None:
                 reason=fact.message,
             )
         case PrimeEnded(outcome=PrimeOutcome.OK):
-            log.info(
-                "model.primed",
-                opening=label(fact.opening),
-                seconds=round(fact.seconds, 3),
-                **_given(tokens=fact.tokens),
-            )
+            # What is replayed in the place of a ping is as little worth a line as that.
+            if not any(primed.opening == fact.opening for primed in before.priming.done):
+                log.info(
+                    "model.primed",
+                    opening=label(fact.opening),
+                    seconds=round(fact.seconds, 3),
+                    **_given(tokens=fact.tokens),
+                )
         case PrimeEnded(outcome=outcome) if outcome is not PrimeOutcome.GIVEN_UP:
             log.warning(
                 "model.prime_failed", opening=label(fact.opening), outcome=outcome.value, reason=fact.message
