@@ -22,7 +22,9 @@ from typing import Any, TypeVar
 
 import httpx
 
+from keepalive.core import errors
 from keepalive.core.apply import apply
+from keepalive.core.errors import Unreachable
 from keepalive.core.facts import (
     ClockJumped,
     Fact,
@@ -48,6 +50,7 @@ from keepalive.keeper.keeper import Keep, Keeper, Replay, Server
 from keepalive.lmstudio.client import Client
 from keepalive.simulator.exchange import Cut, Refusal, Request
 from keepalive.simulator.models import Instance, Load, SimModel
+from keepalive.simulator.sdk import SdkSession
 from keepalive.simulator.studio import Studio
 
 HOUR = 3600.0
@@ -159,7 +162,87 @@ class InProcess(httpx.AsyncBaseTransport):
         finally:
             judge.request_ends(site, self.life, path, body, answer)
             LIFE.reset(token)
-        return httpx.Response(reply.status, headers=reply.headers, stream=httpx.ByteStream(answer))
+        headers = {**reply.headers, "date": site.studio.date()}
+        return httpx.Response(reply.status, headers=headers, stream=httpx.ByteStream(answer))
+
+
+class InProcessSocket:
+    """The same for the socket of LM Studio's SDKs."""
+
+    def __init__(self, site: "Site", life: int, path: str) -> None:
+        self.site = site
+        self.life = life
+        self.inbox: asyncio.Queue[str | None] = asyncio.Queue()
+        self.open = True
+        self.session = SdkSession(site.studio, path, self._hear, self._hang_up)
+        site.studio.on_power.append(self._power)
+
+    @classmethod
+    async def dial(cls, site: "Site", life: int, path: str) -> "InProcessSocket":
+        if site.network == "hangs" or site.studio.vanished:
+            await asyncio.sleep(HOUR)
+        if site.network != "open" or not site.studio.up:
+            raise Unreachable("nothing listens", refused=True)
+        return cls(site, life, path)
+
+    async def send(self, text: str) -> None:
+        if not self.open:
+            raise errors.Cut("it is gone")
+        if self.site.network in ("hangs", "unreachable"):
+            return  # it is lost on the way
+        token = LIFE.set(self.life)
+        try:
+            await self.session.hear(text)
+        except Cut:
+            self._hang_up()
+        finally:
+            LIFE.reset(token)
+
+    async def receive(self) -> str | None:
+        return await self.inbox.get()
+
+    async def close(self) -> None:
+        self._hang_up()
+        await self.session.close()
+
+    async def _hear(self, frame: str | bytes) -> None:
+        assert isinstance(frame, str)
+        if self.open and self.site.network == "open":
+            self.inbox.put_nowait(frame)
+
+    def _hang_up(self) -> None:
+        if self.open:
+            self.open = False
+            self.site.studio.on_power.remove(self._power)
+            self.inbox.put_nowait(None)
+
+    def _power(self, up: bool) -> None:
+        if not up:
+            self._hang_up()
+
+
+class SeenClient(Client):
+    """The daemon's own, whose loads the judge sees whichever way they go."""
+
+    def __init__(self, site: "Site", life: int) -> None:
+        super().__init__(
+            site.name,
+            f"http://{site.name}:1234",
+            token=site.token,
+            transport=InProcess(site, life),
+            list_timeout=10.0,
+            sdk=site.sdk,
+            dial=lambda path: InProcessSocket.dial(site, life, path),
+        )
+        self.site, self.life = site, life
+
+    async def load(self, key: str, fields: Any, **more: Any) -> Any:
+        judge = self.site.judge
+        judge.load_begins(self.site, self.life, key)
+        try:
+            return await super().load(key, fields, **more)
+        finally:
+            judge.load_ends(self.site, self.life, key)
 
 
 @dataclass
@@ -176,6 +259,7 @@ class Site:
     refresh: float = 30.0
     max_loading: int = 1
     memory: int | None = None
+    sdk: bool = False
 
 
 # --- the judge ------------------------------------------------------------------------------------------
@@ -205,6 +289,7 @@ class Judge:
         self.load_over: dict[tuple[str, str], float] = {}
         self.loads_sent: dict[tuple[str, str], deque[float]] = {}
         self.pings_sent: dict[tuple[str, str], deque[float]] = {}
+        self.timers: dict[tuple[str, str], float] = {}
         self.disturbed: deque[float] = deque()
         self.ours: set[tuple[str, str]] = set()  # (site, instance id) loaded or being loaded by us
         self.born: dict[tuple[str, str], float] = {}  # when that load began
@@ -264,8 +349,6 @@ class Judge:
                 self.fail("I10", f"two listings of {site.name} at once")
             open_now.append(now)
             self.looked_at(site.name)
-        elif path.endswith("/load"):
-            self.load_begins(site, life, json.loads(body)["model"])
         elif path in PINGS:
             asked = json.loads(body)
             key = self.key_of(site, asked["model"])
@@ -280,10 +363,12 @@ class Judge:
             asked = self.listing[site.name, life].pop()
             if answer is not None:
                 self.listed(site, asked, answer)
-        elif path.endswith("/load") or (path in PINGS and b'"ttl"' in body):
-            key = self.key_of(site, json.loads(body)["model"])
-            self.loading[site.name, life, key] -= 1
-            self.load_over[site.name, key] = self.now()
+        elif path in PINGS and b'"ttl"' in body:
+            self.load_ends(site, life, self.key_of(site, json.loads(body)["model"]))
+
+    def load_ends(self, site: Site, life: int, key: str) -> None:
+        self.loading[site.name, life, key] -= 1
+        self.load_over[site.name, key] = self.now()
 
     def key_of(self, site: Site, name: str) -> str:
         keys = [m.key for m in site.models]
@@ -335,6 +420,11 @@ class Judge:
         if seen is None or (not seen.ids and not seen.blind):
             self.fail("I4", f"{key} is pinged though the newest listing does not show it")
         limit = 60 + int(HOUR / self.ping_intervals[site.name, key])
+        model = next(m for m in site.models if m.key == key)
+        timers = [i.ttl_seconds for i in site.studio.memory.copies(model) if i.ttl_seconds]
+        self.timers[site.name, key] = min([*timers, self.timers.get((site.name, key), HOUR)])
+        # What has a timer is used before it strikes.
+        limit += int(2 * HOUR / self.timers[site.name, key]) if site.sdk else 0
         self.count(self.pings_sent, (site.name, key), limit, "pings")
 
     def count(
@@ -457,6 +547,9 @@ class Judge:
             (self.guessed.add if after.pending.expected is None else self.guessed.discard)(after.id)
         if after.state in (State.UNKNOWN, State.BACKOFF) and not after.reason:
             self.fail("I8", f"{after.id} is {after.state} without a reason, after {type(fact).__name__}")
+        if isinstance(before, Model) and after.evictions > before.evictions and after.last_eviction:
+            seen = "seen by the socket" if before.seen_by.session else "not seen by a socket"
+            self.counted[f"evicted: {after.last_eviction.cause}, {seen}"] += 1
         if isinstance(before, Model) and before.state is not after.state:
             self.say(f"{after.id} {before.state} -> {after.state} by {type(fact).__name__}: {after.reason}")
 
@@ -532,16 +625,7 @@ class Life:
             world.reported.append,
             lambda _, opening: world.openings.get(opening),
         )
-        self.clients = [
-            Client(
-                site.name,
-                f"http://{site.name}:1234",
-                token=site.token,
-                transport=InProcess(site, number),
-                list_timeout=10.0,
-            )
-            for site in world.sites
-        ]
+        self.clients = [SeenClient(site, number) for site in world.sites]
         self.tasks: list[asyncio.Task[Any]] = []
 
     def clock(self) -> float:
@@ -655,6 +739,8 @@ class World:
         self.life.replay()
         self.life.kill()
         await asyncio.gather(*self.life.tasks, return_exceptions=True)
+        for client in self.life.clients:
+            await client.close()
         await self.end_users()
 
     async def end_users(self) -> None:
@@ -687,7 +773,7 @@ class World:
             if now > until and any(m.wanted and not m.instances for m in life.keeper.snapshot().of(name)):
                 self.judge.settle_up(self.judge.owed_loads, name, "nothing was loaded there")
         tasks = len(asyncio.all_tasks())
-        if tasks > 20 + 6 * (len(self.keeps) + len(self.sites)) + 2 * len(self.users):
+        if tasks > 20 + 12 * (len(self.keeps) + len(self.sites)) + 2 * len(self.users):
             self.judge.fail("I16", f"{tasks} tasks")
         if self.judge.broken:
             raise Broken(self.story())
@@ -865,6 +951,14 @@ class World:
                     load_reply={"value": how, "times": times},
                     load_reply_after_seconds=after,
                 )
+                self.lose(site, key)
+            case "socket odd":
+                how = chance.choice(["refused", "garbled", "silent", "errors", "drops"])
+                self.switch(site, seconds, sdk_answers={"value": how, "chance": chance.choice([0.3, 1.0])})
+                if chance.random() < 0.5:
+                    self.lose(site, key)
+            case "load's socket dies":
+                self.switch(site, 600, load_cuts_socket=chance.choice([0, 1, 2, 50]))
                 self.lose(site, key)
             case "load late":
                 self.switch(site, 900, load_reply_delay_seconds={"value": seconds, "times": times})
@@ -1083,6 +1177,8 @@ KINDS = (
     "load garbled",
     "load 500",
     "load 200 with error",
+    "socket odd",
+    "load's socket dies",
     "load late",
     "load start 500",
     "listing lags",
@@ -1162,7 +1258,9 @@ def drawn(seed: int, *, calm: bool = False) -> World:
         faults = {"v0_shows_loading": not hidden, "auto_evict": evicts}
         studio = Studio(models, tier=tier, faults=faults, rng=random.Random(seed + 1))
         refresh = chance.choice([60.0, 120.0]) if calm else float(chance.choice([15, 20, 30, 45, 60]))
-        site = Site(name, studio, judge, models, refresh=refresh, max_loading=chance.choice([1, 1, 2]))
+        loading = chance.choice([1, 1, 2])
+        sees = chance.random() < 0.6
+        site = Site(name, studio, judge, models, refresh=refresh, max_loading=loading, sdk=sees)
         sites.append(site)
         policy = Policy(
             refresh_interval=refresh,
