@@ -25,6 +25,8 @@ class View:
     context_length: int | None = None  # of the instance
     load_fields: Mapping[str, object] = field(default_factory=dict)
     stall_timeout: float | None = None  # None: its answers may be silent for ever
+    # For how long LM Studio has been seen to say that it rests, and how long ago it was last asked.
+    resting: tuple[float, float] | None = None
 
 
 class Keeping(Protocol):

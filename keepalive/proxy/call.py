@@ -172,7 +172,10 @@ class Call:
         def came() -> int:
             return reply.kept_bytes if answer.passed is None else answer.passed.bytes
 
-        answer.silence = Silence(reply, self.caller, came, timeout, owner.ticker)
+        def resting() -> tuple[float, float] | None:
+            return None if model is None else owner.keeping.view(model).resting
+
+        answer.silence = Silence(reply, self.caller, came, timeout, resting, owner.ticker)
         answer.silence.begin(self.account.now())
 
     async def read_refusal(self, reply: Reply, *, ahead: bool) -> Lost | None:

@@ -1,6 +1,7 @@
 """How long an answer that has begun has been silent, and its end when that was too long.
 
-The wait for its first byte is not counted, and neither is the time in which the caller has us not read.
+The wait for its first byte is not counted, and neither is the time in which the caller has us not read. Where LM Studio
+itself says that the model rests, nothing more will come: then `RESTING` is long enough.
 """
 
 from collections.abc import Callable
@@ -10,16 +11,25 @@ from keepalive.http1 import Caller, Reply, Ticker
 
 #: A longer time between two turns of the clock is none in which we listened: the machine slept, or we were stopped.
 LONGEST_TURN: Final = 5.0
+#: Of a silence, how much has to be seen to be rest.
+RESTING: Final = 30.0
+
+Resting = Callable[[], tuple[float, float] | None]
 
 
 class Silence:
-    """Listens to one answer, from `begin` to `stop`; `came` is how many bytes of it have come."""
+    """Listens to one answer, from `begin` to `stop`; `came` is how many bytes of it have come.
+
+    `resting`: for how long the model has been seen to rest, and how long ago that was.
+    """
 
     __slots__ = (
         "_bytes",
         "_caller",
         "_came",
         "_reply",
+        "_rested",
+        "_resting",
         "_seconds",
         "_ticker",
         "_timeout",
@@ -29,12 +39,20 @@ class Silence:
     )
 
     def __init__(
-        self, reply: Reply, caller: Caller, came: Callable[[], int], timeout: float | None, ticker: Ticker
+        self,
+        reply: Reply,
+        caller: Caller,
+        came: Callable[[], int],
+        timeout: float | None,
+        resting: Resting,
+        ticker: Ticker,
     ) -> None:
         self._reply = reply
         self._caller = caller
         self._came = came
         self._timeout = timeout
+        self._resting = resting
+        self._rested = False
         self._ticker = ticker
         self._bytes = 0
         self._seconds = 0.0
@@ -51,6 +69,8 @@ class Silence:
 
     @property
     def why(self) -> str:
+        if self._rested:
+            return f"the answer had begun, and then LM Studio was seen to do nothing for {RESTING:g} s"
         return f"the answer had begun, and then nothing came for {self._timeout or 0:g} s"
 
     def begin(self, now: float) -> None:
@@ -69,7 +89,18 @@ class Silence:
             self._bytes, self._seconds, self.begun = came, 0.0, True
         elif self.begun and not self._caller.paused:
             self._seconds += passed
-            if self._timeout is not None and self._seconds >= self._timeout:
+            if self._timeout is None:
+                return
+            self._rested = self._seconds >= RESTING and self._rests()
+            if self._rested or self._seconds >= self._timeout:
                 self.stalled = True
                 self.stop()
                 self._reply.end(complete=False)
+
+    def _rests(self) -> bool:
+        seen = self._resting()
+        if seen is None:
+            return False
+        rest, ago = seen
+        # Only what was seen of this silence counts: before it the model may have rested, too.
+        return min(rest, self._seconds - ago) >= RESTING

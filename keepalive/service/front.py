@@ -191,6 +191,7 @@ class Front:
             retry_after=None if known.retry_at is None or known.retry_at <= now else known.retry_at - now,
             max_wait=kept.max_wait if kept else 0.0,
             stall_timeout=kept.stall_timeout if kept else None,
+            resting=None if known.idle_since is None else (known.asked - known.idle_since, now - known.asked),
             wanted=known.wanted,
             kind=known.kind,
             context_length=known.instances[0].context_length if known.instances else None,

@@ -158,6 +158,11 @@ class SdkSession:
                 if instance := find(memory, field(parameter, "specifier")):
                     return instance_row(self._machine, instance)
                 raise no_such_model()
+            case "getLoadConfig":
+                if instance := find(memory, field(parameter, "specifier")):
+                    length = {"key": f"{self._kind}.load.contextLength", "value": instance.context_length}
+                    return {"fields": [length]}
+                raise no_such_model()
             case "estimateModelUsage":
                 return estimate(memory, self._kind, parameter)
             case "unloadModel":

@@ -175,7 +175,13 @@ class Channel:
                 stop = "userStopped"
                 break
             call.tokens += 1
-            fragment = {"content": word, "tokensCount": 1, "containsDrafted": False, "reasoningType": "none"}
+            fragment = {
+                "content": word,
+                "tokensCount": 1,
+                "containsDrafted": False,
+                "reasoningType": "none",
+                "isStructural": False,
+            }
             await self._send({"type": "fragment", "fragment": fragment})
         call.generation_ended("ok")
         await self._send(

@@ -71,11 +71,12 @@ def model_row(memory: Memory, model: SimModel) -> dict[str, Any]:
         "sizeBytes": model.size_bytes,
         "indexedModelIdentifier": path_of(model),
         "deviceIdentifier": None,
-        "paramsString": model.params,
         "architecture": model.architecture,
         "quantization": {"name": model.quantization, "bits": 4},
         "maxContextLength": model.max_context_length,
     }
+    if model.params is not None:
+        row["paramsString"] = model.params  # a null is none of its shapes
     if kind == "llm":
         row |= {"vision": model.vision, "trainedForToolUse": True}
     return row

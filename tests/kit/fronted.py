@@ -147,6 +147,7 @@ class Model:
     aliases: tuple[str, ...] = ()
     kind: str = "llm"
     stall_timeout: float | None = None
+    resting: Callable[[], tuple[float, float] | None] = lambda: None
     fails: NotWarm | None = None
     loads: int = 0
     loading: asyncio.Task[None] | None = None
@@ -201,6 +202,7 @@ class Keep:
             eta=it.eta,
             max_wait=it.max_wait,
             stall_timeout=it.stall_timeout,
+            resting=it.resting(),
             wanted=it.wanted,
         )
 

@@ -258,6 +258,41 @@ async def test_a_heartbeat_says_how_long_an_answer_has_been_silent_once_it_has_b
         assert front.proxy.silences() == {}
 
 
+def looked_at(every, since):
+    """LM Studio is asked every so many seconds, and says since then that the model rests."""
+
+    def resting():
+        looked = now() // every * every
+        return (looked - since, now() - looked) if looked >= since else None
+
+    return resting
+
+
+@pytest.mark.parametrize(("since", "ends"), [(-600.0, 45.0), (0.0, 45.0), (100.0, 135.0), (600.0, 300.0)])
+async def test_where_lm_studio_is_seen_to_do_nothing_half_a_minute_of_silence_is_enough(since, ends):
+    keep = warm(LONG, resting=looked_at(15.0, since))
+    async with fronted(falls_silent(SSE_HEAD, chunk(delta("Hel"))), keep=keep, limits=COARSE) as (front, _):
+        _, _, body = await Watching(front.port).call(chat())
+        seen = await front.last()
+
+        assert now() == pytest.approx(ends, abs=2)
+        assert seen.outcome == "stalled"
+        assert (b"was seen to do nothing for 30 s" in body) is (ends < LONG)
+
+
+async def test_off_is_for_ever_whatever_lm_studio_is_seen_to_do():
+    async def pauses(asking):
+        await asking.send(SSE_HEAD + chunk(delta("Hel")))
+        await asyncio.sleep(LONG)
+        await asking.send(chunk(STOP) + chunk(b""))
+
+    keep = warm(None, resting=looked_at(15.0, 0.0))
+    async with fronted(pauses, keep=keep, limits=COARSE) as (front, _):
+        await Watching(front.port).call(chat())
+
+        assert (await front.last()).outcome == "ok"
+
+
 async def test_a_tunnel_may_be_silent_for_ever():
     async def upgrades(asking):
         await asking.send(
