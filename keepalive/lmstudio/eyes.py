@@ -294,23 +294,14 @@ class _Estimate:
 
 
 async def _ask(line: Line, names: Sequence[str]) -> _Seen | None:
-    """What is loaded, and what these instances do, all asked at once; None where the connection ends."""
-
-    async def of(name: str) -> sdk.Work | None:
-        with suppress(Refused):
-            return sdk.work(await line.call("getInstanceProcessingState", sdk.instance_asked(name)))
-        return None
-
-    async def loaded() -> dict[str, Instance]:
-        with suppress(Refused):
-            return sdk.listed(await line.call("listLoaded"))
-        return {}
-
+    """What is loaded, and what these instances do; None where the connection ends."""
+    asked = [("getInstanceProcessingState", sdk.instance_asked(name)) for name in names]
     try:
-        shown, works = await asyncio.gather(loaded(), asyncio.gather(*map(of, names)))
+        listed, *states = await line.calls([("listLoaded", None), *asked])
     except UpstreamError:
         return None
-    return shown, {name: work for name, work in zip(names, works, strict=True) if work is not None}
+    works = {name: sdk.work(state) for name, state in zip(names, states, strict=True)}
+    return sdk.listed(listed), {name: work for name, work in works.items() if work is not None}
 
 
 def _namespace(kind: str) -> str:

@@ -135,16 +135,31 @@ class Line:
 
     async def call(self, endpoint: str, parameter: Mapping[str, Any] | None = None) -> Any:
         """The result; raises Refused or Cut. Whoever calls bounds it."""
-        number = next(self._numbers)
-        message: dict[str, Any] = {"type": "rpcCall", "endpoint": endpoint, "callId": number}
-        if parameter is not None:
-            message["parameter"] = parameter
-        future = self._calls[number] = asyncio.get_running_loop().create_future()
+        (answer,) = await self.calls([(endpoint, parameter)])
+        if isinstance(answer, Refused):
+            raise answer
+        return answer
+
+    async def calls(self, asked: Sequence[tuple[str, Mapping[str, Any] | None]]) -> list[Any]:
+        """The results of several, all asked at once; a Refused stands in the place of what was refused.
+
+        No task for each of them: of a thousand models there are a thousand, every few seconds.
+        """
+        loop = asyncio.get_running_loop()
+        waiting: dict[int, asyncio.Future[Any]] = {next(self._numbers): loop.create_future() for _ in asked}
+        messages = []
+        for number, (endpoint, parameter) in zip(waiting, asked, strict=True):
+            message: dict[str, Any] = {"type": "rpcCall", "endpoint": endpoint, "callId": number}
+            messages.append(message if parameter is None else {**message, "parameter": parameter})
+        self._calls.update(waiting)
         try:
-            await self._say(message)
-            return await future
+            await self._say(*messages)
+            for future in waiting.values():
+                await future
         finally:
-            self._calls.pop(number, None)
+            for number in waiting:
+                self._calls.pop(number, None)
+        return [future.result() for future in waiting.values()]
 
     async def load(
         self, parameter: Mapping[str, Any], told: Callable[[float], None], *, first_word: float
@@ -185,7 +200,7 @@ class Line:
             case "rpcResult" if call is not None and not call.done():
                 call.set_result(message.get("result"))
             case "rpcError" if call is not None and not call.done():
-                call.set_exception(sdk.refused(message.get("error"), self._secrets))
+                call.set_result(sdk.refused(message.get("error"), self._secrets))
             case "channelSend":
                 content = message.get("message")
                 if channel is None:
@@ -200,12 +215,13 @@ class Line:
             case "channelClose" if channel is not None:
                 channel.end(Cut("the SDK socket ended the load without a word of how"))
 
-    async def _say(self, message: Mapping[str, Any]) -> None:
+    async def _say(self, *messages: Mapping[str, Any]) -> None:
         if self.ended is not None:
             raise Cut(f"the SDK socket is closed: {self.ended}")
         try:
             async with asyncio.timeout(SENDING):
-                await self._socket.send(sdk.text(message))
+                for message in messages:
+                    await self._socket.send(sdk.text(message))
         except TimeoutError:
             raise TimedOut(f"the SDK socket took nothing for {SENDING:g} s") from None
 
@@ -215,6 +231,7 @@ class Line:
         for call in self._calls.values():
             if not call.done():
                 call.set_exception(error)
+                call.exception()  # of several only the first is waited for
         for channel in self._channels.values():
             channel.end(error)
 
