@@ -55,7 +55,7 @@ def by_opening(
 
     It proves as much, and holds its place in the cache: another prompt may take that.
     """
-    if not free or _is_used(models) or any(m.priming.under_way for m in models):
+    if not pings or not free or _is_used(models) or any(m.priming.under_way for m in models):
         return pings
     for number, (model, _) in enumerate(pings):
         priming = model.priming

@@ -123,8 +123,11 @@ class Priming:
     @property
     def next(self) -> str | None:
         """The first opening that is neither done nor unfit."""
+        wished = self.wished
+        if not wished:
+            return None
         known = {primed.opening for primed in self.done} | {opening for opening, _ in self.unfit}
-        return next((opening for opening in self.wished if opening not in known), None)
+        return next((opening for opening in wished if opening not in known), None)
 
 
 @dataclass(frozen=True, slots=True)
