@@ -11,7 +11,7 @@ TESTABLE := $(VENV)/.installed-test
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check collected mutants test-timely test-setup test-setup-container bench schema man clean python
+.PHONY: help demo test check collected mutants test-timely test-setup test-setup-container pictures bench schema man clean python
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-22s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ schema: $(INSTALLED)  ## Write docs/config.schema.json anew, after a change of t
 man: $(INSTALLED)  ## Write docs/keepalive.1 anew, after a change of the command
 	@$(BIN)/python -m keepalive.cli.manual > $(VENV)/man
 	@mv $(VENV)/man docs/keepalive.1
+
+pictures: $(TESTABLE)  ## Make the pictures of the page in docs/ anew (Chromium; a minute)
+	KEEPALIVE_SCREENSHOTS=1 $(BIN)/pytest --quiet tests/admin/test_page.py -k a_day_with_its_troubles
 
 clean:  ## Remove the environment and everything else that was generated
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis dist

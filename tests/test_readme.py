@@ -2,11 +2,13 @@
 
 import re
 
+import pytest
 from typer.testing import CliRunner
 
 from keepalive import config
 from keepalive.cli.app import app
 from keepalive.core.states import diagram
+from keepalive.protocols.routes import Heartbeat, heartbeat_in
 from tests.kit import PROJECT
 
 README = (PROJECT / "README.md").read_text()
@@ -34,7 +36,7 @@ def test_it_names_every_command_and_no_other() -> None:
 
 
 def test_every_command_explains_itself() -> None:
-    for name in ("run", "demo", "simulate", "check", "status", "wait", "warm", "release", "doctor"):
+    for name in ("run", "init", "demo", "simulate", "check", "status", "wait", "warm", "release", "doctor"):
         answer = CliRunner().invoke(app, [name, "--help"])
 
         assert answer.exit_code == 0
@@ -53,3 +55,18 @@ def test_every_file_that_it_links_to_is_there() -> None:
     links = {link for link in re.findall(r"\]\(([^)#]+)", README) if "://" not in link}
 
     assert {link for link in links if not (PROJECT / link).exists()} == set()
+
+
+@pytest.mark.parametrize("document", sorted(path.name for path in (PROJECT / "docs").glob("*.md")))
+def test_every_file_that_a_document_links_to_is_there(document: str) -> None:
+    links = re.findall(r"\]\(([^)#]+)", (PROJECT / "docs" / document).read_text())
+
+    assert {link for link in links if "://" not in link and not (PROJECT / "docs" / link).exists()} == set()
+
+
+@pytest.mark.parametrize("document", ["README.md", "config.toml", "docs/clients.md", "docs/containers.md"])
+def test_every_base_url_with_a_heartbeat_mode_names_one_that_exists(document: str) -> None:
+    named = re.findall(r"/heartbeat/\w+", (PROJECT / document).read_text())
+
+    assert {heartbeat_in(target.encode())[0] for target in named} <= set(Heartbeat)
+    assert named or document == "README.md"

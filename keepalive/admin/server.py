@@ -75,6 +75,10 @@ class Daemon(Protocol):
     @property
     def stopping(self) -> bool: ...
     def metrics(self, accept: str) -> tuple[bytes, str]: ...
+    def requests(self) -> Mapping[str, Any]:
+        """Those of the last minutes, and what was asked for that no config names."""
+        ...
+
     def alive(self) -> str | None:
         """None, or why not."""
         ...
@@ -219,6 +223,9 @@ class Admin:
         response = web.Response(text=text, content_type="application/json", headers=HEADERS)
         return await asyncio.to_thread(_packed, request, response)
 
+    async def _requests(self, request: web.BaseRequest) -> web.StreamResponse:
+        return _packed(request, _json(self._daemon.requests()))
+
     async def _events(self, request: web.BaseRequest) -> web.StreamResponse:
         feed = self._feed
         if feed.watching >= SUBSCRIBERS_MAX:
@@ -322,6 +329,7 @@ class Admin:
     _GET: Mapping[str, Callable[["Admin", web.BaseRequest], Awaitable[web.StreamResponse]]] = {
         "/api/status": _status,
         "/api/history": _history,
+        "/api/requests": _requests,
         "/api/events": _events,
         "/metrics": _metrics,
         "/livez": _livez,

@@ -208,6 +208,11 @@ def story_document(model: ModelId, story: Story, wall: float) -> Json:
     }
 
 
+def requests_document(requests: Sequence[Json], unnamed: Sequence[Json]) -> Json:
+    """The last requests, the newest first, and what was asked for that no config names."""
+    return {"requests": [{**one, "at": utc(one["at"])} for one in requests], "unnamed": list(unnamed)}
+
+
 def clock_time(moment: float) -> str:
     """A time in Unix seconds, by the clock on the wall here."""
     return f"{datetime.fromtimestamp(moment).astimezone():%H:%M:%S}"

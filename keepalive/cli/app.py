@@ -118,6 +118,9 @@ def run(path: ConfigOption = None) -> None:
     from keepalive.observers import logs
     from keepalive.service.daemon import Daemon
 
+    if found is None and not settings.models and sys.stderr.isatty():
+        typer.echo(_without_config(settings), err=True)
+
     form = settings.server.log_format
     as_json = None if form == "auto" else form == "json"
     end_log = logs.start(level=settings.server.log_level, as_json=as_json, stream=sys.stderr)
@@ -237,6 +240,8 @@ def simulate(
 def check(path: ConfigOption = None) -> None:
     """Report every mistake in a config at once. Exit code 0 good, 3 bad."""
     settings, found = _config(path)
+    if found is None and not settings.models:
+        _fail(f"there is no config to check. {_without_config(settings)}", BAD_CONFIG)
     _, mistakes = config.read_openings(settings, found)
     if mistakes:
         _fail(str(config.ConfigError(mistakes)), BAD_CONFIG)
@@ -486,6 +491,15 @@ def _config(path: Path | None) -> tuple[config.Config, Path | None]:
         return config.load(found, _environ()), found
     except config.ConfigError as error:
         _fail(str(error), BAD_CONFIG)
+
+
+def _without_config(settings: config.Config) -> str:
+    """Two lines for whoever has not written anything."""
+    where, server = settings.upstreams[0].url, settings.server
+    return (
+        f"Without a config keepalive stands in front of LM Studio at {where} and keeps what is asked for.\n"
+        f"Base URL: http://{server.listen}/v1. Page: http://{server.admin_listen}/. To pin models: keepalive init"
+    )
 
 
 def _admin_url(url: str | None, path: Path | None) -> str:

@@ -194,7 +194,12 @@ class _Reading:
                 self._repair(detail["loc"])
             config = Config.model_validate(self.data)
         if not config.models and not self.mistakes and config.server.unlisted == "pass":
-            self.report((), _nothing_to_keep(self.source))
+            if self.source != NO_FILE or "unlisted" in config.server.model_fields_set:
+                self.report((), _nothing_to_keep(self.source))
+            # Nobody has said anything: whoever is asked for is kept, and nothing has to be written first.
+            config = config.model_copy(
+                update={"server": config.server.model_copy(update={"unlisted": "auto"})}
+            )
         for key, message in Checks(config, frozenset(self.wrong)).all():
             self.report(key, message)
         state_dir = config.server.state_dir or _state_dir(environ)
@@ -312,7 +317,7 @@ def _unknown(kind: type[Table], name: str, value: object) -> str:
 def _nothing_to_keep(source: str) -> str:
     if source == NO_FILE:
         missing = f"there is no {SEARCHED[0]} and no {SEARCHED[1]}"
-        return f"nothing to keep warm, because {missing}; write one, or set KEEPALIVE_MODELS__0__KEY"
+        return f'nothing to keep warm, because {missing}; "keepalive init" writes one'
     return 'nothing to keep warm; add [[models]] and key = "…", a key that LM Studio lists'
 
 

@@ -353,6 +353,11 @@ class Keeper:
                     await unheard.wait()
         return self._meaning(name, default=default)
 
+    def listed_as(self, upstream: str, name: str) -> str | None:
+        """The key under which that upstream lists what a name means there."""
+        entry = self._names.row(upstream, name)
+        return None if entry is None else entry.key
+
     def _meaning(self, name: str | None, *, default: bool) -> Meaning:
         meaning = self._names.meaning(name, self._up(), default=default)
         if meaning.models or not meaning.known or self._adopt is None or not default:

@@ -42,6 +42,7 @@ from keepalive.observers.feed import Feed
 from keepalive.observers.history import History
 from keepalive.observers.metrics import Metrics
 from keepalive.observers.notify import Notify
+from keepalive.observers.recent import Recent
 from keepalive.service import platform, systemd, tokens
 from keepalive.service.front import Front, StartError, cannot_listen, is_loopback, url_of
 from keepalive.service.openings import Openings
@@ -104,11 +105,13 @@ class Daemon:
         self._ledger = _ledger(settings, lambda: self._urls, wall)
         self._history = _history(settings, wall, self._report)
         self._notify = Notify(self._told)
+        self._addresses: tuple[str, ...] = ()  # where messages go
         optional = (self._ledger, self._metrics, self._history, self._feed, logs.Log(), self._notify)
         observers = [o for o in optional if o is not None]
         self.keeper = Keeper(self._clock, observers, self._report, self._openings.look_up)
         self._schedule = Schedule(self._tick, self._clock_jumped, self._metrics.jobs_missed.inc, wall=wall)
-        self._front = Front(settings, self.keeper, self._clock, self._metrics, self._openings)
+        self._recent = Recent(wall)
+        self._front = Front(settings, self.keeper, self._clock, self._metrics, self._openings, self._recent)
         self._playground = Playground()
         self._page_key = secrets.token_urlsafe(32)
         self._apply(settings)
@@ -135,6 +138,11 @@ class Daemon:
             for model in self._ledger.owned() if self._ledger else ():
                 self.keeper.adopt(model)
             self._recall(self._kept)
+            if self._path is None and not self._config.models:
+                urls = [upstream.url for upstream in self._config.upstreams]
+                self._log.info(
+                    "config.none", upstreams=urls, reason="what is asked for is kept, nothing is pinned"
+                )
             self._log.info(
                 "daemon.started",
                 version=__version__,
@@ -205,7 +213,8 @@ class Daemon:
             self._scraped,
             self._front.silences(),
         )
-        return {**document, "draining": self.stopping}
+        source = {"path": str(self._path) if self._path else None, "unlisted": self._config.server.unlisted}
+        return {**document, "config": {**document["config"], **source}, "draining": self.stopping}
 
     def states(self) -> list[dict[str, Any]]:
         return [status.state(model) for model in self.keeper.snapshot().models]
@@ -224,6 +233,10 @@ class Daemon:
     def story(self, model: ModelId) -> Mapping[str, Any] | None:
         story = self._history.story(model)
         return None if story is None else status.story_document(model, story, self._wall())
+
+    def requests(self) -> Mapping[str, Any]:
+        unnamed = self._recent.unnamed(self._kept, self._adopted)
+        return status.requests_document(self._recent.requests(), unnamed)
 
     def alive(self) -> str | None:
         late = self._schedule.late()
@@ -291,14 +304,8 @@ class Daemon:
             )
         self._metrics.configure(self._counted())
         self._history.configure({model: self._urls[model.upstream] for model in self._kept})
-        self._notify.configure(
-            told,
-            settings.notify.events,
-            self._kept,
-            self._urls,
-            after=settings.notify.after,
-            pause=settings.notify.pause,
-        )
+        self._addresses = told
+        self._watch_for_messages()
         keeps = map(self._keep, self._kept.values())
         adopt = self._adopt if settings.server.unlisted == "auto" else None
         self._closing += self.keeper.configure(servers, keeps, settings.server.default_model, adopt)
@@ -336,8 +343,19 @@ class Daemon:
         self._adopted.add(model)
         self._metrics.configure(self._counted())
         self._history.configure({model: self._urls[model.upstream] for model in self._kept})
+        self._watch_for_messages()
         self._log.info("model.adopted", model=model.key, upstream=model.upstream)
         return self._keep(kept)
+
+    def _watch_for_messages(self) -> None:
+        self._notify.configure(
+            self._addresses,
+            self._config.notify.events,
+            self._kept,
+            self._urls,
+            after=self._config.notify.after,
+            pause=self._config.notify.pause,
+        )
 
     def _adopted_still(self, settings: Config, named: Mapping[ModelId, Kept]) -> dict[ModelId, Kept]:
         """Models that were asked for and are not named: they stay what they are, with the defaults of this file."""

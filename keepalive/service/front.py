@@ -27,6 +27,7 @@ from keepalive.keeper.keeper import Keeper
 from keepalive.lmstudio.wire import SDK_ALONE
 from keepalive.observers import logs
 from keepalive.observers.metrics import Metrics, ProxyMetrics
+from keepalive.observers.recent import Recent
 from keepalive.protocols.meter import GAP_BOUNDS
 from keepalive.protocols.routes import Route
 from keepalive.proxy import Address, Heartbeat, Proxy, Settings
@@ -57,11 +58,13 @@ class Front:
         clock: Callable[[], float],
         metrics: Metrics,
         openings: Openings,
+        recent: Recent,
     ) -> None:
         self._log = logs.logger()
         self._keeper = keeper
         self._clock = clock
         self._openings = openings
+        self._recent = recent
         self._kept: Mapping[ModelId, Kept] = {}
         self._views: dict[ModelId, tuple[Model, View]] = {}
         self._list_timeout = 10.0
@@ -158,7 +161,12 @@ class Front:
         return self._keeper.find(name)
 
     async def meaning(self, name: str | None, *, default: bool = True) -> Meaning:
-        return await self._keeper.meaning(name, self._list_timeout, default=default)
+        meaning = await self._keeper.meaning(name, self._list_timeout, default=default)
+        if default and name and meaning.known and not meaning.models:
+            key = self._keeper.listed_as(meaning.upstream, name)
+            if key is not None:
+                self._recent.passed(ModelId(meaning.upstream, key))
+        return meaning
 
     def present(self, upstream: str, kind: str) -> Sequence[ModelId]:
         return self._keeper.present(upstream, kind)
@@ -263,6 +271,7 @@ class Front:
         """One request is over: a metric and a line. What fails here fails alone."""
         self._metrics.count(seen)
         logs.request(seen)
+        self._recent.add(seen)
         self._judge(seen)
 
 

@@ -22,6 +22,7 @@ import pytest
 from aiohttp import web
 from playwright.async_api import Browser, Error, Page, expect
 
+from keepalive import config
 from keepalive.admin.server import Access, Admin, server
 from keepalive.admin.status import utc
 from keepalive.core.facts import ModelId
@@ -43,6 +44,7 @@ from tests.kit.live import (
     simulator,
     until,
 )
+from tests.kit.npm import packages
 from tests.kit.ports import at_ports, reserved
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -153,6 +155,8 @@ class Written:
         }
         self.asked: list[tuple[str, ModelId]] = []
         self.stories: dict[ModelId, dict[str, Any]] = {}
+        self.requested: list[dict[str, Any]] = []
+        self.unnamed: list[dict[str, Any]] = []
         self.heard: Counter[tuple[str, str]] = Counter()  # requests, by method and the end of their path
         self.feed = Feed(self.status)
         self.url = ""
@@ -191,6 +195,9 @@ class Written:
 
     def metrics(self, accept: str) -> tuple[bytes, str]:
         return b"", "text/plain"
+
+    def requests(self) -> Mapping[str, Any]:
+        return {"requests": self.requested, "unnamed": self.unnamed}
 
     def alive(self) -> str | None:
         return None
@@ -872,6 +879,126 @@ async def test_nothing_is_wider_than_the_screen(browser: Browser, few: bool) -> 
 
             assert await page.evaluate("document.documentElement.scrollWidth") == width
             assert await page.evaluate(OUTSIDE) == []
+
+
+# --- who asked, and what for ---------------------------------------------------------------------------
+
+
+def request(model: str | None = "gemma", **more: Any) -> dict[str, Any]:
+    """One as `/api/requests` shows it."""
+    return {
+        "at": utc(NOW - 60), "model": model, "upstream": model and "local", "route": "chat", "start": "cold",
+        "outcome": "ok", "status": 200, "wait_seconds": 31.2, "first_token_seconds": 31.9, "tokens_per_second": 48.7,
+        "seconds": 40.0, **more,
+    }  # fmt: skip
+
+
+async def test_the_last_requests_are_told_without_a_word_of_what_was_said(browser: Browser) -> None:
+    world = Written(written("gemma"))
+    world.requested = [
+        request(),
+        request(None, wait_seconds=0.0, first_token_seconds=None, tokens_per_second=None),
+        request(outcome="upstream_error", status=502),
+        *(request() for _ in range(20)),
+    ]
+    async with served(world), opened(browser, world.url) as shown:
+        rows = shown.page.locator("#requests-list tr")
+        await expect(rows).to_have_count(12)
+        cells = [await rows.nth(n).locator("th, td:not(:first-child)").all_inner_texts() for n in range(3)]
+        rest = await shown.page.locator("#requests-rest").inner_text()
+
+    assert cells == [
+        ["gemma", "chat", "waited 31 s", "first token 32 s", "49 tokens/s", "40 s", "ok"],
+        ["another model", "chat", "", "", "", "40 s", "ok"],
+        ["gemma", "chat", "waited 31 s", "first token 32 s", "49 tokens/s", "40 s", "upstream error (502)"],
+    ]
+    assert rest == "and 11 earlier ones in the last 15 minutes"
+
+
+@pytest.mark.parametrize(
+    ("source", "about"),
+    [
+        ({"path": "/etc/x.toml", "unlisted": "pass"}, "These lines keep what was asked for:"),
+        ({"path": "/etc/x.toml", "unlisted": "auto"}, "These lines pin what was asked for:"),
+        (
+            {"path": None, "unlisted": "auto"},
+            "There is no config: what is asked for is kept while memory lasts. As config.toml, these lines pin what "
+            "was asked for; `keepalive init` writes them, too:",
+        ),
+    ],
+)
+async def test_what_was_asked_for_and_no_config_names_stands_there_with_lines_that_would(
+    browser: Browser, source: dict[str, Any], about: str
+) -> None:
+    odd = 'odd "name" \\ of é'
+    world = Written(written(odd), config={"ok": True, "mistakes": [], **source})
+    kept = source["unlisted"] == "auto"
+    world.unnamed = [
+        {"key": odd, "upstream": "local", "requests": 12, "kept": kept},
+        {"key": "<b>gemma</b>", "upstream": "local", "requests": 1, "kept": kept},
+    ]
+    async with served(world), opened(browser, world.url) as shown:
+        await expect(shown.page.locator("#unnamed-about")).to_have_text(about)
+        said = await shown.page.locator("#unnamed-list li").all_inner_texts()
+        lines = await shown.page.locator("#unnamed-lines").inner_text()
+
+    assert said[1] == "<b>gemma</b>: 1 request" + ("" if kept else ", passed on as they came")
+    models = config.parse(lines, "the page", {}).models
+    assert [(model.key, model.context_length) for model in models] == [(odd, 8192), ("<b>gemma</b>", None)]
+
+
+async def test_a_model_that_nobody_keeps_is_found_on_the_page_of_a_real_daemon(browser: Browser) -> None:
+    async with simulator(QWEN, MEDICINE) as upstream, daemon(settings(upstream.url, QWEN.key)) as running:
+        await until(lambda: running.status()["ready"], "it is warm")
+        for key in (QWEN.key, MEDICINE.key, "sk-lm-canary"):
+            body = {"model": key, "messages": [{"role": "user", "content": "CANARY"}], "max_tokens": 1}
+            await asked(f"{running.url}/v1/chat/completions", "POST", body)
+        told = (await asked(f"{running.admin_url}/api/requests"))[2]
+        async with opened(browser, running.admin_url) as shown:
+            await expect(shown.page.locator("#requests-list tr")).to_have_count(3)
+            lines = await shown.page.locator("#unnamed-lines").inner_text()
+
+    assert "canary" not in told.lower()
+    assert lines.split() == ["[[models]]", "key", "=", '"medicine-llm"']
+
+
+async def test_an_open_row_tells_what_it_takes_and_who_waits(browser: Browser) -> None:
+    model = written("gemma", memory_bytes=8_540_000_000, memory_source="estimate", waiting=2, in_flight=1)
+    async with served(Written(model)) as world, opened(browser, world.url) as shown:
+        await row(shown.page, "gemma").locator("summary").click()
+        facts = await row(shown.page, "gemma").locator("details dl div").all_inner_texts()
+
+    assert "Now\n2 requests wait, 1 answer under way" in facts
+    assert "Memory\n8.5 GB, by LM Studio's estimate" in facts
+
+
+# --- for everybody ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+async def test_axe_finds_nothing_to_complain_of(browser: Browser, width: int) -> None:
+    axe = (packages(Path(__file__).parent / "package.json", "axe") / "axe-core/axe.min.js").read_text()
+    world = lively()
+    world.requested, world.unnamed = [request(), request(outcome="timeout", status=504)], [
+        {"key": "other", "upstream": "local", "requests": 3, "kept": False}
+    ]  # fmt: skip
+    viewport = {"width": width, "height": 900}
+    async with served(world), opened(browser, world.url, viewport=viewport) as shown:
+        page = shown.page
+        await expect(page.locator("#unnamed-lines")).to_be_visible()
+        await page.locator("summary").first.click()
+        # As the browser's own script: the page's policy lets no other in.
+        session = await page.context.new_cdp_session(page)
+        await session.send("Runtime.evaluate", {"expression": axe})
+        for scheme in ("light", "dark"):
+            await page.emulate_media(color_scheme=scheme)
+            call = (
+                "axe.run(document, {resultTypes: ['violations']}).then((r) => JSON.stringify(r.violations))"
+            )
+            ran = await session.send("Runtime.evaluate", {"expression": call, "awaitPromise": True})
+            violations = json.loads(ran["result"]["value"])
+
+            assert [(v["id"], [node["html"] for node in v["nodes"]]) for v in violations] == []
 
 
 # --- whom it must not trust ---------------------------------------------------------------------------

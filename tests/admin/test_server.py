@@ -77,6 +77,9 @@ class Shown:
     def metrics(self, accept: str) -> tuple[bytes, str]:
         return f"# accept {accept}\n".encode(), "text/plain; version=0.0.4; charset=utf-8"
 
+    def requests(self) -> Mapping[str, Any]:
+        return {"requests": [], "unnamed": []}
+
     def alive(self) -> str | None:
         return self.trouble
 

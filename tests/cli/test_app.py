@@ -21,6 +21,7 @@ from tests.kit.live import (
     KEEPALIVE,
     DaemonProcess,
     SimulatorProcess,
+    ask,
     command,
     ending,
     environment,
@@ -361,12 +362,43 @@ def test_check_takes_the_environment_for_a_config() -> None:
     assert (told.code, told.out) == (0, "the environment is good: 1 model to keep warm on 1 upstream\n")
 
 
-@pytest.mark.parametrize("word", ["run", "check"])
-def test_no_config_at_all_is_a_sentence_and_3(word: str) -> None:
-    told = Told(word)
+def test_there_is_nothing_to_check_where_there_is_no_config() -> None:
+    told = Told("check")
 
-    assert told.code == 3
-    assert told.err.startswith("environment: nothing to keep warm")
+    assert (told.code, told.out) == (3, "")
+    assert told.err.startswith(
+        "there is no config to check. Without a config keepalive stands in front of LM Studio"
+    )
+
+
+def test_without_a_config_a_daemon_serves_what_is_asked_for_and_says_so(tmp_path: Path) -> None:
+    lm_studio = SimulatorProcess(tmp_path, "org/gemma:100ms:2GB")
+    with ending(lm_studio), reserved_port() as port, reserved_port() as admin:
+        environ = {
+            "KEEPALIVE_UPSTREAMS__0__URL": lm_studio.url,
+            "KEEPALIVE_SERVER__LISTEN": f"127.0.0.1:{port}",
+            "KEEPALIVE_SERVER__ADMIN_LISTEN": f"127.0.0.1:{admin}",
+        }
+        terminal = Terminal("run", cwd=tmp_path, columns=200, HOME=str(tmp_path), **environ)
+        try:
+            terminal.shows(f"Without a config keepalive stands in front of LM Studio at {lm_studio.url}")
+            terminal.shows(f"Base URL: http://127.0.0.1:{port}/v1. Page: http://127.0.0.1:{admin}/")
+            terminal.shows("daemon.started")
+            body = {"model": "org/gemma", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}
+            answer = ask(f"http://127.0.0.1:{port}/v1/chat/completions", "POST", body)
+            status = command(
+                "status", "--json", cwd=tmp_path, KEEPALIVE_ADMIN_URL=f"http://127.0.0.1:{admin}"
+            )
+            terminal.process.send_signal(signal.SIGTERM)
+            code = terminal.ended()
+        finally:
+            terminal.kill()
+
+    document = json.loads(status.stdout)
+    assert (answer[0], code) == (200, 0)
+    assert [(m["key"], m["state"], m["keep"]) for m in document["models"]] == [("org/gemma", "warm", "auto")]
+    assert (document["config"]["path"], document["config"]["unlisted"]) == (None, "auto")
+    assert "config.none" in terminal.text
 
 
 def test_run_says_in_a_sentence_that_its_port_is_taken(tmp_path: Path) -> None:

@@ -847,12 +847,24 @@ def test_a_file_that_may_not_be_read_is_told_in_one_sentence(tmp_path: Path) -> 
 
 def test_no_file_at_all_says_what_was_looked_for() -> None:
     with pytest.raises(ConfigError) as raised:
-        config.load(None, {})
+        config.load(None, {"KEEPALIVE_SERVER__UNLISTED": "pass"})
 
     assert str(raised.value) == (
         "environment: nothing to keep warm, because there is no config.toml "
-        "and no /etc/keepalive/config.toml; write one, or set KEEPALIVE_MODELS__0__KEY"
+        'and no /etc/keepalive/config.toml; "keepalive init" writes one'
     )
+
+
+def test_where_nobody_has_written_anything_what_is_asked_for_is_kept(tmp_path: Path) -> None:
+    url = {"KEEPALIVE_UPSTREAMS__0__URL": "http://127.0.0.1:4321"}
+    empty = tmp_path / "config.toml"
+    empty.touch()
+
+    assert config.load(None, {}).server.unlisted == "auto"
+    assert config.load(None, url).upstreams[0].url == "http://127.0.0.1:4321"
+    assert config.load(None, {"KEEPALIVE_MODELS__0__KEY": "a"}).server.unlisted == "pass"
+    with pytest.raises(ConfigError):  # whoever writes a file means something
+        config.load(empty, {})
 
 
 def test_the_file_is_looked_for_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -446,7 +446,8 @@ async def test_a_bad_reload_changes_nothing_and_is_seen(spoil: Callable[[Path], 
             after = model(running, "gemma")
         said = lines("config.rejected")
 
-    assert good == (1.0, {"ok": True, "mistakes": []})
+    assert (good[0], good[1]["ok"], good[1]["mistakes"]) == (1.0, True, [])
+    assert (good[1]["path"], good[1]["unlisted"]) == (str(path), "pass")
     assert (bad[0], bad[1]["ok"], len(bad[1]["mistakes"])) == (0.0, False, len(said[0]["mistakes"]))
     assert (said[0]["level"], said[0]["path"]) == ("error", str(path))
     assert said[0]["mistakes"] == bad[1]["mistakes"] != []
@@ -469,7 +470,7 @@ async def test_a_good_reload_after_a_bad_one_mends_the_gauge(tmp_path: Path) -> 
     assert first is not None
     assert third is not None
     assert first == second < third
-    assert (gauge, shown) == (1.0, {"ok": True, "mistakes": []})
+    assert (gauge, shown["ok"], shown["mistakes"]) == (1.0, True, [])
 
 
 async def test_a_token_that_was_refused_counts_from_the_reload_on_that_brings_the_right_one(

@@ -3,7 +3,7 @@
 //   start      wires the rest                         words, charts   what is said and shown; pure
 //   live       the connection, and whether there is any
 //   picture    the last status                        history         what is remembered of each model
-//   head, notices, upstreams, filter, models, playground              a part of the page each
+//   head, notices, upstreams, filter, models, requests, playground    a part of the page each
 //   row        one model, with its actions and details
 //   ask, clock, dom                                   one question, the daemon's time, elements
 //
@@ -20,6 +20,7 @@ import { allowChanges, drawModels, tickModels } from "./models.js";
 import { drawNotices } from "./notices.js";
 import { picture, take } from "./picture.js";
 import { drawPlayground, startPlayground } from "./playground.js";
+import { startRequests } from "./requests.js";
 import { drawUpstreams, tickUpstreams } from "./upstreams.js";
 import { ago, short } from "./words.js";
 
@@ -53,7 +54,7 @@ function took(document) {
   noteChanges(changes, !document.partial);
   draw(document.partial ? new Set(changes.map(([, model]) => model.id)) : null);
   // After the first picture, since that is what people come for.
-  playing ??= setTimeout(startPlayground, 50);
+  playing ??= setTimeout(() => (startPlayground(), startRequests()), 50);
 }
 
 function contactChanged() {
