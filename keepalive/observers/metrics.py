@@ -45,6 +45,7 @@ from keepalive.core.facts import (
     UnloadEnded,
     WaitStarted,
 )
+from keepalive.core.plan import arranged
 from keepalive.core.records import Cause, Model, Snapshot, Upstream, UpstreamState
 from keepalive.core.room import limit, manages, takes, used
 from keepalive.core.states import State
@@ -132,6 +133,12 @@ class Metrics:
             ["upstream"],
             registry=registry,
         )
+        self._lacking = Gauge(
+            "keepalive_model_waiting_for_room",
+            "Requests that wait because there is no room for the model in memory.",
+            ["model", "upstream"],
+            registry=registry,
+        )
         self._ahead = Counter(
             "keepalive_loads_ahead",
             "Loads ahead of demand, by whether somebody then asked for the model before it went.",
@@ -185,6 +192,7 @@ class Metrics:
         self._upstream_state.clear()
         self._budget.clear()
         self._used.clear()
+        self._lacking.clear()
         self._upstream_sdk.clear()
         for upstream in snapshot.upstreams:
             self._up.labels(upstream.name).set(upstream.state is UpstreamState.UP)
@@ -209,6 +217,12 @@ class Metrics:
         if budget is not None:
             self._budget.labels(upstream.name).set(budget)
         self._used.labels(upstream.name).set(used(upstream, models))
+        room = arranged(upstream, models, snapshot.now)
+        waits = room.waits if room is not None else {}
+        for model in models:
+            if model.id in self._series:
+                lacking = model.waiting if model.id in waits else 0
+                self._lacking.labels(model.id.key, upstream.name).set(lacking)
 
     def _render_models(self, models: Sequence[Model], *, openmetrics: bool) -> str:
         rows = [self._series[m.id].lines(m, self._date) for m in models if m.id in self._series]

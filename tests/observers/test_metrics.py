@@ -169,6 +169,7 @@ NAMES = {
     "keepalive_model_unloads": ("counter", ["cause", "model", "upstream"]),
     "keepalive_upstream_memory_budget_bytes": ("gauge", ["upstream"]),
     "keepalive_upstream_memory_used_bytes": ("gauge", ["upstream"]),
+    "keepalive_model_waiting_for_room": ("gauge", ["model", "upstream"]),
     "keepalive_loads_ahead": ("counter", ["outcome"]),
     "keepalive_scheduler_jobs_missed": ("counter", []),
     "keepalive_config_last_reload_successful": ("gauge", []),
