@@ -13,6 +13,7 @@ from keepalive import __version__
 from keepalive.core import room
 from keepalive.core.explain import eta, explain, next_try
 from keepalive.core.facts import ModelId
+from keepalive.core.plan import arranged
 from keepalive.core.primes import label
 from keepalive.core.records import Model, Snapshot, Upstream
 from keepalive.core.states import State
@@ -74,6 +75,7 @@ def memory_document(upstream: Upstream, models: Sequence[Model], now: float) -> 
     if not room.manages(upstream, models):
         return None
     budget = room.limit(upstream, models, now)
+    arrangement = arranged(upstream, models, now)
     return {
         "budget_bytes": budget,
         "used_bytes": room.used(upstream, models),
@@ -82,6 +84,8 @@ def memory_document(upstream: Upstream, models: Sequence[Model], now: float) -> 
             {"key": one.key, "bytes": None if one.size_bytes is None else round(one.size_bytes * room.MARGIN)}
             for one in room.others(upstream, models)
         ],
+        "next_to_go": [model.id.key for model in room.next_to_go(models, now)],
+        "waiting": [model.id.key for model in models if arrangement and model.id in arrangement.waits],
     }
 
 

@@ -3,7 +3,7 @@
 Takes the JSON of `/api/status` and nothing else, so that what a person reads and what a script reads agree.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Json = Mapping[str, Any]
@@ -51,6 +51,36 @@ def _line(name: str, model: Json) -> str:
     silent = f", {said}" if (said := silence(model)) else ""
     primed = f"; {said}" if (said := unread(model)) else ""
     return f"{name} is {model['state']}{load}{silent}{reason}{primed}"
+
+
+def memory(upstream: Json, models: Sequence[Json]) -> str | None:
+    """Who has the memory of an upstream, who goes next and who waits; None where that is no matter.
+
+    Such as "18.0 of 40.0 GB: a 9.0, x 9.0 (not ours); a goes next; b waits for room".
+    """
+    known = upstream.get("memory")
+    if known is None:
+        return None
+    there = [m for m in models if m["upstream"] == upstream["name"] and (m["instances"] or m["load"])]
+    parts = [
+        f"{m['key']} {_gigabytes(m['memory_bytes'])}{'' if m['ours'] or m['load'] else ' (not ours)'}"
+        for m in there
+    ]
+    parts += [f"{one['key']} {_gigabytes(one['bytes'])} (not ours)" for one in known["strangers"]]
+    budget = known["budget_bytes"]
+    of = "" if budget is None else f" of {_gigabytes(budget)}"
+    told = [f"{_gigabytes(known['used_bytes'])}{of} GB" + (f": {', '.join(parts)}" if parts else "")]
+    if known["next_to_go"]:
+        told.append(f"{known['next_to_go'][0]} goes next")
+    if known["waiting"]:
+        told.append(
+            f"{', '.join(known['waiting'])} {'waits' if len(known['waiting']) == 1 else 'wait'} for room"
+        )
+    return "; ".join(told)
+
+
+def _gigabytes(size: float | None) -> str:
+    return "?" if size is None else f"{size / 1e9:.1f}"
 
 
 def silence(status: Json) -> str | None:

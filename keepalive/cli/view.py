@@ -12,7 +12,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.padding import Padding
 from rich.text import Text
 
-from keepalive.admin.words import TROUBLE, progress, silence, span, unread
+from keepalive.admin.words import TROUBLE, memory, progress, silence, span, unread
 
 Json = Mapping[str, Any]
 
@@ -54,6 +54,11 @@ def table(status: Json) -> RenderableType:
         Text(f"{u['name']} ({u['url']}) is {u['state']}: {u['error'] or 'no answer yet'}", style="red")
         for u in status["upstreams"]
         if u["state"] in TROUBLE or u["error"]
+    ]
+    parts += [
+        Text(f"memory of {upstream['name']}: {told}", style="dim")
+        for upstream in status["upstreams"]
+        if (told := memory(upstream, status["models"]))
     ]
     parts += [Text(f"config rejected: {mistake}", style="red") for mistake in status["config"]["mistakes"]]
     return Group(*parts, _Rows(status["models"], several, datetime.now(UTC)))
@@ -169,7 +174,7 @@ def _why(model: Json, now: datetime) -> str:
     if primed := unread(model):
         parts.append(primed)
     if not model["wanted"] and model["state"] != "cold":
-        parts.append("not wanted now")
+        parts.append("on demand" if model.get("keep") == "auto" else "not wanted now")
     if model["retry_at"]:
         parts.append(f"tries again {_until(model['retry_at'], now)}")
     return "; ".join(parts)

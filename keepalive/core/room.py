@@ -118,6 +118,17 @@ def is_in_use(model: Model, now: float) -> bool:
     return model.waiting > 0 or now < model.use_at + SETTLE
 
 
+def next_to_go(models: Iterable[Model], now: float) -> list[Model]:
+    """Whose copies may go now, those first that are missed least."""
+    idle = [m for m in models if may_go(m) and not is_in_use(m, now)]
+    return sorted(idle, key=lambda m: (not m.draining, m.use_at, -m.rank))
+
+
+def may_go(model: Model) -> bool:
+    """Whether it is all ours, and let go for others."""
+    return model.policy.auto and len(model.instances) > 0 and all(i.id in model.ours for i in model.instances)
+
+
 @dataclass(frozen=True, slots=True)
 class Arrangement:
     """What is to become of the memory of one upstream."""
@@ -153,7 +164,7 @@ class _Arranging:
         self.unloads_by_call = upstream.tier not in (Tier.V0, Tier.OPENAI)
         self.used = _used_by_others(upstream, models) + sum(self._takes(m) * copies(m) for m in models)
         self.places = sum(self._place(m) for m in models if m.ours or is_loading(m))
-        self.idle = self._idle()
+        self.idle = next_to_go(models, now)
         self.leaving = [m for m in models if m.unloading]
         self.taken_out = 0
         # LM Studio's word is of what was loaded when it was asked: a while ago, where something has changed since.
@@ -187,18 +198,6 @@ class _Arranging:
         if self.word_counts and not self.taken_out and model.need and model.need.passes_guardrails is False:
             return True
         return self.limit is not None and self.used + self._takes(model) > self.limit
-
-    def _idle(self) -> list[Model]:
-        """Whose copies may go, those first that are missed least."""
-        idle = [m for m in self.models if self._is_ours_alone(m) and not is_in_use(m, self.now)]
-        return sorted(idle, key=lambda m: (not m.draining, m.use_at, -m.rank))
-
-    def _is_ours_alone(self, model: Model) -> bool:
-        return (
-            model.policy.auto
-            and len(model.instances) > 0
-            and all(i.id in model.ours for i in model.instances)
-        )
 
     # --- who is let in --------------------------------------------------------------------------------
 
@@ -377,7 +376,7 @@ class _Arranging:
         busy = [
             m
             for m in self.models
-            if self._is_ours_alone(m)
+            if may_go(m)
             and m.state is State.WARM
             and is_in_use(m, self.now)
             and not m.calling

@@ -524,6 +524,44 @@ async def test_a_model_on_two_upstreams_is_asked_for_on_its_own(browser: Browser
     assert world.asked == [("release", ModelId("y", "org/a b?"))]
 
 
+async def test_memory_is_a_bar_of_who_has_it_and_says_who_goes_next_and_who_waits(browser: Browser) -> None:
+    def one(key: str, state: str = "warm", **more: Any) -> dict[str, Any]:
+        return written(key, state, wanted=False, keep="auto", memory_bytes=8_000_000_000, **more)
+
+    known = {
+        "budget_bytes": 40 * 10**9,
+        "used_bytes": 30 * 10**9,
+        "source": "config",
+        "strangers": [{"key": "x", "bytes": 6 * 10**9}],
+        "next_to_go": ["b"],
+        "waiting": ["c"],
+    }
+    local = {"name": "local", "url": "", "state": "up", "tier": "v1", "since": utc(NOW), "error": None}
+    kept_always = written("k", keep="always", memory_bytes=8_000_000_000)
+    waits = one("c", "cold", waiting=2, reason="waits for room: it takes 8.0 GB, and 2.0 GB are free")
+    async with (
+        served(
+            Written(kept_always, one("a"), one("b"), waits, upstreams=[{**local, "memory": known}])
+        ) as world,
+        opened(browser, world.url) as shown,
+    ):
+        room = shown.page.locator("#upstreams .memory")
+        await expect(room.locator("p")).to_have_text("Memory: 30.0 GB of 40.0 GB; c waits for room")
+        await expect(room.locator(".who li")).to_have_text(
+            ["k 8.0 GB (always kept)", "a 8.0 GB", "b 8.0 GB (goes next)", "x 6.0 GB (not ours)"]
+        )
+        kinds = [await part.get_attribute("data-what") for part in await room.locator(".bar span").all()]
+        widths = await room.locator(".bar span").evaluate_all("all => all.map((one) => one.style.width)")
+        await expect(shown.page.get_by_role("button", name="Release a")).to_be_visible()
+        await expect(shown.page.get_by_role("button", name="Warm c")).to_be_visible()
+        await expect(answer(shown.page)).to_contain_text("c is cold: waits for room")
+        world.becomes(kept_always, upstreams=[{**local, "memory": None}])
+        await expect(room).to_be_hidden()
+
+    assert kinds == ["always", "auto", "next", "foreign"]
+    assert widths == ["20%", "20%", "20%", "15%"]
+
+
 # --- the playground -----------------------------------------------------------------------------------
 
 

@@ -368,6 +368,8 @@ def test_memory_says_what_there_is_who_has_it_and_until_when() -> None:
         "used_bytes": 15 * 10**9,
         "source": "config",
         "strangers": [{"key": "x", "bytes": 6 * 10**9}, {"key": "y", "bytes": None}],
+        "next_to_go": ["gemma"],
+        "waiting": [],
     }
     model = page["models"][0]
     assert (model["keep"], model["memory_bytes"], model["memory_source"]) == ("auto", 9 * 10**9, "config")

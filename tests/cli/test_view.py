@@ -293,3 +293,37 @@ def test_the_exit_code_is_that_of_the_worst_model_that_was_asked_for(
 
 def test_keys_that_nobody_keeps_are_found() -> None:
     assert view.unknown_keys(status(model("a")), ["a", "b", "c"]) == ["b", "c"]
+
+
+def test_memory_says_who_has_it_who_goes_next_and_who_waits() -> None:
+    def one(key: str, state: str, **more: Any) -> dict[str, Any]:
+        there = {
+            "instances": int(state == "warm"),
+            "ours": True,
+            "memory_bytes": 9_000_000_000,
+            "keep": "auto",
+        }
+        return model(key, state, **{**there, "wanted": False, **more})
+
+    known = {
+        "budget_bytes": 40 * 10**9,
+        "used_bytes": 33 * 10**9,
+        "source": "config",
+        "strangers": [{"key": "x", "bytes": 6 * 10**9}, {"key": "y", "bytes": None}],
+        "next_to_go": ["b", "a"],
+        "waiting": ["c"],
+    }
+    models = [one("a", "warm"), one("b", "warm"), one("f", "warm", ours=False), one("c", "cold")]
+
+    page = drawn(status(*models, upstreams=[{**upstream(), "memory": known}]), 160)
+
+    assert page.splitlines()[0] == (
+        "memory of local: 33.0 of 40.0 GB: a 9.0, b 9.0, f 9.0 (not ours), x 6.0 (not ours), y ? (not ours); "
+        "b goes next; c waits for room"
+    )
+    assert "on demand" in page
+    assert "not wanted" not in page
+    known.update(budget_bytes=None, next_to_go=[], waiting=["c", "d"], strangers=[])
+    assert words.memory({**upstream(), "memory": known}, models[:1]) == "33.0 GB: a 9.0; c, d wait for room"
+    assert words.memory({**upstream(), "memory": None}, models) is None
+    assert words.memory(upstream(), models) is None

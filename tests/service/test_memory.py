@@ -55,6 +55,8 @@ async def test_two_models_take_turns_in_the_room_of_one_and_all_of_it_is_said() 
         "used_bytes": 10_800_000_000,
         "source": "config",
         "strangers": [],
+        "next_to_go": [],
+        "waiting": [],
     }
     assert 'keepalive_model_unloads_total{model="acme/a",upstream="local",cause="room"} 1.0' in page
     assert 'keepalive_upstream_memory_budget_bytes{upstream="local"} 1.2e+010' in page.replace(

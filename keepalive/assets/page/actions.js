@@ -16,7 +16,7 @@ export class Actions {
   update(model) {
     this.model = model;
     // Of a cold model there is nothing to let go; whoever wants it sooner than its turn comes may say so.
-    this.verb = model.wanted && model.state !== "cold" ? "release" : "warm";
+    this.verb = (model.wanted || model.keep === "auto") && model.state !== "cold" ? "release" : "warm";
     const label = this.verb === "release" ? "Release" : "Warm";
     say(this.main, label);
     this.main.setAttribute("aria-label", `${label} ${short(model.key)}`);

@@ -72,7 +72,8 @@ export class Row {
     say(this.where, several ? short(model.upstream, 40) : "");
     const size = [model.context_length && many(model.context_length, "token")];
     if (model.instances > 1) size.push(`${model.instances} copies`);
-    if (!model.wanted && model.state !== "cold") size.push(model.ours ? "not wanted" : "not wanted; stays, as somebody else loaded it");
+    if (model.keep === "auto") size.push("on demand");
+    else if (!model.wanted && model.state !== "cold") size.push(model.ours ? "not wanted" : "not wanted; stays, as somebody else loaded it");
     say(this.size, size.filter(Boolean).join(" · "));
     show(this.loading, model.load !== null);
     say(this.traffic, traffic(model));

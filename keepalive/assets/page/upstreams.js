@@ -2,9 +2,9 @@
 
 import { glyph } from "./charts.js";
 import { now } from "./clock.js";
-import { byId, h, keep, mark, say } from "./dom.js";
+import { byId, h, keep, mark, say, show } from "./dom.js";
 import { picture } from "./picture.js";
-import { TIERS, ago, inTrouble, short } from "./words.js";
+import { TIERS, ago, inTrouble, memory, short } from "./words.js";
 
 const strips = new Map();
 
@@ -19,9 +19,12 @@ export function tickUpstreams() {
 function strip() {
   const [name, state, sign] = [h("b"), h("span", { class: "state" }), h("span", { class: "sign" })];
   const [lasted, detail] = [h("span", { class: "detail" }), h("span", { class: "detail" })];
+  const [bar, share, who] = [h("div", { class: "bar", "aria-hidden": "true" }), h("span"), h("ul", { class: "who" })];
+  const room = h("div", { class: "memory" }, bar, h("p", {}, "Memory: ", share), who);
+  const [slices, names] = [new Map(), new Map()];
   let current = null;
   const part = {
-    node: h("li", {}, sign, h("span", {}, name, " ", state, " ", lasted), detail),
+    node: h("li", {}, sign, h("span", {}, name, " ", state, " ", lasted), detail, room),
     update(upstream) {
       current = upstream;
       const tone = upstream.state === "up" ? "warm" : upstream.state === "unknown" ? "unknown" : "failing";
@@ -31,12 +34,45 @@ function strip() {
       say(state, upstream.state);
       part.tick();
     },
+    /** Whose memory it is hangs on the models, too. */
+    drawMemory() {
+      const told = memory(current, picture.models);
+      show(room, told !== null);
+      if (told === null) return;
+      say(share, told.text);
+      keep(bar, told.parts.filter((one) => one.share > 0), slices, (one) => one.key, slice);
+      keep(who, told.parts, names, (one) => one.key, entry);
+    },
     tick() {
       say(lasted, current.since ? `for ${ago(current.since, now())}` : "");
       const parts = [TIERS.get(current.tier), short(current.url ?? "", 60)];
       if (!inTrouble(current) && current.error) parts.push(short(current.error, 120));
       say(detail, parts.filter(Boolean).join(" · "));
+      part.drawMemory();
     },
   };
   return part;
+}
+
+function slice() {
+  const node = h("span");
+  return {
+    node,
+    update(one) {
+      mark(node, "what", one.what);
+      const width = `${(100 * one.share).toFixed(1)}%`;
+      if (node.style.width !== width) node.style.width = width;
+    },
+  };
+}
+
+function entry() {
+  const node = h("li");
+  return {
+    node,
+    update(one) {
+      mark(node, "what", one.what);
+      say(node, one.text);
+    },
+  };
 }

@@ -55,9 +55,43 @@ export const TIERS = new Map([
   ["openai", "OpenAI-compatible"],
 ]);
 
+/** Whether it is here, or awaited, because somebody asked for it: such a model is wanted while that lasts. */
+function comesAndGoes(model) {
+  return model.keep === "auto" && (model.state === "warm" || model.state === "loading" || model.waiting > 0);
+}
+
+const gigabytes = (bytes) => (bytes === null ? "?" : `${(bytes / 1e9).toFixed(1)} GB`);
+
+/**
+ * Who has the memory of an upstream: each part with its share of a bar, and in words; null where that is no matter.
+ * What is not known to take anything gets no share, and is named all the same.
+ */
+export function memory(upstream, models) {
+  const known = upstream.memory ?? null;
+  if (known === null) return null;
+  const there = models.filter((model) => model.upstream === upstream.name && (model.instances || model.load));
+  const next = known.next_to_go[0] ?? null;
+  const parts = there.map((model) => ({
+    key: model.key,
+    bytes: model.memory_bytes,
+    what: model.load ? "loading" : !model.ours ? "foreign" : model.key === next ? "next" : model.keep === "auto" ? "auto" : "always",
+  }));
+  for (const one of known.strangers) parts.push({ key: one.key, bytes: one.bytes, what: "foreign" });
+  const whole = Math.max(known.budget_bytes ?? 0, known.used_bytes, 1);
+  const notes = new Map([["loading", "loading"], ["foreign", "not ours"], ["next", "goes next"], ["always", "always kept"]]);
+  for (const part of parts) {
+    part.share = (part.bytes ?? 0) / whole;
+    const note = notes.get(part.what);
+    part.text = `${short(part.key, 60)} ${gigabytes(part.bytes)}${note ? ` (${note})` : ""}`;
+  }
+  const of = known.budget_bytes === null ? "" : ` of ${gigabytes(known.budget_bytes)}`;
+  const waits = known.waiting.length ? `; ${listed(known.waiting.map((key) => short(key, 48)))} ${known.waiting.length > 1 ? "wait" : "waits"} for room` : "";
+  return { parts, text: `${gigabytes(known.used_bytes)}${of}${waits}` };
+}
+
 /** What a model means to whoever looks: its state, but for those that fail or that nobody wants now. */
 export function kind(model) {
-  if (!model.wanted && model.state !== "backoff") return "off";
+  if (!model.wanted && model.state !== "backoff" && !comesAndGoes(model)) return "off";
   if (model.state === "backoff" || !model.listed) return "failing";
   return model.state;
 }
