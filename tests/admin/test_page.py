@@ -550,8 +550,8 @@ async def test_memory_is_a_bar_of_who_has_it_and_says_who_goes_next_and_who_wait
         await expect(room.locator(".who li")).to_have_text(
             ["k 8.0 GB (always kept)", "a 8.0 GB", "b 8.0 GB (goes next)", "x 6.0 GB (not ours)"]
         )
-        kinds = [await part.get_attribute("data-what") for part in await room.locator(".bar span").all()]
-        widths = await room.locator(".bar span").evaluate_all("all => all.map((one) => one.style.width)")
+        kinds = [await part.get_attribute("data-what") for part in await room.locator(".shares span").all()]
+        widths = await room.locator(".shares span").evaluate_all("all => all.map((one) => one.style.width)")
         await expect(shown.page.get_by_role("button", name="Release a")).to_be_visible()
         await expect(shown.page.get_by_role("button", name="Warm c")).to_be_visible()
         await expect(answer(shown.page)).to_contain_text("c is cold: waits for room")

@@ -19,7 +19,7 @@ export function tickUpstreams() {
 function strip() {
   const [name, state, sign] = [h("b"), h("span", { class: "state" }), h("span", { class: "sign" })];
   const [lasted, detail] = [h("span", { class: "detail" }), h("span", { class: "detail" })];
-  const [bar, share, who] = [h("div", { class: "bar", "aria-hidden": "true" }), h("span"), h("ul", { class: "who" })];
+  const [bar, share, who] = [h("div", { class: "shares", "aria-hidden": "true" }), h("span"), h("ul", { class: "who" })];
   const room = h("div", { class: "memory" }, bar, h("p", {}, "Memory: ", share), who);
   const [slices, names] = [new Map(), new Map()];
   let current = null;
