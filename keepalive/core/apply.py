@@ -4,10 +4,10 @@ The world may surprise us and never raises; a move of our own that the table doe
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from math import inf
 
 from keepalive.core import calls, listings, primes
+from keepalive.core.changed import replace
 from keepalive.core.demand import demand
 from keepalive.core.errors import Reason
 from keepalive.core.facts import (

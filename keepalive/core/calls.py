@@ -4,8 +4,7 @@ A load whose end we did not see is `pending`, not failed: until the listing reso
 A call that must not be made is a bug of ours, and raises.
 """
 
-from dataclasses import replace
-
+from keepalive.core.changed import replace
 from keepalive.core.errors import Reason
 from keepalive.core.facts import (
     LoadEnded,

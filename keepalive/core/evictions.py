@@ -1,8 +1,8 @@
 """A model that was there is missing, and we did not unload it: why, and what it costs."""
 
-from dataclasses import replace
 from math import inf
 
+from keepalive.core.changed import replace
 from keepalive.core.facts import Listed, Tier
 from keepalive.core.moves import STABLE, backoff
 from keepalive.core.records import Cause, Eviction, Model

@@ -4,11 +4,11 @@ An observation counts from when it was *asked*. One asked before our last call f
 nothing about that model.
 """
 
-from dataclasses import replace
 from difflib import get_close_matches
 from itertools import islice
 from math import inf
 
+from keepalive.core.changed import replace
 from keepalive.core.evictions import count_eviction, why_missing
 from keepalive.core.facts import Entry, Listed, ListingFailed, Tier, Trouble, fold_key
 from keepalive.core.moves import absent, believed, failed, forget_primed, move, proved, says_that_it_loads

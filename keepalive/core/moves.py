@@ -1,7 +1,6 @@
 """The moves that more than one kind of fact leads to: to another state, and to what goes with it."""
 
-from dataclasses import replace
-
+from keepalive.core.changed import replace
 from keepalive.core.records import Cause, Model, Pending
 from keepalive.core.states import TABLE, IllegalMove, Sign, State
 

@@ -6,10 +6,10 @@ that somebody does. How its opening fares says little about a model: whatever go
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from math import inf
 
 from keepalive.core.actions import Action, GiveUpPrime, Prime
+from keepalive.core.changed import replace
 from keepalive.core.errors import Reason
 from keepalive.core.facts import (
     OpeningRead,

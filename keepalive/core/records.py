@@ -138,7 +138,8 @@ class Claim:
     since: float
 
 
-@dataclass(frozen=True, slots=True)
+# No slots: it is copied for each fact; `changed.replace` says why.
+@dataclass(frozen=True)
 class Model:
     """All we know of one model on one upstream."""
 
@@ -339,7 +340,7 @@ class UpstreamState(StrEnum):
     UNAUTHORIZED = "unauthorized"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Upstream:
     """All we know of one LM Studio server."""
 

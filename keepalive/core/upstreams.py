@@ -1,8 +1,8 @@
 """What happened, folded into the record of an upstream."""
 
-from dataclasses import replace
 from math import inf
 
+from keepalive.core.changed import replace
 from keepalive.core.facts import (
     ClockJumped,
     Fact,

@@ -8,7 +8,7 @@ by recording facts, and never raises for anything that the world does.
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ from keepalive.core.actions import (
     Unload,
 )
 from keepalive.core.apply import apply
+from keepalive.core.changed import replace
 from keepalive.core.errors import (
     Cut,
     NotWarm,

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mappi
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
+from functools import lru_cache
 from types import TracebackType
 from typing import Any, Self
 
@@ -62,8 +63,9 @@ class Client:
         self._clock: float | None = None
         self._tier: Tier | None = None
         self._shows_loading = True
+        # The same few addresses, again and again: reading one costs as much as what is done with it.
+        self._at = lru_cache(maxsize=64)(lambda path: httpx.URL(url.rstrip("/") + path))
         self._http = httpx.AsyncClient(
-            base_url=url,
             # Bodies are counted as they come, so that a small one cannot unfold into a huge one.
             headers={
                 "user-agent": f"keepalive/{__version__}",
@@ -271,7 +273,7 @@ class Client:
     async def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> wire.Json:
         what = f"{method} {path}"
         try:
-            async with self._http.stream(method, path, json=body) as response:
+            async with self._http.stream(method, self._at(path), json=body) as response:
                 if response.status_code in (401, 403):
                     # Its own words may quote the token.
                     raise Unauthorized(self._unauthorized())
