@@ -249,6 +249,8 @@ def check(path: ConfigOption = None) -> None:
     what = f"{models} {'model' if models == 1 else 'models'} to keep warm"
     where = f"{upstreams} {'upstream' if upstreams == 1 else 'upstreams'}"
     typer.echo(f"{found or 'the environment'} is good: {what} on {where}")
+    for _, why in config.overbooked(settings):
+        typer.echo(f"but: {why}")
 
 
 @app.command()

@@ -20,7 +20,7 @@ from zoneinfo import ZoneInfoNotFoundError
 
 from keepalive import __version__
 from keepalive.admin.words import span
-from keepalive.config import Config, Kept, Upstream, written
+from keepalive.config import Config, Kept, Upstream, overbooked, written
 from keepalive.core.errors import KeepaliveError, TimedOut, Unauthorized, Unexpected, Unreachable
 from keepalive.core.explain import RIVAL
 from keepalive.core.facts import Entry, Tier, fold_key
@@ -187,6 +187,7 @@ def findings(seen: Evidence) -> list[Finding]:
         *_daemon(seen),
         *(finding for upstream in seen.config.upstreams for finding in _upstream(seen, upstream)),
         *(finding for kept in seen.config.kept for finding in _model(seen, kept)),
+        *_without_room(seen),
         *_listeners(seen),
         *_clock(seen),
         *_unit(seen),
@@ -342,6 +343,7 @@ def _room(seen: Evidence, upstream: Upstream, listing: Listing) -> Iterator[Find
         kept: (entry, entry.need)
         for kept in seen.config.kept
         if kept.upstream == upstream.name
+        and not kept.auto  # room is made for it
         and (entry := listing.entries.get(fold_key(kept.key))) is not None
         and entry.need is not None
     }
@@ -442,6 +444,42 @@ def _unlisted(seen: Evidence, kept: Kept, entries: Mapping[str, Entry]) -> Findi
         "a model that is not there cannot be loaded, and requests for it are refused",
         f"{write}lms get {kept.key}",
     )
+
+
+def _without_room(seen: Evidence) -> Iterator[Finding]:
+    """Models for which there is no room: by what the file says, and by what the daemon says now."""
+    never = overbooked(seen.config)
+    for kept, why in never:
+        yield Finding(
+            why,
+            "the models that come first are kept; this one is not loaded, and requests for it are refused",
+            f'more memory in [[upstreams]] {kept.upstream!r}, keep = "auto" for models that need not always be '
+            "there, or a smaller context_length",
+        )
+    told = {(kept.upstream, kept.key) for kept, _ in never}
+    for upstream in (seen.status or {}).get("upstreams", ()):
+        memory = upstream.get("memory") or {}
+        strangers = [one["key"] for one in memory.get("strangers", ())]
+        short = [
+            model
+            for model in (seen.status or {}).get("models", ())
+            if model["upstream"] == upstream["name"]
+            and (model["upstream"], model["key"]) not in told
+            and (model["reason"] or "").startswith(("waits for room", "there is no room"))
+        ]
+        if short and strangers:
+            yield Finding(
+                f"{short[0]['key']} on {upstream['name']} {short[0]['reason']}",
+                f"{', '.join(strangers)} was loaded by somebody else, and keepalive never unloads that",
+                "; ".join(f"lms unload {key}" for key in strangers),
+            )
+        if memory.get("source") == "refusal":
+            yield Finding(
+                f"LM Studio {upstream['name']!r} refuses loads beyond {memory['budget_bytes'] / 1e9:.1f} GB",
+                "something else takes memory there, or models take more than is thought: fewer fit than was meant",
+                "what runs on that machine; memory of the models and of the upstream in the config; LM Studio: "
+                "its model loading guardrails",
+            )
 
 
 def _copies(kept: Kept, entry: Entry, status: Json | None) -> Iterator[Finding]:

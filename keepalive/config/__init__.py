@@ -10,6 +10,7 @@ Rules of this folder:
 
     reading    the file, the environment, and our words for what pydantic finds
     checks     what no table can see by itself
+    memory     whether what is wanted fits there
     tables     every key with its type, its default and its help
     values     readers of single values
     addresses  the same for what is a place on the net
@@ -24,6 +25,7 @@ May import: core.
 """
 
 from keepalive.config.addresses import Address
+from keepalive.config.memory import overbooked
 from keepalive.config.mistakes import ConfigError, Mistake
 from keepalive.config.openings import Opening, read_openings
 from keepalive.config.reading import find, load, parse, read
@@ -49,5 +51,5 @@ from keepalive.config.values import seconds, written
 __all__ = [
     "LEARN", "LOAD_FIELDS", "AccessKey", "Address", "Auth", "Config", "ConfigError", "Defaults", "History", "Kept",
     "Mistake", "Model", "Notify", "Opening", "Ping", "Prompt", "Server", "Upstream",
-    "find", "load", "parse", "read", "read_openings", "schema", "seconds", "written",
+    "find", "load", "overbooked", "parse", "read", "read_openings", "schema", "seconds", "written",
 ]  # fmt: skip

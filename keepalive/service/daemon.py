@@ -288,9 +288,7 @@ class Daemon:
                 list_timeout=upstream.list_timeout,
                 sdk=upstream.sdk == "auto",
             )
-            client.expect(
-                {kept.key: kept.load_fields for kept in settings.kept if kept.upstream == upstream.name}
-            )
+            self._expect(upstream.name)
             pace = [kept.refresh_interval for kept in settings.kept if kept.upstream == upstream.name]
             servers.append(
                 Server(
@@ -341,6 +339,7 @@ class Daemon:
         """A model that the file does not name has been asked for: it is kept from now on."""
         kept = self._kept[model] = self._config.unlisted(model.upstream, model.key)
         self._adopted.add(model)
+        self._expect(model.upstream)
         self._metrics.configure(self._counted())
         self._history.configure({model: self._urls[model.upstream] for model in self._kept})
         self._watch_for_messages()
@@ -356,6 +355,11 @@ class Daemon:
             after=self._config.notify.after,
             pause=self._config.notify.pause,
         )
+
+    def _expect(self, upstream: str) -> None:
+        """LM Studio may be asked what loads of these will take."""
+        wanted = {kept.key: kept.load_fields for kept in self._kept.values() if kept.upstream == upstream}
+        self._clients[upstream].expect(wanted)
 
     def _adopted_still(self, settings: Config, named: Mapping[ModelId, Kept]) -> dict[ModelId, Kept]:
         """Models that were asked for and are not named: they stay what they are, with the defaults of this file."""

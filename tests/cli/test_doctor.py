@@ -522,3 +522,47 @@ async def test_models_that_will_be_refused_or_do_not_fit_together_are_found_befo
         "the models of 'local' do not fit together: big 45.0 GB, small 9.0 GB, and this machine has 32.0 GB",
     ]
     assert loads == []
+
+
+def test_what_there_is_no_room_for_is_found_by_the_file_and_by_the_daemon() -> None:
+    text = """
+        [[upstreams]]
+        url = "http://127.0.0.1:1"
+        memory = "20GiB"
+        [[models]]
+        key = "a"
+        memory = "15GiB"
+        [[models]]
+        key = "b"
+        memory = "9GiB"
+        [[models]]
+        key = "c"
+        keep = "auto"
+    """
+    lacks = "waits for room: it takes 9.0 GB, and 1.0 GB are free; x was loaded by somebody else"
+    known = {
+        "budget_bytes": 18 * 10**9,
+        "used_bytes": 17 * 10**9,
+        "source": "refusal",
+        "strangers": [{"key": "x"}],
+    }
+    waiting = {"key": "c", "upstream": "local", "state": "cold", "reason": lacks, "last_ping": None}
+    status = {"upstreams": [{"name": "local", "state": "up", "memory": known}], "models": [waiting]}
+    seen = Evidence(
+        config.parse(text, "test", {}),
+        Path("config.toml"),
+        "http://x",
+        status,
+        "",
+        Host(NOW, ZoneInfo("UTC")),
+    )
+
+    found = {finding.what: finding.do for finding in doctor._without_room(seen)}
+
+    assert list(found) == [
+        '"b" never fits on "local": it takes 9.0 GiB, and memory is 20.0 GiB, of which 15.0 GiB are kept for those '
+        "before it",
+        f"c on local {lacks}",
+        "LM Studio 'local' refuses loads beyond 18.0 GB",
+    ]
+    assert found[f"c on local {lacks}"] == "lms unload x"
