@@ -130,6 +130,16 @@ class Names:
         other = "@" in folded and entry.selected is not None and fold_key(entry.selected) != folded
         return None if other and fold_key(entry.key) != folded else entry
 
+    def loaded(self) -> list[ModelId]:
+        """All that the upstreams list as loaded, kept or not, each once."""
+        found = {
+            ModelId(upstream, entry.key): None
+            for upstream, listing in self._listings.items()
+            for entry in listing.entries.values()
+            if entry.instances
+        }
+        return list(found)
+
     # --- what is asked ------------------------------------------------------------------------------
 
     def find(self, name: str) -> tuple[ModelId, ...]:

@@ -354,6 +354,10 @@ class Keeper:
                     await unheard.wait()
         return self._meaning(name, default=default)
 
+    def loaded(self) -> list[ModelId]:
+        """All that the upstreams list as loaded, kept or not."""
+        return self._names.loaded()
+
     def listed_as(self, upstream: str, name: str) -> str | None:
         """The key under which that upstream lists what a name means there."""
         entry = self._names.row(upstream, name)

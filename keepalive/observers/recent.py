@@ -40,9 +40,15 @@ class Recent:
         since = self._wall() - SHOWN_FOR
         return [_document(at, seen) for at, seen in reversed(self._seen) if at >= since]
 
-    def unnamed(self, kept: Collection[ModelId], adopted: Collection[ModelId]) -> list[dict[str, Any]]:
-        """What was asked for and stands in no config, the most often first; `adopted` are kept all the same."""
-        counts = {model: count for model, count in self._passed.items() if model not in kept}
+    def unnamed(
+        self, kept: Collection[ModelId], adopted: Collection[ModelId], loaded: Collection[ModelId] = ()
+    ) -> list[dict[str, Any]]:
+        """What was asked for and stands in no config, the most often first; `adopted` are kept all the same.
+
+        And `loaded`, though nobody has asked for it here.
+        """
+        counts = {model: 0 for model in loaded if model not in kept}
+        counts |= {model: count for model, count in self._passed.items() if model not in kept}
         counts |= {model: self._served[model] for model in adopted}
         found = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[:UNNAMED]
         return [

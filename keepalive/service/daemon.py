@@ -235,7 +235,9 @@ class Daemon:
         return None if story is None else status.story_document(model, story, self._wall())
 
     def requests(self) -> Mapping[str, Any]:
-        unnamed = self._recent.unnamed(self._kept, self._adopted)
+        # Whoever has not written a config yet may want to pin what is in memory, whoever has loaded it.
+        loaded = self.keeper.loaded() if self._path is None else ()
+        unnamed = self._recent.unnamed(self._kept, self._adopted, loaded)
         return status.requests_document(self._recent.requests(), unnamed)
 
     def alive(self) -> str | None:

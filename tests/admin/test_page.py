@@ -961,7 +961,7 @@ async def test_the_last_requests_are_told_without_a_word_of_what_was_said(browse
         (
             {"path": None, "unlisted": "auto"},
             "There is no config: what is asked for is kept while memory lasts. As config.toml, these lines pin what "
-            "was asked for; `keepalive init` writes them, too:",
+            "was asked for or is loaded; `keepalive init` writes them, too:",
         ),
     ],
 )
@@ -975,14 +975,20 @@ async def test_what_was_asked_for_and_no_config_names_stands_there_with_lines_th
         {"key": odd, "upstream": "local", "requests": 12, "kept": kept},
         {"key": "<b>gemma</b>", "upstream": "local", "requests": 1, "kept": kept},
     ]
+    world.unnamed.append({"key": "by-hand", "upstream": "local", "requests": 0, "kept": False})
     async with served(world), opened(browser, world.url) as shown:
         await expect(shown.page.locator("#unnamed-about")).to_have_text(about)
         said = await shown.page.locator("#unnamed-list li").all_inner_texts()
         lines = await shown.page.locator("#unnamed-lines").inner_text()
 
     assert said[1] == "<b>gemma</b>: 1 request" + ("" if kept else ", passed on as they came")
+    assert said[2] == "by-hand: loaded by somebody else"
     models = config.parse(lines, "the page", {}).models
-    assert [(model.key, model.context_length) for model in models] == [(odd, 8192), ("<b>gemma</b>", None)]
+    assert [(model.key, model.context_length) for model in models] == [
+        (odd, 8192),
+        ("<b>gemma</b>", None),
+        ("by-hand", None),
+    ]
 
 
 async def test_a_model_that_nobody_keeps_is_found_on_the_page_of_a_real_daemon(browser: Browser) -> None:

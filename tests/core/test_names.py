@@ -230,3 +230,9 @@ def test_aliases_belong_to_the_row_that_lists_their_model():
     )
 
     assert made.rows("a") == {"acme/tiny-4b": ["it"], "coder": ["c1", "c2"]}
+
+
+def test_all_that_is_loaded_is_told_each_once_whatever_it_is_called():
+    made = names(LOADED, row("idle"), upstreams=("a", "b"), b=[row("other", "mine")])
+
+    assert made.loaded() == [TINY, ModelId("b", "other")]

@@ -64,6 +64,17 @@ def test_what_was_adopted_stands_there_with_what_it_has_served() -> None:
     ]
 
 
+def test_what_is_loaded_and_was_never_asked_for_comes_last() -> None:
+    recent = Recent(Wall())
+    recent.passed(QWEN)
+
+    assert [(one["key"], one["requests"]) for one in recent.unnamed((), (), (GEMMA, QWEN))] == [
+        ("qwen", 1),
+        ("gemma", 0),
+    ]
+    assert recent.unnamed((GEMMA, QWEN), (), (GEMMA, QWEN)) == []
+
+
 def test_whoever_asks_for_thousands_of_models_takes_no_memory() -> None:
     recent = Recent(Wall())
     for n in range(10 * UNNAMED):

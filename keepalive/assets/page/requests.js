@@ -62,17 +62,22 @@ export function tables(unnamed, models, several) {
   }).join("\n");
 }
 
+function about({ requests, kept }) {
+  if (!requests && !kept) return "loaded by somebody else";
+  return `${many(requests, "request")}${kept ? "" : ", passed on as they came"}`;
+}
+
 function drawUnnamed(unnamed) {
   const bare = picture.config.path === null && picture.config.unlisted === "auto";
   show(byId("unnamed"), unnamed.length > 0 || bare);
   const kept = picture.config.unlisted === "auto";
   say(byId("unnamed-about"), [
     bare ? "There is no config: what is asked for is kept while memory lasts. " : "",
-    unnamed.length === 0 ? "Nothing was asked for yet. `keepalive init` writes a config." :
-      `${bare ? "As config.toml, these" : "These"} lines ${kept ? "pin" : "keep"} what was asked for${bare ? "; `keepalive init` writes them, too" : ""}:`,
+    unnamed.length === 0 ? "Nothing is loaded, and nothing was asked for yet. `keepalive init` writes a config." :
+      `${bare ? "As config.toml, these" : "These"} lines ${kept ? "pin" : "keep"} ${bare ? "what was asked for or is loaded; `keepalive init` writes them, too" : "what was asked for"}:`,
   ].join(""));
   byId("unnamed-list").replaceChildren(...unnamed.slice(0, SHOWN).map((one) =>
-    h("li", {}, `${short(one.key, 80)}: ${many(one.requests, "request")}${one.kept ? "" : ", passed on as they came"}`)));
+    h("li", {}, `${short(one.key, 80)}: ${about(one)}`)));
   const lines = byId("unnamed-lines");
   show(lines, unnamed.length > 0);
   say(lines, tables(unnamed.slice(0, SHOWN), picture.models, picture.upstreams.length > 1));
