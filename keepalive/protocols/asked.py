@@ -1,6 +1,7 @@
 """Which model a body names, whether it wants a stream, and which conversation it goes on with."""
 
 import codecs
+import contextlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -84,9 +85,7 @@ class ModelFinder:
         if self._scan is None:
             body = b"".join(self._parts)
             try:
-                return _asked_by(JSON.decode(text(body)))
-            except ValueError:
-                return NOTHING_ASKED
+                return _asked_whole(body)
             except RecursionError:
                 # LM Studio's parser knows no such limit, so neither may we.
                 self._begin(body)
@@ -112,9 +111,19 @@ class ModelFinder:
 
 def read_body(body: bytes) -> Asked:
     """`ModelFinder` for a body that is there as a whole."""
+    if len(body) <= SMALL_BODY:
+        with contextlib.suppress(RecursionError):
+            return _asked_whole(body)
     finder = ModelFinder()
     finder.feed(body)
     return finder.finish()
+
+
+def _asked_whole(body: bytes) -> Asked:
+    try:
+        return _asked_by(JSON.decode(text(body)))
+    except ValueError:
+        return NOTHING_ASKED
 
 
 def _asked_by(body: object) -> Asked:

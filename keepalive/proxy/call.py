@@ -192,7 +192,8 @@ class Call:
         if head.stream:
             # The caller has its head as soon as ever: nothing but events can follow, whoever sends them.
             self.answer.begin(head, stream=True)
-            self.caller.flush()
+            if not reply.kept_bytes:
+                self.caller.flush()  # else it leaves with them
             self._first = await first_event(reply)
         else:
             self._first = await first_error(reply)
