@@ -77,7 +77,7 @@ class HeadReader:
             line = self._start_line.match(data)
             lines = _FIELD_LINES.match(data, line.end()) if line is not None else None
             if line is not None and lines is not None and lines.end() <= self._limit:
-                self.start = tuple(part or b"" for part in line.groups())
+                self.start = line.groups(b"")
                 found = _FIELD_LINE.findall(data, line.end(), lines.end())
                 self.headers = [(name, value.rstrip(b" \t")) for name, value in found]
                 return data[lines.end() :]
@@ -159,7 +159,8 @@ class _Head:
 
     def listed(self, name: bytes) -> set[bytes]:
         """The members of a comma-separated header, in lower case."""
-        return _members(self.values(name))
+        found = self.values(name)
+        return _members(found) if found else set()
 
 
 class RequestHead(_Head):

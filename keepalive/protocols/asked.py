@@ -109,35 +109,36 @@ class ModelFinder:
             self._scan.feed(chunk)
 
 
-def read_body(body: bytes) -> Asked:
-    """`ModelFinder` for a body that is there as a whole."""
+def read_body(body: bytes, *, conversation: bool = True) -> Asked:
+    """`ModelFinder` for a body that is there as a whole; without the `conversation` where nobody needs it."""
     if len(body) <= SMALL_BODY:
         with contextlib.suppress(RecursionError):
-            return _asked_whole(body)
+            return _asked_whole(body, conversation=conversation)
     finder = ModelFinder()
     finder.feed(body)
     return finder.finish()
 
 
-def _asked_whole(body: bytes) -> Asked:
+def _asked_whole(body: bytes, *, conversation: bool = True) -> Asked:
     try:
-        return _asked_by(JSON.decode(text(body)))
+        found = JSON.decode(text(body))
     except ValueError:
         return NOTHING_ASKED
-
-
-def _asked_by(body: object) -> Asked:
-    if not isinstance(body, dict):
+    if not isinstance(found, dict):
         return NOTHING_ASKED
-    model = body.get("model")
-    return _asked(model, body.get("stream") is True, body, misnamed=model is not None and not _is_name(model))
+    model = found.get("model")
+    misnamed = model is not None and not _is_name(model)
+    return _asked(model, found.get("stream") is True, found, misnamed=misnamed, conversation=conversation)
 
 
-def _asked(model: object, stream: bool, body: dict[str, object], *, misnamed: bool) -> Asked:
+def _asked(
+    model: object, stream: bool, body: dict[str, object], *, misnamed: bool, conversation: bool = True
+) -> Asked:
+    named = model if isinstance(model, str) and not misnamed else None
     return Asked(
-        model if isinstance(model, str) and not misnamed else None,
+        named,
         stream,
-        None if misnamed or not isinstance(model, str) else _conversation(model, body),
+        _conversation(named, body) if conversation and named is not None else None,
         _name(body.get(_PREVIOUS)),
         _name(body.get("instance_id")),
         readable=True,

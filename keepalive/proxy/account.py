@@ -40,7 +40,7 @@ class Account:
 
     def headers(self) -> Headers:
         """What the caller is told of it."""
-        timing = b"wait;dur=%.1f" % (self.waited * 1000)
+        timing = b"wait;dur=%.1f" % (self.waited * 1000) if self.waited else b"wait;dur=0.0"
         if self.sent_at:
             timing += b", upstream;dur=%.1f" % ((self.now() - self.sent_at) * 1000)
         headers = [(b"Server-Timing", timing)]

@@ -31,13 +31,17 @@ class Body:
         self._room = room
         self._kept = 0
 
-    async def gather(self, caller: Caller, codings: list[str], most: int) -> Asked | None:
+    async def gather(
+        self, caller: Caller, codings: list[str], most: int, *, conversation: bool = True
+    ) -> Asked | None:
         """Reads all of it, since the last of several `model` keys counts; None: no room for it.
+
+        Which `conversation` it goes on with need not be told where there is one place for all of them.
 
         Raises BadHead where it is not what its `codings` say, or holds more than `most` bytes.
         """
         self._codings = codings
-        finder = _Packed(codings, most) if codings else _Plain()
+        finder = _Packed(codings, most) if codings else _Plain(conversation=conversation)
         pieces: list[bytes] = []
         while data := await caller.read():
             if self._room.taken + len(data) > self._room.most:
@@ -77,13 +81,14 @@ class Body:
 class _Plain:
     """What a body asks for, that can be read as it comes."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, conversation: bool) -> None:
+        self._conversation = conversation
         self._finder: ModelFinder | None = None
         self._asked: Asked | None = None
 
     async def feed(self, data: bytes, *, last: bool) -> None:
         if last and self._finder is None:
-            self._asked = read_body(data)
+            self._asked = read_body(data, conversation=self._conversation)
             return
         self._finder = self._finder or ModelFinder()
         self._finder.feed(data)

@@ -122,7 +122,12 @@ class Proxy:
             why = "send the body as gzip or deflate, or uncompressed"
             return answer.fail(415, why, "unsupported_encoding", outcome=Outcome.REJECTED)
         try:
-            asked = await call.body.gather(call.caller, packed, self.settings.limits.body_bytes)
+            asked = await call.body.gather(
+                call.caller,
+                packed,
+                self.settings.limits.body_bytes,
+                conversation=len(self.upstreams.pools) > 1,  # else all of them are at home at one upstream
+            )
         except BadHead as bad:
             code = refusal_code(bad.status)
             return answer.fail(bad.status, bad.text, code, outcome=Outcome.REJECTED)

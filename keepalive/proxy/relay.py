@@ -44,8 +44,10 @@ async def first_error(reply: Reply) -> bytes:
 
 def _may_be_error(first: bytes) -> bool:
     """Whether what is still to come may make an error of it."""
+    if len(first) >= _LOOK_BYTES:
+        return False
     begun = b"".join(first.split())
-    return len(first) < _LOOK_BYTES and any(error.startswith(begun) for error in _ERRORS)
+    return any(error.startswith(begun) for error in _ERRORS)
 
 
 def looks_like_error(first: bytes) -> bool:
