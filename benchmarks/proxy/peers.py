@@ -239,10 +239,10 @@ def bare(directory: Path, port: int, upstream: int) -> Start:
     return Start([sys.executable, str(HERE / "bare.py"), str(port), f"http://127.0.0.1:{upstream}"])
 
 
-def keepalive(directory: Path, port: int, upstream: int) -> Start:
+def keepalive(directory: Path, port: int, upstream: int, more: str = "") -> Start:
     config, admin = directory / "keepalive.toml", free_port()
     state = json.dumps(str(directory / "state"))
-    config.write_text(KEEPALIVE.format(port=port, admin=admin, upstream=upstream, state=state))
+    config.write_text(KEEPALIVE.format(port=port, admin=admin, upstream=upstream, state=state) + more)
 
     def is_warm() -> bool:
         try:
