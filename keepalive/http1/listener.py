@@ -14,6 +14,10 @@ from keepalive.http1.watch import Watch
 log = logging.getLogger("keepalive.http1")
 
 
+# Callers that are accepted and not connected to their protocol yet: before more come, all others have a turn.
+OPENED_AT_ONCE = 64
+
+
 def plain_refusal(status: int, message: str, head: RequestHead | None) -> tuple[Headers, bytes]:
     return [(b"Content-Type", b"text/plain; charset=utf-8")], message.encode() + b"\n"
 
@@ -40,7 +44,7 @@ class Listener:
         #: Answers to bytes that never became a request.
         self.refusals = 0
         self.sockets = sockets
-        self._opening = 0
+        self._opening: set[asyncio.Task[None]] = set()
         self._quiet_until = 0.0
         self._room = asyncio.Event()
         self._room.set()
@@ -61,7 +65,7 @@ class Listener:
         # would accept them, or fail at accepting them and say so thousands of times. And asyncio's `sock_accept`,
         # when it is cancelled, may lose a caller whom it has accepted already.
         while not self.closing:
-            if len(self.connections) + self._opening >= self.limits.connections:
+            if len(self.connections) + len(self._opening) >= self.limits.connections:
                 self._room.clear()
                 await self._room.wait()
                 continue
@@ -76,17 +80,27 @@ class Listener:
                     log.warning("http1.accept_failed", extra={"errno": error.errno})
                 await asyncio.sleep(1.0)
                 continue
-            self._opening += 1
-            try:
-                sock.setblocking(False)
-                if sock.family != getattr(socket, "AF_UNIX", None):
-                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                    notice_vanished(sock)
-                await self.loop.connect_accepted_socket(lambda: Connection(self), sock)
-            except OSError:
-                sock.close()
-            finally:
-                self._opening -= 1
+            # Beside each other: one after the other, newcomers would wait a turn of the loop for each of those before
+            # them, and those turns are long when there are many who already ask.
+            opening = self.loop.create_task(self._open(sock))
+            self._opening.add(opening)
+            opening.add_done_callback(self._opened)
+            if len(self._opening) >= OPENED_AT_ONCE:
+                await asyncio.sleep(0)
+
+    async def _open(self, sock: socket.socket) -> None:
+        try:
+            sock.setblocking(False)
+            if sock.family != getattr(socket, "AF_UNIX", None):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                notice_vanished(sock)
+            await self.loop.connect_accepted_socket(lambda: Connection(self), sock)
+        except OSError:
+            sock.close()
+
+    def _opened(self, opening: asyncio.Task[None]) -> None:
+        self._opening.discard(opening)
+        self._room.set()
 
     async def _readable(self, listening: socket.socket) -> None:
         """Waits until somebody may be there to be accepted, or nobody will be any more."""
@@ -106,6 +120,7 @@ class Listener:
         for woken in self._idle:
             _wake(woken)
         await asyncio.gather(*self._accepting, return_exceptions=True)
+        await asyncio.gather(*self._opening, return_exceptions=True)
         for sock in self.sockets:
             sock.close()
         for connection in list(self.connections):
