@@ -11,7 +11,7 @@ TESTABLE := $(VENV)/.installed-test
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check collected mutants test-timely test-setup test-setup-container pictures bench schema man clean python
+.PHONY: help demo test check collected mutants test-timely test-setup test-setup-container pictures bench bench-short bench-setup schema man clean python
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-22s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,12 +47,20 @@ test-setup: python  ## Install the real inference servers that some tests skip w
 test-setup-container: python  ## Make the small Debian that the container's test skips without (root, debootstrap, 400 MB)
 	$(PYTHON) tests/kit/container.py install
 
-bench: $(TESTABLE)  ## Measure what the daemon costs, idle, for the page, as a proxy, for prompts and short of memory (20 minutes)
-	@$(BIN)/python benchmarks/idle.py
-	@$(BIN)/python benchmarks/page.py
-	@$(BIN)/python benchmarks/proxy
-	@$(BIN)/python benchmarks/prompts.py
-	@$(BIN)/python benchmarks/memory
+bench: $(TESTABLE)  ## Measure what the daemon costs, beside its peers and what is wanted (half an hour)
+	@missed=0; \
+	$(BIN)/python benchmarks/proxy || missed=1; \
+	$(BIN)/python benchmarks/idle.py || missed=1; \
+	$(BIN)/python benchmarks/page.py; \
+	$(BIN)/python benchmarks/prompts.py; \
+	$(BIN)/python benchmarks/memory; \
+	exit $$missed
+
+bench-short: $(TESTABLE)  ## The same in less than three minutes: whole products side by side
+	@$(BIN)/python benchmarks/proxy --short
+
+bench-setup: $(TESTABLE)  ## Install the peers that can be had as Python packages, in an environment of their own
+	@$(BIN)/python benchmarks/proxy setup
 
 schema: $(INSTALLED)  ## Write docs/config.schema.json anew, after a change of the config
 	@$(BIN)/python -m keepalive.config > $(VENV)/schema
@@ -66,7 +74,7 @@ pictures: $(TESTABLE)  ## Make the pictures of the page in docs/ anew (Chromium;
 	KEEPALIVE_SCREENSHOTS=1 $(BIN)/pytest --quiet tests/admin/test_page.py -k a_day_with_its_troubles
 
 clean:  ## Remove the environment and everything else that was generated
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) benchmarks/.peers .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(TESTABLE): pyproject.toml

@@ -1,6 +1,8 @@
-"""Callers who are there when the listener stops."""
+"""Callers who come all at once, and those who are there when the listener stops."""
 
 import asyncio
+import contextlib
+import socket
 from collections.abc import AsyncIterator
 
 import pytest
@@ -96,3 +98,36 @@ async def test_whoever_connects_while_the_listener_stops_is_answered_or_was_neve
     assert {answer[:9] for answer in answers} == {b"HTTP/1.1 "}
     await first.close()
     await second.close()
+
+
+async def test_newcomers_do_not_wait_for_a_turn_of_the_loop_each(listener: Listener) -> None:
+    """Under overload a turn is long, and whoever comes last would wait for all of them."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(50):
+            stack.enter_context(socket.create_connection(("127.0.0.1", listener.port)))
+        turns = 0
+        while len(listener.connections) < 50 and turns < 200:
+            await asyncio.sleep(0)
+            turns += 1
+
+        assert turns < 20
+
+
+async def test_where_there_is_room_for_few_the_others_wait_until_one_leaves() -> None:
+    limits = Limits(connections=2)
+    listener = await serve(say_no, sockets=bind("127.0.0.1", 0), limits=limits)
+    with contextlib.ExitStack() as stack:
+        callers = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", listener.port))) for _ in range(5)
+        ]
+        for _ in range(200):
+            await asyncio.sleep(0)
+        most = len(listener.connections)
+        for caller in callers:
+            caller.close()
+        async with asyncio.timeout(30):
+            while listener.connections:
+                await asyncio.sleep(0.01)
+
+    await listener.close()
+    assert most == 2
