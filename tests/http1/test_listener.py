@@ -9,6 +9,7 @@ import pytest
 
 from keepalive.http1 import Limits, Listener, bind, serve
 from keepalive.http1.exchange import Exchange
+from tests.kit.live import PATIENCE
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: here\r\n\r\n"
 
@@ -27,7 +28,7 @@ async def listener() -> AsyncIterator[Listener]:
 async def connect(listener: Listener) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     known = len(listener.connections)
     reader, writer = await asyncio.open_connection("127.0.0.1", listener.port)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         while len(listener.connections) == known:
             await asyncio.sleep(0.01)
     return reader, writer
@@ -44,7 +45,7 @@ async def test_a_caller_who_was_just_accepted_is_still_answered(listener: Listen
     answer = await reader.read()
 
     assert answer.startswith(b"HTTP/1.1 ")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         await listener.emptied()
     writer.close()
 
@@ -53,7 +54,7 @@ async def test_a_caller_who_says_nothing_does_not_delay_the_end(listener: Listen
     _, writer = await connect(listener)
 
     await listener.stop_accepting()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         await listener.emptied()
 
     assert not listener.connections
@@ -68,7 +69,7 @@ async def test_a_caller_between_two_requests_is_let_go_at_once(listener: Listene
 
     await listener.stop_accepting()
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         await listener.emptied()
     writer.close()
 
@@ -92,7 +93,7 @@ async def test_whoever_connects_while_the_listener_stops_is_answered_or_was_neve
         await asyncio.sleep(0)
     await first.stop_accepting()
     second = await serve(say_no, sockets=kept, limits=Limits())
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE):
         answers = await asyncio.gather(*callers)
 
     assert {answer[:9] for answer in answers} == {b"HTTP/1.1 "}

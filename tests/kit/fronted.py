@@ -463,7 +463,7 @@ class Watching:
 
     async def heard(self, words: bytes, times: int) -> None:
         """Waits until that has come so often."""
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE):
             while b"".join(data for _, data in self.arrivals).count(words) < times:
                 await asyncio.sleep(0.01)
 

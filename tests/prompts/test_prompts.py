@@ -49,6 +49,7 @@ from tests.kit.fronted import (
 from tests.kit.fronted import ask as http_ask
 from tests.kit.fronted import post as http_post
 from tests.kit.live import (
+    PATIENCE,
     DaemonProcess,
     SimulatorProcess,
     ask,
@@ -793,7 +794,7 @@ async def test_the_bound_on_the_first_chunk_ends_a_wait_and_tells_the_upstream()
 
     async with scripted(script) as (front, _):
         _, _, answer = await http_ask(front.port, prompt({**PLAIN, "timeout": 150}))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             await left.wait()
 
         assert events(answer.decode())[1:] == [
@@ -921,7 +922,7 @@ async def test_an_upstream_that_says_done_and_then_nothing_is_left(monkeypatch: 
 
     async with scripted(script) as (front, _):
         _, _, answer = await http_ask(front.port, prompt(PLAIN))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             await left.wait()
 
         assert kinds(answer) == ["start", "chunk", "done"]

@@ -33,7 +33,7 @@ from tests.kit.fronted import (
 
 TWO_HOURS = 7200.0
 EVENTS = 360_000  # as many as two hours have at 50 a second
-FRAMES = 1_000_000
+FRAMES = 200_000
 
 
 def warm():
@@ -140,7 +140,7 @@ async def test_no_stream_no_silence_and_no_tunnel_is_ended_by_the_clock():
             await asyncio.get_running_loop().leap(TWO_HOURS)
         going.set()
         tunnel_writer.write(b"still there")
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(live.PATIENCE):
             events = b""
             while data := await read_chunk(stream):
                 events += data
@@ -161,7 +161,7 @@ async def test_no_stream_no_silence_and_no_tunnel_is_ended_by_the_clock():
 # --- much -------------------------------------------------------------------------------------------
 
 
-async def test_a_million_small_frames_pass_a_tunnel_in_order():
+async def test_any_number_of_small_frames_pass_a_tunnel_in_order():
     async def script(asking):
         await asking.send(
             b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
@@ -184,7 +184,7 @@ async def test_a_million_small_frames_pass_a_tunnel_in_order():
         await reader.readuntil(b"\r\n\r\n")
         there, back, size = hashlib.sha256(), hashlib.sha256(), 0
         sending = asyncio.create_task(send(writer, there))
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(live.PATIENCE):
             while size < FRAMES * 10:
                 data = await reader.read(262_144)
                 assert data, "the tunnel ended"

@@ -215,7 +215,7 @@ async def test_a_tunnel_through_tls_is_a_tunnel(trusted):
         writer.write(get("/llm", "Upgrade: websocket").replace(b"Connection: close", b"Connection: Upgrade"))
         head = await reader.readuntil(b"\r\n\r\n")
         writer.write(data)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(live.PATIENCE):
             back = await reader.readexactly(len(data))
         writer.close()
 

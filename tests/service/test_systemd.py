@@ -335,7 +335,7 @@ async def test_while_streams_end_more_time_is_asked_for_and_the_watchdog_is_fed(
 async def test_without_systemd_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     service = systemd.Service(FakeDaemon(), words.summary, {"WATCHDOG_USEC": "1000000"})
 
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         await service.run()
         with service.reloading():
             pass

@@ -20,7 +20,7 @@ from keepalive.simulator.exchange import Request
 from keepalive.simulator.models import SimModel
 from keepalive.simulator.server import Server, serve
 from keepalive.simulator.studio import Studio
-from tests.kit.live import until
+from tests.kit.live import PATIENCE, until
 
 CHAT = SimModel("acme/chat-8b", load_seconds=0.3)
 
@@ -58,7 +58,7 @@ async def everything(server: Server, sent: bytes) -> bytes:
     reader, writer = await connect(server)
     writer.write(sent)
     try:
-        return await asyncio.wait_for(reader.read(), 10)
+        return await asyncio.wait_for(reader.read(), PATIENCE)
     finally:
         writer.close()
 
@@ -146,7 +146,7 @@ async def test_a_reader_that_does_not_read_stops_the_words(server: Server) -> No
     writer.write(stream_request())
     instance = next(iter(server.studio.memory.instances.values()))
     said = [-1]
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE):
         while not said[-1] == said[-2:][0] > 0:
             await asyncio.sleep(0.4)
             said.append(sum(call.tokens for call in instance.working.values()))
@@ -275,12 +275,12 @@ async def test_a_restart_closes_the_port_and_opens_the_same_one_with_nothing_loa
 
     reply = await client.post("/simulator/restart", json={"down_seconds": 0.4})
     assert reply.json() == {"status": "restarting", "down_seconds": 0.4}
-    assert not (await asyncio.wait_for(reader.read(), 5)).endswith(b"0\r\n\r\n")
+    assert not (await asyncio.wait_for(reader.read(), PATIENCE)).endswith(b"0\r\n\r\n")
     writer.close()
     with pytest.raises(ConnectionRefusedError):
         await connect(server)
 
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         while True:
             try:
                 models = (await client.get("/api/v1/models")).json()["models"]
@@ -481,7 +481,7 @@ async def test_it_runs_as_a_program_and_ends_well_on_sigterm(program: list[str],
         stdout=asyncio.subprocess.PIPE,
     )
     assert running.stdout is not None
-    first = (await asyncio.wait_for(running.stdout.readline(), 20)).decode()
+    first = (await asyncio.wait_for(running.stdout.readline(), PATIENCE)).decode()
     url = first.rsplit(" ", 1)[-1].strip()
     async with httpx.AsyncClient(base_url=url) as client:
         reply = await client.post("/api/v1/models/load", json={"model": "a/b"})
@@ -491,7 +491,7 @@ async def test_it_runs_as_a_program_and_ends_well_on_sigterm(program: list[str],
     assert url.endswith(prefix)
     assert reply.json()["status"] == "loaded"
     assert b"a/b  (llm, 4.0 GB, loads in 2 s)" in await running.stdout.read()
-    assert await asyncio.wait_for(running.wait(), 20) == 0
+    assert await asyncio.wait_for(running.wait(), PATIENCE) == 0
 
 
 async def test_a_mistake_on_the_command_line_is_said_and_ends_it() -> None:
@@ -499,7 +499,7 @@ async def test_a_mistake_on_the_command_line_is_said_and_ends_it() -> None:
         *(sys.executable, "-m", "keepalive.simulator", "--fault", "jitt=false"),
         stderr=asyncio.subprocess.PIPE,
     )
-    _, said = await asyncio.wait_for(program.communicate(), 20)
+    _, said = await asyncio.wait_for(program.communicate(), PATIENCE)
 
     assert (program.returncode, said) == (3, b'there is no fault "jitt"; did you mean "jit"?\n')
 
@@ -568,7 +568,7 @@ async def test_what_vanishes_ends_no_connection_and_answers_nobody_until_it_is_b
     vanishing = await client.post("/simulator/vanish", json={"seconds": 3600})
     gone = asyncio.Event()
     server.studio.journal.watchers.append(lambda event: event["kind"] == "vanished" and gone.set())
-    await asyncio.wait_for(gone.wait(), 10)
+    await asyncio.wait_for(gone.wait(), PATIENCE)
     newcomer = asyncio.create_task(client.get("/api/v1/models", timeout=60))
     while not reader.at_eof():
         try:
