@@ -19,7 +19,7 @@ from keepalive.observers.notify.news import GATHER
 from keepalive.service.tokens import TokenError
 from keepalive.simulator.models import SimModel
 from tests.kit.live import daemon, settings, simulator, until, wait_until
-from tests.kit.models import GEMMA, QWEN, a_model, after, entry, failed, listed, load_ended, ours
+from tests.kit.models import GEMMA, POLICY, QWEN, a_model, after, entry, failed, listed, load_ended, ours
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of what it imports itself
@@ -83,9 +83,10 @@ def test_a_model_that_fails_is_told_once_when_that_has_lasted_and_once_when_it_i
 def test_what_mends_itself_before_is_told_nobody() -> None:
     story = news()
     see(story, 100, failing())
+    meanwhile = told(story, 149)
     see(story, 150, warm())
 
-    assert told(story, 400) == []
+    assert (meanwhile, told(story, 400)) == ([], [])
 
 
 def test_a_load_between_two_failures_does_not_begin_anew() -> None:
@@ -115,6 +116,16 @@ def test_a_model_that_is_released_meanwhile_is_no_longer_told_of() -> None:
     see(story, 200, warm())
 
     assert told(story, 1000) == []
+
+
+def test_a_model_that_is_kept_on_demand_may_be_cold_and_not_fail() -> None:
+    story, on_demand = news(), replace(POLICY, auto=True)
+    see(story, 0, replace(failing(), policy=on_demand))
+
+    assert told(story, 60) == [("failing", "gemma: cannot be kept loaded")]
+    see(story, 100, a_model(state=State.COLD, policy=on_demand))
+    assert told(story, 200) == [("recovered", "gemma: well again")]
+    assert told(story, 9999) == []
 
 
 def test_an_upstream_that_is_down_is_one_message_and_its_models_are_none() -> None:

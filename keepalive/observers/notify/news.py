@@ -115,10 +115,11 @@ class News:
         watch = self._watches.get(model.id)
         if watch is None:
             watch = self._watches[model.id] = _Watch(self._called(model.id), Event.FAILING)
-        if not model.wanted:
+        auto = model.policy.auto  # kept on demand: nobody minds that it is cold
+        if not (model.wanted or auto):
             watch.look(None, now)
             watch.told = False  # who released it knows
-        elif model.state is State.WARM:
+        elif model.state is State.WARM or (auto and model.state is State.COLD):
             watch.look(None, now)
         elif model.state is State.BACKOFF:
             watch.look(model.reason or model.failure or "it cannot be loaded", now)
