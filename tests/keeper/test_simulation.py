@@ -73,6 +73,14 @@ def test_a_thousand_hours_of_trouble_break_no_invariant_and_always_end_warm(piec
         assert set(KINDS) - {kind for file in told for kind in file.read_text().splitlines()} == set()
 
 
+@pytest.mark.parametrize("number", range(3))
+def test_trouble_where_models_are_let_go_for_each_other_breaks_no_invariant_either(number: int):
+    print(f"base seed {SEED}")
+    _, world = live(SEED + number, 1.0, short=True, kinds=(*KINDS, *["users"] * 40), pace=60.0)
+
+    assert world.injected["users"] > 10
+
+
 def test_the_same_seed_gives_the_same_trace():
     first, _ = live(SEED, 1.0)
     again, _ = live(SEED, 1.0)

@@ -803,7 +803,7 @@ class World:
         try:
             while not served and asyncio.get_running_loop().time() < began + 600:
                 model = next((m for m in life.keeper.snapshot().models if m.id == keep.model), None)
-                served = model is not None and model.state is State.WARM
+                served = model is not None and model.given
                 if not served:
                     await asyncio.sleep(2.0)
         finally:
@@ -1119,7 +1119,7 @@ class World:
                     odd.append(f"{model.id} is {model.state}: {model.reason} {blocked[model.id]}")
                 if model.state is State.WARM and not self.is_loaded(site, model):
                     odd.append(f"{model.id} is said to be warm")
-            odd += [f"{m.id}: ours, and unwanted" for m in models if not m.wanted and m.ours]
+            odd += [f"{m.id}: ours, and unwanted" for m in models if not m.held and m.ours]
             odd += [f"{m.id}: a call is under way" for m in models if m.calling]
         return odd
 
@@ -1230,12 +1230,14 @@ OPENINGS: dict[str, Replay] = {
 }
 
 
-def drawn(seed: int, *, calm: bool = False) -> World:
+def drawn(seed: int, *, calm: bool = False, short: bool = False) -> World:
     """A world whose servers, models, policies, faults and their rates come from the seed.
 
-    A calm one has few faults and long intervals, so that a hundred hours of it cost little.
+    A calm one has few faults and long intervals, so that a hundred hours of it cost little. In one that is short of
+    memory models are let go for each other.
     """
-    chance = random.Random(seed)
+    # What that takes is not of the same chance, or every other world would be another one.
+    chance, needs = random.Random(seed), random.Random(seed + 2)
     loop = asyncio.get_running_loop()
     judge = Judge(loop.time)
     sites, keeps = [], []
@@ -1271,7 +1273,12 @@ def drawn(seed: int, *, calm: bool = False) -> World:
         kept = models if chance.random() < 0.5 else models[:-1]
         for m in kept:
             openings = dict.fromkeys(OPENINGS) if m.kind == "llm" else {}
-            keeps.append(Keep(ModelId(name, m.key), policy, kind=m.kind, windowed=True, openings=openings))
+            own = policy
+            if short and needs.random() < 0.8:
+                own = replace(policy, auto=True, idle=needs.choice([None, None, 1800.0]))
+            keeps.append(Keep(ModelId(name, m.key), own, kind=m.kind, windowed=True, openings=openings))
+        if short and needs.random() < 0.7:
+            site.memory = int(sum(m.size_bytes for m in models) * 1.2 * needs.choice([0.5, 0.7, 1.0]))
     return World(
         seed,
         sites,
@@ -1285,11 +1292,11 @@ def drawn(seed: int, *, calm: bool = False) -> World:
     )
 
 
-def live(seed: int, hours: float, *, calm: bool = False, **changes: Any) -> tuple[str, World]:
+def live(seed: int, hours: float, *, calm: bool = False, short: bool = False, **changes: Any) -> tuple[str, World]:
     """One run from its seed; the hash of its trace, and the world as it was at the end."""
 
     async def go() -> tuple[str, World]:
-        world = drawn(seed, calm=calm)
+        world = drawn(seed, calm=calm, short=short)
         for name, value in changes.items():
             setattr(world, name, value)
         return await world.live(hours), world
