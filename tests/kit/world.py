@@ -43,7 +43,7 @@ from keepalive.core.facts import (
     WindowOpened,
 )
 from keepalive.core.moves import BACKOFF_MAX
-from keepalive.core.plan import blocked_by
+from keepalive.core.plan import arranged, blocked_by
 from keepalive.core.records import LISTING_LAG, Model, Policy, Upstream
 from keepalive.core.states import State
 from keepalive.keeper.keeper import Keep, Keeper, Replay, Server
@@ -1112,7 +1112,10 @@ class World:
             models = snapshot.of(site.name)
             wanted = [m for m in models if m.wanted]
             blocked = {m.id: blocked_by(upstream, models, m) for m in wanted}
+            room = arranged(upstream, models, snapshot.now)
             for model in wanted:
+                if room is not None and model.id in room.never and model.state is State.COLD:
+                    continue  # there is no room for it, nor could there be
                 if model.state is not State.WARM and not (
                     blocked[model.id] and self.rightly_blocked(site, model, wanted)
                 ):
@@ -1292,7 +1295,9 @@ def drawn(seed: int, *, calm: bool = False, short: bool = False) -> World:
     )
 
 
-def live(seed: int, hours: float, *, calm: bool = False, short: bool = False, **changes: Any) -> tuple[str, World]:
+def live(
+    seed: int, hours: float, *, calm: bool = False, short: bool = False, **changes: Any
+) -> tuple[str, World]:
     """One run from its seed; the hash of its trace, and the world as it was at the end."""
 
     async def go() -> tuple[str, World]:
