@@ -343,7 +343,9 @@ def release(model: KeyArgument, url: UrlOption = None, path: ConfigOption = None
 
 @app.command()
 def replay(
-    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="CSV with second,model,answer_seconds.")],
+    trace: Annotated[
+        Path, typer.Argument(metavar="TRACE", help="CSV with second,model,answer_seconds, or a JSON log.")
+    ],
     path: ConfigOption = None,
     models: Annotated[
         Path | None,

@@ -1,12 +1,16 @@
 """The files that a replay reads: requests as `second,model,answer_seconds`, models as `model,gigabytes,load_seconds`.
 
-Columns stand in any order and more of them are let be, as are lines that begin with "#".
+Columns stand in any order and more of them are let be, as are lines that begin with "#". Requests may also be what the
+daemon has written into its log as JSON (`server.log_format`), by itself or in the journal's (`journalctl -o json`).
 """
 
 import csv
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
+from itertools import chain
 
 from keepalive.core.errors import KeepaliveError
 
@@ -37,7 +41,11 @@ class Card:
 
 def read_requests(lines: Iterable[str], name: str) -> list[Request]:
     """In the order of time. TraceError says where a line is wrong."""
-    rows = _rows(lines, name, ("second", "model", "answer_seconds"))
+    lines = iter(lines)
+    first = next(lines, "")
+    if first.startswith("{"):
+        return _from_log(chain([first], lines), name)
+    rows = _rows(chain([first], lines), name, ("second", "model", "answer_seconds"))
     requests = [
         Request(
             _number(row, "second", place, least=-SECONDS_MAX, most=SECONDS_MAX),
@@ -49,6 +57,31 @@ def read_requests(lines: Iterable[str], name: str) -> list[Request]:
     if not requests:
         raise TraceError(f"{name}: there is no request in it; write lines with second,model,answer_seconds")
     return sorted(requests, key=lambda r: r.second)
+
+
+def _from_log(lines: Iterable[str], name: str) -> list[Request]:
+    """Whatever else a log says is let be."""
+    requests = [request for line in lines if (request := _logged(line)) is not None]
+    if not requests:
+        raise TraceError(f"{name}: no line of this log tells of a request for a model that is kept")
+    return sorted(requests, key=lambda r: r.second)
+
+
+def _logged(line: str) -> Request | None:
+    try:
+        row = json.loads(line)
+        at = None
+        if "MESSAGE" in row:
+            at, row = int(row["__REALTIME_TIMESTAMP"]) / 1e6, json.loads(row["MESSAGE"])
+        if row.get("event") != "proxy.request" or not row.get("model"):
+            return None
+        if at is None:
+            at = datetime.fromisoformat(row["timestamp"]).timestamp()
+        seconds, waited = float(row["seconds"]), float(row["waited"])
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+        return None
+    # The line is written at the end of the request.
+    return Request(at - seconds, str(row["model"]), max(0.0, seconds - waited))
 
 
 def read_cards(lines: Iterable[str], name: str) -> list[Card]:

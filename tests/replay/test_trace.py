@@ -1,5 +1,8 @@
 """Traces and models from files, and what is said of files that are none."""
 
+import json
+from datetime import UTC, datetime
+
 import pytest
 
 from keepalive.replay import Card, Request, TraceError, read_cards, read_requests
@@ -58,3 +61,31 @@ def test_what_is_no_table_of_models_is_said_with_its_line(row: str, message: str
         read_cards(f"model,gigabytes,load_seconds\n{row}\n".splitlines(keepends=True), "m")
 
     assert str(raised.value) == message
+
+
+LINE = {"event": "proxy.request", "model": "a", "seconds": 20.0, "waited": 12.5, "outcome": "ok"}
+
+
+def test_the_daemons_own_log_is_a_trace():
+    lines = [
+        json.dumps({"event": "daemon.started", "timestamp": "2026-11-22T10:00:00Z"}),
+        json.dumps({**LINE, "timestamp": "2026-11-22T10:01:00.500000Z"}),
+        json.dumps({**LINE, "model": None, "timestamp": "2026-11-22T10:02:00Z"}),
+        "torn",
+        json.dumps({**LINE, "seconds": "long", "timestamp": "2026-11-22T10:02:00Z"}),
+    ]
+    began = datetime(2026, 11, 22, 10, 0, 40, 500_000, tzinfo=UTC).timestamp()
+
+    assert read_requests(lines, "log") == [Request(began, "a", 7.5)]
+
+
+def test_so_is_its_journal():
+    entry = {"__REALTIME_TIMESTAMP": "1795341700000000", "MESSAGE": json.dumps(LINE)}
+    other = {"__REALTIME_TIMESTAMP": "1795341700000000", "MESSAGE": "Started keepalive."}
+
+    assert read_requests([json.dumps(other), json.dumps(entry)], "j") == [Request(1795341680.0, "a", 7.5)]
+
+
+def test_a_log_without_a_request_is_said():
+    with pytest.raises(TraceError, match="no line of this log tells of a request"):
+        read_requests(['{"event": "daemon.started"}'], "log")
