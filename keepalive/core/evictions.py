@@ -3,7 +3,7 @@
 from math import inf
 
 from keepalive.core.changed import replace
-from keepalive.core.facts import Listed, Tier
+from keepalive.core.facts import Listed, Sdk, Tier
 from keepalive.core.moves import STABLE, backoff
 from keepalive.core.records import Cause, Eviction, Model
 from keepalive.core.states import State
@@ -23,12 +23,13 @@ def why_missing(model: Model, fact: Listed, *, told: bool) -> Cause:
         return Cause.UNKNOWN
     if model.suspected is not None:
         return model.suspected
-    emptied = not model.beside & fact.resident
-    if emptied and fact.sight.hung_up > model.seen_by.hung_up:
-        return Cause.RESTART  # it ended the socket, too
+    emptied, several = not model.beside & fact.resident, len(model.beside) > 1
+    watched = model.seen_by.session != 0 and fact.sight.sdk is not Sdk.OFF
+    lost = watched and model.seen_by.session != fact.sight.session
+    if emptied and (fact.sight.hung_up > model.seen_by.hung_up or (several and lost)):
+        return Cause.RESTART  # the socket went with them
     # Of several none is left: LM Studio may have been restarted between two listings. Not where the socket outlived it.
-    watched = model.seen_by.session != 0 and model.seen_by.session == fact.sight.session
-    otherwise = Cause.UNKNOWN if emptied and len(model.beside) > 1 and not watched else Cause.BY_HAND
+    otherwise = Cause.UNKNOWN if emptied and several and not watched else Cause.BY_HAND
     if model.ttl is not None:
         return _by_its_timer(model, fact, model.ttl, otherwise)
     if fact.tier is Tier.V1 and all(i.id in model.ours for i in model.instances):

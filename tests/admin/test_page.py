@@ -80,7 +80,8 @@ async def kept(
 ) -> AsyncIterator[tuple[Daemon, Studio]]:
     """A daemon that keeps these models on a simulator."""
     async with simulator(*models, **faults) as upstream:
-        text = settings(upstream.url, *(m.key for m in models)) + more
+        # Over HTTP LM Studio says itself how long a load took.
+        text = settings(upstream.url, *(m.key for m in models), upstream='sdk = "off"') + more
         async with daemon(text, path=path) as running:
             yield running, upstream.studio
 
@@ -273,6 +274,18 @@ async def test_a_load_moves_each_second_by_the_daemons_clock_whatever_the_browse
             await expect(page.locator("#models .left")).to_have_text(f"{told}, attempt 2")
             assert await bar.evaluate("bar => bar.value") == pytest.approx(seconds / 112, abs=0.001)
         assert shown.errors == []
+
+
+async def test_a_load_whose_progress_is_told_is_drawn_by_it(browser: Browser) -> None:
+    load = {"elapsed_seconds": 3.0, "eta_seconds": None, "attempt": 1, "progress": 0.43}
+    world = Written(written("medicine-llm", "loading", load=load))
+    async with served(world) as world, opened(browser, world.url) as shown:
+        bar = row(shown.page, "medicine-llm").get_by_role("progressbar")
+        await expect(shown.page.locator("#models .left")).to_have_text(
+            re.compile(r"^\d s so far, 43 % done$")
+        )
+
+        assert await bar.evaluate("bar => bar.value") == pytest.approx(0.43)
 
 
 ANSWERS = {

@@ -208,7 +208,7 @@ def test_what_was_beside_it_and_is_still_there_outlived_the_socket_so_there_was_
 
 @pytest.mark.parametrize(
     ("sight", "cause"),
-    [(SEEN, Cause.BY_HAND), (replace(SEEN, session=4), Cause.UNKNOWN), (NO_SIGHT, Cause.UNKNOWN)],
+    [(SEEN, Cause.BY_HAND), (replace(SEEN, session=4), Cause.RESTART), (NO_SIGHT, Cause.UNKNOWN)],
 )
 def test_of_several_that_are_all_gone_only_a_socket_that_lived_on_tells_that_there_was_no_restart(
     sight: Sight, cause: Cause
