@@ -156,7 +156,7 @@ def _found(upstream: Upstream, listing: Listing) -> Found:
     every = {entry.key: entry for entry in listing.entries.values() if _is_key(entry.key)}
     if not every:
         raise InitError(
-            f"{_server(listing.tier)} at {upstream.url} has no models yet. Download one there (or: lms get "
+            f"{_sentence(_server(listing.tier))} at {upstream.url} has no models yet. Download one there (or: lms get "
             "qwen/qwen3-4b-2507) and try again."
         )
     entries = sorted(every.values(), key=lambda e: (not e.instances, e.kind != "llm", e.key.lower()))
@@ -231,7 +231,10 @@ def _numbers(answer: str, most: int) -> tuple[int, ...]:
 def _rows(found: Found, entries: Sequence[Entry], width: int) -> list[str]:
     """A line for each, or two where both do not fit beside each other."""
     count = f"{len(found.entries)} model{'s' if len(found.entries) != 1 else ''}"
-    rows = [*wrap(f"{_server(found.tier)} at {found.upstream.url} has {count}:", max(20, width)), ""]
+    rows = [
+        *wrap(f"{_sentence(_server(found.tier))} at {found.upstream.url} has {count}:", max(20, width)),
+        "",
+    ]
     places = {entry.key: number for number, entry in enumerate(found.entries, 1)}
     margin = len(str(len(found.entries)))
     for entry in entries[:SHOWN]:
@@ -264,7 +267,11 @@ def size(count: float) -> str:
 
 def _server(tier: Tier) -> str:
     names = {Tier.V1: "LM Studio (0.4 or newer)", Tier.V0: "LM Studio (0.3)"}
-    return names.get(tier, "A server that does not show what is loaded")
+    return names.get(tier, "a server that does not show what is loaded")
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 # --- the file -----------------------------------------------------------------------------------------

@@ -241,6 +241,8 @@ def test_what_is_written_is_a_good_config_that_says_what_was_found(tier: Tier) -
     assert "# 8.5 GB, loaded, context 8192 of 32768\n[[models]]" in text
     assert '#[[models]]  # 1.3 GB, context up to 40960\n#key = "acme/small-1b"' in text
     assert max(map(len, text.splitlines())) <= 120
+    assert text.splitlines()[0].startswith("# Written by `keepalive init` for ")
+    assert (" for a server" in text) is (tier is Tier.OPENAI)
 
 
 def test_what_is_commented_out_is_good_where_it_is_taken_in() -> None:
