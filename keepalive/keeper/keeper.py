@@ -445,12 +445,44 @@ class Keeper:
         warm = self._least_busy(models)
         if warm is not None:
             return warm
+        left = list(models)
+        while True:
+            chosen = self._nearest(left)
+            try:
+                return await self._ensure_warm(chosen, others=len(left) > len(chosen))
+            except NotWarm:
+                left = [model for model in left if model not in chosen]
+                if not left:
+                    raise
+
+    def _nearest(self, models: Sequence[ModelId]) -> Sequence[ModelId]:
+        """Of what is loaded on demand one copy is enough, on whichever upstream: where it will be warm soonest."""
+        known = [m for m in map(self.model, models) if m is not None and m.policy.auto]
+        if len(known) < 2 or len(known) < len(models):
+            return models
+
+        def distance(model: Model) -> tuple[bool, bool, bool, int, float]:
+            upstream, now = self._shelves[model.id.upstream].upstream, self._clock()
+            room = arranged(upstream, self.siblings(model.id), now)
+            waits = room is not None and model.id not in {m.id for m in room.loads}
+            up = upstream.state is UpstreamState.UP
+            return not up, model.loading_since is None, waits, model.waiting, -model.use_at
+
+        return [min(known, key=distance).id]
+
+    async def _ensure_warm(self, models: Sequence[ModelId], *, others: bool) -> ModelId:
+        """The same. Where there are `others`, nobody waits for an upstream that is away."""
+        warm = self._least_busy(models)
+        if warm is not None:
+            return warm
         began = self._clock()
         for model in models:
             self.record(WaitStarted(self._clock(), model))
         try:
             while warm is None:
                 self._check_hope(models)
+                if others and not self._up() & {model.upstream for model in models}:
+                    raise NotWarm(f"{models[0].upstream} cannot be asked")
                 loop = asyncio.get_running_loop()
                 # One future for all who wait: `wait` does not cancel it when one of them leaves.
                 await asyncio.wait(

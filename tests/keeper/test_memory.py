@@ -315,6 +315,36 @@ def test_a_model_that_lm_studio_drops_again_and_again_is_no_loop_of_loads():
     assert len(events(virtually(go), "load.started")) <= 12
 
 
+def test_of_two_upstreams_one_loads_what_is_asked_for_and_the_other_where_that_one_is_gone():
+    async def go(judge: Judge) -> list[list[str]]:
+        sites = [replace(a_site(judge, sim("a", 9), memory=10), name=name) for name in ("near", "far")]
+        keeps = [Keep(ModelId(site.name, "a"), replace(POLICY, memory=9 * GB)) for site in sites]
+        world = World(0, sites, keeps, judge, random.Random(0), tick=1.0)
+        life = world.start()
+        await asyncio.sleep(20)
+        both = [keep.model for keep in keeps]
+        first = await life.keeper.ensure_warm(both)
+        await asyncio.sleep(60)
+        seen = [[first.upstream], *(loaded(site) for site in sites)]
+        sites[0].studio.restart(3000.0)
+        await asyncio.sleep(30)
+        seen.append([(await life.keeper.ensure_warm(both)).upstream])
+        sites[0].studio.restart(0.0)
+        await asyncio.sleep(30)
+        sites[1].studio.restart(3000.0)
+        await asyncio.sleep(5)
+        # Who waits where it then goes away does not wait there.
+        waits = asyncio.ensure_future(life.keeper.ensure_warm(both))
+        await asyncio.sleep(2)
+        sites[0].studio.restart(3000.0)
+        sites[1].studio.restart(10.0)
+        seen.append([(await waits).upstream])
+        await world.kill()
+        return seen
+
+    assert virtually(go) == [["near"], ["a"], [], ["far"], ["far"]]
+
+
 # --- idle, windows, hands -------------------------------------------------------------------------
 
 
