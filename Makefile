@@ -51,9 +51,9 @@ bench: $(TESTABLE)  ## Measure what the daemon costs, beside its peers and what 
 	@missed=0; \
 	$(BIN)/python benchmarks/proxy || missed=1; \
 	$(BIN)/python benchmarks/idle.py || missed=1; \
-	$(BIN)/python benchmarks/page.py; \
-	$(BIN)/python benchmarks/prompts.py; \
-	$(BIN)/python benchmarks/memory; \
+	$(BIN)/python benchmarks/page.py || missed=1; \
+	$(BIN)/python benchmarks/prompts.py || missed=1; \
+	$(BIN)/python benchmarks/memory || missed=1; \
 	exit $$missed
 
 bench-short: $(TESTABLE)  ## The same in less than three minutes: whole products side by side

@@ -281,9 +281,9 @@ class Call:
         )
         answer.passed = events
         take = self._watched(events.take)
-        first, self._first = self._first, b""
-        if first:
-            take(first)
+        if self._first:
+            take(self._first)
+            self._first = b""  # a stream goes on for long
         reply.pour(take)
         self.caller.flush()
         complete = await reply.ended()
@@ -310,9 +310,9 @@ class Call:
             self._patience.stop()
         whole = self.answer.passed = Whole(self.caller.push, words)
         take = self._watched(whole.take)
-        first, self._first = self._first, b""
-        if first:
-            take(first)
+        if self._first:
+            take(self._first)
+            self._first = b""
         reply.pour(take)
         if not (reply.complete or reply.cut):
             self.caller.flush()
