@@ -12,7 +12,7 @@ from keepalive.core.keeping import Keeping
 from keepalive.core.names import Meaning
 from keepalive.http1 import Caller, Reply, Ticker, preferred_wait
 from keepalive.protocols.answers import event_error
-from keepalive.protocols.asked import Asked
+from keepalive.protocols.asked import NOTHING_ASKED
 from keepalive.protocols.lost import Lost, looks_lost
 from keepalive.protocols.meter import Meter, Words
 from keepalive.protocols.routes import Heartbeat, Route, chosen_heartbeat
@@ -88,7 +88,7 @@ class Call:
         self.answer = Answer(caller, route, self.account, owner.settings.allowed_origins)
         self._patience: Patience | None = None
         self.body = Body(owner.room)
-        self.asked = Asked()
+        self.asked = NOTHING_ASKED
         self.deadline = 0.0
         self._owner = owner
         self.meaning: Meaning | None = None

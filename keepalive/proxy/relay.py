@@ -44,14 +44,15 @@ async def first_error(reply: Reply) -> bytes:
 
 def _may_be_error(first: bytes) -> bool:
     """Whether what is still to come may make an error of it."""
-    if len(first) >= _LOOK_BYTES:
-        return False
+    if not first or len(first) >= _LOOK_BYTES:
+        return not first
     begun = b"".join(first.split())
     return any(error.startswith(begun) for error in _ERRORS)
 
 
 def looks_like_error(first: bytes) -> bool:
-    return b"".join(first[:_LOOK_BYTES].split()).startswith(_ERRORS)
+    first = first[:_LOOK_BYTES]
+    return b"error" in first and b"".join(first.split()).startswith(_ERRORS)
 
 
 class Whole:
