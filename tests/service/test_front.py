@@ -411,3 +411,27 @@ def test_no_secret_of_a_caller_is_found_in_log_status_or_metrics(tmp_path: Path)
         assert refused == 401
         assert secret not in shown
         assert [e["key"] for e in running.events("proxy.request")] == ["ward", None]
+
+
+async def test_what_callers_are_told_of_a_warm_model_follows_its_record_and_the_config(
+    tmp_path: Path,
+) -> None:
+    async with simulator(SimModel(KEY, load_seconds=0.0)) as upstream:
+        path = tmp_path / "config.toml"
+        path.write_text(settings(upstream.url, KEY, defaults='max_wait = "10m"'))
+        async with daemon(path.read_text(), path=path) as running:
+            front, identity = running._front, running.find(KEY)[0]
+            await until(lambda: front.view(identity).state == "warm")
+            before = front.view(identity)
+            again = front.view(identity)
+            path.write_text(settings(upstream.url, KEY, defaults='max_wait = "1m"'))
+            running.reload()
+            after = front.view(identity)
+            upstream.studio.evict(KEY)
+            await until(lambda: running.status()["models"][0]["evictions"] == 1)
+            await until(lambda: front.view(identity).state == "warm")
+            later = front.view(identity)
+
+    assert again is before
+    assert (before.max_wait, after.max_wait) == (600.0, 60.0)
+    assert later is not after
