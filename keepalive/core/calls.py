@@ -53,6 +53,7 @@ def load_started(model: Model, fact: LoadStarted) -> Model:
         claim=fact.claim,
         ahead=fact.ahead,
         draining=False,
+        letting_go=None,
     )
 
 

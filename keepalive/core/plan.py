@@ -32,9 +32,9 @@ def plan(upstream: Upstream, models: Sequence[Model], now: float) -> list[Action
     actions: list[Action] = [SkipPing(m.id) for m in models if _ping_is_due(m, now) and _is_in_use(m)]
     stale = False
     room = arranged(upstream, models, now)
-    if room is not None:
-        actions += [Drain(m.id) for m in models if m.id in room.drains and not m.draining]
-        actions += [EndDrain(m.id) for m in models if m.draining and m.id not in room.drains]
+    drains = room.drains if room is not None else frozenset[ModelId]()
+    actions += [Drain(m.id) for m in models if m.id in drains and not m.draining]
+    actions += [EndDrain(m.id) for m in models if m.draining and m.id not in drains]
     unloads, loads = _unloads(upstream, models, now, room), _loads(upstream, models, now, room)
     going = {model.id for model, _ in unloads}
     pings = _pings([m for m in models if m.id not in going], now)

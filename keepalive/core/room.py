@@ -84,7 +84,11 @@ def _used_by_others(upstream: Upstream, models: Iterable[Model]) -> int:
 
 def others(upstream: Upstream, models: Iterable[Model]) -> list[Occupant]:
     """What is in memory there of models that nobody keeps."""
-    kept = {fold_key(m.id.key) for m in models} if upstream.occupants else set()
+    if not upstream.occupants:
+        return []
+    # A variant that is kept is listed in the row of its key, with all copies of that.
+    keys = [fold_key(m.id.key) for m in models]
+    kept = {*keys, *(key.rpartition("@")[0] for key in keys)}
     return [one for one in upstream.occupants if one.key not in kept]
 
 
@@ -120,8 +124,13 @@ def is_in_use(model: Model, now: float) -> bool:
 
 def next_to_go(models: Iterable[Model], now: float) -> list[Model]:
     """Whose copies may go now, those first that are missed least."""
-    idle = [m for m in models if may_go(m) and not is_in_use(m, now)]
+    idle = [m for m in models if may_go(m) and not is_in_use(m, now) and not _is_held_off(m, now)]
     return sorted(idle, key=lambda m: (not m.draining, m.use_at, -m.rank))
+
+
+def _is_held_off(model: Model, now: float) -> bool:
+    """Whether LM Studio has just refused to unload it: asking again and again is of no use."""
+    return model.letting_go is not None and model.retry_at is not None and now < model.retry_at
 
 
 def may_go(model: Model) -> bool:
@@ -171,6 +180,7 @@ class _Arranging:
         self.word_counts = upstream.asked > max((m.touched_at for m in models), default=-inf) + WORD_LAG
         self.unloads: list[tuple[Model, str]] = []
         self.drains: set[ModelId] = {m.id for m in self.leaving if m.draining}
+        self.reserved: set[ModelId] = set()
         self.waits: dict[ModelId, str] = {}
         self.never: dict[ModelId, str] = {}
         self.claims: dict[ModelId, int] = {}
@@ -215,8 +225,8 @@ class _Arranging:
                 self.waits[model.id] = "waits for room: others have waited longer"
                 continue
             before = self.used
-            if self._is_always(model):
-                self.used -= self._takes(model)  # it was reserved
+            if model.id in self.reserved:
+                self.used -= self._takes(model)
             if not self._lacks(model):
                 granted.append(model)
                 self._let_in(model)
@@ -227,10 +237,12 @@ class _Arranging:
                     granted.append(model)
                 slots -= 1
             else:
-                room_is_kept = room_is_kept or self._is_patient_no_more(model)
+                # For what cannot come nobody is held up.
+                hopes = model.id not in self.never
+                room_is_kept = room_is_kept or (hopes and self._is_patient_no_more(model))
                 self.used = before
         ahead = None
-        if slots > 0 and not asked and not self.leaving:
+        if slots > 0 and not self.leaving and all(m.id in self.never for m in asked):
             ahead = self._ahead(ready)
         return Arrangement(
             tuple(granted),
@@ -267,6 +279,7 @@ class _Arranging:
                 together += bytes_
                 if absent:
                     self.used += bytes_
+                    self.reserved.add(model.id)
         if budget is None:
             return
         for model in self.models:
@@ -321,7 +334,8 @@ class _Arranging:
         for model in self.models:
             ours = [i.id for i in model.instances if i.id in model.ours]
             extra = ours[1:] if len(ours) == len(model.instances) else ours
-            if len(model.instances) > 1 and extra and not model.in_flight and not model.calling:
+            used = model.in_flight or model.calling or model.engaged or model.seen_by.late
+            if len(model.instances) > 1 and extra and not used and not _is_held_off(model, self.now):
                 found.append((model, extra[-1]))
         return found
 
@@ -415,6 +429,8 @@ class _Arranging:
     def _what_for(self, model: Model, idle: Sequence[Model], busy: Sequence[Model]) -> str:
         if self._alone(model) and self._place(model) and self.limit is None:
             lack = "one model at a time fits for all that is known"
+        elif self.limit is None:
+            lack = f"it takes {gigabytes(self._takes(model))}, and LM Studio says that it does not fit"
         else:
             free = max(0, (self.limit or 0) - self.used)
             lack = f"it takes {gigabytes(self._takes(model))}, and {gigabytes(free)} are free"
@@ -431,9 +447,10 @@ class _Arranging:
 
     def _could_ever(self, model: Model) -> bool:
         """Whether it would fit if all went that we may ever let go."""
+        ours = [m for m in self.models if m.policy.auto and (m.ours or is_loading(m)) and self._can_empty()]
         if self.limit is None:
-            return True
-        ours = (m for m in self.models if m.policy.auto and (m.ours or is_loading(m)))
+            # Only what goes can change that: there is one place, or LM Studio has said that it does not fit.
+            return bool(ours) or self.displacing
         return self.used - sum(self._takes(m) * copies(m) for m in ours) + self._takes(model) <= self.limit
 
 

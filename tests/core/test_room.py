@@ -16,6 +16,7 @@ from keepalive.core.facts import (
     LoadStarted,
     ModelId,
     Need,
+    Occupant,
     Tier,
     UnloadCause,
     UnloadEnded,
@@ -500,3 +501,82 @@ def test_an_unload_counts_why_and_clears_what_held_the_model():
     gone = apply(model, UnloadEnded(NOW + 1, ident("a"), "a"))
 
     assert (model.letting_go, gone.draining, gone.state) == (ROOM, False, State.COLD)
+
+
+# --- nobody waits for what cannot come, and nothing is done twice -----------------------------------
+
+
+def occupied(gigabytes: float, stranger: float, **changes: object) -> Upstream:
+    size = int(stranger * GB / 1.2)
+    return up(gigabytes, occupants=(Occupant("theirs", 1, size),), **changes)
+
+
+def test_an_always_model_outside_its_window_that_is_asked_for_has_no_room_of_its_own():
+    released = always(asked("x", 20, asked_for=False))
+
+    assert planned(up(25), always(there("b", 10)), released) == []
+    assert planned(up(30), always(there("b", 10)), released) == [Load(ident("x"), claim=30 * GB)]
+
+
+@pytest.mark.parametrize(
+    "hopeless", [asked("a", 20, since=NOW - 500), absent("a", 20, asked_for=True, since=0.0)]
+)
+def test_for_what_a_stranger_leaves_no_room_nobody_else_is_held_up(hopeless: Model):
+    hot = absent("hot", 5, use_at=NOW - 900, asks=5.0, asks_at=NOW - 900)
+
+    assert planned(occupied(40, 25), hopeless, asked("b", 5)) == [Load(ident("b"), claim=30 * GB)]
+    assert planned(occupied(40, 25), hopeless, hot) == [Load(ident("hot"), True, 30 * GB)]
+
+
+def test_a_drain_ends_with_the_last_matter_of_memory():
+    assert planned(up(None), always(there("a", draining=True))) == [EndDrain(ident("a"))]
+
+
+def test_an_unload_that_is_refused_is_tried_again_later_and_not_at_once():
+    went = there("old", asked=0.0)
+    went = apply(went, UnloadStarted(NOW - 2, went.id, "old", ROOM))
+    went = apply(went, UnloadEnded(NOW - 1, went.id, "old", "HTTP 500"))
+    assert went.retry_at == NOW + 4
+
+    assert planned(up(10), went, asked("new")) == []
+    later = up(10, asked=NOW + 4, answered_at=NOW + 4)
+    assert planned(later, went, asked("new"), now=NOW + 4) == [Unload(went.id, "old", ROOM)]
+
+
+def test_a_superfluous_copy_that_a_stranger_uses_stays():
+    two = {"ours": frozenset({"d", "d:2"})}
+    rests = there("d", instances=(Instance("d"), Instance("d:2", busy=False)), **two)
+    works = there("d", instances=(Instance("d"), Instance("d:2", busy=True, queued=1)), **two)
+
+    assert planned(up(30), rests, asked("new", 15)) == [Unload(ident("d"), "d:2", ROOM)]
+    assert planned(up(30), works, asked("new", 15)) == []
+
+
+def test_what_lm_studio_says_does_not_fit_though_nothing_could_go_is_said_at_once():
+    model = asked("a", None, need=Need(20 * GB, passes_guardrails=False))
+    upstream = up(None)
+    arrangement = arranged(upstream, [model], NOW)
+
+    assert arrangement is not None
+    assert arrangement.never == {
+        model.id: "there is no room for it: it takes 20.0 GB, and LM Studio says that it does not fit"
+    }
+    beside = arranged(upstream, [model, there("b", in_flight=1)], NOW)
+    assert beside is not None
+    assert beside.never == {}
+
+
+@pytest.mark.parametrize("gigabytes", [20, None])
+def test_an_old_server_that_lets_nothing_go_has_no_more_room_to_wait_for(gigabytes: float | None):
+    upstream = up(gigabytes, tier=Tier.V0, auto_evict=False)
+    arrangement = arranged(upstream, [there("full", 15), asked("b", 10)], NOW)
+
+    assert arrangement is not None
+    assert list(arrangement.never) == [ident("b")]
+
+
+def test_a_variant_that_is_kept_is_counted_once():
+    upstream = up(30, occupants=(Occupant("acme/a", 1, 8 * GB),))
+    variant = there("acme/a@q4", 10, instances=(Instance("acme/a"),), ours=frozenset({"acme/a"}))
+
+    assert used(upstream, [variant]) == 10 * GB
