@@ -25,6 +25,8 @@ EXPECTED_MAX = 86_400.0
 # Nobody unloads a model and loads it anew, unseen, in less time than it takes to load; nor, as with two listings of
 # one life, between two looks that are no further apart than this.
 UNSEEN_LEAST = 30.0
+# A file system may tell its time in whole seconds.
+CLOCK_APART = 2.0
 OWNED_MAX = 1000
 
 
@@ -67,8 +69,6 @@ class Ledger:
     def observe(self, fact: Fact, before: Model | Upstream, after: Model | Upstream) -> None:
         if not isinstance(before, Model) or not isinstance(after, Model):
             return
-        if after.policy.auto and (before.ours or after.ours or before.recalled):
-            self._keep_ours(fact, before, after)
         if _is_open(after) and not _is_open(before):
             started = self._wall() - (fact.at - (after.loading_since or fact.at))
             self._write(after, started)
@@ -77,6 +77,9 @@ class Ledger:
         elif _is_open(after) and after.tells_loading and not before.tells_loading:
             # What the next life learns from a listing hangs on it.
             self._write(after, self._wall() - (fact.at - (after.loading_since or fact.at)))
+        if after.policy.auto and (before.ours or after.ours or before.recalled):
+            # Last: on a full disk the load is to be struck out all the same.
+            self._keep_ours(fact, before, after)
 
     def recall(self, model: ModelId, at: float) -> LoadRemembered | None:
         """The load of this model that an earlier life did not see end, on the keeper's clock."""
@@ -126,15 +129,19 @@ class Ledger:
             return None
         if row.boot is not None and self._boot(row.url) not in (None, row.boot):
             return None
-        unseen = max(0.0, self._wall() - row.seen)
+        unseen = self._wall() - row.seen
+        if unseen < -CLOCK_APART:
+            return None  # the clock was set back: nobody knows how long ago that was
         left = max(UNSEEN_LEAST, row.shortest_load) - unseen
         return OursRecalled(at, model, row.ids, at + left) if left > 0 else None
 
     def owned(self) -> list[ModelId]:
-        """All models of which an earlier life loaded copies, whether or not anybody still names them."""
+        """All models that an earlier life loaded or was loading, whether or not anybody still names them."""
         names = {url: name for name, url in self._urls().items()}
-        rows = [_read_ours(path) for path in sorted(self._folder.glob("ours-*.json"))[:OWNED_MAX]]
-        return [ModelId(names[row.url], row.key) for row in rows if row is not None and row.url in names]
+        begun = [_read(path) for path in sorted(self._folder.glob("load-*.json"))[:OWNED_MAX]]
+        ours = [_read_ours(path) for path in sorted(self._folder.glob("ours-*.json"))[:OWNED_MAX]]
+        rows = [row for row in (*begun, *ours) if row is not None and row.url in names]
+        return list(dict.fromkeys(ModelId(names[row.url], row.key) for row in rows))
 
     def _path(self, model: ModelId, what: str = "load") -> Path | None:
         url = self._urls().get(model.upstream)

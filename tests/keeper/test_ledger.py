@@ -368,6 +368,29 @@ def test_nobody_can_have_loaded_it_anew_in_less_time_than_that_takes(
     assert (comes_back(tmp_path, 10_000.0 + later).ours == {"gemma"}) is ours
 
 
+def test_a_clock_that_was_set_back_makes_nothing_ours(tmp_path: Path) -> None:
+    loads_it(auto(ledger(tmp_path)))
+
+    assert comes_back(tmp_path, 9_000.0).ours == frozenset()
+
+
+def test_a_model_of_which_an_earlier_life_began_a_load_is_named_too(tmp_path: Path) -> None:
+    auto(ledger(tmp_path)).goes(listed(1.0), LoadStarted(2.0, GEMMA))
+
+    assert ledger(tmp_path).owned() == [GEMMA]
+
+
+def test_a_load_that_is_over_is_struck_out_though_what_is_ours_cannot_be_noted(tmp_path: Path) -> None:
+    story = auto(ledger(tmp_path)).goes(listed(1.0), LoadStarted(2.0, GEMMA))
+    story.model = replace(story.model, blind=True)
+    (tmp_path / ledger(tmp_path)._path(GEMMA, "ours").name).mkdir()  # type: ignore[union-attr]
+
+    with pytest.raises(LedgerError):
+        story.goes(LoadEnded(4.0, GEMMA, LoadOutcome.OK, 2.0, instance_id="gemma", proved=True))
+
+    assert list(tmp_path.glob("load-*.json")) == []
+
+
 def test_a_first_listing_that_comes_too_late_proves_nothing(tmp_path: Path) -> None:
     loads_it(auto(ledger(tmp_path)))
     again = ledger(tmp_path, 10_020.0)
