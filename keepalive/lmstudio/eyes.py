@@ -32,6 +32,8 @@ DISTRUST: Final = 3600.0
 #: How long an estimate may take, and how many models are estimated.
 ESTIMATE: Final = 10.0
 ESTIMATED: Final = 256
+#: What does not fit is asked about again after this long: another program may have given back what it took.
+ESTIMATED_ANEW: Final = 60.0
 #: Of so many instances it is asked what they do.
 WATCHED: Final = 256
 
@@ -242,9 +244,12 @@ class _Eye:
                 continue
             fields, known = wanted[fold_key(name)], self._needs.get(fold_key(entry.key))
             # What is there decides whether it fits beside that; what it takes does not hang on it.
-            again = known is None or known.fields != fields
-            if again or (known and known.need and not entry.instances and known.resident != resident):
+            if known is None or known.fields != fields:
                 due.append((entry.key, name, fields))
+            elif known.need and not entry.instances:
+                refuses = known.need.passes_guardrails is False
+                if known.resident != resident or (refuses and _now() >= known.at + ESTIMATED_ANEW):
+                    due.append((entry.key, name, fields))
         if due:
             self.estimator = asyncio.create_task(self._estimate_all(self._line, due[:ESTIMATED], resident))
 
@@ -258,7 +263,7 @@ class _Eye:
                 async with asyncio.timeout(ESTIMATE):
                     asked = sdk.load_asked(self._namespace, name, fields)
                     need = sdk.need(await line.call("estimateModelUsage", asked))
-            self._needs[fold_key(key)] = _Estimate(fields, resident, need)
+            self._needs[fold_key(key)] = _Estimate(fields, resident, need, _now())
 
     # --- loading ------------------------------------------------------------------------------------
 
@@ -291,6 +296,7 @@ class _Estimate:
     fields: Mapping[str, Any]
     resident: frozenset[str]  # what was loaded
     need: Need | None  # None: it was not to be had
+    at: float
 
 
 async def _ask(line: Line, names: Sequence[str]) -> _Seen | None:

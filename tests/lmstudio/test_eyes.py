@@ -109,6 +109,22 @@ async def test_what_a_load_will_take_is_estimated_once_and_whether_it_fits_whene
         assert third.entries[EMBED.key].need is None
 
 
+async def test_what_does_not_fit_is_asked_about_again_since_another_program_may_give_memory_back():
+    async with met(memory_bytes=7_000_000_000) as (server, client):
+        client.expect({CHAT.key: {"context_length": 8_192}})
+        await client.listing()
+        await client.estimated()
+        refuses = (await client.listing()).entries[CHAT.key].need
+        server.studio.set_faults(memory_bytes=0)
+        await asyncio.sleep(61)
+        await client.listing()
+        await client.estimated()
+        passes = (await client.listing()).entries[CHAT.key].need
+
+        assert refuses == Need(10_000_000_000, passes_guardrails=False, sure=True)
+        assert passes == Need(10_000_000_000, passes_guardrails=True, sure=True)
+
+
 async def test_the_token_opens_the_socket_and_another_one_is_refused_in_words_without_it():
     async with met(token=TOKEN, auth_token=TOKEN) as (_, client):
         assert (await client.listing()).sight.sdk is Sdk.UP
