@@ -786,8 +786,8 @@ class Keeper:
     ) -> None:
         accepted = [model.id.key, *(instance.id for instance in model.instances)]
         outcome, tokens, message, why = PrimeOutcome.OK, None, None, None
-        replay = self._look_up(model.id, opening)
         try:
+            replay = self._look_up(model.id, opening)
             if replay is None:
                 outcome, message = PrimeOutcome.REFUSED, "it is no longer known"
             else:
@@ -795,6 +795,9 @@ class Keeper:
                 held = any(primed.opening == opening for primed in model.priming.done)
                 timeout = model.policy.ping_timeout if held else model.policy.load_timeout
                 tokens = await client.prime(replay, target, accepted, tier=tier, timeout=timeout)
+        except RecursionError:
+            # It was read, on another stack; to write it takes a little more. Callers send what they like.
+            outcome, message = PrimeOutcome.REFUSED, "its lists stand too deep in each other"
         except TimedOut as error:
             outcome, message = PrimeOutcome.TIMEOUT, str(error)
         except Refused as error:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import sys
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -120,6 +121,26 @@ def test_after_a_load_the_opening_is_replayed_and_the_next_user_waits_for_his_ow
     assert known.ping_at == pytest.approx(end.at + POLICY.ping_interval)
     assert other > 10.0
     assert primed < 0.5
+
+
+def test_an_opening_that_is_too_deep_to_be_sent_is_refused_and_the_daemon_lives_on():
+    async def go(judge: Judge) -> tuple[Told, Model]:
+        world, told = primed_world(judge)
+        deep: list[Any] = []
+        for _ in range(sys.getrecursionlimit()):
+            deep = [deep]
+        path, body = world.openings["agent"]
+        world.openings["agent"] = path, {**body, "tools": deep}
+        world.start()
+        await until(told, 1)
+        known = model(world, "a")
+        await world.kill()
+        return told, known
+
+    told, known = virtually(go)
+
+    assert told.outcomes == [("agent", "refused")]
+    assert known.state is State.WARM
 
 
 def test_every_load_is_followed_by_it_again():
