@@ -269,11 +269,22 @@ def test_without_a_budget_one_is_there_at_a_time_and_always_stays():
     assert events(site, "unloaded") == [("unloaded", "a"), ("unloaded", "b"), ("unloaded", "a")]
 
 
-def test_guardrails_that_begin_below_the_budget_are_learned_and_not_hammered():
+@pytest.mark.parametrize(
+    ("memory", "takes"),
+    [
+        pytest.param(30, 9, id="another program has taken a third of it"),
+        pytest.param(20, 6, id="models take half as much again as is thought"),
+        pytest.param(None, 9, id="LM Studio alone knows"),
+    ],
+)
+def test_guardrails_that_begin_below_the_budget_are_learned_and_not_hammered(
+    memory: float | None, takes: int
+):
     async def go(judge: Judge) -> tuple[list[Caller], Site]:
-        # Another program has taken a third of it, which nobody told us.
-        site = a_site(judge, sim("a", 9), sim("b", 9), sim("c", 9), memory=30, really=20)
-        world = a_world(site)
+        models = [sim("a", 9), sim("b", 9), sim("c", 9)]
+        site = a_site(judge, *models, memory=memory or 1000, really=20)
+        policy = replace(POLICY, memory=takes * GB)
+        world = a_world(site, {m.key: policy for m in models})
         world.start()
         people = People(world)
         for key in "abc":

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from keepalive.config import parse
+from keepalive.core.facts import ModelId
 from keepalive.service.daemon import Daemon
 from keepalive.simulator.models import SimModel
 from tests.kit.live import asked, daemon, model, settings, simulator, until
@@ -125,3 +126,24 @@ async def test_the_next_daemon_lets_go_of_what_the_one_before_it_loaded(tmp_path
 
     assert status == 200
     assert kinds == [("unloaded", A.key)]
+
+
+async def test_of_models_that_nobody_wrote_down_a_hundred_have_series_of_their_own() -> None:
+    models = [SimModel(f"m-{n}", load_seconds=0.1) for n in range(130)]
+    async with simulator(*models) as upstream:
+        text = settings(upstream.url, server='unlisted = "auto"', upstream='memory = "900GB"\nsdk = "off"')
+        async with daemon(text) as running:
+            for one in models[:-1]:
+                running.keeper.adopt(ModelId("local", one.key))
+            assert (await chat(running, models[-1].key))[0] == 200
+            page = await metrics(running)
+            known = len(running.status()["models"])
+
+    assert known == 130
+    assert page.count("keepalive_model_wanted{") == 100
+    assert 'model="m-129"' not in page
+    assert [
+        line
+        for line in page.splitlines()
+        if line.startswith("keepalive_proxy_requests_total{") and "other" in line
+    ]
