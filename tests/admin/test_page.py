@@ -295,6 +295,9 @@ ANSWERS = {
         written("b", "cold", wanted=False, reason="released by hand"),
         written("c", "cold", wanted=False),
     ],
+    "Nothing is loaded: models come when somebody asks for them": [
+        written(k, "cold", wanted=False, keep="auto") for k in "ab"
+    ],
     "None of the 2 models is wanted now": [written(k, "cold", wanted=False) for k in "ab"],
     "a failed: no memory; next try in 3 min": [
         written("a", "backoff", reason="no memory", retry_at=utc(NOW + 200)),

@@ -138,7 +138,7 @@ export function answer(picture, now) {
   }
   const [failing, loading, cold, unknown] = [of("failing"), of("loading"), of("cold"), of("unknown")];
   const missing = failing.length + loading.length + cold.length + unknown.length;
-  if (!missing) return said("warm", `${all(of("warm"), models.length)}${waits}`);
+  if (!missing) return said("warm", `${all(of("warm"), models)}${waits}`);
   const tone = failing.length ? "failing" : loading.length ? "loading" : cold.length ? "cold" : "unknown";
   if (missing === 1 || (loading.length === 1 && !failing.length)) {
     const model = failing[0] ?? loading[0] ?? cold[0] ?? unknown[0];
@@ -157,8 +157,9 @@ function said(tone, text, spoken = text) {
   return { tone, text, spoken };
 }
 
-function all(warm, models) {
-  const wanted = warm.length;
+function all(warm, every) {
+  const [wanted, models] = [warm.length, every.length];
+  if (!wanted && every.every((model) => model.keep === "auto")) return "Nothing is loaded: models come when somebody asks for them";
   if (!wanted) return models === 1 ? "The only model is not wanted now" : `None of the ${models} models is wanted now`;
   const rest = models - wanted ? `; ${many(models - wanted, "other is", "others are")} not wanted now` : "";
   if (wanted === 1) return `${short(warm[0].key, 48)} is warm${rest}`;
