@@ -580,3 +580,22 @@ def test_a_variant_that_is_kept_is_counted_once():
     variant = there("acme/a@q4", 10, instances=(Instance("acme/a"),), ours=frozenset({"acme/a"}))
 
     assert used(upstream, [variant]) == 10 * GB
+
+
+def test_what_goes_is_not_pinged_on_its_way_out():
+    unproved = there("a", 25, state=State.LOADING, policy=replace(policy(25), pinged=True), ping_at=NOW)
+
+    assert plan(up(), [unproved, asked("b")], NOW) == [Unload(ident("a"), "a", ROOM)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "given"),
+    [
+        ({}, True),
+        ({"unloading": True}, False),
+        ({"draining": True}, False),
+        ({"state": State.LOADING}, False),
+    ],
+)
+def test_nobody_is_given_what_is_about_to_go(changes: dict[str, object], given: bool):
+    assert there("a", **changes).given is given
