@@ -34,8 +34,9 @@ ESTIMATE: Final = 10.0
 ESTIMATED: Final = 256
 #: What does not fit is asked about again after this long: another program may have given back what it took.
 ESTIMATED_ANEW: Final = 60.0
-#: Of so many instances it is asked what they do.
+#: Of so many instances it is asked what they do; not again within this, while many models come one after another.
 WATCHED: Final = 256
+NEWS: Final = 0.5
 
 
 class Eyes:
@@ -116,6 +117,8 @@ class _Eye:
         self._loads = 0  # under way
         self._by_http_until = -inf
         self._needs: dict[str, _Estimate] = {}
+        self._works: dict[str, tuple[float, sdk.Work]] = {}  # by instance, with when that was asked
+        self._resident: frozenset[str] = frozenset()  # as of the last look
         self.estimator: asyncio.Task[None] | None = None
         self.state = Sdk.ABSENT
         self.why: str | None = "it has not been tried yet"
@@ -163,6 +166,7 @@ class _Eye:
             self._line, self.state, self.why = line, Sdk.UP, None
             self.connections += 1
             self._needs.clear()
+            self._works.clear()
             self._tried.set()
             began = _now()
             await line.run()
@@ -219,12 +223,20 @@ class _Eye:
             if deaf and self._loads == 0:
                 self._give_up(f"it has left a question unanswered for {DEAF:.0f} s")
             return not deaf, nothing
-        question = self._question = asyncio.create_task(_ask(line, names))
-        self._asked_at = _now()
+        now = self._asked_at = _now()
+        fresh = {name: self._works[name] for name in names if name in self._works}
+        fresh = {name: seen for name, seen in fresh.items() if now < seen[0] + NEWS}
+        asked = [name for name in names if name not in fresh]
+        question = self._question = asyncio.create_task(_ask(line, asked))
         await asyncio.wait([question], timeout=GRACE)
         if not question.done():
             return True, nothing
-        return False, (None if question.cancelled() else question.result()) or nothing
+        answer = None if question.cancelled() else question.result()
+        if answer is None:
+            return False, nothing
+        shown, works = answer
+        self._works = {**fresh, **{name: (now, work) for name, work in works.items()}}
+        return False, (shown, {name: work for name, (_, work) in self._works.items()})
 
     # --- what loads will take -----------------------------------------------------------------------
 
@@ -237,6 +249,8 @@ class _Eye:
     ) -> None:
         if self._line is None or (self.estimator is not None and not self.estimator.done()):
             return
+        # While models come one after another, what fits beside them is not asked at each step.
+        quiet, self._resident = resident == self._resident, resident
         due = []
         for entry in mine:
             name = next((n for n in (entry.key, *entry.variants) if fold_key(n) in wanted), None)
@@ -248,7 +262,9 @@ class _Eye:
                 due.append((entry.key, name, fields))
             elif known.need and not entry.instances:
                 refuses = known.need.passes_guardrails is False
-                if known.resident != resident or (refuses and _now() >= known.at + ESTIMATED_ANEW):
+                if (quiet and known.resident != resident) or (
+                    refuses and _now() >= known.at + ESTIMATED_ANEW
+                ):
                     due.append((entry.key, name, fields))
         if due:
             self.estimator = asyncio.create_task(self._estimate_all(self._line, due[:ESTIMATED], resident))

@@ -26,6 +26,10 @@ async def heard(url: str, body: object, words: bytes) -> bytes:
     return said
 
 
+def listings(server):
+    return sum((e["kind"], e.get("route")) == ("request", "list") for e in server.studio.log(0))
+
+
 async def test_the_first_load_of_all_shows_how_far_it_is_and_how_long_it_will_take_wherever_somebody_looks():
     async with simulator(GEMMA) as server:
         text = settings(server.url, "gemma", server='heartbeat = "50ms"')
@@ -68,10 +72,8 @@ async def test_a_model_is_not_unloaded_under_somebody_who_does_not_ask_through_u
         await until(lambda: model(running, "gemma")["queued"] == 1, "he is seen")
         busy = model(running, "gemma")
         running.release(running.find("gemma")[0])
-        listings = [e for e in server.studio.log(0) if e["kind"] == "request" and e["route"] == "list"]
-        await until(
-            lambda: len([e for e in server.studio.log(0) if e.get("route") == "list"]) > len(listings) + 3
-        )
+        listed = listings(server)
+        await until(lambda: listings(server) > listed + 3, "it could have been unloaded")
         held = list(server.studio.memory.instances)
         stranger.cancel()
         with contextlib.suppress(asyncio.CancelledError):
