@@ -13,12 +13,15 @@ from keepalive.core.keeping import Keeping
 from keepalive.http1 import NO_STORE, Exchange, Headers, RequestHead, Ticker, cors, preferred_wait
 from keepalive.prompts.asked import Refusal, Settings, read_order, read_warmup, variables
 from keepalive.prompts.stream import Forward, Stream, Visit, milliseconds, view_of
-from keepalive.protocols.encodings import codings
+from keepalive.protocols.encodings import BadEncoding, Unpacker, codings
 from keepalive.protocols.routes import PROMPTS, Heartbeat, chosen_heartbeat, heartbeat_in
 from keepalive.protocols.words import no_heartbeat, refusal_code
 
 #: Of the bodies that are being read, together.
 READING_BYTES: Final = 128 * 1024 * 1024
+
+#: So much is unpacked before others have their turn.
+TURN_BYTES: Final = 1024 * 1024
 
 WARMUP: Final = "warmup"  # a metric label
 
@@ -161,21 +164,32 @@ class Prompts:
         if kind != b"application/json":
             message = "send Content-Type: application/json"
             raise Refusal(415, message, "unsupported_media_type", field="Content-Type")
-        if codings(head.values(b"content-encoding")) != []:
-            message = "send the body uncompressed"
+        packed = codings(head.values(b"content-encoding"))
+        if packed is None:
+            message = "send the body as gzip or deflate, or uncompressed"
             raise Refusal(415, message, "unsupported_encoding", field="Content-Encoding")
-        return await self._hold(visit.exchange, self._read(visit.exchange))
+        return await self._hold(visit.exchange, self._read(visit.exchange, Unpacker(packed)))
 
-    async def _read(self, exchange: Exchange) -> bytes:
+    async def _read(self, exchange: Exchange, unpacker: Unpacker) -> bytes:
         most, size, pieces = self.settings.body_bytes, exchange.head.body, []
-        taken = 0
+        taken = turn = 0
         try:
             while max(size, taken) <= most and (data := await exchange.read()):
-                taken += len(data)
-                self._reading_bytes += len(data)
-                if self._reading_bytes > READING_BYTES:
-                    raise _unavailable("too many requests are being read", "overloaded", 1)
-                pieces.append(data)
+                for piece in unpacker.feed(data):
+                    taken += len(piece)
+                    self._reading_bytes += len(piece)
+                    if self._reading_bytes > READING_BYTES:
+                        raise _unavailable("too many requests are being read", "overloaded", 1)
+                    if taken > most:
+                        break
+                    pieces.append(piece)
+                    if taken - turn >= TURN_BYTES:  # a few bytes can hold megabytes: others have their turn
+                        turn = taken
+                        await asyncio.sleep(0)
+            if max(size, taken) <= most:
+                unpacker.finish()
+        except BadEncoding as bad:
+            raise Refusal(400, str(bad), "invalid_request", field="Content-Encoding") from None
         finally:
             self._reading_bytes -= taken
         if max(size, taken) > most:

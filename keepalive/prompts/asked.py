@@ -269,7 +269,8 @@ def read_object(body: bytes) -> dict[str, object]:
         raise ValueError(name)
 
     try:
-        found = json.loads(body.decode(), object_pairs_hook=pairs, parse_constant=constant)
+        # Some programs put a byte order mark first, which LM Studio reads over.
+        found = json.loads(body.decode("utf-8-sig"), object_pairs_hook=pairs, parse_constant=constant)
     except json.JSONDecodeError as error:
         wrong = f"is not JSON: {error.msg} (line {error.lineno}, column {error.colno})"
     except UnicodeDecodeError:

@@ -153,6 +153,11 @@ class Proxy:
         if not route.inference:
             return await self._pass(call, upstream)
         home = await self._home(call, asked.previous) if asked.previous and route.stores else None
+        if meaning.renamed and home not in (None, *(model.upstream for model in models)):
+            # Who names nobody goes on from an answer where that is: the default model has no answers there.
+            stays = await self.keeping.meaning(asked.model, default=False)
+            if not stays.known:
+                call.meaning, meaning, models = stays, stays, ()
         if models:
             return await self._hold(call, self._at(home, models))
         upstream = home or upstream

@@ -1,7 +1,9 @@
 """The streaming prompt API, in the real daemon before a simulated LM Studio, and before scripted ones."""
 
 import asyncio
+import codecs
 import contextlib
+import gzip
 import json
 import os
 import signal
@@ -494,7 +496,8 @@ async def test_a_variable_of_ten_megabytes_arrives_whole() -> None:
     [
         (http_post(EXECUTE, b"{}", "Content-Type: text/plain"), 415, b"", "Content-Type"),
         (http_post(EXECUTE, b"{}"), 415, b"", "Content-Type"),
-        (prompt(PLAIN, "Content-Encoding: gzip"), 415, b"", "Content-Encoding"),
+        (prompt(PLAIN, "Content-Encoding: br"), 415, b"", "Content-Encoding"),
+        (prompt(PLAIN, "Content-Encoding: gzip"), 400, b"", "Content-Encoding"),
         (get(EXECUTE), 405, b"POST", None),
         (get("/api/models/warmup"), 405, b"POST", None),
         (prompt({}, path="/api/prompts"), 405, b"GET, HEAD", None),
@@ -513,6 +516,38 @@ async def test_what_is_asked_in_another_way_is_told_how(
         assert got == status
         assert headers.get(b"allow", b"") == header
         assert json.loads(answer)["error"]["field"] == field
+        assert upstream.requests == []
+
+
+def packed(body: bytes, coding: str = "gzip") -> bytes:
+    return http_post(EXECUTE, body, "Content-Type: application/json", f"Content-Encoding: {coding}")
+
+
+async def test_a_body_may_be_packed_as_on_every_other_route() -> None:
+    async with scripted() as (front, upstream):
+        body = {"prompt": "packed", "model": "m"}
+        status, _, _ = await http_ask(front.port, packed(gzip.compress(json.dumps(body).encode())))
+
+        assert status == 200
+        assert json.loads(upstream.bodies[0])["messages"][0]["content"] == "packed"
+
+
+async def test_a_byte_order_mark_is_read_over() -> None:
+    async with scripted() as (front, _):
+        body = codecs.BOM_UTF8 + json.dumps({"prompt": "marked", "model": "m"}).encode()
+        status, _, _ = await http_ask(front.port, packed(body, "identity"))
+
+        assert status == 200
+
+
+async def test_what_is_packed_counts_by_what_it_holds_and_has_to_be_whole() -> None:
+    async with scripted(body_bytes=100_000) as (front, upstream):
+        body = gzip.compress(json.dumps({"prompt": "a" * 10_000_000, "model": "m"}).encode())
+        large, _, _ = await http_ask(front.port, packed(body))
+        cut, _, answer = await http_ask(front.port, packed(gzip.compress(b'{"prompt": "a"}')[:-9]))
+
+        assert (large, cut) == (413, 400)
+        assert json.loads(answer)["error"]["message"] == "the body ends in the middle of its gzip data"
         assert upstream.requests == []
 
 

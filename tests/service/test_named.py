@@ -254,6 +254,24 @@ async def test_an_answer_is_gone_on_from_where_it_is_stored(path: str, ident: st
                 assert status == 200, answer
 
 
+@pytest.mark.parametrize("name", [None, "local-model"])
+async def test_who_names_nobody_goes_on_from_an_answer_where_it_is_and_not_at_the_default(
+    name: str | None,
+) -> None:
+    kept = [f'key = "{KEY}"\nupstream = "local"', 'key = "beyond"\nupstream = "far"']
+    far = SimModel("beyond", load_seconds=0.1)
+    async with two((TINY,), (far,), *kept, server=f'default_model = "{KEY}"') as (running, _local, _far):
+        await warm(running)
+        await warm(running, "beyond", "far")
+        _, first = await post(running, "/v1/responses", said("/v1/responses", "beyond"))
+
+        body = {**said("/v1/responses", name), "previous_response_id": first["id"]}
+        status, answer = await post(running, "/v1/responses", body)
+
+        assert status == 200, answer
+        assert answer["model"] == "beyond"
+
+
 async def test_after_a_restart_each_upstream_is_asked_for_a_stored_answer() -> None:
     kept = f'key = "{KEY}"\nupstream = ["local", "far"]'
     async with two((TINY,), (TINY,), kept) as (running, _local, _far):
