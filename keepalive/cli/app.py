@@ -490,11 +490,11 @@ def _environ() -> Mapping[str, str]:
 
 
 def _config(path: Path | None) -> tuple[config.Config, Path | None]:
+    found = config.find(path, _environ())
     try:
-        found = config.find(path, _environ())
         return config.load(found, _environ()), found
     except config.ConfigError as error:
-        _fail(str(error), BAD_CONFIG)
+        _fail(str(config.with_openings(error, found)), BAD_CONFIG)
 
 
 def _without_config(settings: config.Config) -> str:

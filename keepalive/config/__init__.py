@@ -27,7 +27,7 @@ May import: core.
 from keepalive.config.addresses import Address
 from keepalive.config.memory import overbooked
 from keepalive.config.mistakes import ConfigError, Mistake
-from keepalive.config.openings import Opening, read_openings
+from keepalive.config.openings import Opening, read_openings, with_openings
 from keepalive.config.reading import find, load, parse, read
 from keepalive.config.schema import schema
 from keepalive.config.tables import (
@@ -51,5 +51,5 @@ from keepalive.config.values import seconds, written
 __all__ = [
     "LEARN", "LOAD_FIELDS", "AccessKey", "Address", "Auth", "Config", "ConfigError", "Defaults", "History", "Kept",
     "Mistake", "Model", "Notify", "Opening", "Ping", "Prompt", "Server", "Upstream",
-    "find", "load", "overbooked", "parse", "read", "read_openings", "schema", "seconds", "written",
+    "find", "load", "overbooked", "parse", "read", "read_openings", "schema", "seconds", "with_openings", "written",
 ]  # fmt: skip

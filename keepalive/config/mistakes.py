@@ -36,10 +36,14 @@ class Mistake:
 
 
 class ConfigError(KeepaliveError):
-    """A config that cannot be used, with everything that is wrong with it: one line per mistake."""
+    """A config that cannot be used, with everything that is wrong with it: one line per mistake.
 
-    def __init__(self, mistakes: Iterable[Mistake]) -> None:
+    `rest` is the config without what is wrong, where there is one: for whoever looks for further mistakes.
+    """
+
+    def __init__(self, mistakes: Iterable[Mistake], rest: object = None) -> None:
         self.mistakes = tuple(mistakes)
+        self.rest = rest
         super().__init__("\n".join(map(str, self.mistakes)))
 
 

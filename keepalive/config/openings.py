@@ -61,6 +61,19 @@ def read_openings(
     return found, tuple(mistakes)
 
 
+def with_openings(error: ConfigError, path: Path | None) -> ConfigError:
+    """The same mistakes, and those of the openings: who mends a config wants to do so once."""
+    if not isinstance(error.rest, Config):
+        return error
+    # Which names a model has is not known where one of them is wrong.
+    torn = {
+        at for at, _, name in (m.key.partition(".") for m in error.mistakes) if name[:3] in ("key", "ali")
+    }
+    found = [m for m in read_openings(error.rest, path)[1] if m.key.partition(".")[0] not in torn]
+    every = sorted((*error.mistakes, *found), key=lambda mistake: (mistake.line is None, mistake.line or 0))
+    return ConfigError(every)
+
+
 def _mistake(path: Path | None, key: Key, message: str) -> Mistake:
     if path is None:
         return Mistake(NO_FILE, None, dotted(key), message)

@@ -92,7 +92,7 @@ def parse(text: str, source: str, environ: Mapping[str, str]) -> Config:
     config = reading.config(environ)
     if reading.mistakes:
         in_order = sorted(reading.mistakes, key=lambda found: (found.line is None, found.line or 0))
-        raise ConfigError(dict.fromkeys(in_order))
+        raise ConfigError(dict.fromkeys(in_order), config)
     return config
 
 

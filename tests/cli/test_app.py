@@ -356,6 +356,19 @@ def test_check_says_good_with_0_or_every_mistake_with_3(tmp_path: Path) -> None:
     assert '"30" has no unit' in bad.err
 
 
+def test_check_reports_a_file_that_is_missing_beside_every_other_mistake(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text('[[models]]\nkey = "a"\nprime = ["gone.json"]\nkeep = "sometimes"\n')
+
+    told = Told("check", "-c", str(file))
+
+    assert told.code == 3
+    assert [line.split(": ")[1] for line in told.err.splitlines()] == [
+        "models[0].prime[0]",
+        "models[0].keep",
+    ]
+
+
 def test_check_takes_the_environment_for_a_config() -> None:
     told = Told("check", KEEPALIVE_MODELS__0__KEY="a", KEEPALIVE_ADMIN_KEY="of status")
 
