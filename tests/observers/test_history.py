@@ -885,6 +885,7 @@ async def test_a_file_that_can_be_read_only_later_tells_its_past_then(tmp_path: 
                 trouble = await until(lambda: (r := running.history()["reason"]) and "locked" in r and r)
                 holder.execute("COMMIT")
                 await until(lambda: model(running, "gemma")["load"]["eta_seconds"], "the past is known")
+                await until(lambda: running.history()["reason"] is None, "the present is kept, too")
                 page = json.loads((await asked(f"{running.admin_url}/api/history"))[2])
     told = page["models"][0]
 

@@ -142,7 +142,7 @@ async def test_the_document_has_every_field_of_the_contract() -> None:
 
     assert {"version", "ready", "started_at", "upstreams", "models"} <= page.keys()
     assert set(page["upstreams"][0]) == {
-        "name", "url", "state", "tier", "since", "error", "sdk", "sdk_reason"
+        "name", "url", "state", "tier", "since", "error", "sdk", "sdk_reason", "memory"
     }  # fmt: skip
     assert set(page["models"][0]) >= {
         "key", "upstream", "state", "since", "wanted", "busy", "in_flight", "waiting", "instance_id",
