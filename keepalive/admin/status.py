@@ -183,7 +183,7 @@ def _primed(model: Model, at: Callable[[float | None], str | None]) -> Json | No
 
 def _next_ping(model: Model, now: float) -> float | None:
     due = model.ping_due_at
-    if due is None or not model.needed or not (model.instances or model.blind):
+    if due is None or not model.held or not (model.instances or model.blind):
         return None
     return max(due, now)
 

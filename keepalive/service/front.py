@@ -10,6 +10,7 @@ import ipaddress
 import os
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 
 from keepalive import prompts
 from keepalive.config import Address as Listen
@@ -180,7 +181,9 @@ class Front:
             return View("unknown", reason="it is no longer kept here", max_wait=0.0)
         seen = self._views.get(model)
         if seen is not None and seen[0] is known:
-            return seen[1]
+            # Only how long ago it was looked at goes on: an answer must not end by a look from before it.
+            resting = _resting(known, self._clock())
+            return seen[1] if resting is None else replace(seen[1], resting=resting)
         view = self._view(model, known)
         if known.state is State.WARM and view.elapsed is None and view.retry_after is None:
             # Of a model that is warm nothing changes by itself, and nearly all requests are for one.
@@ -199,7 +202,7 @@ class Front:
             retry_after=None if known.retry_at is None or known.retry_at <= now else known.retry_at - now,
             max_wait=kept.max_wait if kept else 0.0,
             stall_timeout=kept.stall_timeout if kept else None,
-            resting=None if known.idle_since is None else (known.asked - known.idle_since, now - known.asked),
+            resting=_resting(known, now),
             wanted=known.wanted,
             kind=known.kind,
             context_length=known.instances[0].context_length if known.instances else None,
@@ -273,6 +276,10 @@ class Front:
         logs.request(seen)
         self._recent.add(seen)
         self._judge(seen)
+
+
+def _resting(known: Model, now: float) -> tuple[float, float] | None:
+    return None if known.idle_since is None else (known.asked - known.idle_since, now - known.asked)
 
 
 def _limits(settings: Config) -> Limits:

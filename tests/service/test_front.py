@@ -6,6 +6,7 @@ import itertools
 import json
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -413,6 +414,20 @@ def test_no_secret_of_a_caller_is_found_in_log_status_or_metrics(tmp_path: Path)
         assert [e["key"] for e in running.events("proxy.request")] == ["ward", None]
 
 
+async def test_how_long_ago_lm_studio_was_seen_to_rest_goes_on_while_nothing_else_changes() -> None:
+    async with (
+        simulator(SimModel(KEY, load_seconds=0.0)) as upstream,
+        daemon(settings(upstream.url, KEY)) as running,
+    ):
+        front, identity = running._front, running.find(KEY)[0]
+        await until(lambda: front.view(identity).state == "warm" and front.view(identity).resting)
+        first, then = front.view(identity).resting, front.view(identity).resting
+
+    assert first is not None
+    assert then is not None
+    assert then[1] > first[1]
+
+
 async def test_what_callers_are_told_of_a_warm_model_follows_its_record_and_the_config(
     tmp_path: Path,
 ) -> None:
@@ -432,6 +447,6 @@ async def test_what_callers_are_told_of_a_warm_model_follows_its_record_and_the_
             await until(lambda: front.view(identity).state == "warm")
             later = front.view(identity)
 
-    assert again is before
+    assert replace(again, resting=before.resting) == before
     assert (before.max_wait, after.max_wait) == (600.0, 60.0)
     assert later is not after
