@@ -210,9 +210,10 @@ def test_a_server_that_was_killed_is_reported_and_kept_again_when_it_is_back(
         assert server.loads() == 1
         assert daemon.metric("keepalive_model_loads_total", 'outcome="ok"') == 2
         assert daemon.metric("keepalive_upstream_up", 'upstream="real"') == 1
+        # The log is written by the batch, a moment after what it tells.
+        wanted = ["cold", "loading", "warm", "unknown", "cold", "loading", "warm"]
+        eventually(lambda: [record["state"] for record in daemon.logged("model.state")] == wanted)
         assert [record["state"] for record in daemon.logged("upstream.state")] == ["up", "down", "up"]
-        states = [record["state"] for record in daemon.logged("model.state")]
-        assert states == ["cold", "loading", "warm", "unknown", "cold", "loading", "warm"]
         # whoever comes now does not wait
         server.chat(model)
         assert server.loads() == 1
