@@ -66,7 +66,7 @@ def test_what_was_primed_is_not_read_again_when_a_caller_begins_with_it(
                     model,
                 )
             )
-            (line,) = running.events("model.primed")
+            (line,) = wait_until(lambda: running.events("model.primed"), "it is logged")
 
     print(f"read in {line['seconds']:.2f} s; then {computed} tokens of {computed + cached}")
     assert known["tokens"] > 2000

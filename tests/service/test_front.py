@@ -405,6 +405,8 @@ def test_no_secret_of_a_caller_is_found_in_log_status_or_metrics(tmp_path: Path)
             f"{url}/v1/chat/completions", "POST", body, Authorization=f"Bearer {secret}-wrong"
         )
         wait_until(lambda: len(running.events("proxy.request")) == 2, "both are logged")
+        # The log is written by the batch, a moment after what it tells.
+        wait_until(lambda: len(running.events("proxy.request")) == 2, "both are logged")
         shown = running.err.read_text() + json.dumps(running.status()) + ask(f"{running.url}/metrics")[2]
 
         assert status == 200
