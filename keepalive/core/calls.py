@@ -38,7 +38,7 @@ from keepalive.core.records import (
     Pending,
     Ping,
 )
-from keepalive.core.states import IllegalMove, Sign, State
+from keepalive.core.states import IllegalMove, Sign
 
 
 def load_started(model: Model, fact: LoadStarted) -> Model:
@@ -130,7 +130,7 @@ def _unanswered(model: Model, fact: LoadEnded, started: float) -> Model:
 
 
 def ping_started(model: Model, fact: PingStarted) -> Model:
-    if model.calling or not (model.instances or (model.blind and model.state is State.WARM)):
+    if model.calling or not model.present:
         raise IllegalMove(f"{model.id}: a ping though nothing is loaded, or a call is under way")
     return replace(model, pinging=True)
 

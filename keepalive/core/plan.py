@@ -206,7 +206,7 @@ def _ping_is_due(model: Model, now: float) -> bool:
     return (
         model.held
         and model.policy.pinged
-        and bool(model.instances or (model.blind and model.state is State.WARM))
+        and model.present
         and not model.calling
         and not _must_unload_crashed(model)
         and (model.ping_due_at is None or now >= model.ping_due_at)

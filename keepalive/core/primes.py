@@ -90,9 +90,8 @@ def _due(model: Model, now: float) -> str | None:
 
 
 def _is_fit(model: Model, opening: str) -> bool:
-    there = bool(model.instances) or model.blind
     return (
-        there
+        model.present
         and model.held
         and not model.draining
         and model.state is State.WARM
@@ -162,7 +161,7 @@ def read(model: Model, fact: OpeningRead) -> Model:
 
 
 def started(model: Model, fact: PrimeStarted) -> Model:
-    if model.calling or not (model.instances or (model.blind and model.state is State.WARM)):
+    if model.calling or not model.present:
         raise IllegalMove(f"{model.id}: an opening though nothing is loaded, or a call is under way")
     return replace(model, priming=replace(model.priming, under_way=fact.opening))
 

@@ -245,6 +245,11 @@ class Model:
         return self.state is State.WARM and not self.draining and not self.unloading
 
     @property
+    def present(self) -> bool:
+        """Whether it is in memory: listed there, or, where that cannot be seen, by its having answered."""
+        return bool(self.instances) or (self.blind and self.state is State.WARM)
+
+    @property
     def unused_since(self) -> float:
         """When it was last used, or came into memory."""
         return max(self.use_at, self.there_since)

@@ -172,8 +172,10 @@ class _Arranging:
         self.displacing = upstream.tier is Tier.V0 and upstream.displaces is not False
         self.unloads_by_call = upstream.tier not in (Tier.V0, Tier.OPENAI)
         self.used = _used_by_others(upstream, models) + sum(self._takes(m) * copies(m) for m in models)
-        self.places = sum(self._place(m) for m in models if m.ours or is_loading(m))
+        self.places = sum(map(self._holds, models))
         self.idle = next_to_go(models, now)
+        self.spare = self._superfluous()
+        self.doubled = {m.id for m, _ in self.spare}
         self.leaving = [m for m in models if m.unloading]
         self.taken_out = 0
         # LM Studio's word is of what was loaded when it was asked: a while ago, where something has changed since.
@@ -190,6 +192,9 @@ class _Arranging:
     def _place(self, model: Model) -> int:
         """Where nothing is known of the limit, there is one place, for whatever is `auto`."""
         return 1 if model.policy.auto or self.displacing else 0
+
+    def _holds(self, model: Model) -> int:
+        return self._place(model) if model.ours or is_loading(model) else 0
 
     def _alone(self, model: Model) -> bool:
         word = model.need is not None and model.need.passes_guardrails is not None
@@ -302,29 +307,27 @@ class _Arranging:
             self.waits[model.id] = f"waits for room: {_names(self.leaving)} is being unloaded"
             self.leaving = []
             return True
-        spare = self._superfluous()
+        left = self.used, self.places, self.taken_out
         idle = [m for m in self.idle if m.id != model.id] if self._can_empty() else []
-        chosen = self._choose(model, idle, spare)
+        chosen = self._choose(model, idle)
         if chosen is not None:
-            self._go(chosen, spare if self._spare_used else [])
-            self.leaving = []
-            names = _names([*chosen, *[m for m, _ in spare if self._spare_used]])
+            names = _names([*chosen, *[m for m, _ in self.spare]])
             self.waits[model.id] = f"waits for room: {names} makes room"
+            self._go(chosen)
+            self.leaving = []
             return True
-        self.used, self.places, self.taken_out = before
         busy = self._busy() if self._can_empty() else []
         if self._is_patient_no_more(model):
-            chosen = self._choose(model, [*idle, *busy], spare)
+            self.used, self.places, self.taken_out = left
+            chosen = self._choose(model, [*idle, *busy])
             if chosen is not None:
                 self.drains |= {m.id for m in chosen}
-            self.used, self.places, self.taken_out = before
+        self.used, self.places, self.taken_out = before
         self.waits[model.id] = self._what_for(model, idle, busy)
         return False
 
     def _can_empty(self) -> bool:
         return self.unloads_by_call or self.displacing
-
-    _spare_used = False
 
     def _superfluous(self) -> list[tuple[Model, str]]:
         """Further copies of ours, of which one is enough."""
@@ -339,14 +342,11 @@ class _Arranging:
                 found.append((model, extra[-1]))
         return found
 
-    def _choose(
-        self, model: Model, candidates: Sequence[Model], spare: Sequence[tuple[Model, str]]
-    ) -> list[Model] | None:
-        """Of `candidates` the first that make room for `model`, without those that are not needed for it."""
-        self._spare_used = False
-        for other, _ in spare:
+    def _choose(self, model: Model, candidates: Sequence[Model]) -> list[Model] | None:
+        """Beside what is spare, of `candidates` the first that make room for `model`, and none that need not go."""
+        for other, _ in self.spare:
             self.used -= self._takes(other)
-            self._spare_used = True
+            self.taken_out += 1
         chosen: list[Model] = []
         for other in candidates:
             if not self._lacks(model):
@@ -364,23 +364,28 @@ class _Arranging:
         return chosen
 
     def _take_out(self, model: Model) -> None:
-        self.used -= self._takes(model) * max(1, len(model.instances))
-        self.places -= self._place(model)
+        self.used -= self._takes(model) * self._copies_left(model)
+        self.places -= self._holds(model)
         self.taken_out += 1
 
     def _put_back(self, model: Model) -> None:
-        self.used += self._takes(model) * max(1, len(model.instances))
-        self.places += self._place(model)
+        self.used += self._takes(model) * self._copies_left(model)
+        self.places += self._holds(model)
         self.taken_out -= 1
 
-    def _go(self, chosen: Sequence[Model], spare: Sequence[tuple[Model, str]]) -> None:
+    def _copies_left(self, model: Model) -> int:
+        """Without the one that is spare, which is not counted twice."""
+        return copies(model) - (model.id in self.doubled)
+
+    def _go(self, chosen: Sequence[Model]) -> None:
         gone = {m.id for m in chosen}
         # Until they are gone nobody gets them.
         self.drains |= {m.id for m in chosen if m.draining}
         self.idle = [m for m in self.idle if m.id not in gone]
         if self.unloads_by_call:
             self.unloads += [(m, i.id) for m in chosen for i in m.instances[-1:]]
-            self.unloads += spare
+            self.unloads += self.spare
+        self.spare = []
 
     def _busy(self) -> list[Model]:
         """Who could be drained, those first that cost least to load again.

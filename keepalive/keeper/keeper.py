@@ -402,8 +402,7 @@ class Keeper:
         found = []
         for model in shelf.models.values() if shelf else ():
             keep = self._keeps.get(model.id)
-            may_answer = model.instances or (model.blind and model.state is State.WARM)
-            if may_answer and kind == (model.kind if keep is None else self._kind(keep)):
+            if model.present and kind == (model.kind if keep is None else self._kind(keep)):
                 found.append(model.id)
         return tuple(found)
 
@@ -849,7 +848,11 @@ def _forgotten(model: Model, now: float) -> Model:
         evictions=model.evictions,
         last_eviction=model.last_eviction,
         waiting=model.waiting,
+        waiting_since=model.waiting_since,
         in_flight=model.in_flight,
+        use_at=model.use_at,
+        asks=model.asks,
+        asks_at=model.asks_at,
         priming=Priming(learned=model.priming.learned),
     )
     since = model.loading_since

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from keepalive.core.errors import KeepaliveError
 from keepalive.core.facts import Fact, Listed, LoadRemembered, ModelId, OursRecalled
-from keepalive.core.records import Model, Upstream
+from keepalive.core.records import Model, Upstream, is_loading
 
 ENTRY_MAX = 64 * 1024
 # No load takes a day. A file that says so is damaged, and would keep the model from being loaded.
@@ -69,12 +69,12 @@ class Ledger:
     def observe(self, fact: Fact, before: Model | Upstream, after: Model | Upstream) -> None:
         if not isinstance(before, Model) or not isinstance(after, Model):
             return
-        if _is_open(after) and not _is_open(before):
+        if is_loading(after) and not is_loading(before):
             started = self._wall() - (fact.at - (after.loading_since or fact.at))
             self._write(after, started)
-        elif _is_open(before) and not _is_open(after):
+        elif is_loading(before) and not is_loading(after):
             self._strike(after.id)
-        elif _is_open(after) and after.tells_loading and not before.tells_loading:
+        elif is_loading(after) and after.tells_loading and not before.tells_loading:
             # What the next life learns from a listing hangs on it.
             self._write(after, self._wall() - (fact.at - (after.loading_since or fact.at)))
         if after.policy.auto and (before.ours or after.ours or before.recalled):
@@ -213,10 +213,6 @@ def _read_ours(path: Path) -> Ours | None:
         return Ours(str(row["url"]), str(row["key"]), frozenset(map(str, ids)), seen, shortest, boot)
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None
-
-
-def _is_open(model: Model) -> bool:
-    return model.load_started is not None or (model.pending is not None and model.pending.ours)
 
 
 def _read(path: Path) -> Entry | None:

@@ -4,8 +4,10 @@ from math import inf
 
 import pytest
 
-from keepalive.core.demand import HALF_LIFE, demand
+from keepalive.core.demand import FORGOTTEN, demand
 from tests.kit.models import a_model
+
+HOUR = 3600.0
 
 
 def test_nobody_has_ever_asked():
@@ -17,8 +19,14 @@ def test_each_request_counts_one_and_half_of_that_later():
     asked = a_model(asks=3.0, asks_at=100.0)
 
     assert demand(asked, 100.0) == 3.0
-    assert demand(asked, 100.0 + HALF_LIFE) == pytest.approx(1.5)
-    assert demand(asked, 100.0 + 2 * HALF_LIFE) == pytest.approx(0.75)
+    assert demand(asked, 100.0 + 4 * HOUR) == pytest.approx(1.5)
+    assert demand(asked, 100.0 + 8 * HOUR) == pytest.approx(0.75)
+
+
+def test_a_single_request_is_forgotten_in_the_course_of_a_day():
+    asked = a_model(asks=1.0, asks_at=0.0)
+
+    assert demand(asked, 17 * HOUR) > FORGOTTEN > demand(asked, 18 * HOUR)
 
 
 def test_a_clock_that_goes_back_makes_nobody_more_wanted():

@@ -599,3 +599,42 @@ def test_what_goes_is_not_pinged_on_its_way_out():
 )
 def test_nobody_is_given_what_is_about_to_go(changes: dict[str, object], given: bool):
     assert there("a", **changes).given is given
+
+
+# --- nothing is asked of anybody for nothing -------------------------------------------------------
+
+
+def test_no_more_is_drained_than_is_needed_beside_what_is_already_going():
+    going = there("a", unloading=True)
+    quick, slow = (there(key, in_flight=1, recent_loads=(took,)) for key, took in (("b", 9.0), ("c", 90.0)))
+
+    assert planned(up(), going, quick, slow, asked("d", 20, since=NOW - 120)) == [Drain(ident("b"))]
+
+
+def test_a_superfluous_copy_is_not_counted_twice_so_that_nothing_goes_in_vain():
+    twice = there("a", 5, instances=(Instance("a"), Instance("a:2")), ours=frozenset({"a", "a:2"}))
+
+    assert planned(occupied(30, 10), twice, asked("b", 25)) == []
+
+
+def test_a_superfluous_copy_makes_room_for_one_caller_and_another_copy_for_the_next():
+    twice = always(there("a", 10, instances=(Instance("a"), Instance("a:2")), ours=frozenset({"a", "a:2"})))
+    first, second = asked("c", since=NOW - 20), asked("d", since=NOW - 10)
+
+    assert planned(up(max_loading=2), twice, there("b"), first, second) == [
+        Unload(ident("a"), "a:2", ROOM),
+        Unload(ident("b"), "b", ROOM),
+    ]
+
+
+def test_a_superfluous_copy_goes_where_lm_studio_says_that_a_model_does_not_fit():
+    twice = always(there("a", None, instances=(Instance("a"), Instance("a:2")), ours=frozenset({"a", "a:2"})))
+    no = asked("b", None, need=Need(9 * GB, passes_guardrails=False))
+
+    assert planned(up(None), twice, no) == [Unload(ident("a"), "a:2", ROOM)]
+
+
+def test_what_is_gone_before_its_unload_has_ended_makes_no_room_a_second_time():
+    gone = absent("a", 20, unloading=True)
+
+    assert planned(up(), gone, there("b", 20), asked("c", 20)) == [Unload(ident("b"), "b", ROOM)]

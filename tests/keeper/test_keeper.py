@@ -1206,7 +1206,11 @@ def test_behind_another_client_all_is_unknown_but_what_users_and_people_did_and_
         evictions=1,
         last_eviction=before.last_eviction,
         waiting=1,
+        waiting_since=before.waiting_since,
         in_flight=1,
+        use_at=before.use_at,
+        asks=1.0,
+        asks_at=before.asks_at,
         pending=Pending(120.0, 120.0 + 12.0 + 45.0, alive_at=after.since, expected=6.0, why=why),
     )
     assert beside == Model(id=still.ids[1], rank=1, policy=POLICY, since=after.since)
