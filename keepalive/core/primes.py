@@ -5,7 +5,7 @@ In nobody's way: one at a time on an upstream, while nobody there waits, is answ
 that somebody does. How its opening fares says little about a model: whatever goes wrong, it stays as warm as it was.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import inf
 
 from keepalive.core.actions import Action, GiveUpPrime, Prime
@@ -55,12 +55,12 @@ def by_opening(
 
     It proves as much, and holds its place in the cache: another prompt may take that.
     """
-    if not pings or not free or _is_used(models) or any(m.priming.under_way for m in models):
+    if not free or _is_used(models) or any(m.priming.under_way for m in models):
         return pings
     for number, (model, _) in enumerate(pings):
-        priming = model.priming
-        held = next((primed.opening for primed in priming.done if primed.ours), None)
-        if held is not None and priming.useless is None and _is_fit(model, held):
+        done = model.priming.done if model.priming.useless is None else ()
+        held = next((p.opening for p in done if p.ours and _is_fit(model, p.opening)), None)
+        if held is not None:
             replayed = (model, Prime(model.id, model.instance_id or model.id.key, held))
             return [*pings[:number], replayed, *pings[number + 1 :]]
     return pings
@@ -79,24 +79,19 @@ def give_ups(models: Sequence[Model], *, free: bool) -> list[Action]:
 
 def _is_waited_for(model: Model) -> bool:
     """A stranger is there beside our opening, where LM Studio's own socket shows it."""
-    return any((instance.queued or 0) > 1 for instance in model.instances)
+    return any(instance.queued is not None and instance.queued > 1 for instance in model.instances)
 
 
 def _due(model: Model, now: float) -> str | None:
-    opening = model.priming.next
-    if opening is None or model.calling or model.priming.useless is not None or now < model.priming.again_at:
+    priming = model.priming
+    if model.calling or priming.useless is not None or now < priming.again_at:
         return None
-    return opening if _is_fit(model, opening) else None
+    return priming.next if _is_fit(model, priming.next) else None
 
 
-def _is_fit(model: Model, opening: str) -> bool:
-    return (
-        model.present
-        and model.held
-        and not model.draining
-        and model.state is State.WARM
-        and opening in model.priming.wished
-    )
+def _is_fit(model: Model, opening: str | None) -> bool:
+    fit = model.state is State.WARM and model.held and not model.draining
+    return fit and opening in model.priming.wished
 
 
 def _is_used(models: Iterable[Model]) -> bool:
@@ -105,10 +100,8 @@ def _is_used(models: Iterable[Model]) -> bool:
 
 def _is_quiet(models: Sequence[Model], now: float) -> bool:
     # Strangers are seen where LM Studio's own socket shows them.
-    engaged = any(m.engaged for m in models)
-    return (
-        not (engaged or _is_used(models)) and now >= max((m.active_at for m in models), default=-inf) + QUIET
-    )
+    rests = all(not m.engaged and now >= m.active_at + QUIET for m in models)
+    return rests and not _is_used(models)
 
 
 # --- what came of it ----------------------------------------------------------------------------------
@@ -122,31 +115,29 @@ def chosen(priming: Priming, openings: Mapping[str, str | None], *, learns: bool
     learned = priming.learned if learns else ()
     known = {*openings, *learned}
     return replace(
-        priming,
+        _only(priming, known),
         openings=tuple(openings),
         learned=learned,
-        done=tuple(primed for primed in priming.done if primed.opening in known),
         unfit=tuple((opening, wrong) for opening, wrong in openings.items() if wrong is not None),
         failed=frozenset(),
         again_at=-inf,
-        longest=tuple(found for found in priming.longest if found[0] in known),
         answers=(),
         useless=None,
     )
 
 
 def learned(model: Model, fact: OpeningsLearned) -> Model:
-    priming = model.priming
-    known = {*priming.openings, *fact.openings}
+    known = {*model.priming.openings, *fact.openings}
+    return replace(model, priming=replace(_only(model.priming, known), learned=fact.openings))
+
+
+def _only(priming: Priming, known: Collection[str]) -> Priming:
+    """What came of these, and of no others."""
     return replace(
-        model,
-        priming=replace(
-            priming,
-            learned=fact.openings,
-            done=tuple(primed for primed in priming.done if primed.opening in known),
-            unfit=tuple(found for found in priming.unfit if found[0] in known),
-            longest=tuple(found for found in priming.longest if found[0] in known),
-        ),
+        priming,
+        done=tuple(primed for primed in priming.done if primed.opening in known),
+        unfit=tuple((opening, wrong) for opening, wrong in priming.unfit if opening in known),
+        longest=tuple((opening, seconds) for opening, seconds in priming.longest if opening in known),
     )
 
 
@@ -182,12 +173,12 @@ def ended(model: Model, fact: PrimeEnded) -> Model:
             return _unfit(model, fact)
     again = fact.why is Reason.CRASHED or fact.opening in priming.failed
     # One that it knew is answered late by a busy model, as any ping is.
-    blameless = fact.why in BLAMELESS or (was_read and fact.outcome is PrimeOutcome.TIMEOUT)
+    blameless = fact.why in BLAMELESS or fact.outcome is PrimeOutcome.TIMEOUT
     if not blameless:
         priming = replace(priming, failed=priming.failed | {fact.opening})
     # Nothing is sure any more: the next ping is a plain one.
     model = replace(model, priming=replace(priming, again_at=fact.at + AGAIN, done=()))
-    if model.policy.pinged and model.ping_at is not None:
+    if model.ping_at is not None:
         model = replace(model, ping_at=min(model.ping_at, fact.at))  # the verdict on the model is a ping's
     return _unfit(model, fact) if again and not blameless else model
 
@@ -231,7 +222,7 @@ def _proved(model: Model, at: float) -> Model:
 
 
 def _unfit(model: Model, fact: PrimeEnded) -> Model:
-    others = (found for found in model.priming.unfit if found[0] != fact.opening)
+    others = ((opening, wrong) for opening, wrong in model.priming.unfit if opening != fact.opening)
     unfit = (*others, (fact.opening, fact.message or "no words"))
     done = tuple(primed for primed in model.priming.done if primed.opening != fact.opening)
     return replace(model, priming=replace(model.priming, unfit=unfit, done=done))

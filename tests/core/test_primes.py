@@ -28,8 +28,8 @@ from keepalive.core.facts import (
     WaitEnded,
     WaitStarted,
 )
-from keepalive.core.primes import AGAIN, QUIET, chosen
-from keepalive.core.records import Model, Primed, Priming
+from keepalive.core.primes import chosen, label, next_primes
+from keepalive.core.records import Model, Pending, Ping, Primed, Priming
 from keepalive.core.states import IllegalMove, State
 from tests.kit.models import (
     GEMMA,
@@ -48,6 +48,7 @@ from tests.kit.models import (
     warm,
 )
 
+QUIET, AGAIN = 5.0, 60.0
 WISHES = chosen(Priming(), {"agent": None, "second": None})
 OK = PrimeOutcome.OK
 
@@ -110,7 +111,7 @@ def test_openings_are_replayed_in_their_order_one_at_a_time_and_once():
 
 def test_two_models_of_one_server_are_primed_one_after_the_other():
     other = replace(ours(), id=QWEN, rank=1, priming=WISHES)
-    box = Box(ours(priming=WISHES), other)
+    box = Box(other, ours(priming=WISHES))
     there = [entry("gemma", "gemma"), entry("qwen", "gemma")]
     assert primes(box.see(listed(30, *there)), 30) == [Prime(GEMMA, "gemma", "agent")]
 
@@ -207,6 +208,7 @@ def test_an_opening_that_was_read_counts_as_the_ping_of_its_interval():
     model = after(ours(priming=WISHES), *primed(100))
 
     assert (model.ping_at, model.pinged_at, model.seen_at) == (405, 105, 105)
+    assert model.last_ping == Ping(105, PingOutcome.OK, 5.0)
     assert model.state is State.WARM
     assert not model.calling
 
@@ -234,7 +236,7 @@ def test_what_users_read_by_themselves_is_not_replayed_and_is_no_ping():
     box = a_box().see(
         OpeningRead(25, GEMMA, "agent"), OpeningRead(26, GEMMA, "agent"), OpeningRead(26, GEMMA, "x")
     )
-    assert [(one.opening, one.ours) for one in box[GEMMA].priming.done] == [("agent", False)]
+    assert box[GEMMA].priming.done == (Primed("agent", 25, 0.0, ours=False),)
 
     assert first(box, 30) == [Prime(GEMMA, "gemma", "second")]
     assert SendPing(GEMMA, "gemma") in box.see(listed(400, *rows())).plan(400)
@@ -322,7 +324,7 @@ def test_an_opening_that_crashes_the_model_is_not_tried_again():
     assert model.priming.unfit == (("agent", "has crashed"),)
 
 
-@pytest.mark.parametrize("why", [Reason.UNAUTHORIZED, Reason.LOADING, Reason.UNLOADED])
+@pytest.mark.parametrize("why", [Reason.UNAUTHORIZED, Reason.LOADING, Reason.UNLOADED, Reason.UNKNOWN_MODEL])
 def test_what_an_opening_is_not_to_blame_for_is_not_held_against_it(why: Reason):
     model = ours(priming=WISHES)
     for at in (100, 200, 300):
@@ -371,7 +373,9 @@ def test_one_quick_answer_of_the_last_few_is_enough_to_go_on():
     model = after(ours(priming=WISHES), *primed(25), *answers(9, 9, 9, 9, 0.3, 9, 9, 9, 9))
 
     assert model.priming.useless is None
-    assert after(model, PrimedAnswered(300, GEMMA, "agent", 9.0)).priming.useless is not None
+    useless = after(model, PrimedAnswered(300, GEMMA, "agent", 9.0))
+    assert useless.priming.useless is not None
+    assert after(useless, PrimedAnswered(301, GEMMA, "agent", 0.1)).priming.useless is not None
 
 
 def test_an_opening_that_is_read_in_no_time_proves_nothing():
@@ -429,7 +433,7 @@ def test_what_was_learnt_is_kept_when_the_config_is_read_anew_while_the_model_is
 
     assert chosen(model.priming, {}, learns=True).learned == ("x",)
     assert [one.opening for one in chosen(model.priming, {}, learns=True).done] == ["x"]
-    assert chosen(model.priming, {}, learns=False) == Priming()
+    assert chosen(model.priming, {}, learns=False) == chosen(model.priming, {}) == Priming()
 
 
 def test_strangers_that_lm_studios_own_socket_shows_are_left_alone_too():
@@ -449,7 +453,9 @@ def test_an_opening_is_never_sent_to_what_is_not_loaded_nor_beside_another_call(
     for name, model in every_model().items():
         there = bool(model.instances) or (model.blind and model.state is State.WARM)
         if model.calling or not there:
-            with pytest.raises(IllegalMove):
+            with pytest.raises(
+                IllegalMove, match="an opening though nothing is loaded, or a call is under way"
+            ):
                 after(model, PrimeStarted(200, GEMMA, "agent"))
         else:
             assert after(model, PrimeStarted(200, GEMMA, "agent")).calling, name
@@ -481,3 +487,215 @@ def test_a_model_that_is_loaded_when_asked_for_is_primed_too_and_not_when_it_is_
     going = Box(replace(on_demand, draining=True)).see(listed(20, *rows()))
 
     assert first(going, 30) == []
+
+
+# --- line by line ---------------------------------------------------------------------------------------
+
+
+def a_pair(**changes: Any) -> Box:
+    """Gemma has read an opening, both are loaded, and all pings are due from 400 on."""
+    beside = replace(
+        ours(), id=QWEN, rank=1, instances=(Instance("qwen:2"),), ours=frozenset({"qwen:2"}), **changes
+    )
+    copy = {"instances": (Instance("gemma:2"),), "ours": frozenset({"gemma:2"})}
+    return Box(replace(ours(priming=WISHES), **copy), beside).see(*primed(25), *primed(31, "second"))
+
+
+def pair(at: float, *more: Any) -> Fact:
+    return listed(at, entry("gemma", "gemma:2"), entry("qwen", "qwen:2"), *more)
+
+
+def sent(box: Box, now: float) -> list[Any]:
+    return [action for action in box.plan(now) if isinstance(action, Prime | SendPing | GiveUpPrime)]
+
+
+def test_one_opening_stands_for_one_ping_and_goes_to_the_instance():
+    assert sent(a_pair().see(pair(400)), 400) == [Prime(GEMMA, "gemma:2", "agent"), SendPing(QWEN, "qwen:2")]
+
+
+def test_an_opening_goes_to_the_instance_and_where_none_shows_to_the_key():
+    unread = Box(replace(a_pair()[GEMMA], priming=WISHES)).see(listed(50, entry("gemma", "gemma:2")))
+    blind = replace(ours(priming=WISHES), instances=(), blind=True, state=State.WARM)
+    read = Box(blind).see(*primed(25), *primed(31, "second"), listed(340, entry("gemma"), tier=Tier.OPENAI))
+
+    assert primes(unread, 50) == [Prime(GEMMA, "gemma:2", "agent")]
+    assert sent(read, 340) == [Prime(GEMMA, "gemma", "agent")]
+
+
+PLAIN = [SendPing(GEMMA, "gemma:2"), SendPing(QWEN, "qwen:2")]
+
+
+def test_pings_are_plain_while_a_stranger_loads():
+    assert sent(a_pair().see(pair(400, entry("stranger", loading=True))), 400) == PLAIN
+
+
+def test_pings_are_plain_while_another_model_answers_or_reads():
+    assert sent(a_pair().see(pair(400), RequestStarted(400, QWEN)), 400) == PLAIN[:1]
+    reads = a_pair(priming=WISHES).see(PrimeStarted(399, QWEN, "agent"), pair(400))
+    assert sent(reads, 400) == PLAIN[:1]
+
+
+def test_pings_are_plain_where_priming_is_useless_or_the_model_is_to_go():
+    box = a_pair().see(*answers(9, 9, 9, 9, 9))
+    assert sent(box.see(pair(400)), 400) == PLAIN
+
+    box = a_pair()
+    box.models[GEMMA] = replace(box[GEMMA], draining=True, in_flight=1, state=State.WARM, policy=POLICY)
+
+    assert Prime(GEMMA, "gemma:2", "agent") not in sent(box.see(pair(400)), 400)
+
+
+def test_a_stranger_beside_our_opening_is_seen_on_whichever_copy_he_is():
+    copies = (Instance("gemma", queued=1), Instance("gemma:2", queued=2))
+    box = a_box().see(PrimeStarted(24, GEMMA, "agent"))
+
+    there = listed(30, replace(entry("gemma"), instances=copies))
+
+    assert primes(box.see(there), 30) == [GiveUpPrime(GEMMA, "agent")]
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        replace(ours(), id=QWEN, rank=1, in_flight=1),
+        replace(ours(), id=QWEN, rank=1, instances=(Instance("gemma", busy=True, queued=1),)),
+        replace(
+            cold(), id=QWEN, rank=1, pending=Pending(since=20, until=900, alive_at=20), state=State.LOADING
+        ),
+        replace(ours(), id=QWEN, rank=1, active_at=29.0),
+    ],
+    ids=["answers", "answers a stranger", "may be loading", "has just answered"],
+)
+def test_nothing_is_replayed_while_another_model_of_the_server(beside: Model):
+    model = ours(priming=WISHES)
+
+    assert next_primes([model, beside], 30, free=True) == []
+    assert next_primes([model, replace(ours(), id=QWEN, rank=1)], 30, free=True) != []
+
+
+def test_nothing_is_replayed_beside_a_ping():
+    box = a_box().see(PingStarted(29, GEMMA), listed(30, *rows()))
+
+    assert primes(box, 30) == []
+
+
+def test_an_opening_that_is_no_longer_wished_is_given_up():
+    box = a_box().see(PrimeStarted(24, GEMMA, "agent"))
+    box.models[GEMMA] = replace(box[GEMMA], priming=chosen(box[GEMMA].priming, {"second": None}))
+
+    assert primes(box, 25) == [GiveUpPrime(GEMMA, "agent")]
+
+
+def test_whoever_reads_the_config_anew_begins_anew_but_for_what_was_read_of_what_is_still_wished():
+    model = after(
+        ours(priming=chosen(Priming(), {"agent": None, "second": None, "third": None, "bad": "no file"})),
+        *primed(100),
+        *primed(110, "second"),
+        *primed(120, "third", PrimeOutcome.ERROR, message="cut"),
+        *primed(200),
+        *primed(210, "second"),
+        *answers(9, 9, 9, 9, 9),
+    )
+    before = model.priming
+    assert (before.failed, before.again_at, before.answers[-1]) == ({"third"}, 125 + AGAIN, 1.8)
+
+    assert chosen(before, {"agent": None, "other": "no file"}) == Priming(
+        openings=("agent", "other"),
+        done=(Primed("agent", 205, 5.0),),
+        unfit=(("other", "no file"),),
+        longest=(("agent", 5.0),),
+    )
+
+
+def test_what_was_learnt_anew_keeps_what_came_of_the_files():
+    model = after(
+        ours(priming=chosen(Priming(), {"agent": None, "bad": "no file"})),
+        OpeningsLearned(50, GEMMA, ("x",)),
+        *primed(100),
+        *primed(110, "x"),
+        OpeningsLearned(130, GEMMA, ("y",)),
+    )
+
+    assert model.priming == Priming(
+        openings=("agent", "bad"),
+        learned=("y",),
+        done=(Primed("agent", 105, 5.0),),
+        unfit=(("bad", "no file"),),
+        longest=(("agent", 5.0),),
+    )
+
+
+def test_an_answer_too_late_is_held_against_what_was_not_read_before_whatever_else_was():
+    model = after(ours(priming=WISHES), *primed(100, "second"))
+
+    late = after(model, *primed(110, "agent", PrimeOutcome.TIMEOUT, message="late"))
+
+    assert late.priming.unfit == (("agent", "late"),)
+
+
+def test_an_opening_counts_as_use_however_it_ends():
+    for outcome in PrimeOutcome:
+        assert after(ours(priming=WISHES), *primed(100, outcome=outcome)).used_at == 105
+
+
+def test_who_answers_late_what_was_read_before_is_busy_and_the_opening_is_not_to_blame():
+    read = after(ours(priming=WISHES), *primed(100))
+
+    assert after(read, *primed(110, outcome=PrimeOutcome.TIMEOUT)).priming.failed == frozenset()
+    assert after(read, *primed(110, outcome=PrimeOutcome.ERROR)).priming.failed == {"agent"}
+
+
+def test_what_failed_once_is_not_blamed_for_what_it_is_not_to_blame_for():
+    model = after(ours(priming=WISHES), *primed(100, outcome=PrimeOutcome.ERROR, message="cut"))
+
+    again = after(model, *primed(200, outcome=PrimeOutcome.ERROR, message="no", why=Reason.UNAUTHORIZED))
+
+    assert (again.priming.unfit, again.priming.failed) == ((), {"agent"})
+
+
+def test_what_went_well_meanwhile_has_not_failed_before():
+    error, well = PrimeOutcome.ERROR, PrimeOutcome.OK
+    model = ours(priming=WISHES)
+    for at, outcome in ((100, error), (200, well), (300, error)):
+        model = after(model, *primed(at, outcome=outcome, message="cut"))
+
+    assert (model.priming.unfit, model.priming.failed) == ((), {"agent"})
+
+
+def test_an_opening_that_was_read_twice_is_in_the_cache_once():
+    model = after(ours(priming=WISHES), *primed(100), *primed(200))
+
+    assert model.priming.done == (Primed("agent", 205, 5.0),)
+
+
+def test_an_opening_that_is_read_in_a_second_counts_and_eight_tenths_of_that_are_as_long():
+    second = [PrimeStarted(25, GEMMA, "agent"), PrimeEnded(26, GEMMA, "agent", OK, 1.0)]
+
+    assert after(ours(priming=WISHES), *second, *answers(*[0.8] * 5)).priming.useless is not None
+    assert after(ours(priming=WISHES), *second, *answers(*[0.79] * 5)).priming.useless is None
+
+
+def test_a_model_that_nobody_is_to_ping_is_not_pinged_because_of_an_opening():
+    quiet = after(
+        ours(priming=WISHES, policy=replace(POLICY, pinged=False)), listed(20, *rows()), *primed(100)
+    )
+
+    assert (quiet.state, quiet.ping_at) == (State.WARM, None)
+
+
+def test_an_opening_that_is_refused_after_all_is_unfit_once_with_the_last_reason_and_no_longer_read():
+    refused_twice = after(
+        ours(priming=WISHES),
+        *primed(100),
+        *primed(200, outcome=PrimeOutcome.REFUSED),
+        *primed(300, outcome=PrimeOutcome.REFUSED, message="no"),
+        *primed(400, "second", PrimeOutcome.REFUSED),
+    )
+
+    assert refused_twice.priming.unfit == (("agent", "no"), ("second", "no words"))
+    assert refused_twice.priming.done == ()
+
+
+def test_people_call_an_opening_by_its_file_without_the_mark_of_what_it_holds():
+    assert label("prompts/my agent.json 9f86d081") == "prompts/my agent.json"
+    assert label("agent") == "agent"

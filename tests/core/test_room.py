@@ -17,6 +17,7 @@ from keepalive.core.facts import (
     ModelId,
     Need,
     Occupant,
+    Sight,
     Tier,
     UnloadCause,
     UnloadEnded,
@@ -25,14 +26,14 @@ from keepalive.core.facts import (
 from keepalive.core.plan import arranged, plan
 from keepalive.core.records import Cause, Claim, Eviction, Model, Pending, Policy, Upstream, UpstreamState
 from keepalive.core.room import (
-    AHEAD_AFTER,
-    REFUSAL_HOLDS,
-    SETTLE,
+    Arrangement,
     is_in_use,
     limit,
     limit_source,
     manages,
+    next_to_go,
     source,
+    strangers,
     takes,
     used,
 )
@@ -40,6 +41,7 @@ from keepalive.core.states import State
 
 GB = 10**9
 NOW = 1000.0
+SETTLE, REFUSAL_HOLDS, AHEAD_AFTER = 3.0, 300.0, 300.0
 ROOM = UnloadCause.ROOM
 
 
@@ -100,6 +102,7 @@ def why(upstream: Upstream, model: Model, *others: Model) -> str | None:
     [
         (absent("a", 9, size_bytes=5 * GB), 9 * GB, "config"),
         (absent("a", None, size_bytes=5 * GB, need=Need(7 * GB)), 7 * GB, "estimate"),
+        (absent("a", None, size_bytes=5 * GB, need=Need(1)), 1, "estimate"),
         (absent("a", None, size_bytes=5 * GB, need=Need(0)), 6 * GB, "size"),
         (absent("a", None, size_bytes=5 * GB), 6 * GB, "size"),
         (absent("a", None, size_bytes=0), None, None),
@@ -129,6 +132,7 @@ def test_what_is_used_counts_every_copy_of_everybody_and_what_is_on_its_way():
         absent("b", 5, load_started=NOW),
         absent("c", 7, pending=Pending(NOW, NOW + 9, NOW)),
         absent("d", 11),
+        there("e", None),
     ]
 
     assert used(upstream, models) == (6 + 5 + 7 + 24) * GB
@@ -148,6 +152,7 @@ def test_a_refusal_tells_a_limit_until_a_load_shows_more_or_it_is_old():
     shown = there("b", granted_claim=Claim(20 * GB, NOW + 5))
     less = there("b", granted_claim=Claim(20 * GB - 1, NOW + 5))
     earlier = there("b", granted_claim=Claim(25 * GB, NOW - 5))
+    at_once = there("b", granted_claim=Claim(25 * GB, NOW))
 
     assert limit(up(None), [refused], NOW) == 20 * GB - 1
     assert limit(up(15), [refused], NOW) == 15 * GB
@@ -155,6 +160,8 @@ def test_a_refusal_tells_a_limit_until_a_load_shows_more_or_it_is_old():
     assert limit(up(None), [refused], NOW + REFUSAL_HOLDS) is None
     assert limit(up(None), [refused, shown], NOW + 6) is None
     assert limit(up(None), [refused, less], NOW + 6) == 20 * GB - 1
+    assert limit(up(None), [refused, at_once], NOW + 6) == 20 * GB - 1
+    assert limit(up(None), iter([refused, shown]), NOW + 6) is None
     assert limit(up(None), [refused, earlier], NOW + 6) == 20 * GB - 1
     assert limit_source(up(30), [refused], NOW) == "refusal"
     assert limit_source(up(15), [refused], NOW) == "config"
@@ -172,6 +179,7 @@ def test_a_refusal_tells_a_limit_until_a_load_shows_more_or_it_is_old():
         ({"instances": (Instance("a", busy=True),)}, NOW, True),
         ({"instances": (Instance("a", queued=1),)}, NOW, True),
         ({"instances": (Instance("a", busy=False, queued=0),)}, NOW, False),
+        ({"seen_by": Sight(late=True)}, NOW, True),
         ({"asked_for": True}, NOW, True),
         ({"use_at": NOW}, NOW + SETTLE - 0.1, True),
         ({"use_at": NOW}, NOW + SETTLE, False),
@@ -181,6 +189,33 @@ def test_a_refusal_tells_a_limit_until_a_load_shows_more_or_it_is_old():
 )
 def test_who_works_with_a_model_or_is_about_to_is_known(changes: dict[str, object], now: float, in_use: bool):
     assert is_in_use(there("a", **changes), now) is in_use
+
+
+def test_those_go_first_who_are_drained_then_the_least_recently_used_then_the_last_of_the_config():
+    first, last = there("first", rank=0), there("last", rank=1)
+    older, drained = (
+        there("older", rank=2, use_at=99.0),
+        there("drained", rank=3, use_at=900.0, draining=True),
+    )
+
+    assert next_to_go([first, last, older, drained], NOW) == [drained, older, last, first]
+
+
+def test_what_is_always_kept_or_just_would_not_go_is_not_among_those_that_may():
+    released = always(there("a", asked_for=False))
+    refused = there("b", letting_go=ROOM, retry_at=NOW + 0.1)
+    mended = there("c", letting_go=ROOM)
+    failed = there("d", retry_at=NOW + 5)
+
+    assert next_to_go([released, refused, mended, failed], NOW) == [mended, failed]
+    assert next_to_go([refused], NOW + 0.1) == [refused]
+
+
+def test_strangers_are_what_nobody_keeps_and_what_we_keep_but_did_not_load():
+    found, coming = there("b", ours=frozenset()), there("c", ours=frozenset(), load_started=NOW)
+    upstream = up(occupants=(Occupant("theirs", 1, GB), Occupant("b", 1, GB)))
+
+    assert strangers(upstream, [there("a"), found, coming, absent("d")]) == ["theirs", "b"]
 
 
 # --- who is let in, and who goes ------------------------------------------------------------------
@@ -579,7 +614,7 @@ def test_a_variant_that_is_kept_is_counted_once():
     upstream = up(30, occupants=(Occupant("acme/a", 1, 8 * GB),))
     variant = there("acme/a@q4", 10, instances=(Instance("acme/a"),), ours=frozenset({"acme/a"}))
 
-    assert used(upstream, [variant]) == 10 * GB
+    assert used(upstream, iter([variant])) == 10 * GB
 
 
 def test_what_goes_is_not_pinged_on_its_way_out():
@@ -638,3 +673,331 @@ def test_what_is_gone_before_its_unload_has_ended_makes_no_room_a_second_time():
     gone = absent("a", 20, unloading=True)
 
     assert planned(up(), gone, there("b", 20), asked("c", 20)) == [Unload(ident("b"), "b", ROOM)]
+
+
+# --- line by line ----------------------------------------------------------------------------------
+
+
+def arrangement(upstream: Upstream, *models: Model, now: float = NOW) -> Arrangement:
+    room = arranged(upstream, models, now)
+    assert room is not None
+    return room
+
+
+def copied(key: str, gigabytes: float, *others: str, **changes: object) -> Model:
+    """Ours, and further copies of it that are ours, too."""
+    ids = (key, *others)
+    return there(
+        key, gigabytes, **{"instances": tuple(map(Instance, ids)), "ours": frozenset(ids), **changes}
+    )
+
+
+def test_where_nothing_is_kept_nothing_is_arranged():
+    assert arrangement(up()) == Arrangement()
+
+
+def test_as_many_are_let_in_as_may_be_loaded_at_once():
+    two = asked("a", since=NOW - 20), asked("b")
+
+    assert planned(up(), *two) == [Load(ident("a"), claim=10 * GB)]
+    assert planned(up(max_loading=2), *two) == [
+        Load(ident("a"), claim=10 * GB),
+        Load(ident("b"), claim=20 * GB),
+    ]
+
+
+def test_whose_room_is_being_made_is_the_next_to_be_loaded():
+    models = there("i", 20), asked("a", 25, since=NOW - 20), asked("b", 5)
+
+    assert planned(up(), *models) == [Unload(ident("i"), "i", ROOM)]
+    assert planned(up(max_loading=2), *models) == [
+        Unload(ident("i"), "i", ROOM),
+        Load(ident("b"), claim=30 * GB),
+    ]
+
+
+def test_room_that_is_being_made_for_one_is_not_promised_to_another():
+    going, idle, busy = there("g", 20, unloading=True), there("i", 20), there("b", 10, in_flight=1)
+    first, second = asked("c", 20, since=NOW - 140), asked("d", since=NOW - 130)
+
+    assert planned(up(max_loading=2), going, busy, first, second) == [Drain(ident("b"))]
+    assert planned(up(max_loading=2), idle, busy, first, second) == [
+        Drain(ident("b")),
+        Unload(ident("i"), "i", ROOM),
+    ]
+    assert planned(up(max_loading=2), idle, there("j"), first, second) == [
+        Unload(ident("i"), "i", ROOM),
+        Unload(ident("j"), "j", ROOM),
+    ]
+
+
+def test_what_goes_for_one_beside_what_goes_already_makes_no_room_for_another():
+    going, idle, busy = there("g", unloading=True), there("i"), there("b", in_flight=1)
+    first, second = asked("c", 20, since=NOW - 140), asked("d", since=NOW - 130)
+
+    assert planned(up(max_loading=2), going, idle, busy, first, second) == [
+        Drain(ident("b")),
+        Unload(ident("i"), "i", ROOM),
+    ]
+
+
+def test_who_waits_for_what_is_being_unloaded_has_the_room_before_what_would_fit_now():
+    going, large, small = there("g", 20, unloading=True), asked("c", 30, since=NOW - 20), asked("d", 5)
+
+    assert planned(up(max_loading=2), going, large, small) == []
+
+
+def test_an_always_model_that_nobody_wants_now_or_that_is_not_there_keeps_no_room():
+    for changes in ({"asked_for": False}, {"listed": False}):
+        assert planned(up(), always(absent("k", 25, **changes)), asked("a")) == [
+            Load(ident("a"), claim=10 * GB)
+        ]
+
+
+def test_always_models_fill_the_budget_to_the_last_byte():
+    models = always(absent("a", 15)), always(absent("b", 15, rank=1))
+
+    assert planned(up(max_loading=2), *models) == [Load(m.id, claim=30 * GB) for m in models]
+
+
+def test_what_is_in_memory_beyond_the_budget_is_never_said_to_have_no_room():
+    kept = always(there("a", 20)), always(there("b", 20, rank=1))
+
+    assert arrangement(up(10), there("c", 20)).never == {}
+    assert list(arrangement(up(), *kept, asked("d", 5)).never) == [ident("d")]
+
+
+def test_what_never_fits_says_of_what():
+    assert why(up(), asked("a", 31)) == "there is no room for it: it takes 31.0 GB, and the budget is 30.0 GB"
+
+
+def test_room_for_an_always_model_that_lacks_it_stays_kept():
+    waits, busy = always(absent("a", 25, since=NOW - 10)), there("b", 20, in_flight=1)
+
+    assert planned(up(40), waits, busy, asked("d", 5)) == []
+
+
+def test_of_always_models_none_waits_behind_another():
+    waits, behind = always(absent("a", 25)), always(absent("c", 5, rank=1, since=NOW - 10))
+    room = arrangement(up(40, max_loading=2), waits, behind, there("b", 20, in_flight=1))
+
+    assert room.waits[ident("c")] == (
+        "waits for room: it takes 5.0 GB, and 0.0 GB are free; b makes room when its answers have ended"
+    )
+
+
+def test_room_that_is_kept_for_one_who_has_waited_long_stays_kept_behind_one_who_has_not():
+    no = {"need": Need(9 * GB, passes_guardrails=False)}
+    first, second = always(absent("a", None, **no)), always(absent("b", None, rank=1, since=NOW - 10, **no))
+    third = asked("d", None, need=Need(GB, passes_guardrails=True))
+
+    assert planned(up(None, max_loading=3), first, second, third, there("c", 9, in_flight=1)) == [
+        Drain(ident("c"))
+    ]
+
+
+# --- copies ----------------------------------------------------------------------------------------
+
+
+def test_of_a_copy_of_ours_beside_a_strangers_ours_is_the_superfluous_one():
+    both = always(there("a", instances=(Instance("a"), Instance("a:2"))))
+
+    assert planned(up(), both, asked("c", 20)) == [Unload(ident("a"), "a", ROOM)]
+
+
+def test_two_copies_of_a_stranger_are_his():
+    both = always(there("a", instances=(Instance("a"), Instance("a:2")), ours=frozenset()))
+
+    assert planned(up(), both, asked("c", 20)) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"in_flight": 1},
+        {"pinging": True},
+        {"seen_by": Sight(late=True)},
+        {"letting_go": ROOM, "retry_at": NOW + 5},
+    ],
+    ids=["in use", "being pinged", "perhaps in use by a stranger", "just refused to be unloaded"],
+)
+def test_a_superfluous_copy_stays_while_it_is(changes: dict[str, object]):
+    assert planned(up(), always(copied("a", 10, "a:2", **changes)), asked("c", 20)) == []
+
+
+def test_on_an_old_server_no_superfluous_copy_can_go():
+    room = arrangement(up(20, tier=Tier.V0, auto_evict=False), always(copied("a", 5, "a:2")), asked("b", 15))
+
+    assert list(room.never) == [ident("b")]
+
+
+def test_all_copies_of_a_model_go_where_all_are_needed_the_youngest_first():
+    assert planned(up(), copied("a", 10, "a:2", "a:3"), asked("b", 30)) == [Unload(ident("a"), "a:3", ROOM)]
+
+
+def test_all_copies_of_a_model_count_when_it_is_weighed_whether_it_may_stay():
+    first, second = copied("a", 5, "a:2", "a:3", use_at=50.0), there("b", 20)
+
+    assert planned(up(35), first, second, asked("c", 20)) == [
+        Unload(ident("b"), "b", ROOM),
+        Unload(ident("a"), "a:3", ROOM),
+    ]
+    assert (
+        arrangement(up(35), first, second, asked("c", 20)).waits[ident("c")]
+        == "waits for room: b, a makes room"
+    )
+    assert (
+        arrangement(up(35), first, second, asked("c", 28)).waits[ident("c")]
+        == "waits for room: a, b makes room"
+    )
+
+
+# --- who is drained --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "left_alone",
+    [
+        there("b", 20, in_flight=1, ours=frozenset()),
+        always(there("b", 20, in_flight=1)),
+        there("b", 20, in_flight=1, state=State.LOADING),
+        there("b", 20, in_flight=1, pinging=True),
+        there("b", 20, in_flight=1, asked_for=True),
+        there("b", 20, letting_go=ROOM, retry_at=NOW + 5),
+    ],
+    ids=["not ours", "always", "not proved", "in a call", "wanted by hand", "just refused to be unloaded"],
+)
+def test_is_never_drained_what_is(left_alone: Model):
+    assert planned(up(), asked("a", 25, since=NOW - 500), left_alone) == []
+
+
+def test_what_is_drained_stays_drained_though_others_wait_for_it():
+    drained = there("b", 20, in_flight=1, draining=True, waiting=2, waiting_since=NOW - 5)
+
+    assert planned(up(), asked("a", 25, since=NOW - 500), drained) == []
+
+
+def test_of_equals_the_last_of_the_config_is_drained_and_what_never_was_loaded_costs_nothing():
+    waits = asked("a", 15, since=NOW - 120)
+    busy = [there(key, 15, in_flight=1, rank=n) for n, key in enumerate("bc")]
+    cheap = replace(busy[0], recent_loads=(0.5,))
+
+    assert planned(up(), waits, *busy) == [Drain(ident("c"))]
+    assert planned(up(), waits, replace(busy[0], rank=9), replace(busy[1], recent_loads=(0.5,))) == [
+        Drain(ident("b"))
+    ]
+    assert planned(up(), waits, cheap, busy[1]) == [Drain(ident("c"))]
+
+
+# --- one at a time ---------------------------------------------------------------------------------
+
+
+def test_where_one_fits_for_all_that_is_known_the_next_waits_for_the_load_of_the_first():
+    loads = absent("a", 1, load_started=NOW, waiting=1)
+
+    assert planned(up(None, max_loading=2), loads, asked("b", 1)) == []
+    assert planned(up(None, max_loading=2), asked("a", 1, since=NOW - 20), asked("b", 1)) == [
+        Load(ident("a"), claim=GB)
+    ]
+
+
+def test_what_is_always_kept_comes_in_beside_the_one():
+    assert planned(up(None), there("a"), always(absent("k"))) == [Load(ident("k"), claim=20 * GB)]
+
+
+def test_an_estimate_alone_is_no_word_that_more_than_one_fits():
+    need = {"need": Need(9 * GB)}
+
+    assert planned(up(None), there("b", 9), asked("a", None, **need)) == [Unload(ident("b"), "b", ROOM)]
+
+
+def test_what_nobody_can_tell_the_size_of_counts_for_nothing_where_no_limit_is_known():
+    assert planned(up(None), always(there("k", None)), asked("a")) == [Load(ident("a"), claim=10 * GB)]
+
+
+def test_on_an_old_server_that_displaces_there_is_one_at_a_time_whatever_the_budget():
+    upstream = up(30, tier=Tier.V0, auto_evict=True, resident=frozenset({"b"}))
+
+    assert planned(upstream, there("b"), asked("a")) == [Load(ident("a"), claim=10 * GB)]
+
+
+def test_on_an_old_server_that_may_displace_nothing_is_loaded_beside_what_is_always_kept():
+    upstream = up(None, tier=Tier.V0, resident=frozenset({"k"}))
+
+    assert planned(upstream, always(there("k")), asked("a")) == []
+
+
+def test_the_word_of_lm_studio_is_old_until_some_time_after_the_last_change_of_any_model():
+    no = asked("a", None, need=Need(9 * GB, passes_guardrails=False))
+
+    for touched in ((-5, -9), (-9, -5)):
+        models = [there(key, 9, touched_at=NOW + at) for key, at in zip("bc", touched, strict=True)]
+        assert planned(up(None), *models, no) == [Load(ident("a"), claim=27 * GB)]
+
+
+# --- whether there is hope, and what is said -------------------------------------------------------
+
+
+def test_whose_limit_is_known_by_a_refusal_has_no_hope_by_what_is_always_kept():
+    refused = asked("a", 9, refused_claim=Claim(27 * GB, NOW))
+
+    assert list(arrangement(up(None), refused, always(there("k", 20))).never) == [ident("a")]
+
+
+@pytest.mark.parametrize(
+    "in_the_way",
+    [
+        absent("b", 20, load_started=NOW, waiting=1),
+        there("b", 20, in_flight=1),
+        copied("b", 10, "b:2", in_flight=1),
+    ],
+    ids=["is on its way", "fits to the last byte", "has two copies"],
+)
+def test_there_is_hope_while_what_is_in_the_way_is_ours_and(in_the_way: Model):
+    room = arrangement(occupied(30, 10, max_loading=2), asked("a", 20), in_the_way)
+
+    assert room.never == {}
+    assert list(room.waits) == [ident("a")]
+
+
+def test_what_it_waits_for_names_those_who_answer_and_not_what_lies_idle():
+    idle, busy = there("i", 5), [there(key, 12, in_flight=1) for key in "bc"]
+    end = "b, c is in use; it makes room when its answers have ended"
+    fresh = there("b", 20, waiting=4, waiting_since=NOW - 60)
+    waits = asked("a", 25)
+
+    assert why(up(), waits, idle, *busy) == f"waits for room: it takes 25.0 GB, and 1.0 GB are free; {end}"
+    assert why(up(), waits, idle, fresh) == "waits for room: it takes 25.0 GB, and 5.0 GB are free"
+    assert why(occupied(25, 5), asked("a", 15), *busy) == (
+        f"waits for room: it takes 15.0 GB, and 0.0 GB are free; {end}"
+    )
+
+
+def test_what_it_waits_for_tells_once_room_is_being_made():
+    busy = [there(key, 15, in_flight=1, recent_loads=(took,)) for key, took in (("b", 90.0), ("c", 9.0))]
+
+    assert why(up(), asked("a", 15, since=NOW - 120), *busy) == (
+        "waits for room: it takes 15.0 GB, and 0.0 GB are free; c, b makes room when its answers have ended"
+    )
+
+
+# --- ahead of demand, at the edges -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lately("a", last_eviction=Eviction(NOW - AHEAD_AFTER, Cause.UNKNOWN, 0.0)),
+        lately("a", policy=policy(10, idle=61.0)),
+        lately("a", asks=0.05, asks_at=NOW),
+    ],
+    ids=["lost long enough ago", "not yet idle for its time", "just worth it"],
+)
+def test_what_is_just_worth_it_is_loaded_ahead(model: Model):
+    assert planned(up(), model) == [Load(ident("a"), ahead=True, claim=10 * GB)]
+
+
+def test_of_two_that_were_asked_for_as_much_the_first_of_the_config_is_loaded_ahead():
+    assert planned(up(), lately("b", rank=1), lately("a", rank=0)) == [
+        Load(ident("a"), ahead=True, claim=10 * GB)
+    ]
