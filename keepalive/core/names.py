@@ -178,10 +178,9 @@ class Names:
     def _named(self, name: str, up: Collection[str]) -> Meaning:
         folded = fold_key(name)
         models, renamed = self._kept(folded)
-        still = frozenset[str]()
-        if folded not in self._by_key and not renamed:
-            still = self._open(folded)
         if models:
+            sure = folded in self._by_key or renamed
+            still = frozenset[str]() if sure else self._open(folded)
             order = {m.upstream: (m.upstream not in up, not self._loaded(m)) for m in models}
             return Meaning(min(order, key=order.__getitem__), models, open=still, renamed=renamed)
         here = []
@@ -197,7 +196,7 @@ class Names:
         # A variant that is loaded answers to the key, and may stand in for another one.
         related = self._related(folded)
         perhaps = tuple(m for m in related if m.upstream == upstream and self._loaded(m))
-        return Meaning(upstream, perhaps=perhaps, open=still)
+        return Meaning(upstream, perhaps=perhaps)
 
     def _kept(self, folded: str) -> tuple[tuple[ModelId, ...], bool]:
         """The kept models of a folded name, and whether LM Studio knows them by another one."""
@@ -210,11 +209,11 @@ class Names:
         models = tuple(m for m in self._aliases if self._is_instance(m, folded)) or self._by_variant(folded)
         if models:
             return models, False
+        if any(folded in listing.entries for listing in self._listings.values()):
+            return (), False
+        # A copy that is gone, or not listed yet.
         plain = COPY_NUMBER.sub("", folded)
-        if plain != folded and not any(folded in listing.entries for listing in self._listings.values()):
-            # A copy that is gone, or not listed yet.
-            return self._by_key.get(plain) or self._by_variant(plain), False
-        return (), False
+        return self._by_key.get(plain) or self._by_variant(plain), False
 
     def _by_variant(self, folded: str) -> tuple[ModelId, ...]:
         """`key@variant` where the key is kept, and the key where a variant of it is kept."""

@@ -236,3 +236,117 @@ def test_all_that_is_loaded_is_told_each_once_whatever_it_is_called():
     made = names(LOADED, row("idle"), upstreams=("a", "b"), b=[row("other", "mine")])
 
     assert made.loaded() == [TINY, ModelId("b", "other")]
+
+
+# --- line by line -------------------------------------------------------------------------------------------------
+
+
+def test_the_name_is_written_as_the_model_of_the_upstream_that_is_asked_is_called_there():
+    elsewhere = ModelId("b", "acme/tiny-4b-gguf")
+    made = names(row("acme/tiny-4b"), kept={elsewhere: ["it"], TINY: ["it"]}, upstreams=("a", "b"))
+
+    meaning = made.meaning("it", {"a"})
+
+    assert (meaning.upstream, meaning.written()) == ("a", "acme/tiny-4b")
+
+
+def test_of_several_upstreams_that_keep_it_the_one_that_is_up_comes_first_then_the_one_that_has_it_loaded():
+    cold, warm = row("acme/tiny-4b"), row("acme/tiny-4b", "acme/tiny-4b")
+    both = {TINY: (), TINY_B: ()}
+
+    def asked(on_a, on_b, *up):
+        made = names(on_a, kept=both, upstreams=("a", "b"), b=[on_b])
+        return made.meaning("acme/tiny-4b", set(up)).upstream
+
+    assert asked(cold, cold, "a", "b") == asked(cold, cold) == "a"
+    assert asked(cold, warm, "a", "b") == "b"
+    assert asked(warm, cold, "a", "b") == "a"
+    assert asked(warm, cold, "b") == "b"
+
+
+def test_a_variant_that_a_listing_does_not_name_is_none_of_those_that_it_does_name():
+    made = names(row("on-a", variants=("on-a@q4",)), row("plain"))
+
+    assert made.meaning("on-a@q8") == Meaning("a", known=False)
+    assert made.meaning("plain@q8") == Meaning("a")
+
+
+def test_a_listed_key_comes_before_an_instance_that_is_called_like_it():
+    made = names(row("x", "y"), row("y"), kept={})
+
+    assert made.row("a", "y").key == "y"
+
+
+def test_the_row_of_a_name_is_found_by_key_instance_and_by_the_variant_that_is_loaded():
+    made = names(LOADED, row("bare"), upstreams=("a", "b"), b=None)
+
+    for name in ("acme/tiny-4b", "ACME/Tiny-4B", "my-own", "acme/tiny-4b@Q4_K_M"):
+        assert made.row("a", name) is LOADED
+    assert made.row("a", "acme/tiny-4b@q8_0") is None
+    assert made.row("a", "bare@q8_0").key == "bare"  # nothing is known of its variants
+    assert made.row("a", "nobody") is None
+    assert made.row("b", "acme/tiny-4b") is None
+
+
+def test_a_row_that_is_a_variant_itself_is_found_by_its_key():
+    itself = row("acme/tiny-4b@q8_0", selected="acme/tiny-4b@q4_k_m")
+
+    assert names(itself).row("a", "acme/tiny-4b@Q8_0") is itself
+
+
+def test_an_instance_whose_name_has_an_at_is_no_other_variant_than_what_is_loaded():
+    odd = row("acme/tiny-4b", "mine@home", selected=None)
+
+    assert names(odd).row("a", "mine@home") is odd
+
+
+def test_a_new_listing_is_heard_and_the_same_again_changes_nothing():
+    made = names(row("x"), kept={})
+    made.listed("a", {"y": row("y")})
+    assert (made.row("a", "x"), made.row("a", "y")) == (None, row("y"))
+
+    first = {"y": row("y", "copy")}
+    made.listed("a", first)
+    made.listed("a", {"y": row("y", "copy")})
+
+    assert made.row("a", "copy") is first["y"]
+
+
+def test_what_an_upstream_that_left_listed_is_not_loaded_any_more():
+    made = names(LOADED, upstreams=("a", "b"), b=[row("other", "mine")])
+    made.configure(["a"], {TINY: ()})
+
+    assert made.loaded() == [TINY]
+
+
+def test_where_nobody_may_stand_in_the_default_does_not():
+    made = names(LISTED, default="acme/tiny-4b")
+
+    assert made.meaning("nobody", default=False) == Meaning("a", known=False)
+
+
+def test_a_model_without_aliases_has_no_row_of_them():
+    assert names(LISTED, kept={TINY: ()}).rows("a") == {}
+
+
+def test_only_of_a_variant_may_a_first_listing_tell_that_it_is_another_model():
+    bare, variant = TINY, ModelId("a", "acme/tiny-4b@q4_k_m")
+    made = names(kept={bare: ["acme/tiny-4b@q8_0"], variant: ()}, a=None)
+
+    for name in ("acme/tiny-4b", "acme/tiny-4b@q4_k_m", "acme/tiny-4b@q8_0"):
+        assert made.meaning(name).open == set()
+    assert made.meaning("acme/tiny-4b@f16").open == {"a"}
+
+
+def test_what_may_answer_in_its_place_is_on_the_upstream_that_is_asked():
+    other = row("acme/tiny-4b", "acme/tiny-4b", variants=VARIANTS, selected=VARIANTS[0])
+    made = names(LOADED, kept={TINY: (), TINY_B: ()}, upstreams=("a", "b"), b=[other])
+
+    assert made.meaning("acme/tiny-4b@q8_0", {"a", "b"}) == Meaning("a", perhaps=(TINY,))
+
+
+def test_a_copy_is_listed_as_a_key_where_any_upstream_lists_it_so():
+    made = names(row("coder"), kept={CODER: ()}, upstreams=("a", "b"), b=[row("coder:7")])
+
+    assert made.find("coder:7") == ()
+    assert made.meaning("coder:7") == Meaning("b")
