@@ -37,8 +37,17 @@ PROJECT = Path(__file__).parent.parent
 EXPLAINED = Path(__file__).with_suffix(".txt")
 # Where the name of the test file does not say it, or not all of it.
 TESTS: Mapping[str, Sequence[str]] = {
-    # Two of its figures are what the records are given by.
-    "keepalive/core/records.py": ("tests/core/test_records.py", "tests/core/test_calls.py"),
+    # What the socket shows is one matter in several files.
+    "keepalive/core/calls.py": ("tests/core/test_calls.py", "tests/core/test_sight.py"),
+    "keepalive/core/evictions.py": ("tests/core/test_evictions.py", "tests/core/test_sight.py"),
+    "keepalive/core/explain.py": ("tests/core/test_explain.py", "tests/core/test_sight.py"),
+    "keepalive/core/listings.py": ("tests/core/test_listings.py", "tests/core/test_sight.py"),
+    # And two of its figures are what the records are given by.
+    "keepalive/core/records.py": (
+        "tests/core/test_records.py",
+        "tests/core/test_calls.py",
+        "tests/core/test_sight.py",
+    ),
     # The diagram stands in README, and nowhere else.
     "keepalive/core/states.py": (
         "tests/core/test_states.py",

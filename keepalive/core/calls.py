@@ -48,7 +48,6 @@ def load_started(model: Model, fact: LoadStarted) -> Model:
     return replace(
         model,
         load_started=fact.at,
-        progress=None,
         retry_at=None,
         claim=fact.claim,
         ahead=fact.ahead,

@@ -27,7 +27,7 @@ from keepalive.core.facts import (
     UnloadEnded,
     UnloadStarted,
 )
-from keepalive.core.records import UNSEEN, Cause, Model, Pending, Ping, Policy
+from keepalive.core.records import UNSEEN, Cause, Claim, Model, Pending, Ping, Policy
 from keepalive.core.states import IllegalMove, State
 from tests.kit.models import (
     GEMMA,
@@ -199,14 +199,18 @@ def test_an_unload_that_fails_is_tried_again_later_and_says_so():
 
 
 def test_a_load_that_begins_ends_what_held_it_off():
-    before = tried(State.BACKOFF, instances=(), pending=None)
+    before = tried(State.BACKOFF, instances=(), pending=None, draining=True, letting_go=UnloadCause.ROOM)
 
-    assert changed(before, apply(before, LoadStarted(50, GEMMA))) == {
+    assert changed(before, apply(before, LoadStarted(50, GEMMA, ahead=True, claim=7))) == {
         "state": State.LOADING,
         "since": 50,
         "reason": None,
         "load_started": 50,
         "retry_at": None,
+        "claim": 7,
+        "ahead": True,
+        "draining": False,
+        "letting_go": None,
     }
 
 
@@ -336,6 +340,32 @@ def test_a_load_that_failed_says_why_and_is_tried_again():
     assert apply(before, load_ended(50, LoadOutcome.FAILED)).reason == "the load failed"
 
 
+def test_a_load_that_the_server_answers_by_saying_that_it_loads_goes_on():
+    for outcome in (LoadOutcome.UNKNOWN, LoadOutcome.FAILED):
+        model = apply(loading(), load_ended(50, outcome, message="not yet", why=Reason.LOADING))
+
+        assert (model.state, model.reason) == (State.LOADING, "the server says that it is loading: not yet")
+        assert (model.load_started, model.failures) == (None, 2)
+    silent = apply(loading(), load_ended(50, LoadOutcome.UNKNOWN, why=Reason.LOADING))
+    assert silent.reason == "the server says that it is loading: no more words"
+
+
+def test_a_load_that_was_granted_tells_how_much_fits_and_one_that_was_refused_how_much_does_not():
+    before = loading(claim=7, failures=0)
+    unclaimed = loading(failures=0, granted_claim=Claim(5, 1.0), refused_claim=Claim(6, 2.0))
+
+    granted = apply(before, load_ended(50))
+    refused = apply(before, load_ended(50, LoadOutcome.REFUSED))
+    unheard = apply(before, load_ended(50, LoadOutcome.REFUSED, why=Reason.UNAUTHORIZED))
+
+    assert (granted.granted_claim, granted.refused_claim) == (Claim(7, 50), None)
+    assert (refused.granted_claim, refused.refused_claim, refused.retry_at) == (None, Claim(7, 50), 55.0)
+    assert (unheard.refused_claim, unheard.retry_at) == (None, 110.0)
+    assert apply(unclaimed, load_ended(50)).granted_claim is None
+    assert apply(unclaimed, load_ended(50, LoadOutcome.REFUSED)).refused_claim == Claim(6, 2.0)
+    assert apply(replace(before, failures=9), load_ended(50, LoadOutcome.REFUSED)).retry_at == 350.0
+
+
 def test_a_ping_is_under_way_from_its_beginning():
     before = tried(State.WARM)
 
@@ -455,6 +485,13 @@ def test_an_answer_that_is_none_disproves_the_model():
     }
 
 
+def test_a_ping_that_the_server_answers_by_saying_that_it_loads_is_asked_again_soon():
+    model = apply(pinging(), PingEnded(50, GEMMA, PingOutcome.ERROR, 1.0, "not yet", Reason.LOADING))
+
+    assert (model.state, model.ping_at) == (State.LOADING, 52.0)
+    assert (model.reason, model.failures) == ("the server says that it is loading: not yet", 2)
+
+
 def test_a_ping_that_tells_of_a_crash_makes_it_a_suspect():
     model = apply(
         pinging(crashed=False, suspected=None), PingEnded(50, GEMMA, PingOutcome.ERROR, why=Reason.CRASHED)
@@ -466,7 +503,10 @@ def test_a_ping_that_tells_of_a_crash_makes_it_a_suspect():
 def test_an_unload_is_under_way_from_its_beginning():
     before = tried(State.WARM)
 
-    assert changed(before, apply(before, UnloadStarted(50, GEMMA, "gemma"))) == {"unloading": True}
+    assert changed(before, apply(before, UnloadStarted(50, GEMMA, "gemma", UnloadCause.IDLE))) == {
+        "unloading": True,
+        "letting_go": UnloadCause.IDLE,
+    }
 
 
 @pytest.mark.parametrize(("instance", "busy"), [("gemma:2", False), ("gemma", True)])
@@ -495,10 +535,12 @@ def test_what_is_unloaded_is_gone_at_once():
 
 def test_another_copy_stays_when_one_is_unloaded():
     copies = (Instance("gemma:2"), Instance("gemma"))
-    before = tried(State.WARM, unloading=True, instances=copies, ours=frozenset({"gemma", "gemma:2"}))
+    ids = frozenset({"gemma", "gemma:2"})
+    before = tried(State.WARM, unloading=True, draining=True, instances=copies, ours=ids)
 
     assert changed(before, apply(before, UnloadEnded(50, GEMMA, "gemma"))) == {
         "unloading": False,
+        "draining": False,
         "touched_at": 50,
         "instances": (Instance("gemma:2"),),
         "ours": {"gemma:2"},
@@ -531,6 +573,7 @@ def test_a_ping_that_is_refused_as_a_request_is_no_illness_of_what_is_listed(sta
 
     assert (model.state, model.reason, model.retry_at) == (State.WARM, REFUSED, None)
     assert (model.last_ping, model.ping_at) == (Ping(50, PingOutcome.REFUSED, 0.2), 350)
+    assert apply(before, PingEnded(50, GEMMA, PingOutcome.REFUSED)).refused == "no words"
     assert model.pinged_at == before.pinged_at
 
 

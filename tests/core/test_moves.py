@@ -6,7 +6,8 @@ import pytest
 
 from keepalive.core.errors import Reason
 from keepalive.core.facts import PingEnded, PingOutcome, PingStarted
-from keepalive.core.moves import absent, backoff, failed, move, proved
+from keepalive.core.moves import absent, backoff, failed, move, proved, says_that_it_loads
+from keepalive.core.records import Cause, Pending
 from keepalive.core.states import IllegalMove, Sign, State
 from tests.kit.models import GEMMA, a_model, after, changed, cold, ours, tried, warm
 
@@ -33,6 +34,42 @@ def test_a_move_that_the_table_does_not_know_says_which():
 def test_it_waits_5_seconds_after_the_first_failure_doubling_to_300():
     assert [backoff(failures) for failures in range(1, 9)] == [5, 10, 20, 40, 80, 160, 300, 300]
     assert backoff(100_000) == 300
+
+
+# --- it says that it is loading -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("known", "believed"),
+    [
+        (None, Pending(50.0, 52.0, alive_at=50.0, seen=True, ours=False)),
+        (
+            Pending(10.0, 12.0, alive_at=10.0, seen=True, ours=False),
+            Pending(10.0, 52.0, alive_at=50.0, seen=True, ours=False),
+        ),
+        (Pending(10.0, 99.0, alive_at=10.0), Pending(10.0, 99.0, alive_at=50.0)),
+    ],
+    ids=["nothing was known", "it has said so before", "a load of ours"],
+)
+def test_what_says_that_it_loads_is_looked_at_again_soon(known: Pending | None, believed: Pending):
+    before = tried(State.WARM, pending=known, suspected=None)
+
+    assert changed(before, says_that_it_loads(before, 50.0, "not yet")) == {
+        "state": State.LOADING,
+        "since": 50.0,
+        "reason": "the server says that it is loading: not yet",
+        "pending": believed,
+        "suspected": Cause.RESTART,
+        "busy": False,
+        "ping_at": 52.0,
+    }
+
+
+def test_what_says_that_it_loads_keeps_what_it_is_suspected_of_and_says_nothing_of_our_own_load():
+    crashed, ours = tried(State.WARM, suspected=Cause.CRASH), tried(State.LOADING, load_started=30.0)
+
+    assert says_that_it_loads(crashed, 50.0, "not yet").suspected is Cause.CRASH
+    assert says_that_it_loads(ours, 50.0, "not yet") is ours
 
 
 # --- it answered ----------------------------------------------------------------------------------
