@@ -324,8 +324,8 @@ class _Requests:
             return
         first = None if seen.first_token_seconds is None else round(seen.first_token_seconds, 3)
         waited, seconds = round(seen.wait_seconds, 3), round(seen.seconds, 3)
-        frame = _json_frame if self._as_json else _fields_frame
-        before, after = frame(seen.route, seen.model, seen.outcome, seen.status, seen.start, seen.key, level)
+        known = seen.route, seen.model, seen.outcome, seen.status, seen.start, seen.key, level
+        before, after = _frame(*known, as_json=self._as_json)
         if self._as_json:
             line = (
                 f'{before}, "waited": {waited}, "first_token": {"null" if first is None else first}, '
@@ -349,11 +349,8 @@ class _Requests:
         return f"{self._date}.{rest // 1000:06}Z"
 
 
-_Frame = tuple[str, str]
-
-
 @lru_cache(512)
-def _json_frame(
+def _frame(
     route: str,
     model: ModelId | None,
     outcome: Outcome,
@@ -361,30 +358,11 @@ def _json_frame(
     start: str | None,
     key: str | None,
     level: str,
-) -> _Frame:
-    before = _constant(route, model, outcome, status, start)
-    after = {"key": key, "event": "proxy.request", "level": level}
-    return json.dumps(before)[:-1], json.dumps(after)[1:-1]
-
-
-@lru_cache(512)
-def _fields_frame(
-    route: str,
-    model: ModelId | None,
-    outcome: Outcome,
-    status: int,
-    start: str | None,
-    key: str | None,
-    level: str,
-) -> _Frame:
-    before = _constant(route, model, outcome, status, start)
-    return f"proxy.request {_fields(None, '', before)}", _fields(None, "", {"key": key})
-
-
-def _constant(
-    route: str, model: ModelId | None, outcome: Outcome, status: int, start: str | None
-) -> dict[str, object]:
-    return {
+    *,
+    as_json: bool,
+) -> tuple[str, str]:
+    """What stands before the numbers of a request, and behind them."""
+    before = {
         "route": route,
         "model": model.key if model else None,
         "upstream": model.upstream if model else None,
@@ -392,6 +370,10 @@ def _constant(
         "status": status,
         "start": start,
     }
+    if not as_json:
+        return f"proxy.request {_fields(None, '', before)}", _fields(None, "", {"key": key})
+    after = {"key": key, "event": "proxy.request", "level": level}
+    return json.dumps(before)[:-1], json.dumps(after)[1:-1]
 
 
 class Log:

@@ -61,7 +61,7 @@ from keepalive.keeper.keeper import Keep, Keeper, Server
 from keepalive.lmstudio.client import Client
 from keepalive.simulator.models import SimModel
 from keepalive.simulator.studio import Studio
-from tests.kit.world import Broken, InProcess, Judge, Site, World, run_virtually
+from tests.kit.world import Broken, InProcess, Judge, Site, World, run_virtually, virtually
 
 POLICY = Policy(refresh_interval=15.0, ping_interval=300.0, ping_timeout=60.0, load_timeout=900.0)
 
@@ -76,19 +76,6 @@ def a_world(*sites: Site, **changes: Any) -> World:
     keeps = [Keep(ModelId(s.name, m.key), POLICY) for s in sites for m in s.models]
     chance = random.Random(0)
     return World(0, list(sites), keeps, sites[0].judge, chance, **{"tick": 1.0, **changes})
-
-
-def virtually(make: Callable[[Judge], Coroutine[Any, Any, Any]]) -> Any:
-    """Run a scenario; afterwards no invariant may have been broken on the way."""
-
-    async def go() -> Any:
-        judge = Judge(asyncio.get_running_loop().time)
-        result = await make(judge)
-        if judge.broken:
-            raise Broken("; ".join(judge.broken))
-        return result
-
-    return run_virtually(go)
 
 
 def events(site: Site, *kinds: str) -> list[tuple[str, str]]:

@@ -3,7 +3,6 @@
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,7 +24,7 @@ from keepalive.core.states import State
 from keepalive.keeper.keeper import Keep
 from keepalive.simulator.models import SimModel
 from keepalive.simulator.studio import Studio
-from tests.kit.world import Broken, Judge, Site, World, run_virtually
+from tests.kit.world import Judge, Site, World, virtually
 
 GB = 10**9
 PATIENCE = 120.0
@@ -106,17 +105,6 @@ def a_world(site: Site, policies: dict[str, Policy] | None = None, **changes: An
 
 def sim(key: str, gigabytes: float, seconds: float = 10.0) -> SimModel:
     return SimModel(key, size_bytes=int(gigabytes * GB), load_seconds=seconds)
-
-
-def virtually(make: Callable[[Judge], Coroutine[Any, Any, Any]]) -> Any:
-    async def go() -> Any:
-        judge = Judge(asyncio.get_running_loop().time)
-        result = await make(judge)
-        if judge.broken:
-            raise Broken("; ".join(judge.broken))
-        return result
-
-    return run_virtually(go)
 
 
 def loaded(site: Site) -> list[str]:

@@ -28,8 +28,8 @@ from keepalive.keeper.keeper import Keep, Replay, Server
 from keepalive.lmstudio.client import Client
 from keepalive.simulator.exchange import Refusal, Request
 from keepalive.simulator.models import SimModel
-from tests.keeper.test_keeper import POLICY, a_site, a_world, events, model, virtually, warm
-from tests.kit.world import InProcess, Judge, Site, World
+from tests.keeper.test_keeper import POLICY, a_site, a_world, events, model, warm
+from tests.kit.world import InProcess, Judge, Site, World, virtually
 
 A = ModelId("local", "a")
 PATH = "/v1/chat/completions"

@@ -561,6 +561,19 @@ def believed_in(site: Site, key: str) -> float:
     return by_size + LISTING_LAG
 
 
+def virtually(scenario: Callable[[Judge], Coroutine[Any, Any, T]]) -> T:
+    """Run a scenario; afterwards no invariant may have been broken on the way."""
+
+    async def go() -> T:
+        judge = Judge(asyncio.get_running_loop().time)
+        result = await scenario(judge)
+        if judge.broken:
+            raise Broken("; ".join(judge.broken))
+        return result
+
+    return run_virtually(go)
+
+
 # --- the daemon -------------------------------------------------------------------------------------------
 
 
