@@ -11,7 +11,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import inf
 from types import MappingProxyType
 
 from keepalive.core.demand import FORGOTTEN, demand
@@ -49,10 +48,9 @@ def source(model: Model) -> str | None:
     return "size" if model.size_bytes else None
 
 
-def limit(upstream: Upstream, models: Iterable[Model], now: float) -> int | None:
+def limit(upstream: Upstream, models: Sequence[Model], now: float) -> int | None:
     """The bytes that models may take together, as far as that is known."""
     known = [] if upstream.memory is None else [upstream.memory]
-    models = tuple(models)
     granted = [m.granted_claim for m in models if m.granted_claim]
     known += [
         m.refused_claim.bytes - 1 for m in models if m.refused_claim and _holds(m.refused_claim, granted, now)
@@ -67,7 +65,7 @@ def _holds(refused: Claim, granted: Iterable[Claim], now: float) -> bool:
     )
 
 
-def limit_source(upstream: Upstream, models: Iterable[Model], now: float) -> str | None:
+def limit_source(upstream: Upstream, models: Sequence[Model], now: float) -> str | None:
     known = limit(upstream, models, now)
     return None if known is None else "config" if known == upstream.memory else "refusal"
 
@@ -179,7 +177,7 @@ class _Arranging:
         self.leaving = [m for m in models if m.unloading]
         self.taken_out = 0
         # LM Studio's word is of what was loaded when it was asked: a while ago, where something has changed since.
-        self.word_counts = upstream.asked > max((m.touched_at for m in models), default=-inf) + WORD_LAG
+        self.word_counts = all(upstream.asked > m.touched_at + WORD_LAG for m in models)
         self.unloads: list[tuple[Model, str]] = []
         self.drains: set[ModelId] = {m.id for m in self.leaving if m.draining}
         self.reserved: set[ModelId] = set()
@@ -338,7 +336,7 @@ class _Arranging:
             ours = [i.id for i in model.instances if i.id in model.ours]
             extra = ours[1:] if len(ours) == len(model.instances) else ours
             used = model.in_flight or model.calling or model.engaged or model.seen_by.late
-            if len(model.instances) > 1 and extra and not used and not _is_held_off(model, self.now):
+            if extra and not used and not _is_held_off(model, self.now):
                 found.append((model, extra[-1]))
         return found
 
@@ -347,15 +345,12 @@ class _Arranging:
         for other, _ in self.spare:
             self.used -= self._takes(other)
             self.taken_out += 1
-        chosen: list[Model] = []
-        for other in candidates:
-            if not self._lacks(model):
-                break
-            chosen.append(other)
+        chosen = list(candidates)
+        for other in chosen:
             self._take_out(other)
         if self._lacks(model):
             return None
-        for other in list(reversed(chosen)):
+        for other in reversed(candidates):
             self._put_back(other)
             if self._lacks(model):
                 self._take_out(other)
@@ -411,13 +406,11 @@ class _Arranging:
     # --- what nobody waits for ------------------------------------------------------------------------
 
     def _ahead(self, ready: Sequence[Model]) -> Model | None:
+        # Whoever is needed lacks room, or he would have been let in before this.
         wished = [
             m
             for m in ready
-            if not m.needed
-            and m.held
-            and m.id not in self.never
-            and not m.failures
+            if not m.failures
             and (m.last_eviction is None or self.now >= m.last_eviction.at + AHEAD_AFTER)
             and (m.policy.idle is None or self.now < m.use_at + m.policy.idle)
             and takes(m) is not None

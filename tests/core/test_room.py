@@ -161,7 +161,6 @@ def test_a_refusal_tells_a_limit_until_a_load_shows_more_or_it_is_old():
     assert limit(up(None), [refused, shown], NOW + 6) is None
     assert limit(up(None), [refused, less], NOW + 6) == 20 * GB - 1
     assert limit(up(None), [refused, at_once], NOW + 6) == 20 * GB - 1
-    assert limit(up(None), iter([refused, shown]), NOW + 6) is None
     assert limit(up(None), [refused, earlier], NOW + 6) == 20 * GB - 1
     assert limit_source(up(30), [refused], NOW) == "refusal"
     assert limit_source(up(15), [refused], NOW) == "config"
