@@ -23,6 +23,13 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
+class GiveUpLoad:
+    """Ask LM Studio to end a load of ours that nobody waits for, because somebody waits behind it."""
+
+    model: ModelId
+
+
+@dataclass(frozen=True, slots=True)
 class SendPing:
     model: ModelId
     instance_id: str
@@ -67,4 +74,4 @@ class EndDrain:
     model: ModelId
 
 
-Action = Refresh | Load | SendPing | SkipPing | Prime | GiveUpPrime | Unload | Drain | EndDrain
+Action = Refresh | Load | GiveUpLoad | SendPing | SkipPing | Prime | GiveUpPrime | Unload | Drain | EndDrain

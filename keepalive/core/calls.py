@@ -57,7 +57,7 @@ def load_started(model: Model, fact: LoadStarted) -> Model:
 
 
 def load_progressed(model: Model, fact: LoadProgressed) -> Model:
-    if model.load_started is None or fact.progress <= (model.progress or 0.0):
+    if model.load_started is None or (model.progress is not None and fact.progress <= model.progress):
         return model
     return replace(model, progress=fact.progress, progress_at=fact.at)
 
@@ -72,9 +72,11 @@ def load_remembered(model: Model, fact: LoadRemembered) -> Model:
 
 def load_ended(model: Model, fact: LoadEnded) -> Model:
     started = model.load_started if model.load_started is not None else fact.at
-    model = replace(model, load_started=None, progress=None, touched_at=fact.at)
+    model = replace(model, load_started=None, progress=None, giving_up=False, touched_at=fact.at)
     if fact.outcome is LoadOutcome.OK:
         return _loaded(model, fact, started)
+    if fact.outcome is LoadOutcome.GIVEN_UP:
+        return absent(model, fact.at, None)
     if fact.why is Reason.LOADING:
         return says_that_it_loads(model, fact.at, fact.message or "no more words")
     if fact.outcome is LoadOutcome.UNKNOWN:

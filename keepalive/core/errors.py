@@ -8,6 +8,7 @@ KeepaliveError
     ├── Unreachable        nobody answered the connection; `refused` when the port is closed
     ├── TimedOut           connected, then no answer in time: a question, not a verdict
     ├── Cut                the connection broke after the request had been sent
+    ├── GivenUp            a load was ended because we asked for its end
     ├── Unauthorized       it wants another token
     ├── Unexpected         it answered what LM Studio does not answer
     └── Refused            it understood and said no; `reason` classifies why
@@ -46,6 +47,10 @@ class TimedOut(UpstreamError):
 
 class Cut(UpstreamError):
     """The connection ended before the answer did. The work may well go on over there."""
+
+
+class GivenUp(UpstreamError):
+    """The load is over without a copy, because it was told to be."""
 
 
 class Unauthorized(UpstreamError):

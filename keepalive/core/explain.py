@@ -40,6 +40,15 @@ def eta(model: Model, siblings: Iterable[Model], now: float) -> float | None:
     return known + (left - known) * model.progress if known else left
 
 
+def _for_nobody(load: Model) -> str:
+    """What is to be said of a load that somebody waits behind."""
+    if not load.ahead:
+        return ""
+    if load.giving_up:
+        return ", which nobody waits for, and LM Studio is asked to end that"
+    return ", which nobody waits for, but LM Studio takes no word to end that"
+
+
 def _why_unwanted(model: Model) -> str:
     if model.asked_for is False:
         return "released by hand"
@@ -83,7 +92,7 @@ def explain(
             return lack
         other = next((m for m in models if holds_a_slot(m, now)), None)
         if other and other is not model:
-            return f"waits for its turn: {other.id.key} is loading"
+            return f"waits for its turn: {other.id.key} is loading{_for_nobody(other)}"
     if tell and model.pending and model.reason and model.reason.startswith(UNSEEN):
         return f"{UNSEEN} until {tell(model.pending.until)}{model.reason.removeprefix(UNSEEN)}"
     return model.reason

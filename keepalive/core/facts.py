@@ -189,6 +189,7 @@ class LoadOutcome(StrEnum):
     FAILED = "failed"  # it said no
     REFUSED = "refused"  # it said no for want of memory: asking again soon is of no use
     UNKNOWN = "unknown"  # no answer in time, or cut: it may still be loading
+    GIVEN_UP = "given_up"  # nobody waited for it, and somebody behind it: LM Studio ended it for us
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +205,11 @@ class LoadProgressed(ModelFact):
     """How far our load is, from 0 to 1, as LM Studio says it."""
 
     progress: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoadGivenUp(ModelFact):
+    """LM Studio is being asked to end our load. Whether it does, the end of the load tells."""
 
 
 @dataclass(frozen=True, slots=True)

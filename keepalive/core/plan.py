@@ -6,7 +6,18 @@ A load, a ping or an unload needs knowledge no older than `FRESH`: each is prece
 from collections.abc import Callable, Sequence
 from math import inf
 
-from keepalive.core.actions import Action, Drain, EndDrain, Load, Prime, Refresh, SendPing, SkipPing, Unload
+from keepalive.core.actions import (
+    Action,
+    Drain,
+    EndDrain,
+    GiveUpLoad,
+    Load,
+    Prime,
+    Refresh,
+    SendPing,
+    SkipPing,
+    Unload,
+)
 from keepalive.core.facts import ModelId, Tier, UnloadCause, fold_key
 from keepalive.core.primes import by_opening, give_ups, next_primes
 from keepalive.core.records import Model, Upstream, UpstreamState, is_loading
@@ -35,6 +46,7 @@ def plan(upstream: Upstream, models: Sequence[Model], now: float) -> list[Action
     drains = room.drains if room is not None else frozenset[ModelId]()
     actions += [Drain(m.id) for m in models if m.id in drains and not m.draining]
     actions += [EndDrain(m.id) for m in models if m.draining and m.id not in drains]
+    actions += [GiveUpLoad(m) for m in (room.given_up if room is not None else ())]
     unloads, loads = _unloads(upstream, models, now, room), _loads(upstream, models, now, room)
     going = {model.id for model, _ in unloads}
     pings = _pings([m for m in models if m.id not in going], now)

@@ -184,6 +184,7 @@ class Model:
     load_started: float | None = None
     progress: float | None = None  # of our load, where LM Studio tells it
     progress_at: float = -inf
+    giving_up: bool = False  # LM Studio has been asked to end it
     pending: Pending | None = None
     pinging: bool = False
     unloading: bool = False

@@ -2,6 +2,7 @@
 
 - `always` models come first, in the order of the config; for them and for whoever waits room is made, in the order
   in which they came. What nobody waits for is only ever loaded into room that is free.
+- A load that nobody has asked for is given up for whoever waits behind it, where LM Studio can be told so.
 - Only a copy goes that we loaded, of a model that is `auto` and that nobody uses, the least recently used first and
   no more than is needed. Superfluous copies of our own go before all others.
 - Where nothing idle is enough, callers wait. After `patience` what costs least to load again is drained: it answers
@@ -142,6 +143,7 @@ class Arrangement:
 
     loads: tuple[Model, ...] = ()  # there is room for these now
     ahead: Model | None = None  # nobody waits, and this one would fit
+    given_up: tuple[ModelId, ...] = ()  # loads ahead that somebody waits behind
     unloads: tuple[tuple[Model, str], ...] = ()  # copies that make room
     drains: frozenset[ModelId] = frozenset()
     waits: Mapping[ModelId, str] = field(default_factory=lambda: MappingProxyType({}))
@@ -174,6 +176,13 @@ class _Arranging:
         self.idle = next_to_go(models, now)
         self.spare = self._superfluous()
         self.doubled = {m.id for m, _ in self.spare}
+        # By HTTP there is no word to end a load; where its progress is told there is one.
+        self.could_end = [
+            m
+            for m in models
+            if m.ahead and m.load_started is not None and m.progress is not None and not m.giving_up
+        ]
+        self.given_up: list[ModelId] = []
         self.leaving = [m for m in models if m.unloading]
         self.taken_out = 0
         # LM Studio's word is of what was loaded when it was asked: a while ago, where something has changed since.
@@ -223,6 +232,8 @@ class _Arranging:
             if model.id in self.never:
                 continue
             if slots <= 0:
+                if model.waiting and self.could_end:
+                    self._give_up(self.could_end[0])
                 break
             if room_is_kept and not self._is_always(model):
                 self.waits[model.id] = "waits for room: others have waited longer"
@@ -242,6 +253,8 @@ class _Arranging:
             else:
                 # For what cannot come nobody is held up.
                 hopes = model.id not in self.never
+                if model.waiting and hopes:
+                    self._give_up_for(model)
                 room_is_kept = room_is_kept or (hopes and self._is_patient_no_more(model))
                 self.used = before
         ahead = None
@@ -250,6 +263,7 @@ class _Arranging:
         return Arrangement(
             tuple(granted),
             ahead,
+            tuple(self.given_up),
             tuple(self.unloads),
             frozenset(self.drains),
             self.waits,
@@ -323,6 +337,25 @@ class _Arranging:
         self.used, self.places, self.taken_out = before
         self.waits[model.id] = self._what_for(model, idle, busy)
         return False
+
+    def _give_up(self, load: Model) -> None:
+        self.given_up.append(load.id)
+        self.could_end.remove(load)
+
+    def _give_up_for(self, model: Model) -> None:
+        """End the loads that nobody waits for, where the room that they take is what is missing."""
+        before = self.used, self.places, self.taken_out
+        ended: list[Model] = []
+        for load in self.could_end:
+            if not self._lacks(model):
+                break
+            ended.append(load)
+            self._take_out(load)
+        idle = [m for m in self.idle if m.id != model.id] if self._can_empty() else []
+        if ended and self._choose(model, idle) is not None:
+            for load in ended:
+                self._give_up(load)
+        self.used, self.places, self.taken_out = before
 
     def _can_empty(self) -> bool:
         return self.unloads_by_call or self.displacing

@@ -16,6 +16,7 @@ from keepalive.core.actions import (
     Action,
     Drain,
     EndDrain,
+    GiveUpLoad,
     GiveUpPrime,
     Load,
     Prime,
@@ -28,6 +29,7 @@ from keepalive.core.apply import apply
 from keepalive.core.changed import replace
 from keepalive.core.errors import (
     Cut,
+    GivenUp,
     NotWarm,
     Reason,
     Refused,
@@ -47,6 +49,7 @@ from keepalive.core.facts import (
     ListingFailed,
     ListingStarted,
     LoadEnded,
+    LoadGivenUp,
     LoadOutcome,
     LoadProgressed,
     LoadRemembered,
@@ -122,6 +125,8 @@ class Client(Protocol):
         kind: str,
         told: Callable[[float], None],
     ) -> Loaded: ...
+
+    async def give_up(self, key: str) -> None: ...
 
     async def unload(self, instance_id: str, *, timeout: float) -> None: ...
 
@@ -666,6 +671,9 @@ class Keeper:
                 # Recorded first: an observer writes it down before LM Studio hears of it.
                 self.record(LoadStarted(now, model, ahead, claim))
                 tasks.create_task(self._load(client, self._keeps[model], tier, now))
+            case GiveUpLoad(model=model):
+                self.record(LoadGivenUp(now, model))
+                tasks.create_task(client.give_up(model.key))
             case SendPing(model=model, instance_id=target):
                 tier, before = shelf.upstream.tier or Tier.V1, shelf.models[model.key]
                 self.record(PingStarted(now, model))
@@ -719,6 +727,8 @@ class Keeper:
                 )
                 if other is not None:
                     outcome, message = LoadOutcome.FAILED, f"{other} answered in its place"
+        except GivenUp as error:
+            outcome, message = LoadOutcome.GIVEN_UP, str(error)
         except (TimedOut, Cut) as error:
             outcome, message = LoadOutcome.UNKNOWN, str(error)
         except Unauthorized as error:

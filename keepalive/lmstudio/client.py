@@ -154,6 +154,10 @@ class Client:
                 return loaded
             return wire.loaded(await self._call("POST", "/api/v1/models/load", body))
 
+    async def give_up(self, key: str) -> None:
+        """Ask for the end of our load of it, where there is a way to: `load` then raises GivenUp. Never raises."""
+        await self._eyes.give_up(key)
+
     async def unload(self, instance_id: str, *, timeout: float) -> None:
         async with _bound(timeout, f"no answer to the unload within {timeout:.0f} s"):
             await self._call("POST", "/api/v1/models/unload", {"instance_id": instance_id})

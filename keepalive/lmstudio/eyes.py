@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import Any, Final
 
-from keepalive.core.errors import Refused, Unauthorized, UpstreamError
+from keepalive.core.errors import GivenUp, Refused, Unauthorized, UpstreamError
 from keepalive.core.facts import Entry, Instance, Need, Sdk, Sight, fold_key
 from keepalive.lmstudio import sdk, wire
 from keepalive.lmstudio.line import Dial, Line
@@ -86,6 +86,11 @@ class Eyes:
     ) -> wire.Loaded | None:
         """Load one more copy; None where it is not to be had here, and nothing was begun. Raises UpstreamError."""
         return await self._eyes[_namespace(kind)].load(key, fields, told)
+
+    async def give_up(self, key: str) -> None:
+        """Ask for the end of our load of it, where it goes this way. Never raises."""
+        for eye in self._eyes.values():
+            await eye.give_up(key)
 
     def shut(self) -> None:
         """End the connections, except under a load."""
@@ -297,7 +302,7 @@ class _Eye:
         try:
             asked = sdk.load_asked(self._namespace, key, fields)
             loaded = await line.load(asked, told, first_word=FIRST_WORD)
-        except Refused:
+        except (Refused, GivenUp):
             self._by_http_until = -inf
             raise
         finally:
@@ -305,6 +310,11 @@ class _Eye:
         if loaded is not None:
             self._by_http_until = -inf
         return loaded
+
+    async def give_up(self, key: str) -> None:
+        if self._line is not None:
+            with suppress(UpstreamError):
+                await self._line.give_up(key)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,16 @@ from typing import Any, Final, Protocol, Self
 import aiohttp
 
 from keepalive import __version__
-from keepalive.core.errors import Cut, Reason, Refused, TimedOut, Unauthorized, Unexpected, Unreachable
+from keepalive.core.errors import (
+    Cut,
+    GivenUp,
+    Reason,
+    Refused,
+    TimedOut,
+    Unauthorized,
+    Unexpected,
+    Unreachable,
+)
 from keepalive.lmstudio import sdk, wire
 
 #: A listing of a thousand instances is about 1 MB.
@@ -45,7 +54,9 @@ Dial = Callable[[str], Awaitable[Socket]]
 class Channel:
     """A load under way: what it says of itself, until it is over."""
 
-    def __init__(self, told: Callable[[float], None]) -> None:
+    def __init__(self, key: str, told: Callable[[float], None]) -> None:
+        self.key = key
+        self.given_up = False
         self._told = told
         self._progress = -1.0
         self.spoke = False
@@ -166,11 +177,11 @@ class Line:
     ) -> wire.Loaded | None:
         """One more copy. None: it is refused before it begins, and not because of the model.
 
-        Raises Refused, Cut, Unexpected, or TimedOut where nothing comes within `first_word`. Whoever stops to wait
-        for it leaves it be: to end it, LM Studio would have to be told.
+        Raises Refused, Cut, GivenUp, Unexpected, or TimedOut where nothing comes within `first_word`. Whoever stops
+        to wait for it leaves it be: `give_up` ends it.
         """
         number = next(self._numbers)
-        channel = self._channels[number] = Channel(told)
+        channel = self._channels[number] = Channel(str(parameter.get("modelKey")), told)
         try:
             await self._say(
                 {
@@ -187,11 +198,20 @@ class Line:
                 raise TimedOut(f"the SDK socket said nothing of the load within {first_word:g} s") from None
             return sdk.loaded(await channel.over)
         except Refused as error:
+            if channel.given_up and error.reason is Reason.OTHER:
+                raise GivenUp(f"it was given up: {error}") from None
             if channel.spoke or error.reason is not Reason.OTHER:
                 raise
             return None
         finally:
             self._channels.pop(number, None)
+
+    async def give_up(self, key: str) -> None:
+        """Ask for the end of the load of that model which goes on here. It may end well all the same."""
+        for number, channel in list(self._channels.items()):
+            if channel.key == key and not channel.over.done():
+                channel.given_up = True
+                await self._say({"type": "channelSend", "channelId": number, "message": {"type": "cancel"}})
 
     async def _hear(self, message: Mapping[str, Any]) -> None:
         call = self._calls.get(_number(message, "callId"))
@@ -212,6 +232,8 @@ class Line:
                     await self._say({"type": "channelAck", "channelId": number, "ackId": ident})
             case "channelError" if channel is not None:
                 channel.end(sdk.refused(message.get("error"), self._secrets))
+            case "channelClose" if channel is not None and channel.given_up:
+                channel.end(GivenUp("it was given up"))
             case "channelClose" if channel is not None:
                 channel.end(Cut("the SDK socket ended the load without a word of how"))
 

@@ -417,6 +417,8 @@ def _model(fact: Fact, before: Model, after: Model) -> None:
                 elapsed=round(fact.elapsed, 3),
                 instance=fact.instance_id,
             )
+        case LoadEnded(outcome=LoadOutcome.GIVEN_UP):
+            log.info("model.load_given_up", elapsed=round(fact.elapsed, 3))
         case LoadEnded():
             log.warning(
                 "model.load_failed",

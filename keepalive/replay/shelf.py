@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 
-from keepalive.core.actions import Action, Drain, EndDrain, Load, Unload
+from keepalive.core.actions import Action, Drain, EndDrain, GiveUpLoad, Load, Unload
 from keepalive.core.apply import apply
 from keepalive.core.facts import (
     DrainEnded,
@@ -20,6 +20,7 @@ from keepalive.core.facts import (
     Listed,
     LoadEnded,
     LoadOutcome,
+    LoadProgressed,
     LoadStarted,
     ModelFact,
     ModelId,
@@ -139,7 +140,9 @@ class Shelf:
     def _end(self, request: Request) -> None:
         self._see(RequestEnded(self._now, self._models[request.model].id, True))
 
-    def _loaded(self, key: str) -> None:
+    def _loaded(self, key: str, began: float) -> None:
+        if self._began.get(key, (None,))[0] != began:
+            return  # it was given up
         model = self._models[key]
         seconds = self._load_seconds[key]
         self._began[key] = (self._began[key][0], self._now)
@@ -208,9 +211,16 @@ class Shelf:
         match action:
             case Load(model=ModelId(key=key) as model, ahead=ahead, claim=claim):
                 self._see(LoadStarted(self._now, model, ahead, claim))
-                self._began[key] = (self._now, inf)
+                # LM Studio tells how far it is, and so can be told to end it.
+                self._see(LoadProgressed(self._now, model, 0.0))
+                began = self._now
+                self._began[key] = (began, inf)
                 self.outcome.loads += 1
-                self._at(self._now + self._load_seconds[key], lambda: self._loaded(key))
+                self._at(began + self._load_seconds[key], lambda: self._loaded(key, began))
+            case GiveUpLoad(model=ModelId(key=key) as model):
+                began = self._began[key][0]
+                self._see(LoadEnded(self._now, model, LoadOutcome.GIVEN_UP, self._now - began))
+                self._went(key)
             case Unload(model=ModelId(key=key) as model, instance_id=target, cause=cause):
                 self._see(UnloadStarted(self._now, model, target, cause))
                 self._see(UnloadEnded(self._now, model, target))

@@ -85,6 +85,10 @@ FAULTS: Mapping[str, Fault] = {fault.name: fault for fault in (
           choices=("ok", "refused", "garbled", "silent", "errors", "drops")),
     Fault("load_cuts_socket", -1,
           "an SDK's socket is ended after this many messages about a load, which goes on; -1: it is not"),
+    Fault("sdk_cancel", "closes",
+          "what becomes of a load whose channel is cancelled: it ends, and its channel is closed without a word; it "
+          "ends with an error (E14); it goes on (unknown in reality)",
+          choices=("closes", "errors", "ignored")),
     # what stays in memory
     Fault("jit", True,
           "an inference request for a model that is not loaded loads it (Just-in-Time loading)"),

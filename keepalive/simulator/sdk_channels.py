@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from keepalive.simulator.call import Call
+from keepalive.simulator.memory import CANCELLED
 from keepalive.simulator.models import Instance, Load, SimModel
 from keepalive.simulator.sdk_rows import (
     SdkRefusal,
@@ -145,7 +146,8 @@ class Channel:
         call.load = load
         load.waiters.append(call)
         step = max(STEP_SECONDS, load.seconds / 100)
-        while not await call.until(lambda: load.ended or self._cancelled, within=step):
+        heeded = call.word("sdk_cancel") != "ignored"
+        while not await call.until(lambda: load.ended or (self._cancelled and heeded), within=step):
             progress = load.progress(call.machine.clock.now())
             await self._send({"type": told_as, "progress": progress})
         call.load = None
@@ -153,6 +155,8 @@ class Channel:
             load.waiters.remove(call)
             if not load.waiters:
                 call.machine.memory.cancel_load(load)
+            if call.word("sdk_cancel") == "errors":
+                raise SdkRefusal(CANCELLED)
             return None
         if load.instance is None:
             raise SdkRefusal(f'Failed to load model "{load.model.key}". Error: {load.failure}')

@@ -29,7 +29,7 @@ def test_a_model_is_called_by_its_key_and_its_upstream():
     [
         (Tier, ["v1", "v0", "openai"]),
         (Trouble, ["refused", "unreachable", "timeout", "unauthorized", "bad_answer", "loading"]),
-        (LoadOutcome, ["ok", "failed", "refused", "unknown"]),
+        (LoadOutcome, ["ok", "failed", "refused", "unknown", "given_up"]),
         (PingOutcome, ["ok", "error", "timeout", "wrong_model", "refused", "skipped"]),
     ],
 )

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from keepalive.core.actions import Action, Drain, EndDrain, Load, SendPing, Unload
+from keepalive.core.actions import Action, Drain, EndDrain, GiveUpLoad, Load, SendPing, Unload
 from keepalive.core.apply import apply
 from keepalive.core.explain import explain
 from keepalive.core.facts import (
@@ -12,6 +12,7 @@ from keepalive.core.facts import (
     Instance,
     Listed,
     LoadEnded,
+    LoadGivenUp,
     LoadOutcome,
     LoadStarted,
     ModelId,
@@ -528,6 +529,67 @@ def test_nothing_is_loaded_ahead_in_the_way_of_anybody(others: list[Model]):
 )
 def test_what_is_not_worth_it_is_not_loaded_ahead(model: Model):
     assert planned(up(), model) == []
+
+
+def coming(key: str, gigabytes: float = 10, **changes: object) -> Model:
+    """It is being loaded ahead, and LM Studio tells how far it is."""
+    known = {"state": State.LOADING, "load_started": NOW - 5, "ahead": True, "progress": 0.1}
+    return absent(key, gigabytes, **{**known, **changes})
+
+
+@pytest.mark.parametrize("gigabytes", [10, 25], ids=["there is room for both", "there is not"])
+def test_a_load_ahead_is_given_up_for_whoever_waits_behind_it(gigabytes: float):
+    assert planned(up(), coming("a"), asked("b", gigabytes)) == [GiveUpLoad(ident("a"))]
+    asked_for = "waits for its turn: a is loading, which nobody waits for, and LM Studio is asked to end that"
+    assert why(up(), asked("b"), coming("a", giving_up=True)) == asked_for
+
+
+@pytest.mark.parametrize(
+    ("load", "other"),
+    [
+        (coming("a", giving_up=True), asked("b")),
+        (coming("a", progress=None), asked("b")),
+        (coming("a", ahead=False), asked("b")),
+        (coming("a"), always(absent("b"))),
+        (coming("a"), asked("b", 31)),
+        (coming("a"), lately("b")),
+    ],
+    ids=["asked already", "by HTTP", "somebody waits for it", "nobody waits", "never", "ahead, too"],
+)
+def test_no_other_load_is_given_up_and_none_twice(load: Model, other: Model):
+    assert [a for a in planned(up(), load, other) if isinstance(a, GiveUpLoad)] == []
+
+
+def test_where_there_is_a_place_for_both_a_load_goes_on_that_does_not_take_the_room():
+    two = up(max_loading=2)
+
+    assert planned(two, coming("a"), asked("b")) == [Load(ident("b"), claim=20 * GB)]
+    assert planned(two, coming("a"), asked("b", 25)) == [GiveUpLoad(ident("a"))]
+    # What goes for it is enough, or what it waits for is another one's.
+    assert planned(two, coming("a"), there("c", 15), asked("b", 12)) == [Unload(ident("c"), "c", ROOM)]
+    assert planned(two, coming("a", 5), there("c", 25, in_flight=1), asked("b", 25)) == []
+
+
+def test_what_was_given_up_is_as_if_it_had_not_been_begun_and_who_waited_is_let_in():
+    given_up = apply(coming("a", asks=1.0, asks_at=NOW), LoadGivenUp(NOW, ident("a")))
+    model = apply(given_up, LoadEnded(NOW + 1, ident("a"), LoadOutcome.GIVEN_UP, elapsed=6.0))
+
+    assert given_up.giving_up
+    assert (model.state, model.ahead, model.failures, model.retry_at, model.giving_up) == (
+        State.COLD,
+        False,
+        0,
+        None,
+        False,
+    )
+    later = up(asked=NOW + 2, answered_at=NOW + 2, due_at=NOW + 15)
+    assert planned(later, model, asked("b"), now=NOW + 2) == [Load(ident("b"), claim=10 * GB)]
+
+
+def test_who_waits_behind_a_load_that_cannot_be_ended_is_told():
+    assert why(up(), asked("b"), coming("a", progress=None)) == (
+        "waits for its turn: a is loading, which nobody waits for, but LM Studio takes no word to end that"
+    )
 
 
 def test_an_unload_counts_why_and_clears_what_held_the_model():

@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -419,6 +420,41 @@ def test_a_hole_is_filled_with_what_was_asked_for_of_late():
     there, _ = virtually(go)
 
     assert there == ["a", "c"]
+
+
+@pytest.mark.parametrize("sees", [True, False], ids=["by the socket", "by HTTP"])
+def test_who_comes_during_a_load_ahead_does_not_wait_for_its_end_where_that_can_be_given_up(sees: bool):
+    async def go(judge: Judge) -> tuple[list[Caller], Site]:
+        site = replace(a_site(judge, sim("a", 9, 100.0), sim("big", 20), sim("c", 5), memory=20), sdk=sees)
+        world = a_world(site)
+        world.start()
+        people = People(world)
+        for key in ("a", "big"):
+            people.ask(key)
+            await people.all_served()
+            await asyncio.sleep(10)
+        world.record(ReleaseAsked, ModelId("local", "big"))
+        await until(lambda: [load.model.key for load in site.studio.memory.loads.values()] == ["a"])
+        await asyncio.sleep(20)
+        people.ask("c")
+        await people.all_served()
+        await asyncio.sleep(150)
+        await world.kill()
+        return people.callers, site
+
+    callers, site = virtually(go)
+
+    last = callers[-1]
+    assert last.served is not None
+    assert (last.served - last.came < 15) is sees
+    assert len(events(site, "load.cancelled")) == sees
+    # It is loaded after him.
+    assert loaded(site) == ["a", "c"]
+
+
+async def until(true: Callable[[], bool]) -> None:
+    while not true():
+        await asyncio.sleep(1)
 
 
 # --- whatever comes -------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from aiohttp import ClientSession, WSMsgType, web
 
-from keepalive.core.errors import Cut, Reason, Refused, TimedOut
+from keepalive.core.errors import Cut, GivenUp, Reason, Refused, TimedOut
 from keepalive.core.facts import Instance, Need, Sdk, Sight
 from keepalive.lmstudio.client import Client
 from keepalive.lmstudio.line import MESSAGE_MAX, MESSAGES_A_SECOND
@@ -196,6 +196,46 @@ async def test_a_load_whose_socket_dies_has_an_unknown_end_and_the_next_one_goes
         assert again.sdk is Sdk.UP
         assert server.studio.memory.instances[EMBED.key].owner == "by hand"
         assert server.studio.memory.instances[CHAT.key].owner == "rest"
+
+
+@pytest.mark.parametrize("answer", ["closes", "errors"])
+async def test_a_load_is_ended_when_it_is_given_up_and_the_next_one_goes_the_same_way(answer: str):
+    async with met(sdk_cancel=answer) as (server, client):
+        load = asyncio.create_task(client.load(CHAT.key, {}, timeout=900, told=(told := []).append))
+        await asyncio.sleep(20)
+        await client.give_up(EMBED.key)
+        await asyncio.sleep(5)
+        begun = load.done()
+        await client.give_up(CHAT.key)
+        with pytest.raises(GivenUp):
+            await load
+        await client.give_up(CHAT.key)
+
+        assert not begun
+        assert (happened(server, "load.cancelled"), happened(server, "load.ended")) == (1, 0)
+        assert max(told) < 0.5
+        again: list[float] = []
+        assert (await client.load(CHAT.key, {}, timeout=900, told=again.append)).instance_id == CHAT.key
+        assert again
+
+
+async def test_a_load_that_goes_on_though_it_is_given_up_ends_well():
+    async with met(sdk_cancel="ignored") as (_, client):
+        load = asyncio.create_task(client.load(CHAT.key, {}, timeout=900))
+        await asyncio.sleep(20)
+        await client.give_up(CHAT.key)
+
+        assert (await load).instance_id == CHAT.key
+
+
+async def test_over_http_there_is_no_word_to_give_a_load_up():
+    async with met(websocket="refuse") as (server, client):
+        load = asyncio.create_task(client.load(CHAT.key, {}, timeout=900))
+        await asyncio.sleep(20)
+        await client.give_up(CHAT.key)
+        await load
+
+        assert happened(server, "load.ended") == 1
 
 
 async def test_a_load_of_which_nothing_is_said_is_unknown_soon():

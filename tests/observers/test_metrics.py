@@ -125,6 +125,7 @@ def test_the_page_before_anything_is_known_is_written_out() -> None:
         'keepalive_model_loads_total{model="gemma",upstream="local",outcome="failed"} 0.0',
         'keepalive_model_loads_total{model="gemma",upstream="local",outcome="refused"} 0.0',
         'keepalive_model_loads_total{model="gemma",upstream="local",outcome="unknown"} 0.0',
+        'keepalive_model_loads_total{model="gemma",upstream="local",outcome="given_up"} 0.0',
         'keepalive_model_load_duration_seconds_sum{model="gemma",upstream="local"} 0.0',
         'keepalive_model_load_duration_seconds_count{model="gemma",upstream="local"} 0.0',
         'keepalive_model_evictions_total{model="gemma",upstream="local",cause="timer"} 0.0',

@@ -66,6 +66,21 @@ def test_the_hole_is_filled_and_each_load_ahead_counts_as_used_or_not():
     assert (ours.ahead_used, ours.ahead_unused, lru.ahead_used) == (1, 0, 0)
 
 
+def test_a_load_ahead_is_given_up_for_who_waits_behind_it():
+    requests = ask((0, "a", 1), (30, "b", 1), (60, "large", 1), (100, "c", 1), (140, "a", 1))
+    cards = [A, B, C, Card("large", 19 * GB, 10.0)]
+
+    report = replay("ours", requests, cards, 20 * GB)
+
+    # c is there at 130; b, which was asked for last of the others, would load until 150.
+    assert [w for w in waits(report) if w[1] == "a"] == [(0, "a", 10), (140, "a", 10)]
+    assert [(s.model, round(s.began), round(s.ended)) for s in report.outcome.stays][2:4] == [
+        ("large", 60, 100),
+        ("b", 130, 140),
+    ]
+    assert report.ahead_unused == 1
+
+
 def test_left_to_itself_lm_studio_keeps_one_at_a_time_however_much_there_is():
     report = replay("auto-evict", ask((0, "a", 1), (50, "b", 1), (100, "a", 1)), [A, B], 100 * GB)
 
