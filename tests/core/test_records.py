@@ -1,22 +1,26 @@
 """What is known, and what can be read off it."""
 
+from dataclasses import replace
 from math import inf
 
 import pytest
 
-from keepalive.core.facts import Instance, ModelId
+from keepalive.core.facts import NO_SIGHT, Instance, ModelId
 from keepalive.core.records import (
     Cause,
     Eviction,
     Model,
     Pending,
     Policy,
+    Primed,
+    Priming,
     Snapshot,
     Upstream,
     UpstreamState,
+    is_loading,
 )
 from keepalive.core.states import State
-from tests.kit.models import GEMMA, QWEN, a_model
+from tests.kit.models import GEMMA, POLICY, QWEN, a_model
 
 PENDING = Pending(since=4.0, until=9.0, alive_at=5.0)
 
@@ -52,6 +56,52 @@ def test_what_the_config_no_longer_names_is_neither_wanted_nor_needed():
     assert not model.needed
 
 
+AUTO = Policy(auto=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted", "held"),
+    [
+        ({}, False, True),
+        ({"asked_for": True}, True, True),
+        ({"asked_for": False}, False, False),
+        ({"asked_for": False, "waiting": 1}, False, True),
+        ({"window_open": False}, False, False),
+        ({"window_open": False, "in_flight": 1}, False, True),
+        ({"retired": True}, False, False),
+        ({"retired": True, "asked_for": True, "waiting": 1}, False, False),
+        ({"policy": POLICY}, True, True),
+        ({"policy": POLICY, "asked_for": False}, False, False),
+        ({"policy": POLICY, "asked_for": False, "in_flight": 1}, False, True),
+    ],
+)
+def test_what_is_loaded_on_demand_is_wanted_only_by_hand_and_may_stay_until_somebody_says_otherwise(
+    changes: dict[str, object], wanted: bool, held: bool
+):
+    model = a_model(**{"policy": AUTO, **changes})
+
+    assert (model.wanted, model.held) == (wanted, held)
+
+
+def test_an_instance_is_in_memory_and_where_none_can_be_seen_what_has_answered_is():
+    assert a_model(instances=(Instance("a"),)).present
+    assert a_model(blind=True, state=State.WARM).present
+    assert not a_model(blind=True, state=State.COLD).present
+    assert not a_model(state=State.WARM).present
+
+
+def test_only_what_is_warm_and_not_about_to_go_is_given_to_anybody():
+    assert a_model(state=State.WARM).given
+    assert not a_model(state=State.LOADING).given
+    assert not a_model(state=State.WARM, draining=True).given
+    assert not a_model(state=State.WARM, unloading=True).given
+
+
+def test_it_is_unused_since_its_last_caller_or_since_it_came():
+    assert a_model(use_at=50.0, there_since=40.0).unused_since == 50.0
+    assert a_model(use_at=30.0, there_since=40.0).unused_since == 40.0
+
+
 # --- what we are doing ----------------------------------------------------------------------------
 
 
@@ -60,6 +110,27 @@ def test_a_call_is_under_way_while_we_load_ping_or_unload():
     assert a_model(load_started=0.0).calling
     assert a_model(pinging=True).calling
     assert a_model(unloading=True).calling
+    assert a_model(priming=Priming(under_way="agent")).calling
+    assert not a_model().calling
+
+
+def test_it_is_loading_by_us_while_we_load_it_or_did_not_see_the_end():
+    assert is_loading(a_model(load_started=0.0))
+    assert is_loading(a_model(pending=PENDING))
+    assert not is_loading(a_model(pending=replace(PENDING, ours=False)))
+    assert not is_loading(a_model())
+
+
+def test_the_next_opening_is_the_first_that_was_neither_read_nor_unfit():
+    priming = Priming(
+        openings=("a", "b"), learned=("c", "d"), done=(Primed("a", 1.0, 1.0),), unfit=(("c", "too long"),)
+    )
+
+    assert priming.wished == ("a", "b", "c", "d")
+    assert priming.next == "b"
+    assert replace(priming, openings=("a",)).next == "d"
+    assert replace(priming, openings=("a",), learned=("c",)).next is None
+    assert Priming().next is None
 
 
 def test_it_loads_since_we_began_or_since_the_load_whose_end_we_did_not_see():
@@ -112,7 +183,16 @@ def test_of_a_new_model_nothing_is_known_and_it_is_wanted():
         id=GEMMA,
         rank=0,
         policy=Policy(
-            refresh_interval=15.0, ping_interval=300.0, ping_timeout=60.0, load_timeout=900.0, lease=86400.0
+            refresh_interval=15.0,
+            ping_interval=300.0,
+            ping_timeout=60.0,
+            load_timeout=900.0,
+            lease=86400.0,
+            pinged=True,
+            auto=False,
+            idle=None,
+            patience=120.0,
+            memory=None,
         ),
         state=State.UNKNOWN,
         since=0.0,
@@ -128,18 +208,32 @@ def test_of_a_new_model_nothing_is_known_and_it_is_wanted():
         blind=False,
         kind="llm",
         size_bytes=None,
+        need=None,
         instances=(),
         ours=frozenset(),
+        recalled=None,
         beside=frozenset(),
         used_at=-inf,
+        there_since=-inf,
         survived=0.0,
+        idle_since=None,
+        seen_by=NO_SIGHT,
         suspected=None,
+        claim=None,
+        ahead=False,
+        draining=False,
+        letting_go=None,
         load_started=None,
+        progress=None,
+        progress_at=-inf,
         pending=None,
         pinging=False,
         unloading=False,
+        priming=Priming(),
         touched_at=-inf,
         tells_loading=False,
+        refused_claim=None,
+        granted_claim=None,
         warm_since=None,
         failures=0,
         failure=None,
@@ -148,7 +242,9 @@ def test_of_a_new_model_nothing_is_known_and_it_is_wanted():
         last_ping=None,
         pinged_at=-inf,
         crashed=False,
+        refused=None,
         busy=False,
+        doubled_at=None,
         loads=0,
         evictions=0,
         last_eviction=None,
@@ -157,7 +253,27 @@ def test_of_a_new_model_nothing_is_known_and_it_is_wanted():
         in_flight=0,
         active_at=-inf,
         vouched_at=-inf,
+        waiting_since=None,
+        use_at=-inf,
+        asks=0.0,
+        asks_at=-inf,
     )
+
+
+def test_of_what_was_not_said_of_an_opening_nothing_is_known():
+    assert Priming() == Priming(
+        openings=(),
+        learned=(),
+        under_way=None,
+        done=(),
+        unfit=(),
+        failed=frozenset(),
+        longest=(),
+        answers=(),
+        useless=None,
+        again_at=-inf,
+    )
+    assert Primed("agent", 1.0, 2.0) == Primed("agent", 1.0, 2.0, tokens=None, ours=True)
 
 
 def test_of_a_new_upstream_nothing_is_known_and_it_is_due_to_be_asked():
@@ -166,18 +282,22 @@ def test_of_a_new_upstream_nothing_is_known_and_it_is_due_to_be_asked():
         refresh_interval=15.0,
         max_loading=1,
         auto_evict=None,
+        memory=None,
         state=UpstreamState.UNKNOWN,
         since=0.0,
         tier=None,
         error=None,
         failures=0,
         listing=False,
+        tried_at=-inf,
         asked=-inf,
         answered_at=-inf,
         due_at=-inf,
         resident=frozenset(),
         arriving=frozenset(),
+        occupants=(),
         sees_loading=False,
+        sight=NO_SIGHT,
         evicts=None,
         on_trial=frozenset(),
         trial_over_at=None,
@@ -186,7 +306,15 @@ def test_of_a_new_upstream_nothing_is_known_and_it_is_due_to_be_asked():
 
 def test_a_load_whose_end_nobody_saw_is_taken_for_ours_and_for_unseen():
     assert Pending(since=4.0, until=9.0, alive_at=5.0) == Pending(
-        since=4.0, until=9.0, alive_at=5.0, loaded=False, proved=False, seen=False, ours=True
+        since=4.0,
+        until=9.0,
+        alive_at=5.0,
+        expected=None,
+        why=None,
+        loaded=False,
+        proved=False,
+        seen=False,
+        ours=True,
     )
 
 
