@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from keepalive.core.actions import (
     Action,
@@ -775,18 +775,9 @@ class Keeper:
             )
             if other is not None:
                 outcome, message = PingOutcome.WRONG_MODEL, f"{other} answered the ping in its place"
-        except TimedOut as error:
-            outcome, message = PingOutcome.TIMEOUT, str(error)
-        except Refused as error:
-            outcome, message, why = PingOutcome.ERROR, str(error), error.reason
-            if _refuses_the_request(error, tier):
-                outcome, why = PingOutcome.REFUSED, None
-        except Unauthorized as error:
-            outcome, message, why = PingOutcome.ERROR, str(error), Reason.UNAUTHORIZED
-        except Unexpected as error:
-            outcome, message, why = PingOutcome.ERROR, str(error), Reason.OTHER
         except UpstreamError as error:
-            outcome, message = PingOutcome.ERROR, str(error)
+            (name, why), message = _what_came_of_it(error, tier), str(error)
+            outcome = PingOutcome(name)
         now = self._clock()
         self._record_of(client, PingEnded(now, model.id, outcome, now - began, message, why))
 
@@ -807,16 +798,9 @@ class Keeper:
         except RecursionError:
             # It was read, on another stack; to write it takes a little more. Callers send what they like.
             outcome, message = PrimeOutcome.REFUSED, "its lists stand too deep in each other"
-        except TimedOut as error:
-            outcome, message = PrimeOutcome.TIMEOUT, str(error)
-        except Refused as error:
-            outcome, message, why = PrimeOutcome.ERROR, str(error), error.reason
-            if _refuses_the_request(error, tier):
-                outcome, why = PrimeOutcome.REFUSED, None
-        except Unauthorized as error:
-            outcome, message, why = PrimeOutcome.ERROR, str(error), Reason.UNAUTHORIZED
         except UpstreamError as error:
-            outcome, message = PrimeOutcome.ERROR, str(error)
+            (name, why), message = _what_came_of_it(error, tier), str(error)
+            outcome = PrimeOutcome(name)
         now = self._clock()
         self._primes.pop(model.id, None)
         ended = PrimeEnded(now, model.id, opening, outcome, now - began, tokens, message, why)
@@ -886,6 +870,23 @@ def _load_outcome(error: Refused | Unexpected, tier: Tier) -> LoadOutcome:
     if error.reason is Reason.OTHER and not 400 <= error.status < 500:
         return LoadOutcome.UNKNOWN  # an error that does not say that the load is over
     return LoadOutcome.FAILED
+
+
+def _what_came_of_it(
+    error: UpstreamError, tier: Tier
+) -> tuple[Literal["timeout", "refused", "error"], Reason | None]:
+    """The outcome of a ping, or of an opening, that was not answered as it should be, and what kind of error it is."""
+    match error:
+        case TimedOut():
+            return "timeout", None
+        case Refused():
+            return ("refused", None) if _refuses_the_request(error, tier) else ("error", error.reason)
+        case Unauthorized():
+            return "error", Reason.UNAUTHORIZED
+        case Unexpected():
+            return "error", Reason.OTHER
+        case _:
+            return "error", None
 
 
 def _refuses_the_request(error: Refused, tier: Tier) -> bool:
