@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Coroutine, Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 from urllib.parse import quote
@@ -25,7 +26,6 @@ from keepalive import __version__, config
 from keepalive.admin import words
 from keepalive.cli import view
 from keepalive.core.errors import KeepaliveError
-from keepalive.core.facts import Tier
 
 BAD_CONFIG = 3
 # What shells say of a command that Ctrl-C ended.
@@ -46,6 +46,15 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+class Imitated(StrEnum):
+    """What the stand-in can be."""
+
+    V1 = "v1"
+    V0 = "v0"
+    OPENAI = "openai"
+
 
 ConfigOption = Annotated[
     Path | None,
@@ -216,8 +225,8 @@ def simulate(
         ),
     ] = None,
     tier: Annotated[
-        Tier, typer.Option(help="v1 is LM Studio 0.4, v0 is 0.3, openai is any other server.")
-    ] = Tier.V1,
+        Imitated, typer.Option(help="v1 is LM Studio 0.4, v0 is 0.3, openai is any other server.")
+    ] = Imitated.V1,
     fault: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="A fault to begin with. Repeatable.")
     ] = None,

@@ -274,18 +274,21 @@ def _upstream(seen: Evidence, upstream: Upstream) -> Iterator[Finding]:
                 f"curl -m 10 {upstream.url}/api/v1/models",
             )
     if probe.listing is not None:
-        yield from _tier(seen, upstream, probe.listing.tier)
+        yield from _tier(seen, upstream, probe.listing)
         yield from _socket(seen, upstream, probe.listing)
         yield from _room(seen, upstream, probe.listing)
 
 
-def _tier(seen: Evidence, upstream: Upstream, tier: Tier) -> Iterator[Finding]:
+def _tier(seen: Evidence, upstream: Upstream, listing: Listing) -> Iterator[Finding]:
+    tier = listing.tier
     if tier is Tier.OPENAI:
         yield Finding(
             f"what answers at {upstream.url} is not LM Studio, but another server of the same protocol",
             "it does not show what is loaded: its models are kept by pings alone, and evictions go unseen",
             f"nothing, if that is meant; else mend url in [[upstreams]] {upstream.name!r}",
         )
+    if tier is Tier.LLAMA:
+        yield from _router(seen, upstream, listing)
     if tier is not Tier.V0:
         return
     yield Finding(
@@ -305,8 +308,40 @@ def _tier(seen: Evidence, upstream: Upstream, tier: Tier) -> Iterator[Finding]:
         )
 
 
+def _router(seen: Evidence, upstream: Upstream, listing: Listing) -> Iterator[Finding]:
+    """What llama-server's router does otherwise than LM Studio."""
+    kept = [kept for kept in seen.config.kept if kept.upstream == upstream.name]
+    for one in kept:
+        if one.load_fields:
+            yield Finding(
+                f"{', '.join(sorted(one.load_fields))} of {one.key} has no effect",
+                "llama-server's router loads each model as its own presets say",
+                f"take it out of [[models]] {one.key!r}, and set it in the file of --models-preset",
+            )
+    always = [one.key for one in kept if not one.auto and one.window is None]
+    if listing.places is not None and len(always) > listing.places:
+        yield Finding(
+            f"{len(always)} models are always to be kept, and llama-server at {upstream.url} keeps {listing.places} "
+            "at a time",
+            f"never loaded: {', '.join(always[listing.places :])}",
+            "a greater --models-max for llama-server (0: no limit), or fewer models",
+        )
+    if upstream.memory is None:
+        return
+    for one in kept:
+        entry = listing.entries.get(fold_key(one.key))
+        if one.memory is None and entry is not None and entry.size_bytes is None:
+            yield Finding(
+                f"nothing tells what {one.key} takes",
+                "llama-server says it of loaded models alone: until it was loaded once, it gets all there is",
+                f"memory in [[models]] {one.key!r}",
+            )
+
+
 def _socket(seen: Evidence, upstream: Upstream, listing: Listing) -> Iterator[Finding]:
     """What the socket of LM Studio's SDKs is good for: as the daemon sees it, else as it is seen from here."""
+    if listing.tier is Tier.LLAMA:
+        return
     known = seen.upstream_status(upstream.name) or {}
     sdk, why = listing.sight.sdk.value, listing.sight.why
     if known.get("url") == upstream.url and known.get("sdk", "off") != "off" and sdk != "up":

@@ -266,7 +266,7 @@ def size(count: float) -> str:
 
 
 def _server(tier: Tier) -> str:
-    names = {Tier.V1: "LM Studio (0.4 or newer)", Tier.V0: "LM Studio (0.3)"}
+    names = {Tier.V1: "LM Studio (0.4 or newer)", Tier.V0: "LM Studio (0.3)", Tier.LLAMA: "llama-server"}
     return names.get(tier, "a server that does not show what is loaded")
 
 
@@ -299,7 +299,7 @@ def document(found: Found, keys: Sequence[str]) -> str:
     else:
         lines.append('#api_token_env = "LM_API_TOKEN"  # where it wants a token: the variable that holds it')
     for key in keys:
-        lines += ["", *_table(key, found.listing[fold_key(key)])]
+        lines += ["", *_table(key, found.listing[fold_key(key)], found.tier)]
     others = [entry for entry in found.entries if entry.key not in keys]
     if others:
         lines += ["", "# Also there. Take away the # in front of a model's two lines to keep it loaded, too."]
@@ -322,14 +322,18 @@ def document(found: Found, keys: Sequence[str]) -> str:
 def _of_tier(tier: Tier) -> list[str]:
     if tier is Tier.V1:
         return []
+    if tier is Tier.LLAMA:
+        return ["# How each model is loaded, its context for one, say the presets of llama-server's router."]
     if tier is Tier.V0:
         return ["# LM Studio 0.3 loads on demand alone, with an idle timer, and may keep a single model so."]
     return ["# It does not show what is loaded, so models are kept warm by pings alone."]
 
 
-def _table(key: str, entry: Entry) -> list[str]:
+def _table(key: str, entry: Entry, tier: Tier) -> list[str]:
     about = about_model(entry)
     lines = [*([f"# {about}"] if about else []), "[[models]]", f"key = {_text(key)}"]
+    if tier is Tier.LLAMA:
+        return lines
     context = entry.instances[0].context_length if entry.instances else None
     if entry.kind == "llm" and context:
         lines.append(

@@ -3,7 +3,7 @@
 from math import inf
 
 from keepalive.core.changed import replace
-from keepalive.core.facts import Listed, Sdk, Tier
+from keepalive.core.facts import Listed, Sdk, Tier, fold_key
 from keepalive.core.moves import STABLE, backoff
 from keepalive.core.records import Cause, Eviction, Model
 from keepalive.core.states import State
@@ -30,6 +30,8 @@ def why_missing(model: Model, fact: Listed, *, told: bool) -> Cause:
         return Cause.RESTART  # the socket went with them
     # Of several none is left: LM Studio may have been restarted between two listings. Not where the socket outlived it.
     otherwise = Cause.UNKNOWN if emptied and several and not watched else Cause.BY_HAND
+    if fact.tier is Tier.LLAMA:
+        return _by_the_router(model, fact, otherwise)
     if model.ttl is not None:
         return _by_its_timer(model, fact, model.ttl, otherwise)
     if fact.tier is Tier.V1 and all(i.id in model.ours for i in model.instances):
@@ -50,6 +52,18 @@ def _by_its_timer(model: Model, fact: Listed, ttl: float, otherwise: Cause) -> C
         return Cause.TIMER
     came = (fact.resident | fact.arriving) - model.beside
     return Cause.DISPLACED if came and ttl != inf else otherwise
+
+
+def _by_the_router(model: Model, fact: Listed, otherwise: Cause) -> Cause:
+    """llama-server says what sleeps and what ended by itself; beyond its number a load pushes out the idlest."""
+    entry = fact.entries.get(fold_key(model.id.key))
+    if entry is not None and entry.asleep:
+        return Cause.TIMER
+    if entry is not None and entry.exit_code:
+        return Cause.CRASH
+    there = fact.resident | fact.arriving
+    full = fact.places is not None and len(there) >= fact.places
+    return Cause.DISPLACED if full and there - model.beside else otherwise
 
 
 def count_eviction(model: Model, at: float, cause: Cause) -> Model:

@@ -28,7 +28,17 @@ class Tier(StrEnum):
 
     V1 = "v1"  # 0.4 and later: residency is listed, loading is a call
     V0 = "v0"  # 0.3.6 and later: residency is listed, only a request loads
+    LLAMA = "llama"  # no LM Studio, but llama-server as a router: residency is listed, loading is a call
     OPENAI = "openai"  # any other server: residency cannot be seen
+
+    @property
+    def calls(self) -> bool:
+        """Whether there are calls that load and unload. Elsewhere a request loads, and nothing unloads."""
+        return self in (Tier.V1, Tier.LLAMA)
+
+    @property
+    def lm_studio(self) -> bool:
+        return self in (Tier.V1, Tier.V0)
 
 
 class Trouble(StrEnum):
@@ -89,6 +99,9 @@ class Entry:
     selected: str | None = None
     need: Need | None = None
     context_max: int | None = None  # tokens; what it was made for
+    # llama-server's: its process is there and has let go of the memory; or ended by itself, with this.
+    asleep: bool = False
+    exit_code: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +154,8 @@ class Listed(UpstreamFact):
     entries: Mapping[str, Entry] = field(repr=False)  # by `fold_key` of the key and of each variant
     loading: bool = True  # it was asked what is being loaded, too
     sight: Sight = field(default=NO_SIGHT, repr=False)
+    # It keeps no more models than this at a time, and lets others go for a load.
+    places: int | None = field(default=None, repr=False)
     # Folded keys of what is loaded, and of what is being loaded, managed or not.
     resident: frozenset[str] = field(init=False, repr=False)
     arriving: frozenset[str] = field(init=False, repr=False)

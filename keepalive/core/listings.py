@@ -51,7 +51,8 @@ def listed(model: Model, fact: Listed) -> Model:
         listed=True,
         nearest=(),
         kind=entry.kind,
-        size_bytes=entry.size_bytes,
+        # llama-server says it of what is loaded alone.
+        size_bytes=entry.size_bytes or model.size_bytes,
         need=entry.need or model.need,
         tells_loading=model.tells_loading or entry.loading is True,
     )

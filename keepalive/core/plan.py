@@ -240,7 +240,7 @@ def _must_unload_crashed(model: Model) -> bool:
 def _unloads(
     upstream: Upstream, models: Sequence[Model], now: float, room: Arrangement | None
 ) -> list[tuple[Model, Action]]:
-    if upstream.tier is not Tier.V1:
+    if upstream.tier is None or not upstream.tier.calls:
         return []  # nothing before 0.4 can unload over HTTP: the lease runs out by itself
     gone: dict[ModelId, tuple[Model, Action]] = {
         m.id: (m, Unload(m.id, instance.id, _why_unloaded(m)))

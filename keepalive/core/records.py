@@ -368,6 +368,7 @@ class Upstream:
     resident: frozenset[str] = frozenset()  # folded keys of what is loaded, managed or not
     arriving: frozenset[str] = frozenset()  # and of what is being loaded
     occupants: tuple[Occupant, ...] = ()  # and with what they take
+    places: int | None = None  # it keeps no more models than this at a time, by its own word
     sees_loading: bool = False  # the newest listing was asked for that, too
     sight: Sight = NO_SIGHT  # what LM Studio's socket was good for then
     evicts: bool | None = None  # as seen, where it is not configured

@@ -85,8 +85,9 @@ def others(upstream: Upstream, models: Iterable[Model]) -> list[Occupant]:
     """What is in memory there of models that nobody keeps."""
     if not upstream.occupants:
         return []
-    # A variant that is kept is listed in the row of its key, with all copies of that.
-    keys = [fold_key(m.id.key) for m in models]
+    # A variant that is kept is listed in the row of its key, with all copies of that; what is kept by an alias of
+    # llama-server's, under its name there.
+    keys = [fold_key(name) for m in models for name in (m.id.key, *(i.id for i in m.instances))]
     kept = {*keys, *(key.rpartition("@")[0] for key in keys)}
     return [one for one in upstream.occupants if one.key not in kept]
 
@@ -95,6 +96,13 @@ def strangers(upstream: Upstream, models: Sequence[Model]) -> list[str]:
     """The keys of what is in memory there and was not loaded by us."""
     loaded = [m.id.key for m in models if m.instances and not m.ours and m.load_started is None]
     return [*(one.key for one in others(upstream, models)), *loaded]
+
+
+def _there(upstream: Upstream, models: Sequence[Model]) -> int:
+    """How many models are in memory or on their way there, whoever's."""
+    mine = {fold_key(m.id.key) for m in models}
+    foreign = sum(one.copies for one in others(upstream, models)) + len(upstream.arriving - mine)
+    return foreign + sum(copies(m) for m in models)
 
 
 def copies(model: Model) -> int:
@@ -107,7 +115,8 @@ def manages(upstream: Upstream, models: Iterable[Model]) -> bool:
     """Whether memory is a matter here at all, and can be seen."""
     if upstream.tier is Tier.OPENAI:
         return False
-    return upstream.memory is not None or any(m.policy.auto for m in models)
+    limited = upstream.memory is not None or upstream.places is not None
+    return limited or any(m.policy.auto for m in models)
 
 
 def is_in_use(model: Model, now: float) -> bool:
@@ -173,6 +182,7 @@ class _Arranging:
         self.unloads_by_call = upstream.tier not in (Tier.V0, Tier.OPENAI)
         self.used = _used_by_others(upstream, models) + sum(self._takes(m) * copies(m) for m in models)
         self.places = sum(map(self._holds, models))
+        self.there = _there(upstream, models)
         self.idle = next_to_go(models, now)
         self.spare = self._superfluous()
         self.doubled = {m.id for m, _ in self.spare}
@@ -205,7 +215,12 @@ class _Arranging:
 
     def _alone(self, model: Model) -> bool:
         word = model.need is not None and model.need.passes_guardrails is not None
-        return self.displacing or (self.upstream.memory is None and not word)
+        known = self.upstream.memory is not None or self.upstream.places is not None
+        return self.displacing or not (known or word)
+
+    def _is_full(self) -> bool:
+        """Whether a load would push out whatever its server finds idlest, be it kept or somebody else's."""
+        return self.upstream.places is not None and self.there >= self.upstream.places
 
     def _takes(self, model: Model) -> int:
         bytes_ = takes(model)
@@ -216,6 +231,8 @@ class _Arranging:
 
     def _lacks(self, model: Model) -> bool:
         if self._alone(model) and self._place(model) and self.places:
+            return True
+        if self._is_full():
             return True
         if self.word_counts and not self.taken_out and model.need and model.need.passes_guardrails is False:
             return True
@@ -238,9 +255,10 @@ class _Arranging:
             if room_is_kept and not self._is_always(model):
                 self.waits[model.id] = "waits for room: others have waited longer"
                 continue
-            before = self.used
+            before = self.used, self.there
             if model.id in self.reserved:
                 self.used -= self._takes(model)
+                self.there -= 1
             if not self._lacks(model):
                 granted.append(model)
                 self._let_in(model)
@@ -256,7 +274,7 @@ class _Arranging:
                 if model.waiting and hopes:
                     self._give_up_for(model)
                 room_is_kept = room_is_kept or (hopes and self._is_patient_no_more(model))
-                self.used = before
+                self.used, self.there = before
         ahead = None
         if slots > 0 and not self.leaving and all(m.id in self.never for m in asked):
             ahead = self._ahead(ready)
@@ -277,49 +295,58 @@ class _Arranging:
     def _let_in(self, model: Model) -> None:
         self.used += self._takes(model)
         self.places += self._place(model)
+        self.there += 1
         if takes(model) is not None:
             self.claims[model.id] = self.used
 
     def _reserve(self, ready: Sequence[Model]) -> None:
         """Room for `always` models that are not there yet, as many of the first of them as fit."""
         budget, together = self.upstream.memory, 0
+        places, always = self.upstream.places, 0
         for model in sorted(self.models, key=lambda m: m.rank):
             if self._is_always(model) and model.wanted and model.listed:
                 bytes_ = self._takes(model)
                 absent = not copies(model)
                 if budget is not None and absent and together + bytes_ > budget:
                     self.never[model.id] = (
-                        f"there is no room for it: it takes {gigabytes(bytes_)}, and of the "
+                        f"there is no room for it: {self._size(model)}, and of the "
                         f"{gigabytes(budget)} for models those that come first take {gigabytes(together)}"
                     )
                     continue
+                if places is not None and absent and always >= places:
+                    self.never[model.id] = f"there is no room for it: {self._number()}, which come first"
+                    continue
                 together += bytes_
+                always += 1
                 if absent:
                     self.used += bytes_
+                    self.there += 1
                     self.reserved.add(model.id)
-        if budget is None:
-            return
         for model in self.models:
+            if not model.policy.auto or model.instances:
+                continue
             bytes_ = self._takes(model)
-            if model.policy.auto and not model.instances and bytes_ > budget - together:
+            if budget is not None and bytes_ > budget - together:
                 beside = f" beside what is always kept ({gigabytes(together)})" if together else ""
                 self.never[model.id] = (
-                    f"there is no room for it: it takes {gigabytes(bytes_)}, and the budget is "
+                    f"there is no room for it: {self._size(model)}, and the budget is "
                     f"{gigabytes(budget)}{beside}"
                 )
+            elif places is not None and always >= places:
+                self.never[model.id] = f"there is no room for it: {self._number()}, which are always kept"
 
     # --- who goes for it ------------------------------------------------------------------------------
 
     def _make_room(self, model: Model) -> bool:
         """Whether room comes without anybody's being asked to end; else says what it waits for."""
-        before = self.used, self.places, self.taken_out
+        before = self._room()
         for other in self.leaving:
             self._take_out(other)
         if not self._lacks(model):
             self.waits[model.id] = f"waits for room: {_names(self.leaving)} is being unloaded"
             self.leaving = []
             return True
-        left = self.used, self.places, self.taken_out
+        left = self._room()
         idle = [m for m in self.idle if m.id != model.id] if self._can_empty() else []
         chosen = self._choose(model, idle)
         if chosen is not None:
@@ -330,11 +357,11 @@ class _Arranging:
             return True
         busy = self._busy() if self._can_empty() else []
         if self._is_patient_no_more(model):
-            self.used, self.places, self.taken_out = left
+            self._reset(left)
             chosen = self._choose(model, [*idle, *busy])
             if chosen is not None:
                 self.drains |= {m.id for m in chosen}
-        self.used, self.places, self.taken_out = before
+        self._reset(before)
         self.waits[model.id] = self._what_for(model, idle, busy)
         return False
 
@@ -344,7 +371,7 @@ class _Arranging:
 
     def _give_up_for(self, model: Model) -> None:
         """End the loads that nobody waits for, where the room that they take is what is missing."""
-        before = self.used, self.places, self.taken_out
+        before = self._room()
         ended: list[Model] = []
         for load in self.could_end:
             if not self._lacks(model):
@@ -355,7 +382,7 @@ class _Arranging:
         if ended and self._choose(model, idle) is not None:
             for load in ended:
                 self._give_up(load)
-        self.used, self.places, self.taken_out = before
+        self._reset(before)
 
     def _can_empty(self) -> bool:
         return self.unloads_by_call or self.displacing
@@ -377,6 +404,7 @@ class _Arranging:
         """Beside what is spare, of `candidates` the first that make room for `model`, and none that need not go."""
         for other, _ in self.spare:
             self.used -= self._takes(other)
+            self.there -= 1
             self.taken_out += 1
         chosen = list(candidates)
         for other in chosen:
@@ -394,12 +422,20 @@ class _Arranging:
     def _take_out(self, model: Model) -> None:
         self.used -= self._takes(model) * self._copies_left(model)
         self.places -= self._holds(model)
+        self.there -= self._copies_left(model)
         self.taken_out += 1
 
     def _put_back(self, model: Model) -> None:
         self.used += self._takes(model) * self._copies_left(model)
         self.places += self._holds(model)
+        self.there += self._copies_left(model)
         self.taken_out -= 1
+
+    def _room(self) -> tuple[int, int, int, int]:
+        return self.used, self.places, self.there, self.taken_out
+
+    def _reset(self, room: tuple[int, int, int, int]) -> None:
+        self.used, self.places, self.there, self.taken_out = room
 
     def _copies_left(self, model: Model) -> int:
         """Without the one that is spare, which is not counted twice."""
@@ -460,11 +496,13 @@ class _Arranging:
     def _what_for(self, model: Model, idle: Sequence[Model], busy: Sequence[Model]) -> str:
         if self._alone(model) and self._place(model) and self.limit is None:
             lack = "one model at a time fits for all that is known"
+        elif self._is_full():
+            lack = self._number()
         elif self.limit is None:
             lack = f"it takes {gigabytes(self._takes(model))}, and LM Studio says that it does not fit"
         else:
             free = max(0, (self.limit or 0) - self.used)
-            lack = f"it takes {gigabytes(self._takes(model))}, and {gigabytes(free)} are free"
+            lack = f"{self._size(model)}, and {gigabytes(free)} are free"
         if not self._could_ever(model):
             foreign = strangers(self.upstream, self.models)
             whose = f"; {', '.join(foreign[:3])} was loaded by somebody else" if foreign else ""
@@ -476,9 +514,23 @@ class _Arranging:
             return f"waits for room: {lack}; {_names(used_now[:3])} {verb} room when its answers have ended"
         return f"waits for room: {lack}"
 
+    def _size(self, model: Model) -> str:
+        if takes(model) is None:
+            return "nothing tells what it takes (memory in [[models]] would)"
+        return f"it takes {gigabytes(self._takes(model))}"
+
+    def _number(self) -> str:
+        many = self.upstream.places
+        return f"llama-server keeps {many} model{'' if many == 1 else 's'} at a time (--models-max)"
+
     def _could_ever(self, model: Model) -> bool:
         """Whether it would fit if all went that we may ever let go."""
         ours = [m for m in self.models if m.policy.auto and (m.ours or is_loading(m)) and self._can_empty()]
+        places = self.upstream.places
+        if places is not None and self.there - sum(copies(m) for m in ours) >= places:
+            return False
+        if self.limit is None and places is not None:
+            return True
         if self.limit is None:
             # Only what goes can change that: there is one place, or LM Studio has said that it does not fit.
             return bool(ours) or self.displacing

@@ -96,6 +96,7 @@ def _upstream_listed(upstream: Upstream, fact: Listed) -> Upstream:
         resident=fact.resident,
         arriving=fact.arriving,
         occupants=fact.occupants,
+        places=fact.places,
         sees_loading=fact.loading,
         sight=fact.sight,
         evicts=evicts if fact.tier is Tier.V0 else None,

@@ -105,6 +105,8 @@ class Listing(Protocol):
     def entries(self) -> Mapping[str, Entry]: ...
     @property
     def sight(self) -> Sight: ...
+    @property
+    def places(self) -> int | None: ...
 
 
 OwnPing = tuple[str, Mapping[str, Any]]  # path and body
@@ -123,12 +125,13 @@ class Client(Protocol):
         *,
         timeout: float,
         kind: str,
+        tier: Tier,
         told: Callable[[float], None],
     ) -> Loaded: ...
 
-    async def give_up(self, key: str) -> None: ...
+    async def give_up(self, key: str, *, tier: Tier) -> None: ...
 
-    async def unload(self, instance_id: str, *, timeout: float) -> None: ...
+    async def unload(self, instance_id: str, *, tier: Tier, timeout: float) -> None: ...
 
     async def ping(
         self,
@@ -673,7 +676,7 @@ class Keeper:
                 tasks.create_task(self._load(client, self._keeps[model], tier, now))
             case GiveUpLoad(model=model):
                 self.record(LoadGivenUp(now, model))
-                tasks.create_task(client.give_up(model.key))
+                tasks.create_task(client.give_up(model.key, tier=shelf.upstream.tier or Tier.V1))
             case SendPing(model=model, instance_id=target):
                 tier, before = shelf.upstream.tier or Tier.V1, shelf.models[model.key]
                 self.record(PingStarted(now, model))
@@ -693,8 +696,9 @@ class Keeper:
             case EndDrain(model=model):
                 self.record(DrainEnded(now, model))
             case Unload(model=model, instance_id=target, cause=cause):
+                tier = shelf.upstream.tier or Tier.V1
                 self.record(UnloadStarted(now, model, target, cause))
-                tasks.create_task(self._unload(client, model, target))
+                tasks.create_task(self._unload(client, model, target, tier))
 
     async def _refresh(self, client: Client, name: str, asked: float, *, loading: bool) -> None:
         try:
@@ -702,20 +706,22 @@ class Keeper:
         except UpstreamError as error:
             self._record_of(client, ListingFailed(self._clock(), name, asked, _trouble(error), str(error)))
         else:
-            at, tier, entries = self._clock(), listing.tier, listing.entries
-            self._record_of(client, Listed(at, name, asked, tier, entries, loading, listing.sight))
+            at, tier, entries, sight = self._clock(), listing.tier, listing.entries, listing.sight
+            listed = Listed(at, name, asked, tier, entries, loading, sight, listing.places)
+            self._record_of(client, listed)
 
     async def _load(self, client: Client, keep: Keep, tier: Tier, began: float) -> None:
         model, timeout = keep.model, keep.policy.load_timeout
         outcome, message, why, loaded = LoadOutcome.OK, None, None, None
         try:
-            if tier is Tier.V1:
+            if tier.calls:
                 known = self._known(model)
                 loaded = await client.load(
                     model.key,
                     keep.load_fields or {},
                     timeout=timeout,
                     kind=known.kind if known else "llm",
+                    tier=tier,
                     told=lambda done: self._record_of(client, LoadProgressed(self._clock(), model, done)),
                 )
             else:
@@ -736,7 +742,7 @@ class Keeper:
         except (Refused, Unexpected) as error:
             outcome, message = _load_outcome(error, tier), str(error)
             why = error.reason if isinstance(error, Refused) else None
-            if tier is not Tier.V1 and isinstance(error, Refused) and _refuses_the_request(error, tier):
+            if not tier.calls and isinstance(error, Refused) and _refuses_the_request(error, tier):
                 # The model was there to refuse it. Where residency shows, the listing has the last word.
                 outcome, why = LoadOutcome.OK, None
         except UpstreamError as error:
@@ -753,7 +759,7 @@ class Keeper:
                 elapsed=now - began,
                 seconds=loaded.seconds if loaded else None,
                 instance_id=instance_id if outcome is LoadOutcome.OK else None,
-                proved=tier is not Tier.V1 and outcome is LoadOutcome.OK,
+                proved=not tier.calls and outcome is LoadOutcome.OK,
                 message=message,
                 why=why,
             ),
@@ -806,10 +812,10 @@ class Keeper:
         ended = PrimeEnded(now, model.id, opening, outcome, now - began, tokens, message, why)
         self._record_of(client, ended)
 
-    async def _unload(self, client: Client, model: ModelId, target: str) -> None:
+    async def _unload(self, client: Client, model: ModelId, target: str, tier: Tier) -> None:
         message = None
         try:
-            await client.unload(target, timeout=UNLOAD_TIMEOUT)
+            await client.unload(target, tier=tier, timeout=UNLOAD_TIMEOUT)
         except UpstreamError as error:
             message = str(error)
         self._record_of(client, UnloadEnded(self._clock(), model, target, message))

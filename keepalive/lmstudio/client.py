@@ -4,14 +4,17 @@ of LM Studio's SDKs adds, `Eyes` see.
 The only importer of httpx, and of nothing that decides. Each call has a bound in seconds and either returns
 or raises one of `errors`. Nothing is retried here, no redirect followed, no proxy taken from the environment: a
 listing that failed is asked again by whoever plans, and a load must not be sent twice.
+
+Where llama-server stands in LM Studio's place as a router, `Router` knows how that is told to load and unload.
 """
 
 import asyncio
+import json
 import re
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
@@ -23,9 +26,10 @@ import httpx
 from keepalive import __version__
 from keepalive.core.errors import Cut, Reason, Refused, TimedOut, Unauthorized, Unexpected, Unreachable
 from keepalive.core.facts import NO_SIGHT, Entry, Sight, Tier
-from keepalive.lmstudio import wire
+from keepalive.lmstudio import llama, wire
 from keepalive.lmstudio.eyes import Eyes
 from keepalive.lmstudio.line import Dial, Web
+from keepalive.lmstudio.router import Router
 
 # A listing of a thousand models is about 1 MB. More than this is not a listing.
 ANSWER_MAX = 8 * 1024 * 1024
@@ -33,11 +37,12 @@ ANSWER_MAX = 8 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """What an upstream has; `entries` by folded key and variant."""
+    """What an upstream has; `entries` by folded key and variant. It keeps no more than `places` models at a time."""
 
     tier: Tier
     entries: Mapping[str, Entry]
     sight: Sight = NO_SIGHT
+    places: int | None = None
 
 
 class Client:
@@ -60,6 +65,7 @@ class Client:
         self.url = url
         self._web = Web(re.sub("^http", "ws", url), socket_options)
         self._eyes = Eyes(dial or self._web.dial)
+        self._router = Router(self._call, self._events, url)
         self._clock: float | None = None
         self._tier: Tier | None = None
         self._shows_loading = True
@@ -126,10 +132,11 @@ class Client:
             self._shows_loading = True
             raise
         sight = NO_SIGHT
-        if self._sees and tier is not Tier.OPENAI:
+        if self._sees and tier.lm_studio:
             sight, entries = await self._eyes.look(entries)
             sight = replace(sight, clock=self._clock)
-        return Listing(tier, wire.by_key(entries), sight)
+        places = self._router.places if tier is Tier.LLAMA else None
+        return Listing(tier, wire.by_key(entries), sight, places)
 
     async def estimated(self) -> None:
         """Wait until what is being estimated is; the next listing has it."""
@@ -142,25 +149,34 @@ class Client:
         *,
         timeout: float,
         kind: str = "llm",
+        tier: Tier = Tier.V1,
         told: Callable[[float], None] = lambda progress: None,
     ) -> wire.Loaded:
-        """Load one more copy, explicitly (0.4 and later). The answer comes when the load is over.
+        """Load one more copy, explicitly (0.4 and later, or a router). The answer comes when the load is over.
 
-        Where the socket is up it tells how far it is, from 0 to 1. `kind` as listed.
+        Where the socket is up it tells how far it is, from 0 to 1; a router always does. `kind` as listed.
         """
         body = {**{name: value for name, value in fields.items() if name not in wire.SDK_ALONE}, "model": key}
         async with _bound(timeout, f"no answer to the load within {timeout:.0f} s"):
+            if tier is Tier.LLAMA:
+                return await self._router.load(key, told)
             if self._sees and (loaded := await self._eyes.load(kind, key, fields, told)) is not None:
                 return loaded
             return wire.loaded(await self._call("POST", "/api/v1/models/load", body))
 
-    async def give_up(self, key: str) -> None:
+    async def give_up(self, key: str, *, tier: Tier = Tier.V1) -> None:
         """Ask for the end of our load of it, where there is a way to: `load` then raises GivenUp. Never raises."""
-        await self._eyes.give_up(key)
+        if tier is Tier.LLAMA:
+            await self._router.give_up(key)
+        else:
+            await self._eyes.give_up(key)
 
-    async def unload(self, instance_id: str, *, timeout: float) -> None:
+    async def unload(self, instance_id: str, *, tier: Tier = Tier.V1, timeout: float) -> None:
         async with _bound(timeout, f"no answer to the unload within {timeout:.0f} s"):
-            await self._call("POST", "/api/v1/models/unload", {"instance_id": instance_id})
+            if tier is Tier.LLAMA:
+                await self._router.unload(instance_id)
+            else:
+                await self._call("POST", "/api/v1/models/unload", {"instance_id": instance_id})
 
     async def ping(
         self,
@@ -180,6 +196,8 @@ class Client:
         that to an `own` ping, need not be signed.
         """
         path, body = wire.ping(kind, target, tier, lease) if own is None else wire.own_ping(own, target)
+        if tier is Tier.LLAMA:
+            path = llama.as_it_is(path)
         async with _bound(timeout, f"no answer to the ping within {timeout:.0f} s"):
             try:
                 answer = await self._call("POST", path, body)
@@ -208,6 +226,8 @@ class Client:
         Cancelling it closes its connection, which ends the work over there.
         """
         path, body = wire.own_ping(replay, target)
+        if tier is Tier.LLAMA:
+            path = llama.as_it_is(path)
         async with _bound(timeout, f"no answer to the opening within {timeout:.0f} s"):
             try:
                 answer = await self._call("POST", path, body)
@@ -224,6 +244,8 @@ class Client:
     async def _entries(self, tier: Tier, *, loading: bool) -> list[Entry]:
         if tier is Tier.V0:
             return wire.v0_entries(await self._call("GET", "/api/v0/models"))
+        if tier is Tier.LLAMA:
+            return await self._router.entries()
         if tier is Tier.OPENAI:
             return wire.openai_entries(await self._call("GET", "/v1/models"))
         # The newer listing does not show a load in progress; the older one, still served, does. It is asked
@@ -260,6 +282,8 @@ class Client:
             wire.openai_entries(answer)
         except Unexpected as error:
             raise Unexpected(f"what answers at {self.url} is no model server that we know: {error}") from None
+        if llama.may_list(answer) and llama.is_router(await self._probe("/props")):
+            return Tier.LLAMA
         return Tier.OPENAI
 
     async def _probe(self, path: str) -> wire.Json | None:
@@ -298,6 +322,15 @@ class Client:
             # Neither its words nor it as a cause: h11 quotes a header that cannot be sent, token included.
             raise Unexpected(f"{what} could not be sent ({type(error).__name__})") from None
         return self._answer(status, self._without_token(bytes(content)), what, retry_after=retry_after)
+
+    async def _events(self, path: str) -> AsyncGenerator[wire.Json]:
+        """What a stream of events says, until it ends. An addition: whatever goes wrong with it ends it."""
+        with suppress(httpx.HTTPError):
+            async with self._http.stream("GET", self._at(path)) as response:
+                async for line in response.aiter_lines():
+                    if line.startswith("data:"):
+                        with suppress(ValueError, RecursionError):
+                            yield json.loads(line[5:])
 
     def _without_token(self, content: bytes) -> bytes:
         """LM Studio quotes a token that it does not like, and anything may quote a header."""

@@ -34,9 +34,13 @@ _REASONS: tuple[tuple[str, Reason], ...] = (
     ("model was unloaded", Reason.UNLOADED),
     ("model unloaded", Reason.UNLOADED),
     ("model is unloaded", Reason.UNLOADED),
+    ("model is not loaded", Reason.UNLOADED),  # llama-server's router
+    ("is not running", Reason.UNLOADED),
     ("model reloaded", Reason.UNLOADED),
     ("no models loaded", Reason.UNLOADED),
     ("invalid model identifier", Reason.UNKNOWN_MODEL),
+    ("model limit reached", Reason.LOAD_FAILED),
+    ("' not found", Reason.UNKNOWN_MODEL),
     ("failed to load", Reason.LOAD_FAILED),
     ("error loading model", Reason.LOAD_FAILED),
     ("model_load_failed", Reason.LOAD_FAILED),

@@ -9,9 +9,11 @@ from keepalive.core.errors import Reason
 from keepalive.core.evictions import count_eviction, why_missing
 from keepalive.core.facts import (
     ClockJumped,
+    Entry,
     Fact,
     Instance,
     InstanceLost,
+    Listed,
     LoadStarted,
     PingEnded,
     PingOutcome,
@@ -409,3 +411,39 @@ def test_what_was_at_work_when_it_was_lost_had_not_idled(changes: dict[str, obje
     model = count_eviction(tried(State.WARM, **{"used_at": 40.0, **changes}), 50.0, Cause.UNKNOWN)
 
     assert model.last_eviction == Eviction(50.0, Cause.UNKNOWN, idle)
+
+
+# --- on llama-server's router ----------------------------------------------------------------------
+
+
+def routed(*entries: Entry, places: int | None = 4) -> Listed:
+    return Listed(20, "local", 20, Tier.LLAMA, {e.key: e for e in entries}, places=places)
+
+
+QWEN_IS_THERE = Entry("qwen", instances=(Instance("qwen"),), loading=False)
+
+
+@pytest.mark.parametrize(
+    ("fact", "cause"),
+    [
+        (routed(Entry("gemma", loading=False, asleep=True)), Cause.TIMER),
+        (routed(Entry("gemma", loading=False, exit_code=1)), Cause.CRASH),
+        (routed(Entry("gemma", loading=False), QWEN_IS_THERE, places=1), Cause.DISPLACED),
+        (routed(Entry("gemma", loading=False), Entry("qwen", loading=True), places=1), Cause.DISPLACED),
+        (routed(Entry("gemma", loading=False), QWEN_IS_THERE, places=2), Cause.BY_HAND),
+        (routed(Entry("gemma", loading=False), QWEN_IS_THERE, places=None), Cause.BY_HAND),
+        (routed(Entry("gemma", loading=False), places=1), Cause.BY_HAND),
+    ],
+)
+def test_on_a_router_what_is_listed_says_why_a_model_is_missing(fact: Listed, cause: Cause):
+    model = ours(beside=frozenset({"gemma"}))
+
+    assert why_missing(model, fact, told=True) is cause
+
+
+def test_a_model_that_fell_asleep_is_missing_and_loaded_again():
+    state = Box(ours(size_bytes=7)).see(routed(Entry("gemma", loading=False, asleep=True)))
+
+    assert (state[GEMMA].state, state[GEMMA].evictions) == (State.COLD, 1)
+    assert state[GEMMA].last_eviction == Eviction(20, Cause.TIMER, state[GEMMA].last_eviction.idle_seconds)  # type: ignore[union-attr]
+    assert state[GEMMA].size_bytes == 7  # llama-server says it of loaded models alone

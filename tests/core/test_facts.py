@@ -27,7 +27,7 @@ def test_a_model_is_called_by_its_key_and_its_upstream():
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        (Tier, ["v1", "v0", "openai"]),
+        (Tier, ["v1", "v0", "llama", "openai"]),
         (Trouble, ["refused", "unreachable", "timeout", "unauthorized", "bad_answer", "loading"]),
         (LoadOutcome, ["ok", "failed", "refused", "unknown", "given_up"]),
         (PingOutcome, ["ok", "error", "timeout", "wrong_model", "refused", "skipped"]),

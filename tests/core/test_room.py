@@ -1062,3 +1062,80 @@ def test_of_two_that_were_asked_for_as_much_the_first_of_the_config_is_loaded_ah
     assert planned(up(), lately("b", rank=1), lately("a", rank=0)) == [
         Load(ident("a"), ahead=True, claim=10 * GB)
     ]
+
+
+# --- a server that keeps so many models at a time -------------------------------------------------
+
+
+def router(places: int | None = 2, gigabytes: float | None = None, **changes: object) -> Upstream:
+    return up(gigabytes, **{"tier": Tier.LLAMA, "places": places, **changes})
+
+
+def test_where_a_server_keeps_so_many_models_their_places_are_what_is_shared():
+    keeps = [always(there("a")), always(absent("b"))]
+
+    assert manages(router(), keeps)
+    assert not manages(router(None), keeps)
+
+
+def test_a_place_is_made_before_a_load_so_that_the_server_pushes_out_nobody():
+    old, new = there("old", None, use_at=1.0), there("new", None, use_at=500.0)
+    wished = asked("wished", None)
+
+    assert planned(router(), old, new, wished) == [Unload(ident("old"), "old", ROOM)]
+    assert planned(router(3), old, new, wished) == [Load(ident("wished"))]
+    assert why(router(), wished, old, new) == "waits for room: old makes room"
+
+
+def test_a_place_that_a_stranger_has_is_not_taken():
+    theirs = listing(Entry("theirs", instances=(Instance("theirs"),)))
+    upstream = router(occupants=theirs.occupants)
+    kept, wished = always(there("kept", None)), asked("wished", None)
+
+    assert planned(upstream, kept, wished) == []
+    assert why(upstream, wished, kept) == (
+        "there is no room for it: llama-server keeps 2 models at a time (--models-max); "
+        "theirs was loaded by somebody else"
+    )
+
+
+def test_what_is_arriving_has_a_place_whoever_loads_it():
+    upstream = router(1, arriving=frozenset({"theirs"}))
+
+    assert planned(upstream, asked("wished", None)) == []
+    assert planned(replace(upstream, arriving=frozenset()), asked("wished", None)) == [Load(ident("wished"))]
+
+
+def test_of_more_models_that_are_always_kept_than_there_are_places_the_first_are():
+    models = [always(absent(key, None, rank=rank)) for rank, key in enumerate("abc")]
+
+    assert planned(router(max_loading=3), *models) == [Load(ident("a")), Load(ident("b"))]
+    assert why(router(), models[2], *models[:2]) == (
+        "there is no room for it: llama-server keeps 2 models at a time (--models-max), which come first"
+    )
+    assert why(router(1), asked("wished", None), models[0]) == (
+        "there is no room for it: llama-server keeps 1 model at a time (--models-max), which are always kept"
+    )
+
+
+def test_places_and_memory_hold_together():
+    small = there("small", 1, use_at=1.0), there("other", 1, use_at=2.0)
+
+    assert planned(router(3, 10), *small, asked("large", 9)) == [Unload(ident("small"), "small", ROOM)]
+    assert planned(router(2, 10), *small, asked("tiny", 1)) == [Unload(ident("small"), "small", ROOM)]
+    assert planned(router(3, 10), *small, asked("tiny", 1)) == [Load(ident("tiny"), claim=3 * GB)]
+
+
+def test_what_is_kept_by_an_alias_has_one_place():
+    row = listing(Entry("its-name", instances=(Instance("its-name"),)))
+    kept = there("alias", None, instances=(Instance("its-name"),), ours=frozenset({"its-name"}))
+
+    assert planned(router(occupants=row.occupants), kept, asked("wished", None)) == [Load(ident("wished"))]
+
+
+def test_what_nobody_knows_the_size_of_is_said_to_need_a_word():
+    models = always(there("a", 5)), absent("b", None)
+
+    assert "nothing tells what it takes (memory in [[models]] would)" in str(
+        why(router(4, 10), asked("b", None), models[0])
+    )

@@ -52,6 +52,7 @@ export const causeOf = (eviction) => CAUSES.get(eviction.cause) ?? short(evictio
 export const TIERS = new Map([
   ["v1", "LM Studio 0.4"],
   ["v0", "LM Studio 0.3"],
+  ["llama", "llama-server"],
   ["openai", "OpenAI-compatible"],
 ]);
 
