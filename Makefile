@@ -11,7 +11,7 @@ TESTABLE := $(VENV)/.installed-test
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check collected mutants test-timely test-setup test-setup-container pictures bench bench-short bench-setup schema man clean python
+.PHONY: help demo test check collected mutants test-timely test-setup test-setup-llama test-setup-container pictures bench bench-short bench-setup schema man clean python
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-22s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,8 +41,10 @@ test-timely: $(TESTABLE)  ## Run the tests that depend most on time 20 times, wh
 	@$(BIN)/python tests/kit/timely.py
 
 test-setup: python  ## Install the real inference servers that some tests skip without (more than 1 GB)
-	$(PYTHON) tests/kit/real_server.py install
-	$(PYTHON) tests/kit/llama.py install
+	$(PYTHON) -m tests.kit.installed transformers llama
+
+test-setup-llama: python  ## Build llama-server, whose router some tests skip without (a C++ compiler; 10 minutes)
+	$(PYTHON) -m tests.kit.installed router
 
 test-setup-container: python  ## Make the small Debian that the container's test skips without (root, debootstrap, 400 MB)
 	$(PYTHON) tests/kit/container.py install

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
+from tests.kit.installed import LLAMA
 from tests.kit.live import DaemonProcess, ending, settings, wait_until
 from tests.kit.live import ask as live_ask
-from tests.kit.llama import LlamaServer, ask, made_model, why_not
+from tests.kit.llama import LlamaServer, ask, made_model
 
-MISSING = why_not()
+MISSING = LLAMA.why_not()
 pytestmark = [
     pytest.mark.real_server,
     pytest.mark.timeout(600),

@@ -21,9 +21,10 @@ import pytest
 from keepalive.core.facts import Tier
 from keepalive.core.records import Cause
 from keepalive.lmstudio import wire
-from tests.kit.real_server import RealServer, made_model, started, why_not
+from tests.kit.installed import TRANSFORMERS
+from tests.kit.real_server import RealServer, made_model, started
 
-MISSING = why_not()
+MISSING = TRANSFORMERS.why_not()
 # None takes more than a minute, but its server may meet a busy machine.
 pytestmark = [
     pytest.mark.real_server,

@@ -40,6 +40,9 @@ from keepalive.core.records import (
 )
 from keepalive.core.states import IllegalMove, Sign
 
+# How soon it is tried again to unload what was found to answer somebody.
+IN_USE_POLL = 5.0
+
 
 def load_started(model: Model, fact: LoadStarted) -> Model:
     if model.calling or model.pending or model.instances:
@@ -184,6 +187,10 @@ def unload_started(model: Model, fact: UnloadStarted) -> Model:
 
 def unload_ended(model: Model, fact: UnloadEnded) -> Model:
     model = replace(model, unloading=False, touched_at=fact.at)
+    if fact.in_use:
+        # By whom is not seen: others go before it, and it is asked again soon.
+        again = fact.at + IN_USE_POLL
+        return replace(model, use_at=fact.at, used_at=fact.at, retry_at=again, reason=fact.message)
     if fact.message is not None:
         failures = model.failures + 1
         retry_at = fact.at + backoff(failures)

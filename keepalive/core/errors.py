@@ -75,6 +75,7 @@ class Reason(StrEnum):
     UNKNOWN_ROUTE = "unknown_route"
     UNAUTHORIZED = "unauthorized"
     LOAD_FAILED = "load_failed"
+    IN_USE = "in_use"
     LOADING = "loading"  # the server itself is not ready yet, and says so
     OTHER = "other"
 

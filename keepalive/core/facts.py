@@ -359,6 +359,7 @@ class UnloadStarted(ModelFact):
 class UnloadEnded(ModelFact):
     instance_id: str
     message: str | None = None  # None: it is unloaded
+    in_use: bool = False  # it is not, because it answers somebody
 
 
 # --- about a model: what is wanted ----------------------------------------------------------------

@@ -813,12 +813,12 @@ class Keeper:
         self._record_of(client, ended)
 
     async def _unload(self, client: Client, model: ModelId, target: str, tier: Tier) -> None:
-        message = None
+        message, in_use = None, False
         try:
             await client.unload(target, tier=tier, timeout=UNLOAD_TIMEOUT)
         except UpstreamError as error:
-            message = str(error)
-        self._record_of(client, UnloadEnded(self._clock(), model, target, message))
+            message, in_use = str(error), isinstance(error, Refused) and error.reason is Reason.IN_USE
+        self._record_of(client, UnloadEnded(self._clock(), model, target, message, in_use))
 
     def _kind(self, keep: Keep) -> str:
         """What the config says, else what the listing said."""

@@ -99,9 +99,8 @@ class Router:
     async def unload(self, key: str) -> None:
         """Unload it, unless it answers somebody; comes back when its process is gone."""
         if await self._works(key):
-            raise Refused(
-                "it answers somebody who does not ask through keepalive", reason=Reason.OTHER, status=200
-            )
+            why = "it answers somebody who does not ask through keepalive"
+            raise Refused(why, reason=Reason.IN_USE, status=200)
         value, row = llama.status(await self._call("GET", "/v1/models"), key)
         process = llama.process(row)
         try:

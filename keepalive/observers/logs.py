@@ -455,7 +455,7 @@ def _model(fact: Fact, before: Model, after: Model) -> None:
         case UnloadEnded(message=None):
             why = before.letting_go.value if before.letting_go else None
             log.info("model.unloaded", instance=fact.instance_id, **_given(cause=why))
-        case UnloadEnded():
+        case UnloadEnded(in_use=False):
             log.warning("model.unload_failed", instance=fact.instance_id, reason=fact.message)
         case DrainStarted():
             log.info("model.draining", in_flight=after.in_flight)

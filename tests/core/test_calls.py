@@ -561,6 +561,19 @@ def test_an_unload_that_failed_leaves_it_there_and_is_tried_again():
     }
 
 
+def test_what_is_found_to_answer_somebody_stays_and_goes_after_what_is_idle():
+    before = tried(State.WARM, unloading=True, letting_go=UnloadCause.ROOM)
+
+    assert changed(before, apply(before, UnloadEnded(50, GEMMA, "gemma", "it answers", in_use=True))) == {
+        "reason": "it answers",
+        "unloading": False,
+        "touched_at": 50,
+        "use_at": 50,
+        "used_at": 50,
+        "retry_at": 55.0,
+    }
+
+
 # --- a ping that is of no use -----------------------------------------------------------------------
 
 REFUSED = 'its ping is refused: no image; set ping in [[models]] "gemma": one that it takes, or "off"'

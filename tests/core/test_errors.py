@@ -64,6 +64,7 @@ def test_reasons_go_by_the_words_that_logs_and_metrics_know():
         "unknown_route",
         "unauthorized",
         "load_failed",
+        "in_use",
         "loading",
         "other",
     ]

@@ -1,10 +1,7 @@
-"""llama.cpp's own server, for the tests: a real prompt cache, and a model of noise that reads a page in seconds.
+"""llama.cpp's own servers, for the tests: a real prompt cache, and models of noise that read a page in seconds.
 
-It comes as a wheel and lives in a virtual environment of its own outside the repository, made once by
-
-    python tests/kit/llama.py install        (`make test-setup` calls it)
-
-and never by a test. Standard library only, but for what that environment runs of this file.
+`LlamaServer` is one with one model, from a wheel; `LlamaRouter` is llama-server itself with as many as lie in a folder.
+`tests.kit.installed` installs both. Standard library only, but for what their environments run of this file.
 """
 
 import contextlib
@@ -12,68 +9,37 @@ import fcntl
 import http.client
 import json
 import os
-import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
-import venv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-VERSION = "2026.10.11549"
-REQUIREMENTS = (f"xllamacpp=={VERSION}", "gguf==0.19.0", "numpy>=2,<3")
-# Written when all is installed: an installation that was interrupted is begun again.
-STAMP = "installed"
+from tests.kit import PROJECT
+from tests.kit.installed import LLAMA, ROUTER, Installation
+
 # Only a broken server reaches these, on the busiest machine.
 START_TIMEOUT = 240.0
 ANSWER_TIMEOUT = 120.0
 
 
-def folder() -> Path:
-    """Where the server's environment is, or will be."""
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cache = Path(os.environ.get("KEEPALIVE_TEST_CACHE") or caches / "keepalive-tests")
-    return cache / f"llama-{VERSION}"
-
-
-def why_not() -> str | None:
-    """Why the server cannot be used here, and what to do; None when it can."""
-    if (folder() / STAMP).exists():
-        return None
-    return f"{folder()} is missing: run `make test-setup` (or `python tests/kit/llama.py install`) once"
-
-
-def install() -> None:
-    """Make the environment, with whatever package index pip is configured for."""
-    if why_not() is None:
-        print(f"{folder()} is there already")
-        return
-    print(f"installing {' and '.join(REQUIREMENTS)}: 200 MB in {folder()}", flush=True)
-    shutil.rmtree(folder(), ignore_errors=True)
-    venv.create(folder(), with_pip=True, symlinks=True)
-    command = [_python(), "-m", "pip", "install", "--quiet", "--only-binary=:all:", *REQUIREMENTS]
-    if subprocess.run(command).returncode:
-        # No wheel for this machine: the tests say so, and are skipped.
-        print(f"could not install {' and '.join(REQUIREMENTS)}: see above")
-        shutil.rmtree(folder(), ignore_errors=True)
-        return
-    (folder() / STAMP).touch()
-
-
-def _python() -> str:
-    return str(folder() / "bin" / "python")
-
-
-def made_model(run_folder: Path) -> Path:
+def made_model(run_folder: Path, by: Installation = LLAMA) -> Path:
     """The model, made by the first who asks for it in this folder; all others wait for it."""
     path = run_folder / "noise.gguf"
     with (run_folder / "noise.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
-            made = subprocess.run([_python(), __file__, "make-model", path], capture_output=True, text=True)
+            made = subprocess.run([*_me(by), "make-model", path], cwd=PROJECT, capture_output=True, text=True)
             if made.returncode:
                 raise RuntimeError(f"the model could not be made:\n{made.stderr}")
     return path
+
+
+def _me(by: Installation) -> list[str]:
+    return [by.program("python"), "-m", "tests.kit.llama"]
 
 
 class LlamaServer:
@@ -82,8 +48,10 @@ class LlamaServer:
     def __init__(self, home: Path, model: Path, *, slots: int) -> None:
         self._log = home / "llama.log"
         with self._log.open("wb") as log:
-            command = [_python(), __file__, "serve", model, str(slots)]
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            command = [*_me(LLAMA), "serve", model, str(slots)]
+            self._process = subprocess.Popen(
+                command, cwd=PROJECT, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
         self.port = 0
 
     @property
@@ -106,6 +74,113 @@ class LlamaServer:
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.wait()
+
+
+class LlamaRouter:
+    """llama-server as a router, with copies of one model under several names. Its port stays over its lives."""
+
+    def __init__(
+        self, home: Path, model: Path, keys: Sequence[str], *, most: int = 4, sleep: int | None = None
+    ) -> None:
+        models = home / "models"
+        models.mkdir()
+        for key in keys:
+            (models / f"{key}.gguf").symlink_to(model)
+        self._models, self._most, self._sleep = models, most, sleep
+        self._log = home / "router.log"
+        self._process: subprocess.Popen[bytes] | None = None
+        # Held from now on, so that the kernel gives it to nobody else; the server sets SO_REUSEPORT and gets it.
+        self._held = socket.socket()
+        self._held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        self._held.bind(("127.0.0.1", 0))
+        self.port: int = self._held.getsockname()[1]
+
+    def breaks(self, key: str) -> None:
+        """From now on its file is one that no load survives."""
+        path = self._models / f"{key}.gguf"
+        path.unlink()
+        path.write_bytes(b"GGUF" + bytes(1000))
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self._held.close()
+
+    def start(self) -> None:
+        command = [
+            ROUTER.program("llama-server"),
+            "--models-dir",
+            str(self._models),
+            "--port",
+            str(self.port),
+        ]
+        command += [
+            "--models-max",
+            str(self._most),
+            "--ctx-size",
+            "8192",
+            "--parallel",
+            "2",
+            "--threads",
+            "1",
+        ]
+        command += [] if self._sleep is None else ["--sleep-idle-seconds", str(self._sleep)]
+        # What it is to do says this test alone, and nothing is looked for on the network.
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("LLAMA_", "HF_"))}
+        environment["LLAMA_CACHE"] = str(self._models.parent / "cache")
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        deadline = time.monotonic() + START_TIMEOUT
+        while True:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                self.states()
+                return
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.kill()
+                raise RuntimeError(f"the router does not answer; its log:\n{self.log()[-4000:]}")
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        """As the kernel does when memory runs out: nothing is said. Its models end because it is gone."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def kill_process(self, key: str) -> None:
+        """The same, of one model."""
+        assert self._process is not None
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+                parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+                if int(parent) == self._process.pid and key in words[words.index("--alias") :]:
+                    os.kill(int(folder.name), signal.SIGKILL)
+                    return
+        raise AssertionError(f"{key} has no process")
+
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def loads(self, key: str) -> int:
+        """How many processes it has begun for a model."""
+        return self.log().count(f"spawning server instance with name={key} on port")
+
+    def states(self) -> dict[str, str]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=ANSWER_TIMEOUT)
+        with contextlib.closing(connection):
+            connection.request("GET", "/models")
+            rows = json.loads(connection.getresponse().read())["data"]
+        return {row["id"]: row["status"]["value"] for row in rows}
 
 
 def ask(url: str, messages: list[dict[str, str]], model: Path) -> dict[str, Any]:
@@ -202,11 +277,9 @@ def _make_model(path: str) -> None:
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case ["install"]:
-            install()
         case ["make-model", path]:
             _make_model(path)
         case ["serve", path, slots]:
             _serve(path, slots)
         case _:
-            sys.exit("usage: python tests/kit/llama.py install")
+            sys.exit("usage: python -m tests.kit.llama make-model PATH | serve PATH SLOTS")

@@ -1,12 +1,7 @@
 """An inference server that nobody here wrote, for the tests: `transformers serve`.
 
 It loads a model on the first request for it and drops it after some idle seconds, which is what a keep-alive
-is for. It needs more than a gigabyte, so it lives in a virtual environment of its own outside the repository,
-made once by
-
-    python tests/kit/real_server.py install        (`make test-setup` calls it)
-
-and never by a test. Standard library only: the same file makes the model, with that environment's Python.
+is for. `tests.kit.installed` installs it. The same file makes the model, with that environment's Python.
 """
 
 import contextlib
@@ -15,54 +10,22 @@ import http.client
 import itertools
 import json
 import os
-import shutil
 import signal
 import socket
 import string
 import subprocess
 import sys
 import time
-import venv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
-VERSION = "5.23.0"
-# This very torch, because a newer one may come with gigabytes of GPU libraries.
-REQUIREMENTS = (f"transformers[serving]=={VERSION}", "torch==2.13.0")
-# Written when all is installed: an installation that was interrupted is begun again.
-STAMP = "installed"
+from tests.kit import PROJECT
+from tests.kit.installed import TRANSFORMERS
 
 # Only a broken server reaches these, on the busiest machine.
 START_TIMEOUT = 240.0
 ANSWER_TIMEOUT = 120.0
-
-
-def folder() -> Path:
-    """Where the server's environment is, or will be."""
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cache = Path(os.environ.get("KEEPALIVE_TEST_CACHE") or caches / "keepalive-tests")
-    return cache / f"transformers-{VERSION}"
-
-
-def why_not() -> str | None:
-    """Why the server cannot be used here, and what to do; None when it can."""
-    if (folder() / STAMP).exists():
-        return None
-    return f"{folder()} is missing: run `make test-setup` (or `python tests/kit/real_server.py install`) once"
-
-
-def install() -> None:
-    """Make the environment, with whatever package index pip is configured for."""
-    if why_not() is None:
-        print(f"{folder()} is there already")
-        return
-    print(f"installing {' and '.join(REQUIREMENTS)}: some minutes, more than 1 GB in {folder()}", flush=True)
-    shutil.rmtree(folder(), ignore_errors=True)
-    venv.create(folder(), with_pip=True, symlinks=True)
-    if subprocess.run([_program("python"), "-m", "pip", "install", "--quiet", *REQUIREMENTS]).returncode:
-        sys.exit(f"could not install {' and '.join(REQUIREMENTS)}: see above")
-    (folder() / STAMP).touch()
 
 
 def made_model(folder: Path) -> Path:
@@ -78,14 +41,10 @@ def made_model(folder: Path) -> Path:
 
 def make_model(path: Path) -> None:
     """Write it, with the server's own library."""
-    command = [_program("python"), __file__, "make-model", path]
-    made = subprocess.run(command, env=_environment(path.parent), capture_output=True, text=True)
+    command = [TRANSFORMERS.program("python"), "-m", "tests.kit.real_server", "make-model", path]
+    made = subprocess.run(command, env=_environment(path.parent), cwd=PROJECT, capture_output=True, text=True)
     if made.returncode:
         raise RuntimeError(f"the model could not be made:\n{made.stderr}")
-
-
-def _program(name: str) -> str:
-    return str(folder() / "bin" / name)
 
 
 def _environment(home: Path) -> dict[str, str]:
@@ -171,7 +130,7 @@ class RealServer:
     def start(self) -> None:
         """Return at once; `wait` for it."""
         self._lives += 1
-        command = [_program("transformers"), "serve", "--device", "cpu", "--host", "127.0.0.1"]
+        command = [TRANSFORMERS.program("transformers"), "serve", "--device", "cpu", "--host", "127.0.0.1"]
         command += ["--port", str(self.port), "--model-timeout", str(self._idle_seconds)]
         # At `info` it says when it has dropped a model.
         command += ["--log-level", "info"]
@@ -260,9 +219,7 @@ def started(*servers: RealServer) -> Iterator[None]:
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case ["install"]:
-            install()
         case ["make-model", path]:
             _make_model(path)
         case _:
-            sys.exit("usage: python tests/kit/real_server.py install")
+            sys.exit("usage: python -m tests.kit.real_server make-model PATH")

@@ -1,0 +1,249 @@
+"""llama-server as a router in LM Studio's place, from the first request to the last byte: the real daemon before an
+imitation of it and, where it is installed, before itself."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from keepalive.core import calls, room
+from keepalive.service.daemon import Daemon
+from tests.kit.installed import ROUTER
+from tests.kit.live import asked, daemon, model, settings, until
+from tests.kit.llama import LlamaRouter, made_model
+from tests.kit.router import Router
+
+CHAT = "/v1/chat/completions"
+MISSING = ROUTER.why_not()
+REAL = pytest.param(
+    "real",
+    marks=[
+        pytest.mark.real_server,
+        pytest.mark.timeout(600),
+        pytest.mark.skipif(MISSING is not None, reason=MISSING or ""),
+    ],
+)
+# Bytes as the config says them: noise takes next to nothing.
+ROOM_FOR_ONE = 'memory = "12GB"'
+GB = 10**9
+
+
+class Engine:
+    """Either of them, by what both can do."""
+
+    def __init__(self, router: Router | LlamaRouter) -> None:
+        self.router = router
+        self.url = router.url
+        self.real = isinstance(router, LlamaRouter)
+
+    def states(self) -> dict[str, str]:
+        return self.router.states()
+
+    def loads(self, key: str) -> int:
+        return self.router.loads(key) if isinstance(self.router, LlamaRouter) else self.router.loads[key]
+
+    def breaks(self, key: str) -> None:
+        if isinstance(self.router, LlamaRouter):
+            self.router.breaks(key)
+        else:
+            self.router.rows[key].broken = True
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody here comes again: what was just used may go at once, and is asked again soon."""
+    monkeypatch.setattr(room, "SETTLE", 0.1)
+    monkeypatch.setattr(calls, "IN_USE_POLL", 0.3)
+
+
+@pytest.fixture(params=["imitation", REAL])
+def engine(
+    request: pytest.FixtureRequest, tmp_path: Path, run_folder: Path
+) -> Callable[..., contextlib.AbstractContextManager[Engine]]:
+    """Makes one with models a, b and c."""
+
+    @contextlib.contextmanager
+    def made(**how: Any) -> Iterator[Engine]:
+        if request.param == "real":
+            noise = made_model(run_folder, by=ROUTER)
+            with LlamaRouter(tmp_path, noise, ["a", "b", "c"], **how) as real:
+                yield Engine(real)
+        else:
+            with Router(**how) as imitation:
+                for key in ("a", "b", "c"):
+                    imitation.model(key, load_seconds=0.3)
+                yield Engine(imitation)
+
+    return made
+
+
+def auto(key: str, gigabytes: int = 9) -> str:
+    return f'key = "{key}"\nkeep = "auto"\nmemory = "{gigabytes}GB"'
+
+
+async def chat(url: str, name: str, tokens: int = 2, **more: Any) -> tuple[int, str]:
+    body = {"model": name, "messages": [{"role": "user", "content": "x"}], "max_tokens": tokens}
+    status, _, text = await asked(url + CHAT, "POST", {**body, "ignore_eos": True, **more})
+    return status, text
+
+
+async def reaches(running: Daemon, key: str, state: str) -> dict[str, Any]:
+    await until(lambda: model(running, key)["state"] == state, f"{key} is {state}")
+    return model(running, key)
+
+
+async def is_(engine: Engine, key: str, value: str) -> None:
+    await until(lambda: engine.states()[key] == value, f"{key} is {value}")
+
+
+async def test_a_model_is_loaded_by_a_call_proved_by_a_ping_and_let_go_when_it_is_released(engine) -> None:
+    with engine() as there:
+        async with daemon(settings(there.url, "a")) as running:
+            await reaches(running, "a", "warm")
+            (upstream,) = running.status()["upstreams"]
+            status, _ = await chat(running.url, "a")
+            loaded = there.states()
+            await asked(running.admin_url + "/api/models/a/release", "POST")
+            seen = model(running, "a")
+            loads = there.loads("a")
+
+    assert (upstream["tier"], upstream["state"], upstream["sdk"]) == ("llama", "up", "off")
+    assert status == 200
+    assert loaded == {"a": "loaded", "b": "unloaded", "c": "unloaded"}
+    assert (seen["loads"], seen["wanted"], loads) == (1, False, 1)
+
+
+async def test_two_models_take_turns_in_the_room_of_one(engine) -> None:
+    with engine() as there:
+        text = settings(there.url, auto("a"), auto("b"), upstream=ROOM_FOR_ONE)
+        async with daemon(text) as running:
+            answers = [(await chat(running.url, key))[0] for key in ("a", "b", "a")]
+            states = there.states()
+            _, _, page = await asked(running.admin_url + "/metrics")
+            loads = [there.loads(key) for key in "ab"]
+
+    assert answers == [200, 200, 200]
+    assert states == {"a": "loaded", "b": "unloaded", "c": "unloaded"}
+    assert loads == [2, 1]
+    assert 'keepalive_model_unloads_total{model="a",upstream="local",cause="room"} 1.0' in page
+
+
+async def test_an_answer_under_way_goes_on_to_its_end_while_another_waits_for_its_room(engine) -> None:
+    with engine() as there:
+        if not there.real:
+            there.router.answer_seconds = 1.0
+        text = settings(there.url, auto("a"), auto("b"), upstream=ROOM_FOR_ONE, defaults='patience = "0s"')
+        async with daemon(text) as running:
+            long = asyncio.create_task(chat(running.url, "a", tokens=3000))
+            await until(lambda: model(running, "a")["in_flight"] == 1, "a answers")
+            other = asyncio.create_task(chat(running.url, "b"))
+            await until(lambda: "makes room" in (model(running, "a")["reason"] or ""), "a is drained")
+            assert there.states()["b"] == "unloaded"
+            (status, answer), (other_status, _) = await asyncio.gather(long, other)
+
+    assert (status, other_status) == (200, 200)
+    assert json.loads(answer)["choices"][0]["finish_reason"] == "length"
+
+
+async def test_nothing_is_unloaded_under_the_answer_of_somebody_who_asks_the_router_itself(engine) -> None:
+    with engine() as there:
+        if not there.real:
+            there.router.answer_seconds = 1.0
+        text = settings(there.url, auto("a"), auto("b"), upstream=ROOM_FOR_ONE)
+        async with daemon(text) as running:
+            await chat(running.url, "a")
+            stranger = asyncio.create_task(chat(there.url, "a", tokens=5000))
+            await asyncio.sleep(0.3)
+            other = asyncio.create_task(chat(running.url, "b"))
+            status, answer = await stranger
+            other_status, _ = await other
+
+    assert (status, other_status) == (200, 200)
+    assert json.loads(answer)["choices"][0]["finish_reason"] == "length"
+
+
+async def test_no_more_models_are_loaded_than_the_router_keeps(engine) -> None:
+    """Else it would push out what it finds idlest, be it always to be kept or somebody else's."""
+    with engine(most=2) as there:
+        text = settings(there.url, "a", auto("b"), auto("c"))
+        async with daemon(text) as running:
+            await reaches(running, "a", "warm")
+            answers = [(await chat(running.url, key))[0] for key in ("b", "c", "b")]
+            loads = [there.loads(key) for key in "abc"]
+            states = there.states()
+            evictions = model(running, "a")["evictions"]
+
+    assert answers == [200, 200, 200]
+    assert loads == [1, 2, 1]
+    assert states == {"a": "loaded", "b": "loaded", "c": "unloaded"}
+    assert evictions == 0
+
+
+async def test_what_the_router_pushes_out_for_a_stranger_is_seen_and_loaded_again(engine) -> None:
+    with engine(most=1) as there:
+        async with daemon(settings(there.url, "a")) as running:
+            await reaches(running, "a", "warm")
+            status, _ = await chat(there.url, "b")
+            await until(lambda: model(running, "a")["evictions"] == 1, "it is missed")
+            cause = model(running, "a")["last_eviction"]["cause"]
+            reason = model(running, "a")["reason"]
+            theirs = there.states()
+
+    assert status == 200
+    assert cause == "displaced"
+    # what a stranger has loaded stays
+    assert theirs == {"a": "unloaded", "b": "loaded", "c": "unloaded"}
+    assert "b was loaded by somebody else" in reason
+
+
+async def test_a_load_that_fails_says_with_what_its_process_ended_and_holds_up_no_other(engine) -> None:
+    with engine() as there:
+        there.breaks("a")
+        async with daemon(settings(there.url, "a", "b")) as running:
+            await reaches(running, "b", "warm")
+            failed = await reaches(running, "a", "backoff")
+
+    assert failed["reason"] == "it could not be loaded: its process ended with 1"
+
+
+async def test_a_model_that_is_killed_alone_is_a_crash_and_is_loaded_again(engine) -> None:
+    with engine() as there:
+        async with daemon(settings(there.url, "a")) as running:
+            await reaches(running, "a", "warm")
+            there.router.kill_process("a")
+            await until(lambda: model(running, "a")["evictions"] == 1, "it is missed")
+            cause = model(running, "a")["last_eviction"]["cause"]
+            await reaches(running, "a", "warm")
+
+    assert cause == "crash"
+
+
+async def test_a_router_that_is_killed_is_seen_and_all_is_loaded_again_when_it_is_back(engine) -> None:
+    with engine() as there:
+        async with daemon(settings(there.url, "a", "b")) as running:
+            for key in "ab":
+                await reaches(running, key, "warm")
+            await asyncio.to_thread(there.router.kill)
+            await until(lambda: running.status()["upstreams"][0]["state"] == "down", "it is down")
+            await asyncio.to_thread(there.router.start)
+            for key in "ab":
+                await reaches(running, key, "warm")
+            states = there.states()
+            loads = [there.loads(key) for key in "ab"]
+
+    assert states == {"a": "loaded", "b": "loaded", "c": "unloaded"}
+    assert loads == [2, 2]
+
+
+async def test_a_caller_of_a_cold_model_waits_for_the_one_load(engine) -> None:
+    with engine() as there:
+        async with daemon(settings(there.url, auto("a"), auto("b"))) as running:
+            answers = await asyncio.gather(*(chat(running.url, "a") for _ in range(4)))
+            loads = there.loads("a")
+
+    assert [status for status, _ in answers] == [200] * 4
+    assert loads == 1
