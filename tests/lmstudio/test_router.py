@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from keepalive.core.errors import Reason, Refused, TimedOut, Unreachable
+from keepalive.core.errors import GivenUp, Reason, Refused, TimedOut, Unreachable
 from keepalive.core.facts import Instance, Tier
 from keepalive.lmstudio import llama
 from keepalive.lmstudio.client import Client
@@ -267,6 +267,21 @@ async def test_a_load_that_somebody_ends_is_over(router: Router):
         await asyncio.to_thread(router.unload, router.rows["a"])
         with pytest.raises(Refused, match="could not be loaded"):
             await loading
+
+
+async def test_a_load_of_ours_can_be_given_up_and_nobody_elses(router: Router):
+    for key in ("a", "b"):
+        router.rows[key].load_seconds = 60.0
+    router.load(router.rows["b"])
+    async with client(router) as upstream:
+        loading = asyncio.create_task(upstream.load("a", {}, timeout=30, tier=Tier.LLAMA))
+        await live.until(lambda: "GET /v1/models" in router.asked, "it is waited for")
+        for key in ("a", "b"):
+            await upstream.give_up(key, tier=Tier.LLAMA)
+        with pytest.raises(GivenUp):
+            await loading
+
+    assert router.states() == {"a": "unloaded", "b": "loading"}
 
 
 async def test_a_load_without_an_end_is_given_up_in_time(router: Router):
