@@ -7,6 +7,7 @@ the `Host` is (a rebound name reads as well as it writes), and changes refuse wh
 
 import asyncio
 import base64
+import difflib
 import gzip
 import hmac
 import ipaddress
@@ -35,6 +36,8 @@ GZIP_FROM = 1024
 GZIP_LEVEL = 4
 # What was asked for is said back, but no longer than this.
 QUOTED_MAX = 100
+# Of the models that there are, whoever asked for another is told so many.
+NAMED_MAX = 10
 
 # On every answer of ours, errors included.
 HEADERS = {
@@ -70,6 +73,14 @@ class Daemon(Protocol):
 
     def find(self, name: str) -> Collection[ModelId]:
         """The kept models that a name means: a key, an alias, an instance, a variant."""
+        ...
+
+    async def meant(self, name: str) -> Collection[ModelId]:
+        """The same, for whoever asks for one: what LM Studio lists may be kept from now on."""
+        ...
+
+    def offered(self) -> Collection[str]:
+        """The names that may be asked for."""
         ...
 
     @property
@@ -155,7 +166,7 @@ class Admin:
         if path in FORWARDED:
             return await self._forward(request, FORWARDED[path])
         if path.startswith("/api/models/"):
-            return self._change(request, path.removeprefix("/api/models/"))
+            return await self._change(request, path.removeprefix("/api/models/"))
         raise _Refusal(HTTPStatus.NOT_FOUND, f"there is no {path[:QUOTED_MAX]} here")
 
     async def _asset(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -265,7 +276,7 @@ class Admin:
             message = "the client address does not answer; the daemon may be stopping"
             raise _Refusal(HTTPStatus.SERVICE_UNAVAILABLE, message, {"Retry-After": "5"}) from None
 
-    def _change(self, request: web.BaseRequest, rest: str) -> web.StreamResponse:
+    async def _change(self, request: web.BaseRequest, rest: str) -> web.StreamResponse:
         key, _, verb = rest.rpartition("/")
         change = {"warm": self._daemon.warm, "release": self._daemon.release}.get(verb)
         if change is None or not key:
@@ -274,6 +285,8 @@ class Admin:
             raise _Refusal(HTTPStatus.METHOD_NOT_ALLOWED, "a change is made with POST", {"Allow": "POST"})
         self._check_origin(request)
         key = unquote(key)
+        if verb == "warm" and not await self._daemon.meant(key):
+            raise _unknown_model(key, self._daemon.offered())
         models = self._named(self._daemon.states(), [key])[0]
         upstream = request.query.get("upstream")
         models = [m for m in models if upstream in (None, m["upstream"])]
@@ -380,8 +393,10 @@ def _path(request: web.BaseRequest) -> str:
     return request.raw_path.partition("?")[0]
 
 
-def _unknown_model(key: str) -> _Refusal:
-    return _Refusal(HTTPStatus.NOT_FOUND, f"no such model here: {key[:QUOTED_MAX]}")
+def _unknown_model(key: str, known: Collection[str] = ()) -> _Refusal:
+    near = " or ".join(difflib.get_close_matches(key, known) or list(known)[:NAMED_MAX])
+    advice = f"; write {near}" if near else ""
+    return _Refusal(HTTPStatus.NOT_FOUND, f"no such model here: {key[:QUOTED_MAX]}{advice}")
 
 
 def is_known_host(host: str, names: Collection[str]) -> bool:

@@ -322,6 +322,8 @@ def wait(
             keys = _keys(address, document, names)
             trouble = _unknown(document, keys)
             if trouble:
+                if _takes_unlisted(document):
+                    trouble += ". To ask for a model: keepalive warm MODEL"
                 break
             code = view.exit_code(document, keys)
             shown = {**document, "models": view.chosen(document, keys)}
@@ -424,9 +426,11 @@ def _change(address: str, model: str, verb: str) -> None:
     document = _ask(address)
     keys = _keys(address, document, [model])
     unknown = _unknown(document, keys)
-    if unknown:
+    if unknown and not (verb == "warm" and _takes_unlisted(document)):
         _fail(unknown, view.CANNOT_TELL)
-    _ask(address, f"/api/models/{quote(model, safe='')}/{verb}", method="POST")
+    changed = _ask(address, f"/api/models/{quote(model, safe='')}/{verb}", method="POST")
+    if unknown:
+        keys = [m["key"] for m in changed["models"]]
     document = _ask(address)
     _console().print(view.table({**document, "models": view.chosen(document, keys)}))
     raise typer.Exit(view.exit_code(document))
@@ -490,7 +494,12 @@ def _unknown(document: Any, keys: list[str]) -> str:
     if not unknown:
         return ""
     known = ", ".join(dict.fromkeys(m["key"] for m in document["models"]))
-    return f"the daemon keeps no {', '.join(unknown)}; it keeps {known}"
+    return f"the daemon keeps no {', '.join(unknown)}; it keeps {known or 'nothing yet'}"
+
+
+def _takes_unlisted(document: Any) -> bool:
+    """Whether that daemon keeps what LM Studio lists once it is asked for."""
+    return bool(document["config"].get("unlisted") == "auto")
 
 
 def _environ() -> Mapping[str, str]:

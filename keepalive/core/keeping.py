@@ -1,6 +1,6 @@
 """Who keeps the models, as those see it who ask for one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -34,6 +34,15 @@ class Keeping(Protocol):
 
     def find(self, name: str, /) -> Sequence[ModelId]:
         """The models that a request for `name` means, on whichever upstreams; none when nobody keeps it."""
+
+    async def meant(self, name: str, /) -> Sequence[ModelId]:
+        """The same, for whoever asks for one: what LM Studio lists may be kept from now on.
+
+        May wait for an upstream's first listing.
+        """
+
+    def offered(self) -> Collection[str]:
+        """The names that may be asked for, for whoever wrote another."""
 
     async def meaning(self, name: str | None, /, *, default: bool = True) -> Meaning:
         """What a request means that names `name`, or nobody; see `Names.meaning`.

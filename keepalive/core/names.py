@@ -7,8 +7,9 @@ waits in vain does less harm than a second copy.
 """
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Final
 
 from keepalive.core.facts import Entry, ModelId, fold_key
@@ -129,6 +130,10 @@ class Names:
             return None
         other = "@" in folded and entry.selected is not None and fold_key(entry.selected) != folded
         return None if other and fold_key(entry.key) != folded else entry
+
+    def entries(self) -> Iterator[Entry]:
+        """All that the upstreams list."""
+        return chain.from_iterable(listing.entries.values() for listing in self._listings.values())
 
     def loaded(self) -> list[ModelId]:
         """All that the upstreams list as loaded, kept or not, each once."""

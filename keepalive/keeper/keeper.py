@@ -362,6 +362,23 @@ class Keeper:
                     await unheard.wait()
         return self._meaning(name, default=default)
 
+    async def meant(self, name: str, within: float) -> tuple[ModelId, ...]:
+        """The same as `find`, for whoever asks for one: what is only listed is kept from now on, where that is wanted.
+
+        A first listing is waited for as by `meaning`.
+        """
+        if not (found := self.find(name)) and self._adopt is not None:
+            await self.meaning(name, within)
+            found = self.find(name)
+        return found
+
+    def offered(self) -> list[str]:
+        """The keys of all that is kept, and, where that is wanted, of all that would be if it were asked for."""
+        keys = {model.key: None for model in self._keeps}
+        if self._adopt is not None:
+            keys |= {entry.key: None for entry in self._names.entries() if entry.kind in ADOPTED}
+        return list(keys)
+
     def loaded(self) -> list[ModelId]:
         """All that the upstreams list as loaded, kept or not."""
         return self._names.loaded()

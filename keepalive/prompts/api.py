@@ -2,7 +2,8 @@
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Final, NamedTuple, Protocol, TypeVar
 
 from keepalive import assets
@@ -11,7 +12,7 @@ from keepalive.core.errors import NotWarm
 from keepalive.core.facts import ModelId
 from keepalive.core.keeping import Keeping
 from keepalive.http1 import NO_STORE, Exchange, Headers, RequestHead, Ticker, cors, preferred_wait
-from keepalive.prompts.asked import Refusal, Settings, read_order, read_warmup, variables
+from keepalive.prompts.asked import Find, Refusal, Settings, read_order, read_warmup, variables
 from keepalive.prompts.stream import Forward, Stream, Visit, milliseconds, view_of
 from keepalive.protocols.encodings import BadEncoding, Unpacker, codings
 from keepalive.protocols.routes import PROMPTS, Heartbeat, chosen_heartbeat, heartbeat_in
@@ -105,7 +106,7 @@ class Prompts:
     async def _execute(self, visit: Visit) -> None:
         settings = self.settings
         body = await self._body(visit)
-        order = read_order(body, settings, self._keeping.find)
+        order = await self._meant(visit, partial(read_order, body, settings))
         stream = Stream(visit, order, self._keeping, math.inf if visit.quiet else settings.heartbeat)
         del body  # it may be large, and the stream goes on for long
         await stream.run(self._forward, self._ticker)
@@ -124,7 +125,8 @@ class Prompts:
         visit.answer(200, {"success": True, "data": found})
 
     async def _warm_up(self, visit: Visit) -> None:
-        models = read_warmup(await self._body(visit), self.settings, self._keeping.find)
+        body = await self._body(visit)
+        models = await self._meant(visit, partial(read_warmup, body, self.settings))
         for model in models:
             self._warm(model)
         longest = view_of(self._keeping, models).max_wait
@@ -156,6 +158,21 @@ class Prompts:
         return visit.exchange.answer(200, headers, asset.body)
 
     # --- what it waits for --------------------------------------------------------------------------
+
+    async def _meant(self, visit: Visit, read: Callable[[Find], T]) -> T:
+        """What a body asks for. Its model may be one that nobody asked for before, and is kept from now on."""
+        asked: list[str] = []
+
+        def find(name: str) -> Sequence[ModelId]:
+            asked.append(name)
+            return self._keeping.find(name)
+
+        try:
+            return read(find)
+        except Refusal:
+            for name in asked:
+                await self._hold(visit.exchange, self._keeping.meant(name))
+            return read(self._keeping.find)
 
     async def _body(self, visit: Visit) -> bytes:
         """A body of JSON. It is read only now: whoever may not ask has been told already."""

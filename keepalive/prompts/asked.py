@@ -28,7 +28,7 @@ Find = Callable[[str], Sequence[ModelId]]
 @dataclass(frozen=True, slots=True)
 class Settings:
     prompts: Sequence[Prompt] = ()
-    models: Collection[str] = ()  # the keys of those that are kept
+    models: Callable[[], Collection[str]] = tuple  # the keys of those that may be asked for
     heartbeat: float = 5.0
     body_bytes: int = BODY_BYTES
     allowed_origins: frozenset[str] = frozenset()
@@ -147,7 +147,7 @@ def _models(
         return ()
     models = find(key)
     if not models:
-        known = list(settings.models)
+        known = list(settings.models())
         near = nearest(key, known)
         some = [near] if near else known[:SHOWN_MAX]
         advice = f"write {' or '.join(map(shown, some))}" if some else "none are configured"

@@ -222,6 +222,14 @@ class Daemon:
     def find(self, name: str) -> tuple[ModelId, ...]:
         return self.keeper.find(name)
 
+    async def meant(self, name: str) -> tuple[ModelId, ...]:
+        return await self.keeper.meant(
+            name, max(upstream.list_timeout for upstream in self._config.upstreams)
+        )
+
+    def offered(self) -> list[str]:
+        return self.keeper.offered()
+
     def metrics(self, accept: str) -> tuple[bytes, str]:
         self._scraped = self._wall()
         return self._metrics.render(accept)

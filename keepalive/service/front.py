@@ -9,7 +9,7 @@ import errno
 import ipaddress
 import os
 import socket
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 from keepalive import prompts
@@ -103,7 +103,7 @@ class Front:
         self._proxy.configure(self._settings(settings, tokens, known))
         self._prompts.settings = prompts.Settings(
             settings.prompts,
-            list(dict.fromkeys(kept.key for kept in settings.kept)),
+            self._keeper.offered,
             heartbeat=settings.server.heartbeat,
             body_bytes=min(prompts.BODY_BYTES, settings.server.max_body),
             allowed_origins=frozenset(settings.server.allowed_origins),
@@ -160,6 +160,12 @@ class Front:
 
     def find(self, name: str) -> Sequence[ModelId]:
         return self._keeper.find(name)
+
+    async def meant(self, name: str) -> Sequence[ModelId]:
+        return await self._keeper.meant(name, self._list_timeout)
+
+    def offered(self) -> Collection[str]:
+        return self._keeper.offered()
 
     async def meaning(self, name: str | None, *, default: bool = True) -> Meaning:
         meaning = await self._keeper.meaning(name, self._list_timeout, default=default)

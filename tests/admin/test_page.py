@@ -172,6 +172,12 @@ class Written:
     def find(self, name: str) -> list[ModelId]:
         return [ModelId(m["upstream"], m["key"]) for m in self.document["models"] if m["key"] == name]
 
+    async def meant(self, name: str) -> list[ModelId]:
+        return self.find(name)
+
+    def offered(self) -> list[str]:
+        return [m["key"] for m in self.document["models"]]
+
     def states(self) -> Any:
         return self.document["models"]
 

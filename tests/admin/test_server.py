@@ -67,6 +67,12 @@ class Shown:
         models = self.document["models"]
         return [ModelId(m["upstream"], m["key"]) for m in models if m["key"].lower() == name.lower()]
 
+    async def meant(self, name: str) -> list[ModelId]:
+        return self.find(name)
+
+    def offered(self) -> list[str]:
+        return [m["key"] for m in self.document["models"]]
+
     def states(self) -> list[dict[str, Any]]:
         return copy.deepcopy(self.document["models"])
 
@@ -516,7 +522,8 @@ async def test_a_model_on_two_upstreams_is_released_on_both_or_on_the_one_that_i
 @pytest.mark.parametrize(
     ("method", "path", "status", "error"),
     [
-        ("POST", "/api/models/nope/warm", 404, "no such model here: nope"),
+        ("POST", "/api/models/nope/warm", 404, "no such model here: nope; write a"),
+        ("POST", "/api/models/nope/release", 404, "no such model here: nope"),
         ("POST", "/api/models/a/heat", 404, "POST to /api/models/KEY/warm or /api/models/KEY/release"),
         ("POST", "/api/models/a", 404, "POST to /api/models/KEY/warm or /api/models/KEY/release"),
         ("POST", "/api/models//warm", 404, "POST to /api/models/KEY/warm or /api/models/KEY/release"),

@@ -385,7 +385,8 @@ def test_there_is_nothing_to_check_where_there_is_no_config() -> None:
 
 
 def test_without_a_config_a_daemon_serves_what_is_asked_for_and_says_so(tmp_path: Path) -> None:
-    lm_studio = SimulatorProcess(tmp_path, "org/gemma:100ms:2GB")
+    names = ["org/gemma", "org/first", "org/second", "org/third"]
+    lm_studio = SimulatorProcess(tmp_path, *(f"{name}:100ms:2GB" for name in names))
     with ending(lm_studio), reserved_port() as port, reserved_port() as admin:
         environ = {
             "KEEPALIVE_UPSTREAMS__0__URL": lm_studio.url,
@@ -399,9 +400,21 @@ def test_without_a_config_a_daemon_serves_what_is_asked_for_and_says_so(tmp_path
             terminal.shows("daemon.started")
             body = {"model": "org/gemma", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}
             answer = ask(f"http://127.0.0.1:{port}/v1/chat/completions", "POST", body)
-            status = command(
-                "status", "--json", cwd=tmp_path, KEEPALIVE_ADMIN_URL=f"http://127.0.0.1:{admin}"
+            url = f"http://127.0.0.1:{admin}"
+            status = command("status", "--json", cwd=tmp_path, KEEPALIVE_ADMIN_URL=url)
+            # Every other way to ask for one is as good.
+            kind = {"Content-Type": "application/json"}
+            order = {"prompt": "hello", "model": "org/first", "maxTokens": 3}
+            prompted = ask(f"http://127.0.0.1:{port}/api/prompts/execute/stream", "POST", order, **kind)
+            warmup = ask(
+                f"http://127.0.0.1:{port}/api/models/warmup", "POST", {"modelId": "org/second"}, **kind
             )
+            misspelt = ask(
+                f"http://127.0.0.1:{port}/api/models/warmup", "POST", {"modelId": "org/frist"}, **kind
+            )
+            warmed = command("warm", "ORG/third", cwd=tmp_path, KEEPALIVE_ADMIN_URL=url)
+            unknown = ask(f"{url}/api/models/org/thrid/warm", "POST")
+            on_demand = [e for e in lm_studio.log() if e["kind"] == "load.started" and e["owner"] == "jit"]
             terminal.process.send_signal(signal.SIGTERM)
             code = terminal.ended()
         finally:
@@ -412,6 +425,15 @@ def test_without_a_config_a_daemon_serves_what_is_asked_for_and_says_so(tmp_path
     assert [(m["key"], m["state"], m["keep"]) for m in document["models"]] == [("org/gemma", "warm", "auto")]
     assert (document["config"]["path"], document["config"]["unlisted"]) == (None, "auto")
     assert "config.none" in terminal.text
+    assert (prompted[0], warmup[0], json.loads(warmup[2])["data"]["modelId"]) == (200, 200, "org/second")
+    assert (misspelt[0], json.loads(misspelt[2])["error"]["message"]) == (
+        404, 'modelId: "org/frist" is no model that is kept here; write "org/first"'
+    )  # fmt: skip
+    assert (warmed.returncode, "org/third" in warmed.stdout) in [(0, True), (1, True)]
+    assert (unknown[0], json.loads(unknown[2])["error"]) == (
+        404, "no such model here: org/thrid; write org/third"
+    )  # fmt: skip
+    assert on_demand == []
 
 
 def test_run_says_in_a_sentence_that_its_port_is_taken(tmp_path: Path) -> None:

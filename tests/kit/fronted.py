@@ -183,6 +183,12 @@ class Keep:
     def find(self, name: str, /) -> Sequence[ModelId]:
         return self.names.find(name)
 
+    async def meant(self, name: str, /) -> Sequence[ModelId]:
+        return self.find(name)
+
+    def offered(self) -> list[str]:
+        return [model.key for model in self.models]
+
     async def meaning(self, name: str | None, /, *, default: bool = True) -> Meaning:
         return self.names.meaning(name, self.upstreams, default=default)
 

@@ -298,7 +298,7 @@ async def scripted(
 
         prompts = Prompts(proxy, proxy.admit, keep, warm, proxy.ticker, front.seen.append)
         origins = proxy.settings.allowed_origins
-        prompts.settings = Settings(CONFIGURED, ["m"], heartbeat, body_bytes, origins)
+        prompts.settings = Settings(CONFIGURED, keep.offered, heartbeat, body_bytes, origins)
 
         def handle(exchange: Any) -> Any:
             return prompts(exchange) if serves(exchange.head) else proxy(exchange)
@@ -579,7 +579,7 @@ def test_whatever_is_sent_is_an_order_or_a_refusal(body: bytes) -> None:
 
     def read() -> Order | Refusal:
         try:
-            return read_order(body, Settings(CONFIGURED, ["m"], body_bytes=10_000), find)
+            return read_order(body, Settings(CONFIGURED, lambda: ["m"], body_bytes=10_000), find)
         except Refusal as refusal:
             return refusal
 
