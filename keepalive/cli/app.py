@@ -355,8 +355,12 @@ def release(model: KeyArgument, url: UrlOption = None, path: ConfigOption = None
 @app.command()
 def replay(
     trace: Annotated[
-        Path, typer.Argument(metavar="TRACE", help="CSV with second,model,answer_seconds, or a JSON log.")
-    ],
+        Path | None,
+        typer.Argument(
+            metavar="[TRACE]",
+            help="CSV with second,model,answer_seconds, a JSON log, or a history.db. Default: the config's.",
+        ),
+    ] = None,
     path: ConfigOption = None,
     models: Annotated[
         Path | None,
@@ -373,6 +377,10 @@ def replay(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.svg", help="Draw who was in memory when, and who waited.")
     ] = None,
+    export: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.csv", help='Only write the requests as a trace; "-": to standard output.'),
+    ] = None,
 ) -> None:
     """Tell what callers would have waited with another memory.
 
@@ -382,8 +390,14 @@ def replay(
     from keepalive.cli import replaying
 
     try:
-        settings = _config(path)[0] if path is not None or models is None else None
-        reports = replaying.run(trace, settings, models, memory, policy or [], _environ())
+        exported = export is not None and trace is not None
+        needed = path is not None or trace is None or (models is None and not exported)
+        settings = _config(path)[0] if needed else None
+        requests = replaying.read(trace, settings)
+        if export is not None:
+            replaying.export(requests, export)
+            raise typer.Exit
+        reports = replaying.run(requests, settings, models, memory, policy or [], _environ())
         if plot is not None:
             replaying.draw(plot, reports)
     except KeepaliveError as error:

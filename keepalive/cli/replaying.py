@@ -1,5 +1,7 @@
 """`keepalive replay`: files in, a table, JSON or a picture out."""
 
+import csv
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +17,18 @@ from keepalive.config.mistakes import nearest
 from keepalive.config.values import read_memory
 from keepalive.core.errors import KeepaliveError
 from keepalive.core.records import Policy
-from keepalive.observers.history.past import past_loads
-from keepalive.replay import POLICIES, Card, Report, TraceError, picture, read_cards, read_requests, replay
+from keepalive.observers.history.past import is_history, past_loads, past_requests
+from keepalive.replay import (
+    POLICIES,
+    Card,
+    Report,
+    Request,
+    TraceError,
+    picture,
+    read_cards,
+    read_requests,
+    replay,
+)
 
 # The order in which a script reads them; more may follow.
 FIELDS = (
@@ -26,7 +38,7 @@ FIELDS = (
 
 
 def run(
-    trace: Path,
+    requests: Sequence[Request],
     settings: Config | None,
     models: Path | None,
     memory: str | None,
@@ -38,8 +50,6 @@ def run(
         if name not in POLICIES:
             near = nearest(name, POLICIES)
             raise TraceError(f'--policy: "{name}" is not known; write {near or ", ".join(POLICIES)}')
-    with _opened(trace) as lines:
-        requests = read_requests(lines, str(trace))
     cards: dict[str, Card] = {}
     if models is not None:
         with _opened(models) as lines:
@@ -67,6 +77,38 @@ def run(
         )
     chosen = dict.fromkeys(policies or POLICIES)
     return [replay(name, requests, list(cards.values()), budget, kept) for name in chosen]
+
+
+def read(trace: Path | None, settings: Config | None) -> list[Request]:
+    """The requests of a trace, a log or a history; of the configured one where none is named."""
+    own = settings.history.path if settings is not None else None
+    path = trace or own or None
+    if path is None:
+        raise TraceError(
+            "there is no history: neither history.path nor server.state_dir is set; name a trace"
+        )
+    if not is_history(path):
+        with _opened(path) as lines:
+            return read_requests(lines, str(path))
+    url = settings.upstreams[0].url if settings is not None and path == own else None
+    requests = [Request(*row) for row in past_requests(path, url)]
+    if not requests:
+        raise TraceError(f"{path}: there is no request in it yet")
+    return requests
+
+
+def export(requests: Sequence[Request], to: Path) -> None:
+    """Write them as a trace; "-" is the standard output."""
+    rows = [("second", "model", "answer_seconds")]
+    rows += [(f"{r.second:.3f}", r.model, f"{r.answer_seconds:.3f}") for r in requests]
+    if str(to) == "-":
+        csv.writer(sys.stdout, lineterminator="\n").writerows(rows)
+        return
+    try:
+        with to.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
+    except OSError as error:
+        raise KeepaliveError(f"{to}: cannot be written: {error.strerror}") from error
 
 
 def _from_config(settings: Config) -> dict[str, Card]:

@@ -8,10 +8,11 @@ from math import inf
 
 from keepalive.core import calls, listings, primes
 from keepalive.core.changed import replace
-from keepalive.core.demand import demand
+from keepalive.core.demand import demand, faded
 from keepalive.core.errors import Reason
 from keepalive.core.facts import (
     ClockJumped,
+    DemandRecalled,
     DrainEnded,
     DrainStarted,
     Fact,
@@ -98,6 +99,12 @@ def _request_started(model: Model, fact: RequestStarted) -> Model:
     )
 
 
+def _demand_recalled(model: Model, fact: DemandRecalled) -> Model:
+    last = min((ago for ago, _ in fact.asked), default=inf)
+    asks = demand(model, fact.at) + faded(fact.asked)
+    return replace(model, asks=asks, asks_at=fact.at, use_at=max(model.use_at, fact.at - last))
+
+
 def _request_ended(model: Model, fact: RequestEnded) -> Model:
     model = replace(model, in_flight=max(0, model.in_flight - 1), used_at=fact.at, use_at=fact.at)
     return _answered(model, fact.at) if fact.answered else model
@@ -152,6 +159,7 @@ CHANGES: Mapping[type[Fact], Callable[..., Model]] = {
     LoadsRecalled: lambda model, fact: replace(
         model, recent_loads=(*fact.seconds, *model.recent_loads)[-LOADS_REMEMBERED:]
     ),
+    DemandRecalled: _demand_recalled,
     PingStarted: calls.ping_started,
     PingEnded: calls.ping_ended,
     OpeningsLearned: primes.learned,

@@ -264,6 +264,13 @@ class LoadsRecalled(ModelFact):
     seconds: tuple[float, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class DemandRecalled(ModelFact):
+    """How often it was asked for in earlier lives of this daemon: pairs of how many seconds ago, and how many times."""
+
+    asked: tuple[tuple[float, int], ...]
+
+
 class PingOutcome(StrEnum):
     OK = "ok"
     ERROR = "error"

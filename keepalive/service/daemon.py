@@ -20,6 +20,7 @@ from keepalive.config import Address, Config, ConfigError, Kept
 from keepalive.core.errors import KeepaliveError
 from keepalive.core.facts import (
     ClockJumped,
+    DemandRecalled,
     LoadsRecalled,
     ModelId,
     OpeningsLearned,
@@ -39,7 +40,7 @@ from keepalive.lmstudio.client import Client
 from keepalive.observers import logs
 from keepalive.observers.dates import Dates
 from keepalive.observers.feed import Feed
-from keepalive.observers.history import History
+from keepalive.observers.history import History, Past
 from keepalive.observers.metrics import Metrics
 from keepalive.observers.notify import Notify
 from keepalive.observers.recent import Recent
@@ -111,7 +112,9 @@ class Daemon:
         self.keeper = Keeper(self._clock, observers, self._report, self._openings.look_up)
         self._schedule = Schedule(self._tick, self._clock_jumped, self._metrics.jobs_missed.inc, wall=wall)
         self._recent = Recent(wall)
-        self._front = Front(settings, self.keeper, self._clock, self._metrics, self._openings, self._recent)
+        self._front = Front(
+            settings, self.keeper, self._clock, self._metrics, self._openings, self._recent, self._history
+        )
         self._playground = Playground()
         self._page_key = secrets.token_urlsafe(32)
         self._apply(settings)
@@ -122,7 +125,7 @@ class Daemon:
         """Run until `stop`. Raises StartError when a port is taken."""
         async with AsyncExitStack() as stack:
             stack.callback(self._notify.close)
-            self._history.start(self._recall_loads)
+            self._history.start(self._recall_past)
             stack.push_async_callback(self._history.close)
             stack.push_async_callback(self._playground.close)  # the admin address uses it to the end
             runner = server(self._admin)
@@ -396,9 +399,11 @@ class Daemon:
     def _learned(self, model: ModelId, openings: tuple[str, ...]) -> None:
         self.keeper.record(OpeningsLearned(self._clock(), model, openings))
 
-    def _recall_loads(self, model: ModelId, seconds: tuple[float, ...]) -> None:
-        if seconds:
-            self.keeper.record(LoadsRecalled(self._clock(), model, seconds))
+    def _recall_past(self, model: ModelId, past: Past) -> None:
+        if past.loads:
+            self.keeper.record(LoadsRecalled(self._clock(), model, past.loads))
+        if past.asked:
+            self.keeper.record(DemandRecalled(self._clock(), model, past.asked))
 
     def _keep(self, kept: Kept) -> Keep:
         model = ModelId(kept.upstream, kept.key)

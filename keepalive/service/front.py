@@ -15,7 +15,7 @@ from dataclasses import replace
 from keepalive import prompts
 from keepalive.config import Address as Listen
 from keepalive.config import Config, Kept
-from keepalive.core.callers import Begun, Key, Seen
+from keepalive.core.callers import Begun, Key, Outcome, Seen
 from keepalive.core.errors import KeepaliveError
 from keepalive.core.explain import eta
 from keepalive.core.facts import ModelFact, ModelId, OpeningRead, PrimedAnswered, UpstreamFact, WarmAsked
@@ -27,6 +27,7 @@ from keepalive.http1 import Exchange, Headers, Limits, Listener, RequestHead, bi
 from keepalive.keeper.keeper import Keeper
 from keepalive.lmstudio.wire import SDK_ALONE
 from keepalive.observers import logs
+from keepalive.observers.history import History
 from keepalive.observers.metrics import Metrics, ProxyMetrics
 from keepalive.observers.recent import Recent
 from keepalive.protocols.meter import GAP_BOUNDS
@@ -60,12 +61,14 @@ class Front:
         metrics: Metrics,
         openings: Openings,
         recent: Recent,
+        history: History,
     ) -> None:
         self._log = logs.logger()
         self._keeper = keeper
         self._clock = clock
         self._openings = openings
         self._recent = recent
+        self._history = history
         self._kept: Mapping[ModelId, Kept] = {}
         self._views: dict[ModelId, tuple[Model, View]] = {}
         self._list_timeout = 10.0
@@ -281,6 +284,8 @@ class Front:
         self._metrics.count(seen)
         logs.request(seen)
         self._recent.add(seen)
+        if seen.model is not None and seen.outcome is not Outcome.REJECTED:
+            self._history.asked(seen.model, seen.seconds, max(0.0, seen.seconds - seen.wait_seconds))
         self._judge(seen)
 
 

@@ -45,6 +45,7 @@ from keepalive.observers.history.story import (
     HOUR,
     HOURS_MAX,
     OFF,
+    Asked,
     Changed,
     Evicted,
     Loaded,
@@ -354,6 +355,28 @@ def test_the_last_loads_that_succeeded_are_recalled_oldest_first(tmp_path: Path)
     assert len(past.story.loads) == 20
 
 
+def test_how_often_a_model_was_asked_for_in_the_last_day_is_recalled(tmp_path: Path) -> None:
+    times = (NOON - 2 * DAY, NOON - 7200, NOON - 90, NOON - 70, NOON - 65, NOON + 600)
+    with opened(written(tmp_path / "h.db", *(Asked(at, 2.0) for at in times))) as found:
+        past, nothing = found.read(PLACE, NOON), found.read(OTHER, NOON)
+
+    assert past.asked == ((65.0, 3), (7200.0, 1))
+    assert nothing.asked == ()
+
+
+def test_a_file_of_version_1_is_gone_on_with(tmp_path: Path) -> None:
+    path = written(tmp_path / "h.db", *SOME)
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("DROP TABLE requests")
+        database.execute("PRAGMA user_version = 1")
+    written(path, Asked(NOON - 5, 2.0), began=NOON)
+    with opened(path) as found:
+        past = found.read(PLACE, NOON)
+
+    assert (past.loads, past.asked) == ((12.5,), ((5.0, 1),))
+    assert look(path, "PRAGMA user_version") == [(VERSION,)]
+
+
 def test_between_two_lives_nobody_watched(tmp_path: Path) -> None:
     path = written(tmp_path / "h.db", *SOME, now=NOON - 60)
     written(path, Changed(NOON, State.UNKNOWN), began=NOON, now=NOON + 30)
@@ -436,13 +459,15 @@ def test_what_is_old_goes_each_after_its_own_time(tmp_path: Path) -> None:
             at = NOON - days * DAY
             rows: tuple[Row, ...] = (
                 Loaded(at, LoadOutcome.OK, days), Evicted(at, Cause.CRASH, 1.0), Changed(at, W),
-                Pinged(at, PingOutcome.OK, 1.0), Waited(at, 1.0, True),
+                Pinged(at, PingOutcome.OK, 1.0), Waited(at, 1.0, True), Asked(at, 1.0),
             )  # fmt: skip
             found.write([(PLACE, row) for row in rows], NOON)
         found.prune(NOON, by_age=True)
     counts = {table: look(tmp_path / "h.db", f"SELECT count(*) FROM {table}")[0][0] for table, *_ in BOUNDS}
 
-    assert counts == {"loads": 19, "evictions": 19, "states": 7, "pings": 2, "waits": 19, "lives": 1}
+    assert counts == {
+        "loads": 19, "evictions": 19, "states": 7, "pings": 2, "waits": 19, "lives": 1, "requests": 19,
+    }  # fmt: skip
 
 
 # --- the thread that owns it ----------------------------------------------------------------------

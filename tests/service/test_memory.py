@@ -128,6 +128,24 @@ async def test_the_next_daemon_lets_go_of_what_the_one_before_it_loaded(tmp_path
     assert kinds == [("unloaded", A.key)]
 
 
+async def test_after_a_restart_of_both_free_room_is_filled_with_what_was_asked_for_before(
+    tmp_path: Path,
+) -> None:
+    async with simulator(A, B) as upstream:
+        tables = [f'key = "{m.key}"\nkeep = "auto"' for m in (A, B)]
+        text = settings(upstream.url, *tables, server=f'state_dir = "{tmp_path}"', upstream='memory = "12GB"')
+        async with daemon(text) as running:
+            said = [{"role": "user", "content": "canary of a secret"}]
+            assert (await chat(running, B.key, messages=said))[0] == 200
+        upstream.studio.restart()
+        async with daemon(text) as running:
+            await until(lambda: model(running, B.key)["state"] == "warm", "it is loaded, though nobody asks")
+            began = [e["model"] for e in upstream.studio.log(0) if e["kind"] == "load.started"]
+
+    assert began == [B.key, B.key]
+    assert b"canary" not in (tmp_path / "history.db").read_bytes()
+
+
 async def test_of_models_that_nobody_wrote_down_a_hundred_have_series_of_their_own() -> None:
     models = [SimModel(f"m-{n}", load_seconds=0.1) for n in range(130)]
     async with simulator(*models) as upstream:

@@ -21,10 +21,10 @@ from keepalive.core.facts import ClockJumped, Fact, ModelId
 from keepalive.core.records import Model, Upstream
 from keepalive.core.states import State
 from keepalive.observers.history.store import Past, Place
-from keepalive.observers.history.story import OFF, Changed, Entry, Story, entries
+from keepalive.observers.history.story import OFF, Asked, Changed, Entry, Story, entries
 from keepalive.observers.history.writer import Writer
 
-__all__ = ["History", "Story"]
+__all__ = ["History", "Past", "Story"]
 
 # What earlier loads took is worth this much patience at the start.
 READ_WAIT = 0.5
@@ -51,7 +51,7 @@ class History:
         self._awaited: set[ModelId] = set()
         self._writer = Writer(path, wall, report) if path is not None else None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._recalled: Callable[[ModelId, tuple[float, ...]], None] = lambda model, loads: None
+        self._recalled: Callable[[ModelId, Past], None] = lambda model, past: None
 
     def configure(self, urls: Mapping[ModelId, str]) -> None:
         """Remember these models, each on the server at its address; what was known of others is forgotten."""
@@ -77,6 +77,12 @@ class History:
             for entry in entries(fact, before, after, self._wall()):
                 self._add(after.id, entry)
 
+    def asked(self, model: ModelId, seconds: float, answered: float) -> None:
+        """A request that came `seconds` ago is over; for `answered` of them its model answered it."""
+        place = self._places.get(model)
+        if place is not None:
+            self._keep(place, Asked(self._wall() - seconds, answered))
+
     def _add(self, model: ModelId, entry: Entry) -> None:
         self._stories[model].add(entry)
         self._keep(self._places[model], entry)
@@ -87,8 +93,8 @@ class History:
 
     # --- its life -------------------------------------------------------------------------------------
 
-    def start(self, recalled: Callable[[ModelId, tuple[float, ...]], None]) -> None:
-        """Begin to read and write the file. `recalled` is told how long the last loads of each model took."""
+    def start(self, recalled: Callable[[ModelId, Past], None]) -> None:
+        """Begin to read and write the file. `recalled` is told what it says of each model."""
         self._loop, self._recalled = asyncio.get_running_loop(), recalled
         if self._writer is not None:
             self._writer.start()
@@ -113,7 +119,7 @@ class History:
             if past is not None:
                 self._awaited.discard(model)
                 self._stories[model].begin_with(past.story)
-                self._recalled(model, past.loads)
+                self._recalled(model, past)
 
     # --- what it tells --------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ from keepalive.observers.history.story import (
     HOUR,
     LAST,
     OFF,
+    Asked,
     Changed,
     Entry,
     Evicted,
@@ -66,6 +67,10 @@ MIGRATIONS = (
         PRIMARY KEY (model, hour)
     ) WITHOUT ROWID;
     """,
+    """
+    CREATE TABLE requests (id INTEGER PRIMARY KEY, model INTEGER NOT NULL, at REAL NOT NULL, seconds REAL NOT NULL);
+    CREATE INDEX requests_of ON requests (model, at);
+    """,
 )
 VERSION = len(MIGRATIONS)
 
@@ -74,6 +79,7 @@ _INSERT: Mapping[type[Entry], str] = {
     Loaded: "INSERT INTO loads (at, outcome, seconds, model) VALUES (?, ?, ?, ?)",
     Evicted: "INSERT INTO evictions (at, cause, idle_seconds, model) VALUES (?, ?, ?, ?)",
     Changed: "INSERT INTO states (at, state, model) VALUES (?, ?, ?)",
+    Asked: "INSERT INTO requests (at, seconds, model) VALUES (?, ?, ?)",
     Pinged: """
         INSERT INTO pings (hour, outcome, seconds, model, count)
         VALUES (CAST(? / 3600 AS INTEGER) * 3600, ?, ?, ?, 1)
@@ -87,7 +93,7 @@ _INSERT: Mapping[type[Entry], str] = {
         """,
 }
 
-# Table, the column that tells its age, days and rows kept. Together about 30 MB at the most.
+# Table, the column that tells its age, days and rows kept. Together about 40 MB at the most.
 BOUNDS = (
     ("loads", "at", 90, 50_000),
     ("evictions", "at", 90, 50_000),
@@ -95,6 +101,7 @@ BOUNDS = (
     ("pings", "hour", 7, 200_000),
     ("waits", "hour", 90, 200_000),
     ("lives", "seen", 90, 10_000),
+    ("requests", "at", 90, 200_000),
 )
 # Somebody may be reading the file with a tool of his own.
 LOCKED_TIMEOUT = 1.0
@@ -132,10 +139,15 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Past:
-    """What earlier lives have left of one model; `loads` are the seconds of the last that succeeded."""
+    """What earlier lives have left of one model.
+
+    `loads` are the seconds of the last that succeeded; `asked` how often it was asked for lately, each a pair of how
+    many seconds ago and how many times.
+    """
 
     story: Story
     loads: tuple[float, ...] = ()
+    asked: tuple[tuple[float, int], ...] = ()
 
 
 class Store:
@@ -236,7 +248,15 @@ class Store:
             story.add_waits(hour, requests, seconds)
         good = "SELECT at, outcome, seconds FROM loads WHERE model = ? AND outcome = 'ok' ORDER BY id DESC LIMIT ?"
         loads = [load.seconds for load in _sound(_loaded, self._do(good, (model, LAST)))]
-        return Past(story, tuple(loads[:LOADS_REMEMBERED][::-1]))
+        # By the minute, or those of a busy day would be read one by one.
+        minutes = (
+            "SELECT max(at), count(*) FROM requests WHERE model = ? AND at BETWEEN ? AND ? "
+            "GROUP BY CAST(at / 60 AS INTEGER) ORDER BY at DESC"
+        )
+        asked = [
+            (now - at, count) for at, count in _sound(_asked, self._do(minutes, (model, now - DAY, now)))
+        ]
+        return Past(story, tuple(loads[:LOADS_REMEMBERED][::-1]), tuple(asked))
 
     # --- opening ------------------------------------------------------------------------------------
 
@@ -408,6 +428,10 @@ def _changed(at: object, state: str) -> Changed:
 
 def _pinged(hour: object, outcome: str, count: object) -> tuple[int, PingOutcome, int]:
     return hour_of(_number(hour, TIME_MAX)), PingOutcome(outcome), int(_number(count, SECONDS_MAX))
+
+
+def _asked(at: object, count: object) -> tuple[float, int]:
+    return _number(at, TIME_MAX), int(_number(count, SECONDS_MAX))
 
 
 def _waited(hour: object, requests: object, seconds: object) -> tuple[int, int, float]:

@@ -53,7 +53,14 @@ class Waited(NamedTuple):
     served: bool
 
 
-Entry = Loaded | Evicted | Changed | Pinged | Waited
+class Asked(NamedTuple):
+    """A request that came at `at`, and was answered for so long once its model was there."""
+
+    at: float
+    seconds: float
+
+
+Entry = Loaded | Evicted | Changed | Pinged | Waited | Asked
 
 
 def entries(fact: Fact, before: Model, after: Model, at: float) -> Iterator[Entry]:

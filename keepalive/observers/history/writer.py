@@ -20,6 +20,8 @@ from keepalive.observers.history.story import Entry
 
 # Rows that wait for the disk: about 4 MB, and hours of a usual day.
 ROWS_WAITING = 20_000
+# So many are written before it is seen to it that the file stays as small as it is to be.
+ROWS_UNBOUNDED = 20_000
 # One transaction holds what came within this time.
 GATHER = 1.0
 # The end of a daemon that was killed is known to within this time.
@@ -66,6 +68,7 @@ class Writer:
         self._busy_since: float | None = None
         self._retry_at = 0.0
         self._prune_at = time.monotonic() + PRUNE_INTERVAL
+        self._written = 0  # since it was last bounded
         self._thread = threading.Thread(target=self._run, name="history", daemon=True)
 
     # --- never waits ----------------------------------------------------------------------------------
@@ -144,9 +147,13 @@ class Writer:
             told({place: self._store.read(place, now) for place in places})
             self._asked.popleft()
         self._store.write(rows, now)
-        if time.monotonic() >= self._prune_at:
-            self._prune_at = time.monotonic() + PRUNE_INTERVAL
-            self._store.prune(now, by_age=True)
+        self._written += len(rows)
+        by_age = time.monotonic() >= self._prune_at
+        if by_age or self._written >= ROWS_UNBOUNDED:
+            self._written = 0
+            if by_age:
+                self._prune_at = time.monotonic() + PRUNE_INTERVAL
+            self._store.prune(now, by_age=by_age)
 
     def _recover(self, error: Exception) -> None:
         why, wait = _words(error), RETRY
