@@ -3,7 +3,7 @@
 from math import inf
 
 from keepalive.core.changed import replace
-from keepalive.core.facts import Listed, Sdk, Tier, fold_key
+from keepalive.core.facts import Listed, Sdk, Tier, UnloadCause, fold_key
 from keepalive.core.moves import STABLE, backoff
 from keepalive.core.records import Cause, Eviction, Model
 from keepalive.core.states import State
@@ -14,44 +14,59 @@ IDLE_MIN = 60.0
 TIMER_LATE = 2.0
 
 
-def why_missing(model: Model, fact: Listed, *, told: bool) -> Cause:
-    """Why `model`, which was there, is missing in this listing.
+def why_missing(model: Model, fact: Listed, *, told: bool) -> Cause | None:
+    """Why `model`, which was there, is missing in this listing; None where a load of ours was to push it out.
 
     What we load by a call has no idle timer, and no load on demand pushes it out.
     """
     if not model.instances:
         return Cause.UNKNOWN
-    if model.suspected is not None:
+    cut_off = model.suspected is Cause.UNKNOWN
+    if model.suspected is not None and not cut_off:
         return model.suspected
-    emptied, several = not model.beside & fact.resident, len(model.beside) > 1
-    watched = model.seen_by.session != 0 and fact.sight.sdk is not Sdk.OFF
-    lost = watched and model.seen_by.session != fact.sight.session
-    if emptied and (fact.sight.hung_up > model.seen_by.hung_up or (several and lost)):
-        return Cause.RESTART  # the socket went with them
-    # Of several none is left: LM Studio may have been restarted between two listings. Not where the socket outlived it.
-    otherwise = Cause.UNKNOWN if emptied and several and not watched else Cause.BY_HAND
+    if model.draining and fact.tier is Tier.V0:
+        return None  # there nothing else is drained for
+    emptied, idle = not model.beside & fact.resident, _idle(model, fact.at)
+    otherwise = _otherwise(model, fact, emptied=emptied, cut_off=cut_off)
+    if otherwise is Cause.RESTART and not cut_off:
+        return otherwise  # the socket went with them
     if fact.tier is Tier.LLAMA:
         return _by_the_router(model, fact, otherwise)
+    came = (fact.resident | fact.arriving) - model.beside
     if model.ttl is not None:
-        return _by_its_timer(model, fact, model.ttl, otherwise)
+        # LM Studio tells what its idle timer is; without one no load on demand pushes it out.
+        if idle >= model.ttl - TIMER_LATE:
+            return Cause.TIMER
+        return Cause.DISPLACED if came and model.ttl != inf else otherwise
     if fact.tier is Tier.V1 and all(i.id in model.ours for i in model.instances):
         return otherwise
-    if (fact.resident | fact.arriving) - model.beside:
+    if came:
         return Cause.DISPLACED
-    idle, ours = _idle(model, fact.at), bool(model.ours)
+    ours = bool(model.ours)
     if idle > model.survived and idle >= (model.policy.lease if ours else IDLE_MIN):
-        return Cause.TIMER
+        # Whatever was cut off from us may as well have been restarted.
+        return Cause.UNKNOWN if otherwise is Cause.RESTART else Cause.TIMER
     # Whatever lease it got, that was too short for a timer; and what might have displaced it would show.
     too_short = idle <= max(model.survived, IDLE_MIN if ours else 0.0)
+    if otherwise is Cause.RESTART:
+        return otherwise if too_short or idle < IDLE_MIN else Cause.UNKNOWN
     return Cause.BY_HAND if too_short and told else Cause.UNKNOWN
 
 
-def _by_its_timer(model: Model, fact: Listed, ttl: float, otherwise: Cause) -> Cause:
-    """Where LM Studio tells what its idle timer is; without one no load on demand pushes it out."""
-    if _idle(model, fact.at) >= ttl - TIMER_LATE:
-        return Cause.TIMER
-    came = (fact.resident | fact.arriving) - model.beside
-    return Cause.DISPLACED if came and ttl != inf else otherwise
+def _otherwise(model: Model, fact: Listed, *, emptied: bool, cut_off: bool) -> Cause:
+    """Why it is missing, where neither an idle timer nor another model took it."""
+    if not emptied:
+        return Cause.BY_HAND  # a restart would have taken the others, too
+    watched = model.seen_by.session != 0 and fact.sight.sdk is not Sdk.OFF
+    lost = watched and model.seen_by.session != fact.sight.session
+    several = len(model.beside) > 1
+    if cut_off:
+        outlived = watched and not lost and not fact.sight.late
+        return Cause.BY_HAND if outlived else Cause.RESTART
+    if fact.sight.hung_up > model.seen_by.hung_up or (several and lost):
+        return Cause.RESTART
+    # Of several none is left: LM Studio may have been restarted between two listings. Not where the socket outlived it.
+    return Cause.UNKNOWN if several and (not watched or fact.sight.late) else Cause.BY_HAND
 
 
 def _by_the_router(model: Model, fact: Listed, otherwise: Cause) -> Cause:
@@ -66,10 +81,21 @@ def _by_the_router(model: Model, fact: Listed, otherwise: Cause) -> Cause:
     return Cause.DISPLACED if full and there - model.beside else otherwise
 
 
-def count_eviction(model: Model, at: float, cause: Cause) -> Model:
-    """Count an eviction, when it had an instance and we did not unload it."""
+def count_eviction(model: Model, at: float, cause: Cause | None) -> Model:
+    """Count an eviction, when it had an instance and we did not unload it; None: we did, by another's load."""
     if not model.instances:
         return model
+    if cause is None:
+        return replace(
+            model,
+            made_way=model.made_way + 1,
+            letting_go=UnloadCause.ROOM,
+            instances=(),
+            ours=frozenset(),
+            busy=False,
+            draining=False,
+            warm_since=None,
+        )
     model = replace(
         model,
         evictions=model.evictions + 1,

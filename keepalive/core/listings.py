@@ -155,7 +155,7 @@ def _still_there(model: Model) -> Model:
     return replace(model, suspected=suspected, survived=max(model.survived, idle))
 
 
-def _seen_loading(model: Model, at: float, cause: Cause) -> Model:
+def _seen_loading(model: Model, at: float, cause: Cause | None) -> Model:
     if model.load_started is not None:
         return model
     pending = model.pending or Pending(since=at, until=at, alive_at=at, ours=False)
@@ -164,7 +164,7 @@ def _seen_loading(model: Model, at: float, cause: Cause) -> Model:
     return move(replace(count_eviction(model, at, cause), pending=pending), Sign.SEEN_LOADING, at, reason)
 
 
-def _missing(model: Model, at: float, cause: Cause, *, told: bool) -> Model:
+def _missing(model: Model, at: float, cause: Cause | None, *, told: bool) -> Model:
     """The listing shows no instance. `told`: it would have shown a load in progress as such."""
     if model.load_started is not None or model.pending is not None:
         # What is gone now is another's copy, which was there beside our load.
@@ -181,9 +181,10 @@ def _missing(model: Model, at: float, cause: Cause, *, told: bool) -> Model:
         resolved = _resolve(model, pending, at, told=told)
         reason = model.reason if model.state is State.LOADING else _unseen(pending)
         return resolved or move(model, Sign.SEEN_LOADING, at, reason)
-    evicted = bool(model.instances)
+    gone = bool(model.instances)
     model = count_eviction(model, at, cause)
-    return absent(model, at, "LM Studio no longer has it in memory" if evicted else None)
+    how = "it made room for another" if cause is None else "LM Studio no longer has it in memory"
+    return absent(model, at, how if gone else None)
 
 
 def _unseen(pending: Pending) -> str:
@@ -224,9 +225,10 @@ def listing_failed(model: Model, fact: ListingFailed) -> Model:
         busy = model.state is State.WARM and model.in_flight > 0
         return model if busy else says_that_it_loads(model, fact.at, fact.message)
     if fact.trouble in (Trouble.REFUSED, Trouble.UNREACHABLE):
-        # Behind a broken network anything may happen to what has an idle timer.
-        gone = fact.trouble is Trouble.REFUSED or model.ours
-        model = replace(model, suspected=model.suspected or (Cause.RESTART if gone else Cause.UNKNOWN))
+        # Behind a broken network anything may happen; what is left there will tell.
+        known = None if model.suspected is Cause.UNKNOWN else model.suspected
+        gone = Cause.RESTART if fact.trouble is Trouble.REFUSED else Cause.UNKNOWN
+        model = replace(model, suspected=known or gone)
     if fact.trouble is Trouble.REFUSED:
         # The program is gone, and with it its loads; what is found later is not ours, though named alike.
         # (`lms server stop` closes the port too, and goes on loading: then the next listing shows it.)

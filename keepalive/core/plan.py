@@ -43,11 +43,12 @@ def plan(upstream: Upstream, models: Sequence[Model], now: float) -> list[Action
     actions: list[Action] = [SkipPing(m.id) for m in models if _ping_is_due(m, now) and _is_in_use(m)]
     stale = False
     room = arranged(upstream, models, now)
+    unloads, loads = _unloads(upstream, models, now, room), _loads(upstream, models, now, room)
     drains = room.drains if room is not None else frozenset[ModelId]()
+    drains |= _pushed_out(upstream, models, loads, certain=room is not None)
     actions += [Drain(m.id) for m in models if m.id in drains and not m.draining]
     actions += [EndDrain(m.id) for m in models if m.draining and m.id not in drains]
     actions += [GiveUpLoad(m) for m in (room.given_up if room is not None else ())]
-    unloads, loads = _unloads(upstream, models, now, room), _loads(upstream, models, now, room)
     going = {model.id for model, _ in unloads}
     pings = _pings([m for m in models if m.id not in going], now)
     free = not (loads or upstream.arriving)
@@ -85,7 +86,7 @@ def _refresh_is_due(upstream: Upstream, models: Sequence[Model], now: float, *, 
         return False  # it is down or refuses us: its own pace
     if stale:
         return True
-    if any(_may_tell(upstream, m, now) for m in models):
+    if any(_may_tell(upstream, m, now) or _is_silent(upstream, m) for m in models):
         return True
     pending = any(m.pending is not None and m.load_started is None for m in models)
     return pending and now >= upstream.answered_at + PENDING_POLL
@@ -95,6 +96,11 @@ def _may_tell(upstream: Upstream, model: Model, now: float) -> bool:
     """Whether a look at our own load would say if this server shows loads: who comes after us may have to know."""
     began = model.load_started
     return began is not None and not model.tells_loading and upstream.asked < began + PENDING_POLL <= now
+
+
+def _is_silent(upstream: Upstream, model: Model) -> bool:
+    """Whether it left a ping unanswered, and nobody was asked why since. Where it is seen to work, that is why."""
+    return model.busy and not model.engaged and upstream.asked <= model.touched_at
 
 
 def _may_be_loading(model: Model) -> bool:
@@ -205,6 +211,25 @@ def blocked_by(upstream: Upstream, models: Sequence[Model], model: Model) -> str
     if first is model:
         return None
     return f"LM Studio 0.3.x keeps one model at a time here, and {first.id.key} comes first in the config"
+
+
+def _pushed_out(
+    upstream: Upstream, models: Sequence[Model], loads: Sequence[tuple[Model, Action]], *, certain: bool
+) -> frozenset[ModelId]:
+    """Which of ours a load of ours on demand pushes out, from before it begins until a listing has shown it.
+
+    A request that goes to one of them meanwhile would load it again, and push out the other.
+    """
+    if (
+        upstream.tier is not Tier.V0
+        or upstream.displaces is False
+        or (upstream.displaces is None and not certain)
+    ):
+        return frozenset()
+    coming = {m.id for m, _ in loads}
+    # After a load that failed, too, the next look decides.
+    coming |= {m.id for m in models if is_loading(m) or (not m.instances and m.touched_at >= upstream.asked)}
+    return frozenset(m.id for m in models if coming and m.ours and m.instances and m.id not in coming)
 
 
 def _pings(models: Sequence[Model], now: float) -> list[tuple[Model, Action]]:

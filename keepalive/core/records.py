@@ -209,6 +209,7 @@ class Model:
     loads: int = 0
     evictions: int = 0
     last_eviction: Eviction | None = None
+    made_way: int = 0  # how often a load of ours on demand pushed it out, as it was to
     recent_loads: tuple[float, ...] = ()
 
     # what users do

@@ -38,7 +38,8 @@ TRIED_AGAIN = {
     Trouble.BAD_ANSWER: 15.0,
     Trouble.UNAUTHORIZED: TOKEN_RETRY,
 }
-WELL = (PingOutcome.OK, PingOutcome.REFUSED, PingOutcome.SKIPPED)
+# A time-out may be a question, too: `plan` knows what LM Studio's socket says of that model.
+UNQUESTIONED = (PingOutcome.OK, PingOutcome.REFUSED, PingOutcome.SKIPPED, PingOutcome.TIMEOUT)
 # Whoever starts to wait has it tried at once; a thousand of them are no thousand tries.
 TRIED_LEAST = 2.0
 
@@ -62,7 +63,7 @@ def apply_upstream(upstream: Upstream, fact: Fact) -> Upstream:
             on_demand = upstream.tier is Tier.V0 and upstream.auto_evict is None
             trial = upstream.resident if on_demand else frozenset[str]()
             return replace(upstream, on_trial=trial, trial_over_at=None)
-        case PingEnded(outcome=outcome) if outcome not in WELL:
+        case PingEnded(outcome=outcome) if outcome not in UNQUESTIONED:
             return replace(upstream, due_at=min(upstream.due_at, fact.at))
         case UnloadEnded() | InstanceLost() | ModelsChanged():
             return replace(upstream, due_at=min(upstream.due_at, fact.at))

@@ -73,6 +73,7 @@ from keepalive.core.facts import (
     UpstreamFact,
     WaitEnded,
     WaitStarted,
+    fold_key,
 )
 from keepalive.core.moves import BACKOFF_FIRST
 from keepalive.core.names import Meaning, Names
@@ -720,12 +721,23 @@ class Keeper:
     async def _refresh(self, client: Client, name: str, asked: float, *, loading: bool) -> None:
         try:
             listing = await client.listing(loading=loading)
+            if not loading and self._misses(name, listing.entries):
+                # Somebody else's load may have pushed it out, which only this would show.
+                asked = self._clock()
+                loading, listing = True, await client.listing(loading=True)
         except UpstreamError as error:
             self._record_of(client, ListingFailed(self._clock(), name, asked, _trouble(error), str(error)))
         else:
             at, tier, entries, sight = self._clock(), listing.tier, listing.entries, listing.sight
             listed = Listed(at, name, asked, tier, entries, loading, sight, listing.places)
             self._record_of(client, listed)
+
+    def _misses(self, name: str, entries: Mapping[str, Entry]) -> bool:
+        """Whether something that is kept there was in memory, and is not any more."""
+        shelf = self._shelves.get(name)
+        models = shelf.models.values() if shelf else ()
+        there = (entries.get(fold_key(m.id.key)) for m in models if m.instances)
+        return any(entry is None or not entry.instances for entry in there)
 
     async def _load(self, client: Client, keep: Keep, tier: Tier, began: float) -> None:
         model, timeout = keep.model, keep.policy.load_timeout
@@ -863,6 +875,7 @@ def _forgotten(model: Model, now: float) -> Model:
         recent_loads=model.recent_loads,
         loads=model.loads,
         evictions=model.evictions,
+        made_way=model.made_way,
         last_eviction=model.last_eviction,
         waiting=model.waiting,
         waiting_since=model.waiting_since,

@@ -41,6 +41,7 @@ from keepalive.core.facts import (
     PingOutcome,
     PrimeEnded,
     PrimeOutcome,
+    UnloadCause,
     UnloadEnded,
 )
 from keepalive.core.primes import label
@@ -461,6 +462,8 @@ def _model(fact: Fact, before: Model, after: Model) -> None:
             log.info("model.draining", in_flight=after.in_flight)
         case InstanceLost():
             log.warning("model.lost", reason=fact.message)
+    if after.made_way > before.made_way:
+        log.info("model.unloaded", instance=before.instance_id, cause=UnloadCause.ROOM.value)
     if after.evictions > before.evictions:
         cause = after.last_eviction.cause.value if after.last_eviction else None
         log.warning("model.evicted", cause=cause, evictions=after.evictions, **_in(after.retry_at, fact.at))

@@ -290,6 +290,8 @@ class _Series:
     def count(self, fact: Fact, before: Model, after: Model) -> None:
         if after.evictions > before.evictions and after.last_eviction is not None:
             self.evictions[after.last_eviction.cause] += 1
+        elif after.made_way > before.made_way:
+            self.unloads[UnloadCause.ROOM] += 1
         elif isinstance(fact, LoadEnded):
             self.loads[fact.outcome] += 1
             if fact.outcome is LoadOutcome.OK:

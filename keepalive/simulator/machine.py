@@ -37,6 +37,7 @@ class Machine:
         self.tier: Tier = tier
         self.up = True
         self.vanished = False
+        self.boots = 1  # connections from before the last one mean nothing to it
         self.stored: dict[str, Stored] = {}  # by their response ids
         self.mark = ""  # goes into response ids: two servers must not give the same ones
         # Whoever owns sockets for this studio hears of a restart: False as it goes down, True as it is back.
@@ -150,6 +151,7 @@ class Machine:
 
     def _go(self) -> None:
         self.up = False
+        self.boots += 1
         self.memory.forget_all()
         if self.faults.flag("restart_forgets_responses"):
             self.stored.clear()

@@ -44,6 +44,7 @@ class SdkSession:
         self._send = send
         self.hang_up = hang_up
         self._greeted = False
+        self._boot = machine.boots
         self._echoes = machine.faults.take("websocket", route="sdk") == "echo"
         self._channels: dict[Any, Channel] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -54,6 +55,8 @@ class SdkSession:
         are. Raises `Cut` when the socket is to be ended."""
         if self._machine.vanished:
             return
+        if self._boot != self._machine.boots:
+            raise Cut("rst")
         try:
             said = json.loads(frame)
         except ValueError:

@@ -1,14 +1,16 @@
 """A model that went missing: why, and how soon it is loaded again."""
 
 from dataclasses import replace
+from math import inf
 
 import pytest
 
-from keepalive.core.actions import Load
+from keepalive.core.actions import Drain, Load
 from keepalive.core.errors import Reason
 from keepalive.core.evictions import count_eviction, why_missing
 from keepalive.core.facts import (
     ClockJumped,
+    DrainStarted,
     Entry,
     Fact,
     Instance,
@@ -21,16 +23,22 @@ from keepalive.core.facts import (
     ReleaseAsked,
     RequestEnded,
     RequestStarted,
+    Sdk,
+    Sight,
     Tier,
     Trouble,
+    UnloadCause,
     UnloadEnded,
     UnloadStarted,
+    WaitStarted,
 )
-from keepalive.core.records import Cause, Eviction, Model
+from keepalive.core.records import Cause, Eviction, Model, Upstream
 from keepalive.core.states import State
 from tests.kit.models import (
     GEMMA,
+    OLD,
     POLICY,
+    QWEN,
     Box,
     a_model,
     after,
@@ -40,6 +48,7 @@ from tests.kit.models import (
     failed,
     listed,
     load_ended,
+    nothing,
     ours,
     refused,
     tried,
@@ -293,8 +302,67 @@ def test_what_was_not_there_is_not_missing():
 
 
 def test_what_was_suspected_before_explains_it():
-    for cause in (Cause.CRASH, Cause.RESTART, Cause.UNKNOWN):
+    for cause in (Cause.CRASH, Cause.RESTART):
         assert why_missing(foreign(suspected=cause), listed(200, LLAMA), told=True) is cause
+
+
+def cut_off(**changes: object) -> Model:
+    """Nobody could reach the server for a while."""
+    return foreign(suspected=Cause.UNKNOWN, **changes)
+
+
+def test_behind_a_broken_way_what_else_is_left_there_rules_out_a_restart():
+    mine = {"ours": frozenset({"gemma"})}
+
+    assert why_missing(cut_off(**mine), listed(200), told=False) is Cause.RESTART
+    assert why_missing(cut_off(**mine), listed(200, LLAMA), told=False) is Cause.BY_HAND
+    assert why_missing(cut_off(), listed(150), told=False) is Cause.RESTART
+    assert why_missing(cut_off(survived=100.0), listed(200), told=False) is Cause.RESTART
+    assert why_missing(cut_off(survived=100.0), listed(200, LLAMA), told=True) is Cause.BY_HAND
+    assert why_missing(cut_off(), listed(200, LLAMA), told=True) is Cause.TIMER
+    # Everybody's timer may have run out by then, and so may the power.
+    assert why_missing(cut_off(), listed(200), told=True) is Cause.UNKNOWN
+    assert why_missing(cut_off(), listed(200, entry("phi", "phi")), told=True) is Cause.DISPLACED
+
+
+def test_where_the_timer_is_told_a_broken_way_hides_no_more_than_a_restart():
+    stays = {"instances": (Instance("gemma", ttl=inf),)}
+    timed = {"instances": (Instance("gemma", ttl=300.0),)}
+
+    assert why_missing(cut_off(**stays), listed(200), told=False) is Cause.RESTART
+    assert why_missing(cut_off(**stays), listed(200, LLAMA), told=False) is Cause.BY_HAND
+    assert why_missing(cut_off(**timed), listed(399), told=False) is Cause.TIMER
+    assert why_missing(cut_off(**timed), listed(300), told=False) is Cause.RESTART
+
+
+def test_a_socket_that_outlived_a_broken_way_knows_of_no_restart_unless_it_is_silent():
+    known = cut_off(instances=(Instance("gemma", ttl=inf),), seen_by=Sight(Sdk.UP, session=1))
+
+    for sight, cause in (
+        (Sight(Sdk.UP, session=1), Cause.BY_HAND),
+        (Sight(Sdk.UP, session=2), Cause.RESTART),
+        (Sight(Sdk.ABSENT), Cause.RESTART),
+        (Sight(Sdk.UP, session=1, late=True), Cause.RESTART),
+    ):
+        assert why_missing(known, listed(200, sight=sight), told=False) is cause
+
+
+def test_a_socket_that_is_silent_does_not_say_that_nothing_was_restarted():
+    known = own(seen_by=Sight(Sdk.UP, session=1))
+
+    assert why_missing(known, listed(200, sight=Sight(Sdk.UP, session=1)), told=False) is Cause.BY_HAND
+    silent = Sight(Sdk.UP, session=1, late=True)
+    assert why_missing(known, listed(200, sight=silent), told=False) is Cause.UNKNOWN
+
+
+def test_what_our_own_load_on_demand_was_to_push_out_is_no_loss():
+    going = own(draining=True)
+
+    assert why_missing(going, listed(200, entry("phi", "phi"), tier=Tier.V0), told=True) is None
+    assert why_missing(going, listed(200, LLAMA, tier=Tier.V0), told=True) is None
+    assert why_missing(going, listed(200, LLAMA), told=True) is Cause.BY_HAND  # there a call unloads it
+    crashed = own(draining=True, suspected=Cause.CRASH)
+    assert why_missing(crashed, listed(200, tier=Tier.V0), told=True) is Cause.CRASH
 
 
 def test_only_where_every_copy_is_ours_and_was_loaded_by_a_call_nothing_else_can_have_taken_it():
@@ -375,6 +443,42 @@ def test_an_eviction_is_counted_and_the_first_is_mended_at_once():
         "retry_at": None,
         "warm_since": None,
     }
+
+
+def test_what_made_room_on_demand_is_unloaded_and_held_off_by_nothing():
+    before = tried(State.WARM, failures=0, retry_at=None, draining=True)
+
+    assert changed(before, count_eviction(before, 50.0, None)) == {
+        "made_way": 1,
+        "letting_go": UnloadCause.ROOM,
+        "instances": (),
+        "ours": frozenset(),
+        "busy": False,
+        "draining": False,
+        "warm_since": None,
+    }
+
+
+def test_two_models_that_take_turns_on_an_old_server_fight_nobody():
+    models = (
+        a_model(rank=0, policy=replace(POLICY, auto=True)),
+        a_model(QWEN, policy=replace(POLICY, auto=True)),
+    )
+    state = Box(*models, upstream=Upstream("local", auto_evict=True)).see(nothing(1))
+    state.see(LoadStarted(2, GEMMA), load_ended(7, proved=True))
+    state.see(listed(8, entry("gemma", "gemma", loading=False), entry("qwen", loading=False), tier=OLD))
+    state.see(
+        WaitStarted(50, QWEN), listed(60, entry("gemma", "gemma", loading=False), entry("qwen"), tier=OLD)
+    )
+
+    assert state.plan(60.1) == [Drain(GEMMA), Load(QWEN)]
+    state.see(DrainStarted(60.1, GEMMA), LoadStarted(60.2, QWEN))
+    gone = entry("gemma", loading=False), entry("qwen", loading=True)
+    state.see(listed(61, *gone, tier=OLD))
+
+    gemma = state[GEMMA]
+    assert (gemma.evictions, gemma.made_way, gemma.failures, gemma.retry_at) == (0, 1, 0, None)
+    assert (gemma.state, gemma.reason) == (State.COLD, "it made room for another")
 
 
 def test_what_was_not_there_is_no_eviction():

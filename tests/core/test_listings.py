@@ -657,12 +657,20 @@ def test_behind_a_broken_way_everything_may_still_be_there():
         "state": State.UNKNOWN,
         "since": 50,
         "reason": "no way",
-        "suspected": Cause.RESTART,
+        "suspected": Cause.UNKNOWN,
         "busy": False,
         "ping_at": -inf,
     }
     assert apply(found_there, failed(50, Trouble.UNREACHABLE)).suspected is Cause.UNKNOWN
     assert apply(found_there, failed(50, Trouble.REFUSED)).suspected is Cause.RESTART
+
+
+def test_a_port_that_was_closed_after_the_way_was_broken_was_a_restart_all_the_same():
+    model = after(
+        tried(State.WARM, suspected=None), failed(50, Trouble.UNREACHABLE), failed(60, Trouble.REFUSED)
+    )
+
+    assert model.suspected is Cause.RESTART
 
 
 def test_what_was_suspected_before_the_server_was_gone_is_suspected_still():

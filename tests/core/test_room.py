@@ -453,9 +453,21 @@ def test_a_refusal_with_nothing_of_ours_to_go_is_no_loop_of_loads():
 def test_on_an_old_server_the_next_load_is_what_makes_room_and_only_from_what_is_idle():
     upstream = up(None, tier=Tier.V0, auto_evict=True, resident=frozenset({"b"}))
 
-    assert planned(upstream, there("b"), asked("a")) == [Load(ident("a"), claim=10 * GB)]
+    assert planned(upstream, there("b"), asked("a")) == [Drain(ident("b")), Load(ident("a"), claim=10 * GB)]
     assert planned(upstream, there("b", in_flight=1), asked("a")) == []
     assert planned(upstream, there("b", in_flight=1), asked("a", since=NOW - 120)) == [Drain(ident("b"))]
+
+
+def test_on_an_old_server_what_the_next_load_pushes_out_is_given_to_nobody_until_a_look_has_shown_it_gone():
+    upstream = up(None, tier=Tier.V0, auto_evict=True, resident=frozenset({"b"}))
+    going, since = there("b", draining=True, waiting=1), {"load_started": NOW - 5, "state": State.LOADING}
+    told = Pending(since=NOW - 9, until=NOW + 30, alive_at=NOW - 1, loaded=True, proved=True)
+
+    assert planned(upstream, going, absent("a", waiting=1, **since)) == []
+    assert planned(upstream, going, absent("a", waiting=1, pending=told, state=State.LOADING)) == []
+    assert planned(upstream, going, absent("a", touched_at=NOW)) == []
+    assert planned(upstream, going, absent("a", touched_at=NOW - 9)) == [EndDrain(ident("b"))]
+    assert planned(upstream, replace(going, ours=frozenset()), absent("a", **since)) == [EndDrain(ident("b"))]
 
 
 # --- idle, windows and hands ----------------------------------------------------------------------
@@ -979,7 +991,7 @@ def test_what_nobody_can_tell_the_size_of_counts_for_nothing_where_no_limit_is_k
 def test_on_an_old_server_that_displaces_there_is_one_at_a_time_whatever_the_budget():
     upstream = up(30, tier=Tier.V0, auto_evict=True, resident=frozenset({"b"}))
 
-    assert planned(upstream, there("b"), asked("a")) == [Load(ident("a"), claim=10 * GB)]
+    assert planned(upstream, there("b"), asked("a")) == [Drain(ident("b")), Load(ident("a"), claim=10 * GB)]
 
 
 def test_on_an_old_server_that_may_displace_nothing_is_loaded_beside_what_is_always_kept():

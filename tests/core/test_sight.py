@@ -68,6 +68,18 @@ def test_a_model_that_works_for_a_stranger_is_not_pinged():
     assert Box(warm()).see(listed(303, IDLE, sight=SEEN)).plan(303.1) == [SendPing(GEMMA, "gemma")]
 
 
+def test_a_ping_that_timed_out_asks_for_a_look_unless_lm_studio_says_that_the_model_works():
+    silent = PingEnded(363, GEMMA, PingOutcome.TIMEOUT, 60.0)
+    working, idle, unseen = (
+        Box(warm()).see(listed(303, IDLE, sight=SEEN), PingStarted(303.1, GEMMA), listed(350, look), silent)
+        for look in (BUSY, IDLE, entry("gemma", "gemma"))
+    )
+
+    assert working.plan(363.1) == []
+    assert idle.plan(363.1) == unseen.plan(363.1) == [Refresh("local")]
+    assert idle.see(listed(364, IDLE)).plan(364.1) == []
+
+
 def test_a_ping_that_was_skipped_for_a_stranger_is_due_an_interval_later():
     state = Box(warm()).see(listed(303, BUSY, sight=SEEN), PingEnded(304, GEMMA, PingOutcome.SKIPPED))
 

@@ -5,7 +5,7 @@ from math import inf
 
 import pytest
 
-from keepalive.core.actions import Load, Refresh
+from keepalive.core.actions import Drain, Load, Refresh
 from keepalive.core.explain import explain
 from keepalive.core.facts import (
     ClockJumped,
@@ -155,7 +155,7 @@ def test_mutual_eviction_is_recognised_and_the_first_listed_model_wins():
     loaded_on_demand(state, GEMMA, 16, "gemma")
 
     assert state.upstream.displaces is True
-    assert again == [Load(GEMMA)]
+    assert again == [Drain(QWEN), Load(GEMMA)]
     assert state.plan(22.1) == []
     assert explain(state.upstream, list(state.models.values()), state[QWEN], 99.0) == (
         "LM Studio 0.3.x keeps one model at a time here, and gemma comes first in the config"
@@ -351,7 +351,6 @@ def test_what_replaced_an_old_server_has_no_verdict():
 
 LOOK = [
     PingEnded(50, GEMMA, PingOutcome.ERROR),
-    PingEnded(50, GEMMA, PingOutcome.TIMEOUT),
     PingEnded(50, GEMMA, PingOutcome.WRONG_MODEL),
     UnloadEnded(50, GEMMA, "gemma"),
     InstanceLost(50, GEMMA, "gone"),
@@ -364,8 +363,8 @@ def test_what_may_have_changed_it_makes_it_due_at_once(fact: Fact):
     assert apply_upstream(asked_long_ago(due_at=45.0), fact).due_at == 45.0
 
 
-@pytest.mark.parametrize("outcome", [PingOutcome.OK, PingOutcome.SKIPPED])
-def test_a_ping_that_went_well_asks_for_no_look(outcome: PingOutcome):
+@pytest.mark.parametrize("outcome", [PingOutcome.OK, PingOutcome.SKIPPED, PingOutcome.TIMEOUT])
+def test_a_ping_that_went_well_or_not_at_all_asks_for_no_look(outcome: PingOutcome):
     assert apply_upstream(asked_long_ago(), PingEnded(50, GEMMA, outcome)) == asked_long_ago()
 
 

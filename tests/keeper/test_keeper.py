@@ -54,7 +54,7 @@ from keepalive.core.facts import (
     WarmAsked,
     WindowClosed,
 )
-from keepalive.core.records import Model, Pending, Policy, Upstream, UpstreamState
+from keepalive.core.records import Cause, Eviction, Model, Pending, Policy, Upstream, UpstreamState
 from keepalive.core.states import IllegalMove, State
 from keepalive.keeper import keeper as keeping
 from keepalive.keeper.keeper import Keep, Keeper, Server
@@ -152,6 +152,34 @@ def test_an_evicted_model_comes_back_and_is_never_pinged_while_away():
 
     assert len(events(site, "load.started")) == 5
     assert [e for e in site.studio.log() if e["kind"] == "load.started" and e["owner"] != "rest"] == []
+
+
+@pytest.mark.parametrize(
+    ("by", "cause"), [("somebody's request", Cause.DISPLACED), ("a hand", Cause.BY_HAND)]
+)
+def test_what_pushed_a_model_out_is_looked_for_where_listings_show_it(by: str, cause: Cause):
+    """Somebody else's copy is gone; a load that may have taken its place is not in the plain listing."""
+
+    async def go(judge: Judge) -> Eviction | None:
+        site = a_site(judge, "local", SimModel("a", load_seconds=1.0), SimModel("other", load_seconds=60.0))
+        world = a_world(site)
+        world.keeps = world.keeps[:1]
+        site.studio.load("a", seconds=0)
+        world.start()
+        await warm(world)
+        # So that its last idleness is shorter than one that it has outlived.
+        await asyncio.sleep(340)
+        site.studio.evict("a")
+        if by == "somebody's request":
+            site.studio.load("other")
+        await asyncio.sleep(16)
+        last = model(world, "a").last_eviction
+        await world.kill()
+        return last
+
+    last = virtually(go)
+    assert last is not None
+    assert last.cause is cause
 
 
 async def warm_again(world: World) -> None:

@@ -548,7 +548,9 @@ class Judge:
         if after.state in (State.UNKNOWN, State.BACKOFF) and not after.reason:
             self.fail("I8", f"{after.id} is {after.state} without a reason, after {type(fact).__name__}")
         if isinstance(before, Model) and after.evictions > before.evictions and after.last_eviction:
-            seen = "seen by the socket" if before.seen_by.session else "not seen by a socket"
+            late = isinstance(fact, Listed) and fact.sight.late
+            watched = before.seen_by.session and before.ttl is not None and not late
+            seen = "seen by the socket" if watched else "not seen by a socket"
             self.counted[f"evicted: {after.last_eviction.cause}, {seen}"] += 1
         if isinstance(before, Model) and before.state is not after.state:
             self.say(f"{after.id} {before.state} -> {after.state} by {type(fact).__name__}: {after.reason}")

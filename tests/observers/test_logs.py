@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from keepalive.core.apply import apply
 from keepalive.core.callers import Outcome, Seen
 from keepalive.core.facts import (
     ClockJumped,
+    DrainStarted,
     Entry,
     Fact,
     Instance,
@@ -245,6 +247,20 @@ def test_what_changes_nothing_is_not_said(lines_of: Any) -> None:
                 {"event": "model.released", "level": "info", **PLACE},
                 {"event": "model.unloaded", "level": "info", **PLACE, "instance": "gemma"},
                 {"event": "model.state", "level": "info", **PLACE, "state": "cold", "was": "warm"},
+            ],
+        ),
+        (
+            (*LOADED, DrainStarted(20.0, GEMMA), replace(listed(21.0), tier=Tier.V0)),
+            [
+                {"event": "model.unloaded", "level": "info", **PLACE, "instance": "gemma", "cause": "room"},
+                {
+                    "event": "model.state",
+                    "level": "info",
+                    **PLACE,
+                    "state": "cold",
+                    "was": "warm",
+                    "reason": "it made room for another",
+                },
             ],
         ),
         (

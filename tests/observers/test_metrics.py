@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from keepalive.core.apply import apply
 from keepalive.core.facts import (
+    DrainStarted,
     Entry,
     Fact,
     Instance,
@@ -318,6 +319,16 @@ def evictions(world: World) -> dict[str, float]:
         for (name, labels), value in world.samples().items()
         if name == "keepalive_model_evictions_total" and value
     }
+
+
+def test_what_a_load_of_ours_pushes_out_on_an_old_server_is_unloaded_to_make_room() -> None:
+    old = replace(listed(12.0), tier=Tier.V0)
+    world = World().goes(
+        *loaded(10.0, 6.0), DrainStarted(11.0, GEMMA), old, replace(old, at=13.0, asked=13.0)
+    )
+
+    assert evictions(world) == {}
+    assert world.of("model_unloads_total", model="gemma", upstream="local", cause="room") == 1
 
 
 def test_evictions_are_told_apart_by_what_took_the_model() -> None:
