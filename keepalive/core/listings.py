@@ -99,9 +99,8 @@ def _present(model: Model, at: float, entry: Entry) -> Model:
     model = replace(model, instances=entry.instances, ours=model.ours & known, pending=None, seen_at=at)
     model = replace(model, used_at=max(model.used_at, _used(model, at)))
     if model.engaged:
-        model = replace(
-            model, use_at=at
-        )  # our own calls are not seen here: a look from meanwhile does not count
+        # Our own calls are not seen here: a look from meanwhile does not count.
+        model = replace(model, use_at=at)
     begun = model.load_started is not None or (pending is not None and pending.loaded)
     if appeared and begun and known - model.ours:
         model = replace(model, doubled_at=at)

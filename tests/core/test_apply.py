@@ -11,11 +11,15 @@ from keepalive.core.errors import Reason
 from keepalive.core.explain import explain
 from keepalive.core.facts import (
     ClockJumped,
+    DrainEnded,
+    DrainStarted,
     Fact,
     InstanceLost,
+    LoadGivenUp,
     LoadOutcome,
     LoadsRecalled,
     LoadStarted,
+    OursRecalled,
     PingStarted,
     ReleaseAsked,
     RequestEnded,
@@ -34,6 +38,7 @@ from keepalive.core.upstreams import apply_upstream
 from tests.kit.models import (
     GEMMA,
     OUR_MOVES,
+    POLICY,
     Box,
     after,
     box,
@@ -283,3 +288,73 @@ def test_loads_of_earlier_lives_come_before_those_of_this_one_and_five_count():
     model = apply(before, LoadsRecalled(50, GEMMA, (1.0, 2.0, 3.0, 4.0)))
 
     assert changed(before, model) == {"recent_loads": (2.0, 3.0, 4.0, 5.0, 6.0)}
+
+
+# --- what is loaded on demand ---------------------------------------------------------------------
+
+AUTO = replace(POLICY, auto=True)
+
+
+def test_a_window_that_opens_counts_as_if_somebody_had_just_asked_for_what_is_loaded_on_demand():
+    before = cold(policy=AUTO, windowed=True, window_open=False, asks=3.0, asks_at=50.0 - 4 * 3600)
+    opened = apply(before, WindowOpened(50, GEMMA))
+
+    assert changed(before, opened) == {"window_open": True, "use_at": 50, "asks": 2.5, "asks_at": 50}
+    assert changed(opened, apply(opened, WindowOpened(60, GEMMA))) == {}
+    assert changed(opened, apply(opened, WindowClosed(60, GEMMA))) == {"window_open": False}
+
+
+def test_what_is_loaded_on_demand_is_wanted_by_hand_until_it_is_there():
+    absent, there = cold(policy=AUTO), warm(policy=AUTO)
+
+    assert changed(absent, apply(absent, WarmAsked(50, GEMMA))) == {"asked_for": True, "use_at": 50}
+    assert changed(there, apply(there, WarmAsked(50, GEMMA))) == {"use_at": 50, "ping_at": -inf}
+
+
+def test_the_line_of_those_who_wait_began_with_the_first_and_ends_with_the_last():
+    one = apply(warm(ahead=True), WaitStarted(50, GEMMA))
+    two = apply(one, WaitStarted(60, GEMMA))
+    left = apply(two, WaitEnded(70, GEMMA, 20.0, False))
+    none = apply(left, WaitEnded(80, GEMMA, 20.0, False))
+
+    assert (one.ahead, one.waiting_since) == (False, 50)
+    assert [m.waiting_since for m in (two, left, none)] == [50, 50, None]
+
+
+def test_a_request_is_demand_and_ends_that_the_model_is_there_for_nobody():
+    before = warm(ahead=True, asks=1.0, asks_at=50.0)
+    one = apply(before, RequestStarted(50, GEMMA))
+    many = apply(before, RequestsCounted(50, GEMMA, 3, 0))
+    ended = apply(before, RequestsCounted(60, GEMMA, 0, 1, ended_at=55))
+
+    assert (one.ahead, one.asks, one.asks_at) == (False, 2.0, 50)
+    assert (many.ahead, many.asks, many.asks_at, many.used_at) == (False, 4.0, 50, before.used_at)
+    assert (ended.ahead, ended.asks, ended.asks_at, ended.used_at, ended.use_at) == (True, 1.0, 50.0, 55, 60)
+
+
+def test_what_no_ping_will_find_out_a_users_word_has_to_tell():
+    crashed = InstanceLost(50, GEMMA, "crashed", Reason.CRASHED)
+
+    assert apply(warm(policy=replace(POLICY, pinged=False)), crashed).crashed
+    assert not apply(warm(), crashed).crashed
+    assert apply(tried(State.WARM), crashed).crashed  # which it was before
+
+
+def test_copies_of_an_earlier_life_are_recalled_for_as_long_as_that_is_sure():
+    model = apply(cold(), OursRecalled(50, GEMMA, frozenset({"gemma"}), 80.0))
+
+    assert changed(cold(), model) == {"recalled": (frozenset({"gemma"}), 80.0)}
+
+
+def test_a_drain_begins_and_ends():
+    drained = apply(warm(), DrainStarted(50, GEMMA))
+
+    assert changed(warm(), drained) == {"draining": True}
+    assert apply(drained, DrainEnded(60, GEMMA)) == warm()
+
+
+def test_a_load_that_is_given_up_is_one_that_is_under_way():
+    loads = after(cold(), LoadStarted(40, GEMMA))
+
+    assert changed(loads, apply(loads, LoadGivenUp(50, GEMMA))) == {"giving_up": True}
+    assert apply(cold(), LoadGivenUp(50, GEMMA)) == cold()
