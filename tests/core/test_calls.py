@@ -14,6 +14,7 @@ from keepalive.core.facts import (
     Instance,
     InstanceLost,
     LoadOutcome,
+    LoadProgressed,
     LoadRemembered,
     LoadStarted,
     PingEnded,
@@ -348,6 +349,37 @@ def test_a_load_that_the_server_answers_by_saying_that_it_loads_goes_on():
         assert (model.load_started, model.failures) == (None, 2)
     silent = apply(loading(), load_ended(50, LoadOutcome.UNKNOWN, why=Reason.LOADING))
     assert silent.reason == "the server says that it is loading: no more words"
+
+
+def test_progress_that_stands_still_keeps_the_time_at_which_it_came():
+    half = apply(loading(), LoadProgressed(40, GEMMA, 0.5))
+
+    assert changed(half, apply(half, LoadProgressed(45, GEMMA, 0.5))) == {}
+    assert changed(half, apply(half, LoadProgressed(45, GEMMA, 0.6))) == {"progress": 0.6, "progress_at": 45}
+    assert apply(loading(), LoadProgressed(40, GEMMA, 0.0)).progress == 0.0
+
+
+@pytest.mark.parametrize("outcome", LoadOutcome)
+def test_whatever_it_came_to_a_load_that_has_ended_is_given_up_no_more(outcome: LoadOutcome):
+    assert not apply(loading(giving_up=True), load_ended(50, outcome)).giving_up
+
+
+def test_a_load_that_was_given_up_leaves_nothing_and_is_no_failure():
+    before = loading(giving_up=True, retry_at=None, ahead=True)
+
+    assert changed(before, apply(before, load_ended(50, LoadOutcome.GIVEN_UP, message="ended"))) == {
+        "state": State.COLD,
+        "since": 50,
+        "reason": None,
+        "load_started": None,
+        "giving_up": False,
+        "touched_at": 50,
+        "ours": frozenset(),
+        "ping_at": None,
+        "busy": False,
+        "crashed": False,
+        "ahead": False,
+    }
 
 
 def test_a_load_that_was_granted_tells_how_much_fits_and_one_that_was_refused_how_much_does_not():
