@@ -23,7 +23,7 @@ from keepalive.core.facts import (
     Tier,
     Trouble,
 )
-from keepalive.core.records import Cause, Eviction, Model, Pending
+from keepalive.core.records import Cause, Eviction, Model, Pending, Primed, Priming
 from keepalive.core.states import State
 from tests.kit.models import (
     GEMMA,
@@ -792,3 +792,53 @@ def test_what_a_load_will_need_is_kept_until_it_is_estimated_anew():
     assert model.need == need
     assert after(model, listed(3, entry("gemma"))).need == need
     assert after(model, listed(3, replace(entry("gemma"), need=Need(1)))).need == Need(1)
+
+
+# --- copies of an earlier life, and what the socket shows of those that are there -------------------
+
+
+def test_copies_of_an_earlier_life_are_ours_where_the_first_listing_shows_them_in_time():
+    recalled = (frozenset({"gemma", "gemma:2"}), 50.0)
+    before = replace(cold(), recalled=recalled, ours=frozenset({"gemma:3"}))
+    there = entry("gemma", "gemma", "gemma:3", "gemma:4")
+
+    in_time, late = after(before, listed(50, there)), after(before, listed(50.1, there))
+    gone = after(before, listed(40))
+
+    assert (in_time.ours, in_time.recalled) == ({"gemma", "gemma:3"}, None)
+    assert (late.ours, late.recalled) == ({"gemma:3"}, None)
+    assert (gone.ours, gone.recalled) == (frozenset(), None)
+    assert after(gone, listed(45, there)).ours == frozenset()
+
+
+def copies(*busy: bool | None) -> Entry:
+    return Entry("gemma", instances=tuple(Instance(f"gemma:{n}", busy=b) for n, b in enumerate(busy)))
+
+
+def test_a_model_rests_while_all_its_copies_are_seen_to():
+    resting = after(warm(), listed(20, copies(False, False), asked=19))
+
+    assert resting.idle_since == 19
+    assert after(resting, listed(30, copies(False, False))).idle_since == 19
+    assert after(resting, listed(30, copies(False, None))).idle_since is None
+    assert after(warm(), listed(20, copies(False, True))).idle_since is None
+
+
+def test_what_was_read_is_forgotten_with_the_copy_that_read_it():
+    priming = Priming(openings=("agent",), done=(Primed("agent", 13.0, 1.0),))
+    model = replace(ours(), priming=priming)
+
+    assert after(model, listed(20, entry("gemma", "gemma"))).priming.done == priming.done
+    assert after(model, listed(20, entry("gemma", "gemma:2"))).priming.done == ()
+    assert (
+        after(replace(model, priming=Priming()), listed(20, entry("gemma", "gemma:2"))).priming == Priming()
+    )
+
+
+def test_what_works_for_somebody_is_warm_unless_it_has_crashed():
+    works = listed(50, copies(True))
+
+    for state in (State.UNKNOWN, State.COLD, State.LOADING):
+        model = after(tried(state, crashed=False, pending=None), works)
+        assert (model.state, model.ping_at) == (State.WARM, 350.0)
+    assert after(tried(State.UNKNOWN, pending=None), works).state is State.UNKNOWN
