@@ -20,10 +20,12 @@ from keepalive.core.facts import (
     PingEnded,
     PingOutcome,
     PingStarted,
+    Sdk,
+    Sight,
     Tier,
     Trouble,
 )
-from keepalive.core.records import Cause, Eviction, Model, Pending, Primed, Priming
+from keepalive.core.records import Cause, Claim, Eviction, Model, Pending, Primed, Priming
 from keepalive.core.states import State
 from tests.kit.models import (
     GEMMA,
@@ -635,7 +637,9 @@ def test_on_a_server_that_shows_nothing_a_load_is_waited_for():
 
 
 def test_a_program_that_is_gone_took_its_loads_and_its_instances_with_it():
-    before = tried(State.WARM, suspected=None)
+    recalled = (frozenset({"gemma"}), 99.0)
+    claims = {"refused_claim": Claim(9, 1.0), "granted_claim": Claim(8, 2.0)}
+    before = tried(State.WARM, suspected=None, recalled=recalled, **claims)
 
     assert changed(before, apply(before, failed(50, Trouble.REFUSED, "nothing listens"))) == {
         "state": State.UNKNOWN,
@@ -644,6 +648,9 @@ def test_a_program_that_is_gone_took_its_loads_and_its_instances_with_it():
         "suspected": Cause.RESTART,
         "pending": None,
         "ours": frozenset(),
+        "recalled": None,
+        "refused_claim": None,
+        "granted_claim": None,
         "busy": False,
         "ping_at": -inf,
     }
@@ -833,6 +840,14 @@ def test_what_was_read_is_forgotten_with_the_copy_that_read_it():
     assert (
         after(replace(model, priming=Priming()), listed(20, entry("gemma", "gemma:2"))).priming == Priming()
     )
+
+
+def test_when_it_was_last_used_is_told_by_lm_studios_own_clock_where_both_are_told():
+    there = Entry("gemma", instances=(Instance("gemma", last_used=1000.0),))
+
+    for clock, used_at in ((1004.0, 46.0), (990.0, 50.0), (None, 3)):
+        assert after(warm(), listed(50, there, sight=Sight(Sdk.UP, clock=clock))).used_at == used_at
+    assert after(warm(), listed(50, entry("gemma", "gemma"), sight=Sight(Sdk.UP, clock=1004.0))).used_at == 3
 
 
 def test_what_works_for_somebody_is_warm_unless_it_has_crashed():
