@@ -42,6 +42,12 @@ TESTS: Mapping[str, Sequence[str]] = {
     "keepalive/core/evictions.py": ("tests/core/test_evictions.py", "tests/core/test_sight.py"),
     "keepalive/core/explain.py": ("tests/core/test_explain.py", "tests/core/test_sight.py"),
     "keepalive/core/listings.py": ("tests/core/test_listings.py", "tests/core/test_sight.py"),
+    # A plan is made of what room and openings come to, and their tests look at it.
+    "keepalive/core/plan.py": (
+        "tests/core/test_plan.py",
+        "tests/core/test_room.py",
+        "tests/core/test_primes.py",
+    ),
     # And two of its figures are what the records are given by.
     "keepalive/core/records.py": (
         "tests/core/test_records.py",
