@@ -66,7 +66,7 @@ def _window(model: Model, at: float, *, is_open: bool) -> Model:
 def _warm_asked(model: Model, at: float) -> Model:
     # A person asks: he may know that what held us off is mended.
     due = None if model.ping_at is None else -inf
-    model = replace(model, asked_for=True, retry_at=None, failures=0, ping_at=due)
+    model = replace(model, asked_for=True, retry_at=None, failures=0, taken=0, ping_at=due)
     if not model.policy.auto:
         return model
     # Once it is here it stays as long as there is room.

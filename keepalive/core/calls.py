@@ -24,6 +24,7 @@ from keepalive.core.moves import (
     absent,
     backoff,
     failed,
+    fails_again,
     move,
     proved,
     says_that_it_loads,
@@ -122,13 +123,12 @@ def _unanswered(model: Model, fact: LoadEnded, started: float) -> Model:
     if fact.at - started >= span:
         expected = fact.at - started
         span = 2 * expected
-    failures = model.failures + 1
+    model = fails_again(model)
     model = replace(
         model,
         pending=Pending(started, started + span, alive_at=fact.at, expected=expected, why=why),
-        failures=failures,
         failure=message,
-        retry_at=fact.at + backoff(failures),
+        retry_at=fact.at + backoff(model.failures),
     )
     return move(model, Sign.SEEN_LOADING, fact.at, f"{UNSEEN}, because {why}")
 
@@ -165,11 +165,10 @@ def ping_ended(model: Model, fact: PingEnded) -> Model:
 
 
 def _disproved(model: Model, at: float, message: str, why: Reason | None) -> Model:
-    failures = model.failures + 1
-    retry_at = at + (TOKEN_RETRY if why is Reason.UNAUTHORIZED else backoff(failures))
+    model = fails_again(model)
+    retry_at = at + (TOKEN_RETRY if why is Reason.UNAUTHORIZED else backoff(model.failures))
     model = replace(
         model,
-        failures=failures,
         failure=message,
         retry_at=retry_at,
         ping_at=retry_at,
@@ -192,10 +191,10 @@ def unload_ended(model: Model, fact: UnloadEnded) -> Model:
         again = fact.at + IN_USE_POLL
         return replace(model, use_at=fact.at, used_at=fact.at, retry_at=again, reason=fact.message)
     if fact.message is not None:
-        failures = model.failures + 1
-        retry_at = fact.at + backoff(failures)
+        model = fails_again(model)
+        retry_at = fact.at + backoff(model.failures)
         failure = f"could not unload it: {fact.message}"
-        return replace(model, failures=failures, failure=failure, retry_at=retry_at, reason=failure)
+        return replace(model, failure=failure, retry_at=retry_at, reason=failure)
     left = tuple(i for i in model.instances if i.id != fact.instance_id)
     model = replace(
         model, instances=left, ours=model.ours - {fact.instance_id}, warm_since=None, draining=False

@@ -4,7 +4,7 @@ from math import inf
 
 from keepalive.core.changed import replace
 from keepalive.core.facts import Listed, Sdk, Tier, UnloadCause, fold_key
-from keepalive.core.moves import STABLE, backoff
+from keepalive.core.moves import STABLE, backoff, fails_again
 from keepalive.core.records import Cause, Eviction, Model
 from keepalive.core.states import State
 
@@ -108,11 +108,17 @@ def count_eviction(model: Model, at: float, cause: Cause | None) -> Model:
     # Held until now, or until a request was told that it is gone.
     held_until = at if model.state is State.WARM else model.since
     stable = model.warm_since is not None and held_until - model.warm_since >= STABLE
-    failures = 0 if stable else model.failures + 1
+    if stable:
+        model = replace(model, failures=0, taken=0)
+    elif cause is Cause.CRASH:
+        model = fails_again(model)
+    else:
+        model = replace(model, failures=model.failures + 1, taken=model.taken + 1)
+    failures = model.failures
     # The first loss is mended at once; when it does not hold, somebody is fighting us for the memory.
     retry_at = at + backoff(failures - 1) if failures > 1 else None
     failure = f"it went missing {failures} times in a row without holding {STABLE:.0f} s"
-    return replace(model, failures=failures, failure=failure, retry_at=retry_at, warm_since=None)
+    return replace(model, failure=failure, retry_at=retry_at, warm_since=None)
 
 
 def _idle(model: Model, at: float) -> float:

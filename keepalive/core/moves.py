@@ -63,6 +63,7 @@ def proved(model: Model, at: float) -> Model:
         suspected=None,
         warm_since=at if warm_since is None else warm_since,
         failures=0 if stable else model.failures,
+        taken=0 if stable else model.taken,
         retry_at=None,
         ping_at=at + model.policy.ping_interval,
         crashed=False,
@@ -88,10 +89,15 @@ def believed(model: Model, at: float) -> Model:
     return replace(model, seen_at=at, ping_at=None)
 
 
+def fails_again(model: Model) -> Model:
+    """One more failure of its own. That it was taken before says nothing of how often it fails."""
+    return replace(model, failures=max(0, model.failures - model.taken) + 1, taken=0)
+
+
 def failed(model: Model, at: float, message: str) -> Model:
-    failures = model.failures + 1
-    retry_at = at + backoff(failures)
-    model = replace(model, failures=failures, failure=message, retry_at=retry_at, warm_since=None)
+    model = fails_again(model)
+    retry_at = at + backoff(model.failures)
+    model = replace(model, failure=message, retry_at=retry_at, warm_since=None)
     return move(model, Sign.LOAD_FAILED, at, message)
 
 

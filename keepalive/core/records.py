@@ -197,6 +197,7 @@ class Model:
     granted_claim: Claim | None = None  # and when it went well
     warm_since: float | None = None
     failures: int = 0
+    taken: int = 0  # of these, the last so many times that it was taken from us
     failure: str | None = None  # what went wrong last
     retry_at: float | None = None
     ping_at: float | None = None  # when the next ping is due

@@ -670,6 +670,15 @@ class Keeper:
                     self._settle(shelf)
                     for action in plan(shelf.upstream, tuple(shelf.models.values()), self._clock()):
                         self._do(tasks, shelf, action)
+                    self._wake_for_nothing(shelf)
+
+    def _wake_for_nothing(self, shelf: _Shelf) -> None:
+        """Whoever waits for room that can never come any more is to be told so, and not to wait to his end."""
+        models = tuple(shelf.models.values())
+        if any(m.waiting and m.state is State.COLD for m in models):
+            room = arranged(shelf.upstream, models, self._clock())
+            for model in room.never if room is not None else ():
+                self._announce(model)
 
     def snapshot(self) -> Snapshot:
         shelves = self._shelves.values()

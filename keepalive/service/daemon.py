@@ -138,8 +138,7 @@ class Daemon:
             stack.push_async_callback(self._front.close)
             self._playground.open(self.url)
             await self._history.read()
-            for model in self._ledger.owned() if self._ledger else ():
-                self.keeper.adopt(model)
+            self._adopt_ours()
             self._recall(self._kept)
             if self._path is None and not self._config.models:
                 urls = [upstream.url for upstream in self._config.upstreams]
@@ -194,6 +193,7 @@ class Daemon:
         try:
             known = self._kept.keys()
             self._apply(config.load(self._path, self._environ))
+            self._adopt_ours()
             self._recall(self._kept.keys() - known)
         except KeepaliveError as error:
             mistakes = error.mistakes if isinstance(error, ConfigError) else (error,)
@@ -385,6 +385,11 @@ class Daemon:
         """The models that have series of their own: all that the file names, and no more than so many others."""
         adopted = [m for m in self._kept if m in self._adopted][:ADOPTED_COUNTED]
         return [m for m in self._kept if m not in self._adopted] + adopted
+
+    def _adopt_ours(self) -> None:
+        """What we have loaded, or were loading, is kept though nobody names it, where such models are kept at all."""
+        for model in self._ledger.owned() if self._ledger else ():
+            self.keeper.adopt(model)
 
     def _recall(self, models: Iterable[ModelId]) -> None:
         """Take note of loads that an earlier life began and did not see end."""

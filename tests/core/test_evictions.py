@@ -5,6 +5,7 @@ from math import inf
 
 import pytest
 
+from keepalive.core import moves
 from keepalive.core.actions import Drain, Load
 from keepalive.core.errors import Reason
 from keepalive.core.evictions import count_eviction, why_missing
@@ -439,6 +440,7 @@ def test_an_eviction_is_counted_and_the_first_is_mended_at_once():
         "busy": False,
         "suspected": None,
         "failures": 1,
+        "taken": 1,
         "failure": "it went missing 1 times in a row without holding 300 s",
         "retry_at": None,
         "warm_since": None,
@@ -505,6 +507,19 @@ def test_what_held_five_minutes_while_it_was_warm_is_a_new_story(
 
     assert model.failures == failures
     assert model.retry_at == (None if failures == 0 else at + 10)
+
+
+def test_how_often_it_was_taken_does_not_count_when_it_fails_by_itself():
+    taken = tried(State.WARM, failures=1)
+    for n in range(8):
+        taken = replace(count_eviction(taken, 50.0 + n, Cause.DISPLACED), instances=taken.instances)
+    crashed = count_eviction(taken, 60.0, Cause.CRASH)
+    again = count_eviction(replace(crashed, instances=taken.instances), 70.0, Cause.CRASH)
+
+    assert (taken.failures, taken.taken, taken.retry_at) == (9, 8, 57.0 + 300.0)
+    assert (crashed.failures, crashed.taken, crashed.retry_at) == (2, 0, 65.0)
+    assert (again.failures, again.retry_at) == (3, 80.0)
+    assert moves.failed(taken, 60.0, "no").failures == 2
 
 
 @pytest.mark.parametrize(

@@ -482,6 +482,7 @@ def test_somebody_elses_load_may_take_the_place_of_what_was_there():
         "evictions": 5,
         "last_eviction": Eviction(50, Cause.BY_HAND, 10.0),
         "failures": 3,
+        "taken": 1,
         "failure": "it went missing 3 times in a row without holding 300 s",
         "retry_at": 60.0,
     }

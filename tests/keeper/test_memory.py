@@ -239,6 +239,32 @@ def test_a_stranger_in_the_way_is_said_at_once_and_left_alone():
     assert there == ["x"]
 
 
+def test_who_waits_when_a_stranger_takes_the_room_for_good_is_told_and_does_not_wait_to_the_end():
+    async def go(judge: Judge) -> list[Caller]:
+        site = a_site(judge, sim("a", 9), sim("b", 14), sim("stranger", 8), memory=20)
+        world = a_world(site)
+        world.keeps = world.keeps[:2]
+        world.start()
+        people = People(world)
+        people.ask("a", 600.0)
+        await asyncio.sleep(40)
+        held = people.ask("b")
+        await asyncio.sleep(20)
+        assert held.refused is None
+        site.studio.load("stranger", seconds=0)
+        await asyncio.sleep(20)
+        await world.kill()
+        for task in people.tasks:
+            task.cancel()
+        await asyncio.gather(*people.tasks, return_exceptions=True)
+        return people.callers
+
+    held = virtually(go)[-1]
+
+    assert held.refused is not None
+    assert "stranger was loaded by somebody else" in held.refused
+
+
 def test_without_a_budget_one_is_there_at_a_time_and_always_stays():
     async def go(judge: Judge) -> tuple[list[str], Site]:
         site = a_site(judge, sim("k", 9), sim("a", 1), sim("b", 1))

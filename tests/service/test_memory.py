@@ -146,6 +146,26 @@ async def test_after_a_restart_of_both_free_room_is_filled_with_what_was_asked_f
     assert b"canary" not in (tmp_path / "history.db").read_bytes()
 
 
+async def test_what_an_earlier_life_loaded_is_taken_up_when_a_reload_says_so(tmp_path: Path) -> None:
+    async with simulator(A, B) as upstream:
+        server = f'state_dir = "{tmp_path}"\nunlisted = "{{}}"'
+        text = settings(
+            upstream.url, f'key = "{B.key}"\nkeep = "auto"', server=server, upstream='memory = "12GB"'
+        )
+        async with daemon(text.replace("{}", "auto")) as running:
+            assert (await chat(running, A.key))[0] == 200
+        file = tmp_path / "config.toml"
+        async with daemon(text.replace("{}", "pass"), path=file) as running:
+            named = [m["key"] for m in running.status()["models"]]
+            file.write_text(text.replace("{}", "auto"))
+            running.reload()
+            await until(
+                lambda: [m["ours"] for m in running.status()["models"]] == [False, True], "it is ours still"
+            )
+
+    assert named == [B.key]
+
+
 async def test_of_models_that_nobody_wrote_down_a_hundred_have_series_of_their_own() -> None:
     models = [SimModel(f"m-{n}", load_seconds=0.1) for n in range(130)]
     async with simulator(*models) as upstream:
