@@ -41,7 +41,6 @@ def plan(upstream: Upstream, models: Sequence[Model], now: float) -> list[Action
     Carried out and reported as facts, a plan leaves nothing of itself in the next plan.
     """
     actions: list[Action] = [SkipPing(m.id) for m in models if _ping_is_due(m, now) and _is_in_use(m)]
-    stale = False
     room = arranged(upstream, models, now)
     unloads, loads = _unloads(upstream, models, now, room), _loads(upstream, models, now, room)
     drains = room.drains if room is not None else frozenset[ModelId]()
@@ -55,18 +54,18 @@ def plan(upstream: Upstream, models: Sequence[Model], now: float) -> list[Action
     actions += give_ups(models, free=free)
     pings = by_opening(pings, models, free=free)
     primes = [] if pings else [p for p in next_primes(models, now, free=free) if p[0].id not in going]
-    calls = unloads + loads + pings + primes
-    for model, action in calls:
+    stale = False
+    loading = any(_may_be_loading(m) for m in models)
+    for model, action in unloads + loads + pings + primes:
         # What has just gone may be coming back already, by somebody else's request; and who primes is to be in the
         # way of no load.
-        seen = upstream.sees_loading or not isinstance(action, Load | Prime)
-        if seen and _is_fresh(upstream, model, now):
+        shows_loads = isinstance(action, Load | Prime)
+        loading = loading or shows_loads
+        if (upstream.sees_loading or not shows_loads) and _is_fresh(upstream, model, now):
             actions.append(action)
         else:
             stale = True
     if not upstream.listing and _refresh_is_due(upstream, models, now, stale=stale):
-        primes_next = any(isinstance(action, Prime) for _, action in calls)
-        loading = bool(loads) or primes_next or any(_may_be_loading(m) for m in models)
         actions.append(Refresh(upstream.name, loading=loading))
     return actions
 
@@ -126,24 +125,16 @@ def arranged(upstream: Upstream, models: Sequence[Model], now: float) -> Arrange
     """What is to become of the memory there; None where memory is no matter."""
     if not manages(upstream, models):
         return None
-    ready = _ready(upstream, models, now, lambda m: m.needed or m.held)
-    # Of `auto` models whoever has waited longest comes first. Nobody yet waits for what is loaded ahead.
-    ready.sort(
-        key=lambda m: (
-            m.policy.auto,
-            not m.needed,
-            m.policy.auto or m.waiting == 0,
-            _waiting_since(m),
-            m.rank,
-        )
-    )
+    ready = _ready(upstream, models, now, lambda m: m.held)
+    ready.sort(key=_place_in_line)
     return arrange(upstream, models, ready, _slots(upstream, models, now), now)
 
 
-def _waiting_since(model: Model) -> float:
-    if not model.policy.auto:
-        return 0.0
-    return model.since if model.waiting_since is None else model.waiting_since
+def _place_in_line(model: Model) -> tuple[bool, float, int]:
+    """Of what is always kept whoever is waited for comes first; then, of `auto` models, who has waited longest."""
+    if model.policy.auto:
+        return True, model.in_line_since, model.rank
+    return False, model.waiting == 0, model.rank
 
 
 def _ready(

@@ -253,6 +253,11 @@ class Model:
         return bool(self.instances) or (self.blind and self.state is State.WARM)
 
     @property
+    def in_line_since(self) -> float:
+        """Since when it has its place among those who wait for room."""
+        return self.since if self.waiting_since is None else self.waiting_since
+
+    @property
     def unused_since(self) -> float:
         """When it was last used, or came into memory."""
         return max(self.use_at, self.there_since)

@@ -469,8 +469,7 @@ class _Arranging:
         return sorted(busy, key=lambda m: (not m.draining, m.expected_load or 0.0, m.use_at, -m.rank))
 
     def _is_patient_no_more(self, model: Model) -> bool:
-        since = model.waiting_since if model.waiting_since is not None else model.since
-        return self.now >= since + model.policy.patience
+        return self.now >= model.in_line_since + model.policy.patience
 
     # --- what nobody waits for ------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from keepalive.core.actions import Action, Load, Refresh, SendPing, SkipPing, Un
 from keepalive.core.errors import Reason
 from keepalive.core.explain import explain
 from keepalive.core.facts import (
+    Entry,
     Instance,
     ListingStarted,
     LoadOutcome,
@@ -19,6 +20,7 @@ from keepalive.core.facts import (
     ReleaseAsked,
     RequestEnded,
     RequestStarted,
+    Sight,
     Tier,
     UnloadCause,
     UnloadEnded,
@@ -217,6 +219,20 @@ def test_a_crashed_instance_of_ours_that_stays_listed_is_unloaded_and_loaded_ane
 
     assert unload == [Unload(GEMMA, "gemma")]
     assert state.plan(27.1) == [Load(GEMMA)]
+
+
+def test_a_crashed_instance_of_ours_that_still_answers_somebody_is_neither_unloaded_nor_pinged():
+    crash = PingEnded(20, GEMMA, PingOutcome.ERROR, 0.1, "it has crashed", Reason.CRASHED)
+    state = Box(ours(in_flight=1)).see(PingStarted(19, GEMMA), crash, listed(40, entry("gemma", "gemma")))
+
+    assert state[GEMMA].ping_due_at < 40.1
+    assert state.plan(40.1) == []
+
+
+def test_a_model_that_works_for_a_stranger_is_not_pinged():
+    works = Entry("gemma", instances=(Instance("gemma", busy=True, queued=1),))
+
+    assert Box(warm()).see(listed(303, works)).plan(303.1) == [SkipPing(GEMMA)]
 
 
 def test_a_crashed_instance_of_somebody_else_is_only_pinged():
@@ -694,6 +710,9 @@ OURS = frozenset({"gemma", "gemma:2"})
         ({"retry_at": 100.6}, False),
         ({"active_at": 40.5}, True),
         ({"active_at": 40.6}, False),
+        ({"active_at": 40.6, "crashed": True}, False),
+        ({"instances": (replace(ONE, busy=True),)}, False),
+        ({"seen_by": Sight(late=True)}, False),
     ],
 )
 def test_only_what_is_ours_and_idle_and_wanted_by_nobody_is_unloaded(

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from keepalive.core.actions import GiveUpPrime, Load, Prime, Refresh, SendPing
+from keepalive.core.actions import GiveUpPrime, Load, Prime, Refresh, SendPing, Unload
 from keepalive.core.errors import Reason
 from keepalive.core.facts import (
     Fact,
@@ -25,6 +25,7 @@ from keepalive.core.facts import (
     RequestEnded,
     RequestStarted,
     Tier,
+    UnloadCause,
     WaitEnded,
     WaitStarted,
 )
@@ -699,3 +700,10 @@ def test_an_opening_that_is_refused_after_all_is_unfit_once_with_the_last_reason
 def test_people_call_an_opening_by_its_file_without_the_mark_of_what_it_holds():
     assert label("prompts/my agent.json 9f86d081") == "prompts/my agent.json"
     assert label("agent") == "agent"
+
+
+def test_what_is_let_go_is_not_primed_any_more():
+    idle = replace(ours(priming=WISHES), policy=replace(POLICY, auto=True, idle=60.0), use_at=13.0)
+    box = Box(idle).see(listed(100, *rows()))
+
+    assert box.plan(100) == [Unload(GEMMA, "gemma", UnloadCause.IDLE)]

@@ -102,6 +102,12 @@ def test_it_is_unused_since_its_last_caller_or_since_it_came():
     assert a_model(use_at=30.0, there_since=40.0).unused_since == 40.0
 
 
+def test_it_has_its_place_in_the_line_since_its_first_caller_came_or_since_it_is_as_it_is():
+    assert a_model(since=20.0).in_line_since == 20.0
+    assert a_model(since=20.0, waiting_since=10.0).in_line_since == 10.0
+    assert a_model(since=20.0, waiting_since=0.0).in_line_since == 0.0
+
+
 # --- what we are doing ----------------------------------------------------------------------------
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from keepalive.core.actions import Action, Drain, EndDrain, GiveUpLoad, Load, SendPing, Unload
+from keepalive.core.actions import Action, Drain, EndDrain, GiveUpLoad, Load, Refresh, SendPing, Unload
 from keepalive.core.apply import apply
 from keepalive.core.explain import explain
 from keepalive.core.facts import (
@@ -1151,3 +1151,30 @@ def test_what_nobody_knows_the_size_of_is_said_to_need_a_word():
     assert "nothing tells what it takes (memory in [[models]] would)" in str(
         why(router(4, 10), asked("b", None), models[0])
     )
+
+
+# --- who comes first -------------------------------------------------------------------------------
+
+
+def first(*models: Model) -> list[ModelId]:
+    return [a.model for a in planned(up(100), *models) if isinstance(a, Load)]
+
+
+def test_of_what_is_always_kept_who_is_waited_for_comes_first_and_then_the_order_of_the_config():
+    one, two, third = (always(absent(key, rank=n, since=9.0 - n)) for n, key in enumerate("abc"))
+
+    assert first(two, one, third) == [one.id]
+    assert first(two, one, replace(third, waiting=2, waiting_since=NOW)) == [third.id]
+    assert first(asked("d", rank=9), two, one) == [one.id]
+
+
+def test_of_what_is_loaded_on_demand_the_first_that_came_is_first_whether_he_waits_or_wants_it_by_hand():
+    by_hand, waits = absent("a", asked_for=True, since=NOW - 50), asked("b", since=NOW - 40)
+
+    assert first(waits, by_hand) == [by_hand.id]
+    assert first(replace(waits, waiting_since=NOW - 60), by_hand) == [waits.id]
+    assert first(replace(waits, waiting_since=NOW - 50, rank=-1), by_hand) == [waits.id]
+
+
+def test_before_a_load_that_nobody_waits_for_it_is_asked_what_is_being_loaded():
+    assert plan(up(asked=0.0, answered_at=0.0), [lately("a")], NOW) == [Refresh("local", loading=True)]
