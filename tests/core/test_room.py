@@ -481,6 +481,8 @@ def test_what_nobody_uses_is_let_go_after_its_time_and_not_before():
     assert planned(up(), replace(idle, there_since=NOW - 599)) == []
     assert planned(up(), replace(idle, in_flight=1)) == []
     assert planned(up(), replace(idle, ours=frozenset())) == []
+    assert planned(up(), replace(idle, asked_for=True)) == []
+    assert planned(up(), always(idle)) == []
     assert planned(up(), there("a", use_at=0.0)) == []
 
 
