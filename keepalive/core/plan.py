@@ -295,5 +295,5 @@ def _is_idle(model: Model, now: float) -> bool:
 def _why_unloaded(model: Model) -> UnloadCause | None:
     if model.held:
         return None if _must_unload_crashed(model) else UnloadCause.IDLE
-    closed = model.windowed and not model.window_open and model.asked_for is None and not model.retired
-    return UnloadCause.WINDOW if closed else UnloadCause.RELEASED
+    by_window = model.windowed and model.asked_for is None and not model.retired
+    return UnloadCause.WINDOW if by_window else UnloadCause.RELEASED

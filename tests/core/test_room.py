@@ -490,7 +490,10 @@ def test_outside_its_window_it_is_let_go():
     closed = there("a", windowed=True, window_open=False)
 
     assert planned(up(), closed) == [Unload(ident("a"), "a", UnloadCause.WINDOW)]
-    assert planned(up(), there("a", asked_for=False)) == [Unload(ident("a"), "a", UnloadCause.RELEASED)]
+    released = [Unload(ident("a"), "a", UnloadCause.RELEASED)]
+    for changes in ({}, {"windowed": True, "window_open": False}):
+        assert planned(up(), there("a", asked_for=False, **changes)) == released
+        assert planned(up(), there("a", retired=True, **changes)) == released
 
 
 # --- ahead of demand ------------------------------------------------------------------------------
