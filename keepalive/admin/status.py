@@ -11,7 +11,7 @@ from typing import Any
 
 from keepalive import __version__
 from keepalive.core import room
-from keepalive.core.explain import eta, explain, next_try
+from keepalive.core.explain import eta, explain, next_try, ready_in
 from keepalive.core.facts import ModelId
 from keepalive.core.plan import arranged
 from keepalive.core.primes import label
@@ -114,6 +114,7 @@ def model_document(
 
     since, left = model.loading_since, eta(model, siblings, now)
     last, lost = model.last_ping, model.last_eviction
+    awaited = ready_in(upstream, siblings, model, now) if model.waiting else left
     return {
         **state(model),
         "since": at(model.since),
@@ -126,6 +127,8 @@ def model_document(
         "queued": model.queued,
         "in_flight": model.in_flight,
         "waiting": model.waiting,
+        # Until it is there for who waits for it, also before its load has begun.
+        "eta_seconds": None if awaited is None else round(awaited, 3),
         "silent_seconds": None
         if silent is None
         else math.floor(silent),  # or it were news ten times a second

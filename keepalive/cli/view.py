@@ -169,6 +169,8 @@ def _why(model: Json, now: datetime) -> str:
         parts.append(progress(model["load"]))
     if model["reason"]:
         parts.append(model["reason"])
+    if not model["load"] and (left := model.get("eta_seconds")) is not None:
+        parts.append(f"about {span(left)} to go")
     if silent := silence(model):
         parts.append(silent)
     if primed := unread(model):

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from math import inf
 from statistics import median
 
-from keepalive.core.plan import arranged, blocked_by, holds_a_slot
+from keepalive.core.plan import arranged, blocked_by, coming, holds_a_slot
 from keepalive.core.records import UNSEEN, Model, Upstream, UpstreamState
 from keepalive.core.states import State
 
@@ -27,10 +27,7 @@ def eta(model: Model, siblings: Iterable[Model], now: float) -> float | None:
     if model.load_started is not None and model.progress is not None and model.progress >= PROGRESS_LEAST:
         whole = (model.progress_at - since) / model.progress
         left = max(0.0, whole - (now - since))
-    expected = model.expected_load
-    if expected is None and model.size_bytes:
-        rates = [s.size_bytes / took for s in siblings if s.size_bytes and (took := s.expected_load)]
-        expected = model.size_bytes / median(rates) if rates else None
+    expected = _takes_to_load(model, siblings)
     if expected is None:
         return left
     known = max(0.0, expected - (now - since))
@@ -38,6 +35,38 @@ def eta(model: Model, siblings: Iterable[Model], now: float) -> float | None:
         return known
     # The further it is, the more its own progress tells than the loads before it; of which it may be none.
     return known + (left - known) * model.progress if known else left
+
+
+def _takes_to_load(model: Model, siblings: Iterable[Model]) -> float | None:
+    expected = model.expected_load
+    if expected is None and model.size_bytes:
+        rates = [s.size_bytes / took for s in siblings if s.size_bytes and (took := s.expected_load)]
+        expected = model.size_bytes / median(rates) if rates else None
+    return expected
+
+
+def ready_in(upstream: Upstream, models: Sequence[Model], model: Model, now: float) -> float | None:
+    """Seconds until it should be there, the loads that come before its own included; None when nobody can tell.
+
+    When somebody's answer has to end for it, nobody can.
+    """
+    if model.loading_since is not None:
+        return eta(model, models, now)
+    line = coming(upstream, models, now)
+    under_way = [0.0 if m.giving_up else eta(m, models, now) for m in models if holds_a_slot(m, now)]
+    free = [left for left in under_way if left is not None]
+    if model not in line or len(free) < len(under_way):
+        return None
+    free += [0.0] * (upstream.max_loading - len(free))
+    ends = 0.0
+    for other in line[: line.index(model) + 1]:
+        seconds = _takes_to_load(other, models)
+        if seconds is None:
+            return None
+        free.sort()
+        ends = free.pop(0) + seconds
+        free.append(ends)
+    return ends
 
 
 def _for_nobody(load: Model) -> str:

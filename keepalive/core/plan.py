@@ -125,9 +125,18 @@ def arranged(upstream: Upstream, models: Sequence[Model], now: float) -> Arrange
     """What is to become of the memory there; None where memory is no matter."""
     if not manages(upstream, models):
         return None
-    ready = _ready(upstream, models, now, lambda m: m.held)
-    ready.sort(key=_place_in_line)
-    return arrange(upstream, models, ready, _slots(upstream, models, now), now)
+    return arrange(upstream, models, _line(upstream, models, now), _slots(upstream, models, now), now)
+
+
+def coming(upstream: Upstream, models: Sequence[Model], now: float) -> Sequence[Model]:
+    """Who will be loaded as soon as it has its turn, in that order: nobody has to end an answer for it."""
+    if not manages(upstream, models):
+        return _asked(upstream, models, now)
+    return arrange(upstream, models, _line(upstream, models, now), len(models), now).coming
+
+
+def _line(upstream: Upstream, models: Sequence[Model], now: float) -> list[Model]:
+    return sorted(_ready(upstream, models, now, lambda m: m.held), key=_place_in_line)
 
 
 def _place_in_line(model: Model) -> tuple[bool, float, int]:
@@ -160,10 +169,14 @@ def _loads(
         if room.ahead is not None:
             loads.append((room.ahead, Load(room.ahead.id, True, room.claims.get(room.ahead.id))))
         return loads
+    return [(m, Load(m.id)) for m in _asked(upstream, models, now)[: _slots(upstream, models, now)]]
+
+
+def _asked(upstream: Upstream, models: Sequence[Model], now: float) -> list[Model]:
     ready = _ready(upstream, models, now, lambda m: m.needed)
     # Somebody waits for the first of these; then the order of the config.
     ready.sort(key=lambda m: (m.waiting == 0, m.rank))
-    return [(m, Load(m.id)) for m in ready[: _slots(upstream, models, now)]]
+    return ready
 
 
 def _is_loadable(model: Model, now: float) -> bool:

@@ -151,6 +151,7 @@ class Arrangement:
     """What is to become of the memory of one upstream."""
 
     loads: tuple[Model, ...] = ()  # there is room for these now
+    coming: tuple[Model, ...] = ()  # and for these, when those have gone that nobody uses
     ahead: Model | None = None  # nobody waits, and this one would fit
     given_up: tuple[ModelId, ...] = ()  # loads ahead that somebody waits behind
     unloads: tuple[tuple[Model, str], ...] = ()  # copies that make room
@@ -243,6 +244,7 @@ class _Arranging:
     def run(self, ready: Sequence[Model], slots: int) -> Arrangement:
         asked = [m for m in ready if m.needed]
         granted: list[Model] = []
+        coming: list[Model] = []
         self._reserve(ready)
         room_is_kept = False
         for model in asked:
@@ -261,9 +263,11 @@ class _Arranging:
                 self.there -= 1
             if not self._lacks(model):
                 granted.append(model)
+                coming.append(model)
                 self._let_in(model)
                 slots -= 1
             elif self._make_room(model):
+                coming.append(model)
                 self._let_in(model)
                 if self.displacing:
                     granted.append(model)
@@ -280,6 +284,7 @@ class _Arranging:
             ahead = self._ahead(ready)
         return Arrangement(
             tuple(granted),
+            tuple(coming),
             ahead,
             tuple(self.given_up),
             tuple(self.unloads),

@@ -39,7 +39,7 @@ from keepalive.core.errors import (
     Unreachable,
     UpstreamError,
 )
-from keepalive.core.explain import next_try
+from keepalive.core.explain import next_try, ready_in
 from keepalive.core.facts import (
     DrainEnded,
     DrainStarted,
@@ -460,6 +460,13 @@ class Keeper:
             return ()
         self._settle(shelf)
         return tuple(shelf.models.values())
+
+    def ready_in(self, model: ModelId) -> float | None:
+        """Seconds until it should be there, the loads that come before its own included; None when nobody can tell."""
+        known, shelf = self.model(model), self._shelves.get(model.upstream)
+        if known is None or shelf is None:
+            return None
+        return ready_in(shelf.upstream, self.siblings(model), known, self._clock())
 
     async def ensure_warm(self, models: Sequence[ModelId]) -> ModelId:
         """Wait until one of `models` is warm, and return it: the least busy, where several are.

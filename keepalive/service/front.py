@@ -44,6 +44,8 @@ CONNECTIONS_MAX = 16_384
 CONNECTIONS_MIN = 16
 # Streams that were ended by us get this long to take the last words.
 LAST_WORDS = 2.0
+# When the turn of a model comes is seen from all others: not anew for each of a thousand who wait for it.
+ETA_HOLDS = 1.0
 
 
 class StartError(KeepaliveError):
@@ -71,6 +73,7 @@ class Front:
         self._history = history
         self._kept: Mapping[ModelId, Kept] = {}
         self._views: dict[ModelId, tuple[Model, View]] = {}
+        self._etas: dict[ModelId, tuple[float, float | None]] = {}  # with when they were found
         self._list_timeout = 10.0
         self._limits = _limits(settings)
         self._listener: Listener | None = None
@@ -206,7 +209,7 @@ class Front:
             State.COLD.value if known.state is State.WARM and not known.given else known.state.value,
             reason=known.reason,
             elapsed=None if since is None else now - since,
-            eta=eta(known, self._keeper.siblings(model), now),
+            eta=self._eta(model, known, now),
             instance_id=known.instance_id,
             retry_after=None if known.retry_at is None or known.retry_at <= now else known.retry_at - now,
             max_wait=kept.max_wait if kept else 0.0,
@@ -219,6 +222,17 @@ class Front:
             load_fields={n: v for n, v in kept.load_fields.items() if n not in SDK_ALONE} if kept else {},
             progress=known.progress,
         )
+
+    def _eta(self, model: ModelId, known: Model, now: float) -> float | None:
+        if known.loading_since is not None:
+            return eta(known, self._keeper.siblings(model), now)
+        if not known.waiting or known.state is not State.COLD:
+            return None
+        found = self._etas.get(model)
+        if found is None or now >= found[0] + ETA_HOLDS:
+            found = self._etas[model] = now, self._keeper.ready_in(model)
+        at, left = found
+        return None if left is None else max(0.0, left - (now - at))
 
     async def ensure_warm(self, models: Sequence[ModelId]) -> ModelId:
         return await self._keeper.ensure_warm(models)
@@ -247,6 +261,7 @@ class Front:
     def _settings(self, settings: Config, tokens: Mapping[str, str | None], keys: Sequence[Key]) -> Settings:
         server = settings.server
         self._views.clear()
+        self._etas.clear()
         self._list_timeout = max(upstream.list_timeout for upstream in settings.upstreams)
         silence = settings.defaults.stall_timeout
         return Settings(

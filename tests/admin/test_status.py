@@ -110,6 +110,7 @@ def test_the_document_of_a_daemon_with_one_warm_model() -> None:
                 "queued": None,
                 "in_flight": 2,
                 "waiting": 1,
+                "eta_seconds": None,
                 "silent_seconds": 12,
                 "instance_id": "gemma",
                 "instances": 1,

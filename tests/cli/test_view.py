@@ -206,6 +206,7 @@ def test_colours_are_for_terminals_and_no_color_ends_them(monkeypatch: pytest.Mo
             "5 min so far, longer than usual",
         ),
         (model("a", "backoff", retry_at=at(-1), reason="no"), "no; tries again now"),
+        (model("a", "cold", reason="waits", eta_seconds=41.0), "waits; about 41 s to go"),
     ],
 )
 def test_why_says_it_in_a_few_words(page: dict[str, Any], why: str) -> None:

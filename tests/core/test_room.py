@@ -6,7 +6,7 @@ import pytest
 
 from keepalive.core.actions import Action, Drain, EndDrain, GiveUpLoad, Load, Refresh, SendPing, Unload
 from keepalive.core.apply import apply
-from keepalive.core.explain import explain
+from keepalive.core.explain import explain, ready_in
 from keepalive.core.facts import (
     Entry,
     Instance,
@@ -601,6 +601,31 @@ def test_what_was_given_up_is_as_if_it_had_not_been_begun_and_who_waited_is_let_
     )
     later = up(asked=NOW + 2, answered_at=NOW + 2, due_at=NOW + 15)
     assert planned(later, model, asked("b"), now=NOW + 2) == [Load(ident("b"), claim=10 * GB)]
+
+
+def test_who_waits_knows_when_it_is_there_as_far_as_anybody_can():
+    def when(model: Model, *others: Model, upstream: Upstream | None = None) -> float | None:
+        return ready_in(upstream or up(), [model, *others], model, NOW)
+
+    took = {"recent_loads": (40.0,)}
+    b, first = asked("b", **took), asked("a", since=NOW - 20, recent_loads=(30.0,))
+    loading = absent("c", load_started=NOW - 5, state=State.LOADING, waiting=1, recent_loads=(20.0,))
+
+    assert when(b) == 40.0
+    assert when(asked("b")) is None
+    assert when(b, first) == 30.0 + 40.0
+    assert when(b, first, loading) == 15.0 + 30.0 + 40.0
+    assert when(b, first, loading, upstream=up(max_loading=2)) == 15.0 + 40.0
+    assert when(b, replace(loading, recent_loads=())) is None
+    assert when(b, coming("c", **took, giving_up=True)) == 40.0
+    # What nobody uses goes at once; when an answer ends nobody knows.
+    assert when(asked("b", 25, **took), there("c")) == 40.0
+    assert when(asked("b", 25, **took), there("c", in_flight=1)) is None
+    assert when(asked("b", 31, **took)) is None
+    assert when(loading) == 15.0
+    # Where memory is no matter they come in the order of the config.
+    assert when(always(b), always(replace(first, rank=1)), upstream=up(None)) == 40.0
+    assert when(always(replace(b, rank=1)), always(first), upstream=up(None)) == 70.0
 
 
 def test_who_waits_behind_a_load_that_cannot_be_ended_is_told():

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,29 @@ async def test_two_models_take_turns_in_the_room_of_one_and_all_of_it_is_said() 
     assert 'keepalive_upstream_memory_budget_bytes{upstream="local"} 1.2e+010' in page.replace(
         "e+10", "e+010"
     )
+
+
+async def test_who_waits_for_his_turn_is_told_how_long_that_will_take() -> None:
+    async with simulator(A, B) as upstream:
+        tables = [f'key = "{m.key}"\nkeep = "auto"' for m in (A, B)]
+        text = settings(upstream.url, *tables, upstream='memory = "30GB"', server='heartbeat = "100ms"')
+        async with daemon(text) as running:
+            for m in (A, B):
+                assert (await chat(running, m.key))[0] == 200
+            upstream.studio.set_faults(load_seconds={"value": 3.0, "model": A.key})
+            upstream.studio.restart()
+            await until(lambda: not any(m["instances"] for m in running.status()["models"]), "they are gone")
+            first = asyncio.create_task(chat(running, A.key, stream=True))
+            await until(lambda: model(running, A.key)["state"] == "loading", "A is loading")
+            second = asyncio.create_task(chat(running, B.key, stream=True))
+            await until(lambda: model(running, B.key)["waiting"] == 1, "B waits")
+            shown = model(running, B.key)
+            told = (await second)[1]
+            await first
+
+    assert (shown["state"], shown["load"]) == ("cold", None)
+    assert shown["eta_seconds"] is not None
+    assert re.search(r"keepalive model=acme/b state=cold elapsed=\S+ eta=\d", told)
 
 
 async def test_an_answer_under_way_goes_on_to_its_end_while_others_wait_for_its_room() -> None:

@@ -22,6 +22,7 @@ function modelOf(document, at) {
     lastPing: document.last_ping && { ...document.last_ping, at: time(document.last_ping.at) },
     lastEviction: document.last_eviction && { ...document.last_eviction, at: time(document.last_eviction.at) },
     load,
+    due: load === null && typeof document.eta_seconds === "number" ? at + document.eta_seconds * 1000 : null,
   };
 }
 

@@ -96,7 +96,8 @@ export class Row {
     if (model.load) this.drawProgress(at);
     this.drawBand(at);
     const retry = model.retry ? `Next try ${ahead(model.retry, at)}` : "";
-    say(this.why, [model.reason && sentence(short(model.reason, 600)).replace(/\.$/, ""), retry].filter(Boolean).join(". "));
+    const due = model.due ? `There ${ahead(model.due, at)}, about` : "";
+    say(this.why, [model.reason && sentence(short(model.reason, 600)).replace(/\.$/, ""), retry, due].filter(Boolean).join(". "));
     show(this.why, this.why.textContent !== "");
     const gone = model.lastEviction;
     say(this.evicted, gone ? `evicted ${ago(gone.at, at)} ago: ${causeOf(gone)}` : "");
