@@ -78,6 +78,7 @@ def memory_document(upstream: Upstream, models: Sequence[Model], now: float) -> 
     arrangement = arranged(upstream, models, now)
     return {
         "budget_bytes": budget,
+        "places": upstream.places,
         "used_bytes": room.used(upstream, models),
         "source": room.limit_source(upstream, models, now),
         "strangers": [

@@ -6,6 +6,7 @@ what the answers mean. What the daemon sees outranks what is seen from here: a t
 
 import asyncio
 import importlib.util
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -419,7 +420,7 @@ def _model(seen: Evidence, kept: Kept) -> Iterator[Finding]:
         yield Finding(
             f"{kept.key} on {kept.upstream} cannot be had: {status['reason']}",
             "it is tried again, more and more rarely, and requests for it are refused meanwhile",
-            f"lms log stream; then: keepalive warm {kept.key}",
+            f"{_log(seen, kept)}; then: keepalive warm {kept.key}",
         )
     ping = status.get("last_ping")
     if ping and ping["outcome"] == "refused":
@@ -506,7 +507,7 @@ def _without_room(seen: Evidence) -> Iterator[Finding]:
             yield Finding(
                 f"{short[0]['key']} on {upstream['name']} {short[0]['reason']}",
                 f"{', '.join(strangers)} was loaded by somebody else, and keepalive never unloads that",
-                "; ".join(f"lms unload {key}" for key in strangers),
+                "; ".join(_unload(upstream, key) for key in strangers),
             )
         if memory.get("source") == "refusal":
             yield Finding(
@@ -515,6 +516,17 @@ def _without_room(seen: Evidence) -> Iterator[Finding]:
                 "what runs on that machine; memory of the models and of the upstream in the config; LM Studio: "
                 "its model loading guardrails",
             )
+
+
+def _unload(upstream: Json, key: str) -> str:
+    if upstream.get("tier") != Tier.LLAMA:
+        return f"lms unload {key}"
+    return f"curl {upstream['url']}/models/unload -d '{json.dumps({'model': key})}'"
+
+
+def _log(seen: Evidence, kept: Kept) -> str:
+    upstream = seen.upstream_status(kept.upstream) or {}
+    return "the log of llama-server" if upstream.get("tier") == Tier.LLAMA else "lms log stream"
 
 
 def _copies(kept: Kept, entry: Entry, status: Json | None) -> Iterator[Finding]:

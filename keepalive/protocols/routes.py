@@ -83,6 +83,9 @@ _ROUTES: Final = {
     (b"POST", b"/api/v1/models/load"): Route("load", Protocol.NATIVE, changes=True),
     (b"POST", b"/api/v1/models/unload"): Route("unload", Protocol.NATIVE, changes=True),
     (b"POST", b"/api/v1/models/download"): Route("download", Protocol.NATIVE, changes=True),
+    # llama-server's router.
+    (b"POST", b"/models/load"): Route("other", Protocol.OPENAI, changes=True),
+    (b"POST", b"/models/unload"): Route("other", Protocol.OPENAI, changes=True),
     (b"GET", b"/lmstudio-greeting"): Route("greeting", Protocol.PLAIN),
     (b"GET", b"/embedding"): Route("sdk", Protocol.PLAIN, websocket=True, kind="embedding"),
 } | {

@@ -366,6 +366,7 @@ def test_memory_says_what_there_is_who_has_it_and_until_when() -> None:
 
     assert page["upstreams"][0]["memory"] == {
         "budget_bytes": 40 * 10**9,
+        "places": None,
         "used_bytes": 15 * 10**9,
         "source": "config",
         "strangers": [{"key": "x", "bytes": 6 * 10**9}, {"key": "y", "bytes": None}],

@@ -17,6 +17,7 @@ from keepalive.service.daemon import Daemon
 from keepalive.simulator.models import SimModel
 from tests.kit.live import asked, command, daemon, model, settings, simulator, until
 from tests.kit.raw import Close, RawServer, Read, answer
+from tests.kit.router import Router
 
 NOW = datetime(2026, 11, 22, 10, 0, tzinfo=UTC)
 STATUS = {
@@ -167,6 +168,59 @@ async def test_another_server_of_the_same_protocol_is_found() -> None:
     assert found[1].what == (
         f"what answers at {server.url} is not LM Studio, but another server of the same protocol"
     )
+
+
+async def test_what_a_router_of_llama_server_does_otherwise_is_found() -> None:
+    with Router(most=1) as router:
+        for key in ("gemma", "qwen"):
+            router.model(key)
+        fields = 'key = "gemma"\ncontext_length = 4096'
+        good = await examine(settings(router.url, "gemma"), None)
+        found = await examine(settings(router.url, fields, "qwen", upstream='memory = "8GB"'), None)
+
+    assert len(good) == 1
+    assert [(finding.what, finding.why) for finding in found[1:]] == [
+        (
+            "context_length of gemma has no effect",
+            "llama-server's router loads each model as its own presets say",
+        ),
+        (
+            f"2 models are always to be kept, and llama-server at {router.url} keeps 1 at a time",
+            "never loaded: qwen",
+        ),
+        *(
+            (
+                f"nothing tells what {key} takes",
+                "llama-server says it of loaded models alone: until it was loaded once, it gets all there is",
+            )
+            for key in ("gemma", "qwen")
+        ),
+    ]
+
+
+def test_a_stranger_on_a_router_is_unloaded_as_a_router_does_it() -> None:
+    memory = {
+        "strangers": [{"key": "x", "bytes": None}],
+        "waiting": ["gemma"],
+        "source": None,
+        "budget_bytes": None,
+    }
+    upstream = {
+        "name": "local",
+        "url": "http://h:1",
+        "state": "up",
+        "tier": "llama",
+        "sdk": "off",
+        "memory": memory,
+    }
+    waits = {"upstream": "local", "key": "gemma", "state": "cold", "reason": "there is no room for it: x"}
+    fails = {"upstream": "local", "key": "qwen", "state": "backoff", "reason": "its process ended with 1"}
+    text = settings("http://h:1", "gemma", "qwen")
+
+    found = at_rest(text, {"upstreams": [upstream], "models": [waits, fails]})
+
+    assert """curl http://h:1/models/unload -d '{"model": "x"}'""" in [finding.do for finding in found]
+    assert "the log of llama-server; then: keepalive warm qwen" in [finding.do for finding in found]
 
 
 async def test_an_older_lm_studio_is_found_and_that_its_models_push_each_other_out() -> None:

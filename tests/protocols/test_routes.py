@@ -98,6 +98,7 @@ def test_loads_and_sdk_connections_are_told_apart():
     assert [
         route_of(b"POST", b"/api/v1/models/" + what).changes for what in (b"load", b"unload", b"download")
     ] == [True] * 3
+    assert [route_of(b"POST", b"/models/" + what).changes for what in (b"load", b"unload")] == [True] * 2
     assert route_of(b"GET", b"/llm").websocket
     assert route_of(b"GET", b"/embedding").websocket
     assert not route_of(b"POST", b"/llm").websocket

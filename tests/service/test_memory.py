@@ -54,6 +54,7 @@ async def test_two_models_take_turns_in_the_room_of_one_and_all_of_it_is_said() 
     )
     assert status["upstreams"][0]["memory"] == {
         "budget_bytes": 12 * 10**9,
+        "places": None,
         "used_bytes": 10_800_000_000,
         "source": "config",
         "strangers": [],
