@@ -282,9 +282,18 @@ class Client:
             wire.openai_entries(answer)
         except Unexpected as error:
             raise Unexpected(f"what answers at {self.url} is no model server that we know: {error}") from None
-        if llama.may_list(answer) and llama.is_router(await self._probe("/props")):
-            return Tier.LLAMA
-        return Tier.OPENAI
+        return Tier.LLAMA if await self._is_router(answer) else Tier.OPENAI
+
+    async def _is_router(self, listed: wire.Json) -> bool:
+        """Whether it is llama-server's router that listed this."""
+        if not llama.may_list(listed):
+            return False
+        try:
+            return llama.is_router(await self._probe("/props"))
+        except (Refused, Unauthorized, Unexpected):
+            if not listed["data"]:
+                return False  # with nothing to list it may be anybody, and answer what it likes
+            raise
 
     async def _probe(self, path: str) -> wire.Json | None:
         """The answer of a route, or None where it is not served."""

@@ -17,9 +17,11 @@ RUNNING = ("loading", "loaded", "sleeping")
 
 
 def may_list(answer: Json) -> bool:
-    """Whether a listing may be a router's: it says of each model how it stands, if there are any."""
+    """Whether a listing may be a router's: it is signed, and says of each model how it stands, if there are any."""
     rows = answer.get("data") if isinstance(answer, Mapping) else None
-    return isinstance(rows, list) and all(isinstance(row, Mapping) and _value(row) for row in rows)
+    return isinstance(rows, list) and all(
+        isinstance(row, Mapping) and row.get("owned_by") == "llamacpp" and _value(row) for row in rows
+    )
 
 
 def is_router(props: Json) -> bool:

@@ -89,9 +89,9 @@ class LlamaRouter:
         self._models, self._most, self._sleep = models, most, sleep
         self._log = home / "router.log"
         self._process: subprocess.Popen[bytes] | None = None
-        # Held from now on, so that the kernel gives it to nobody else; the server sets SO_REUSEPORT and gets it.
+        # Held from now on, so that the kernel gives it to nobody else; the server sets SO_REUSEADDR and gets it.
         self._held = socket.socket()
-        self._held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        self._held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._held.bind(("127.0.0.1", 0))
         self.port: int = self._held.getsockname()[1]
 
@@ -106,7 +106,11 @@ class LlamaRouter:
         return f"http://127.0.0.1:{self.port}"
 
     def __enter__(self) -> Self:
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -158,15 +162,19 @@ class LlamaRouter:
 
     def kill_process(self, key: str) -> None:
         """The same, of one model."""
+        os.kill(self.processes()[key], signal.SIGKILL)
+
+    def processes(self) -> dict[str, int]:
+        """Those that its models run in, by their names."""
         assert self._process is not None
+        found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
-                if int(parent) == self._process.pid and key in words[words.index("--alias") :]:
-                    os.kill(int(folder.name), signal.SIGKILL)
-                    return
-        raise AssertionError(f"{key} has no process")
+                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                if parent == self._process.pid and "--alias" in words:
+                    found[words[words.index("--alias") + 1]] = int(folder.name)
+        return found
 
     def log(self) -> str:
         return self._log.read_text(errors="replace")

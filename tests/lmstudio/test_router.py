@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from keepalive.core.errors import GivenUp, Reason, Refused, TimedOut, Unreachable
+from keepalive.core.errors import GivenUp, Reason, Refused, TimedOut, Unauthorized, Unreachable
 from keepalive.core.facts import Instance, Tier
 from keepalive.lmstudio import llama
 from keepalive.lmstudio.client import Client
 from tests.kit import live
+from tests.kit.router import Refused as Denied
 from tests.kit.router import Router
 
 RECORDED = Path(__file__).parents[1] / "data" / "router"
@@ -159,10 +160,46 @@ async def test_a_router_is_known_by_its_own_word_and_lists_what_is_loaded_and_wh
     assert listing.entries["b"].size_bytes is None
 
 
-async def test_who_only_lists_a_status_is_no_router(router: Router, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(llama, "is_router", lambda props: False)
+@pytest.mark.parametrize(
+    ("listed", "props", "tier"),
+    [
+        ({"data": [{"id": "x", "owned_by": "llamacpp", "status": {"value": "loaded"}}]}, {}, Tier.OPENAI),
+        (
+            {"data": [{"id": "x", "owned_by": "me", "status": {"value": "loaded"}}]},
+            {"role": "router"},
+            Tier.OPENAI,
+        ),
+        ({"data": [{"id": "x", "owned_by": "llamacpp"}]}, {"role": "router"}, Tier.OPENAI),
+        ({"data": []}, {"role": "router", "max_instances": 0}, Tier.LLAMA),
+        ({"data": []}, Denied(401, "no", "no"), Tier.OPENAI),
+        ({"data": []}, Denied(500, "no", "no"), Tier.OPENAI),
+        (
+            {"data": [{"id": "x", "owned_by": "llamacpp", "status": {"value": "loaded"}}]},
+            Denied(401, "", ""),
+            None,
+        ),
+    ],
+)
+async def test_a_router_is_known_by_its_listing_and_its_word(
+    listed: Any, props: Any, tier: Tier | None, router: Router, monkeypatch: pytest.MonkeyPatch
+):
+    def answer(method: str, target: str, body: Any) -> Any:
+        match target:
+            case "/v1/models":
+                return listed
+            case "/props" if isinstance(props, dict):
+                return props
+            case "/props":
+                raise props
+        raise Denied(404, "File Not Found", "not_found_error")
+
+    monkeypatch.setattr(router, "answer", answer)
     async with client(router) as upstream:
-        assert (await upstream.listing()).tier is Tier.OPENAI
+        if tier is None:
+            with pytest.raises(Unauthorized):
+                await upstream.listing()
+        else:
+            assert (await upstream.listing()).tier is tier
 
 
 async def test_loading_sleeping_and_failing_are_told_apart(router: Router):
@@ -196,6 +233,7 @@ async def test_how_long_a_model_may_idle_is_told_by_its_arguments():
 def row(path: Path) -> dict[str, Any]:
     return {
         "id": "a",
+        "owned_by": "llamacpp",
         "status": {"value": "unloaded", "args": ["llama-server", "--model", str(path), "--port", "1"]},
     }
 

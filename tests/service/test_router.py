@@ -125,6 +125,8 @@ async def test_two_models_take_turns_in_the_room_of_one(engine) -> None:
             states = there.states()
             _, _, page = await asked(running.admin_url + "/metrics")
             loads = [there.loads(key) for key in "ab"]
+            if isinstance(there.router, LlamaRouter):
+                assert list(there.router.processes()) == ["a"]
 
     assert answers == [200, 200, 200]
     assert states == {"a": "loaded", "b": "unloaded", "c": "unloaded"}
@@ -138,7 +140,7 @@ async def test_an_answer_under_way_goes_on_to_its_end_while_another_waits_for_it
             there.router.answer_seconds = 1.0
         text = settings(there.url, auto("a"), auto("b"), upstream=ROOM_FOR_ONE, defaults='patience = "0s"')
         async with daemon(text) as running:
-            long = asyncio.create_task(chat(running.url, "a", tokens=3000))
+            long = asyncio.create_task(chat(running.url, "a", tokens=500))
             await until(lambda: model(running, "a")["in_flight"] == 1, "a answers")
             other = asyncio.create_task(chat(running.url, "b"))
             await until(lambda: "makes room" in (model(running, "a")["reason"] or ""), "a is drained")
@@ -156,7 +158,7 @@ async def test_nothing_is_unloaded_under_the_answer_of_somebody_who_asks_the_rou
         text = settings(there.url, auto("a"), auto("b"), upstream=ROOM_FOR_ONE)
         async with daemon(text) as running:
             await chat(running.url, "a")
-            stranger = asyncio.create_task(chat(there.url, "a", tokens=5000))
+            stranger = asyncio.create_task(chat(there.url, "a", tokens=700))
             await asyncio.sleep(0.3)
             other = asyncio.create_task(chat(running.url, "b"))
             status, answer = await stranger
@@ -247,3 +249,49 @@ async def test_a_caller_of_a_cold_model_waits_for_the_one_load(engine) -> None:
 
     assert [status for status, _ in answers] == [200] * 4
     assert loads == 1
+
+
+async def test_what_was_primed_is_not_read_again_when_a_caller_begins_with_it(engine, tmp_path: Path) -> None:
+    system = {"role": "system", "content": " ".join(f"Rule {n}: wash your hands." for n in range(40))}
+    (tmp_path / "agent.json").write_text(json.dumps({"messages": [system]}))
+    with engine() as there:
+        text = settings(there.url, f'key = "a"\nprime = "{tmp_path / "agent.json"}"')
+        async with daemon(text) as running:
+            primed = await until(lambda: (p := model(running, "a")["primed"])["at"] and p, "it is primed")
+            status, text = await chat(running.url, "a", messages=[system, {"role": "user", "content": "x"}])
+
+    assert status == 200
+    assert primed["openings"] == 1
+    if there.real:
+        timings = json.loads(text)["timings"]
+        assert timings["prompt_n"] < 60 < timings["cache_n"]
+
+
+async def test_a_model_with_an_idle_timer_is_kept_awake(engine) -> None:
+    with engine(sleep=8) as there:
+        if not there.real:
+            pytest.skip("the imitation falls asleep only when it is told to")
+        async with daemon(settings(there.url, "a", defaults='ping_interval = "1h"')) as running:
+            ttl = (await reaches(running, "a", "warm"))["reason"]
+            await until(
+                lambda: there.router.log().count("proxying request to model a on") >= 3, "it is pinged"
+            )
+            slept = there.router.log().count("entering sleeping state")
+            evictions = model(running, "a")["evictions"]
+
+    assert ttl is None
+    assert (slept, evictions) == (0, 0)
+
+
+async def test_a_model_that_fell_asleep_is_woken_and_not_loaded_twice() -> None:
+    with Router() as router:
+        router.model("a")
+        async with daemon(settings(router.url, "a")) as running:
+            await reaches(running, "a", "warm")
+            router.falls_asleep("a")
+            await until(lambda: model(running, "a")["evictions"] == 1, "it is missed")
+            cause = model(running, "a")["last_eviction"]["cause"]
+            await reaches(running, "a", "warm")
+
+    assert cause == "timer"
+    assert router.loads["a"] == 1
