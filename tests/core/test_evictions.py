@@ -426,6 +426,58 @@ def test_our_own_timer_is_our_lease(at: float, survived: float, cause: Cause):
     assert why_missing(own(survived=survived), listed(at, LLAMA, tier=Tier.V0), told=True) is cause
 
 
+# --- the rule by itself, where LM Studio's socket shows more --------------------------------------
+
+ALONE = frozenset({"gemma"})
+
+
+def line(session: int, hung_up: int = 0) -> Sight:
+    return Sight(Sdk.UP, session=session, hung_up=hung_up)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "changes", "cause"),
+    [
+        (line(1), line(1), {}, Cause.BY_HAND),  # it outlived them
+        (line(1), line(2), {}, Cause.RESTART),
+        (line(1), line(2), {"beside": ALONE}, Cause.BY_HAND),  # a connection breaks, and a person unloads one
+        (line(1, 3), line(2, 4), {"beside": ALONE}, Cause.RESTART),  # LM Studio ended it
+        (line(1), Sight(Sdk.ABSENT), {}, Cause.RESTART),
+        (line(1), Sight(Sdk.OFF), {}, Cause.UNKNOWN),
+        (Sight(Sdk.ABSENT), line(1), {}, Cause.UNKNOWN),
+        (Sight(Sdk.ABSENT), Sight(Sdk.ABSENT), {}, Cause.UNKNOWN),
+    ],
+)
+def test_where_nothing_is_left_the_socket_tells_whether_lm_studio_was_restarted(
+    before: Sight, now: Sight, changes: dict[str, object], cause: Cause
+):
+    model = own(seen_by=before, **changes)
+
+    assert why_missing(model, listed(200, sight=now), told=True) is cause
+    assert why_missing(model, listed(200, entry("gemma", "x"), sight=now), told=True) is Cause.BY_HAND
+
+
+def timed(ttl: float) -> Model:
+    return foreign(instances=(Instance("gemma", ttl=ttl),))
+
+
+@pytest.mark.parametrize(
+    ("ttl", "at", "came", "cause"),
+    [
+        (60.0, 158.0, (), Cause.TIMER),
+        (60.0, 157.9, (), Cause.BY_HAND),
+        (60.0, 157.9, (entry("phi", "phi"),), Cause.DISPLACED),
+        (60.0, 157.9, (entry("phi", loading=True),), Cause.DISPLACED),
+        (inf, 1e6, (entry("phi", "phi"),), Cause.BY_HAND),
+        (inf, 1e6, (), Cause.BY_HAND),
+    ],
+)
+def test_where_its_timer_is_told_that_is_what_took_it_or_did_not(
+    ttl: float, at: float, came: tuple[Entry, ...], cause: Cause
+):
+    assert why_missing(timed(ttl), listed(at, LLAMA, *came), told=False) is cause
+
+
 # --- what it costs --------------------------------------------------------------------------------
 
 
