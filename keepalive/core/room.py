@@ -180,13 +180,13 @@ class _Arranging:
         self.limit = limit(upstream, models, now)
         # LM Studio 0.3.x keeps one model on demand, and the next load is what displaces it.
         self.displacing = upstream.tier is Tier.V0 and upstream.displaces is not False
-        self.unloads_by_call = upstream.tier not in (Tier.V0, Tier.OPENAI)
+        self.unloads_by_call = upstream.tier is not Tier.V0
         self.used = _used_by_others(upstream, models) + sum(self._takes(m) * copies(m) for m in models)
         self.places = sum(map(self._holds, models))
         self.there = _there(upstream, models)
         self.idle = next_to_go(models, now)
         self.spare = self._superfluous()
-        self.doubled = {m.id for m, _ in self.spare}
+        self.with_spare = {m.id for m, _ in self.spare}
         # By HTTP there is no word to end a load; where its progress is told there is one.
         self.could_end = [
             m
@@ -207,12 +207,16 @@ class _Arranging:
 
     # --- what there is --------------------------------------------------------------------------------
 
-    def _place(self, model: Model) -> int:
+    def _place(self, model: Model) -> bool:
         """Where nothing is known of the limit, there is one place, for whatever is `auto`."""
-        return 1 if model.policy.auto or self.displacing else 0
+        return model.policy.auto or self.displacing
 
-    def _holds(self, model: Model) -> int:
-        return self._place(model) if model.ours or is_loading(model) else 0
+    def _holds(self, model: Model) -> bool:
+        return self._place(model) and (bool(model.ours) or is_loading(model))
+
+    def _is_taken(self, model: Model) -> bool:
+        """Whether there is one place for it, and another one has that."""
+        return self._alone(model) and self._place(model) and self.places > 0
 
     def _alone(self, model: Model) -> bool:
         word = model.need is not None and model.need.passes_guardrails is not None
@@ -231,9 +235,7 @@ class _Arranging:
         return bytes_
 
     def _lacks(self, model: Model) -> bool:
-        if self._alone(model) and self._place(model) and self.places:
-            return True
-        if self._is_full():
+        if self._is_taken(model) or self._is_full():
             return True
         if self.word_counts and not self.taken_out and model.need and model.need.passes_guardrails is False:
             return True
@@ -245,7 +247,7 @@ class _Arranging:
         asked = [m for m in ready if m.needed]
         granted: list[Model] = []
         coming: list[Model] = []
-        self._reserve(ready)
+        self._reserve()
         room_is_kept = False
         for model in asked:
             if model.id in self.never:
@@ -304,7 +306,7 @@ class _Arranging:
         if takes(model) is not None:
             self.claims[model.id] = self.used
 
-    def _reserve(self, ready: Sequence[Model]) -> None:
+    def _reserve(self) -> None:
         """Room for `always` models that are not there yet, as many of the first of them as fit."""
         budget, together = self.upstream.memory, 0
         places, always = self.upstream.places, 0
@@ -352,7 +354,7 @@ class _Arranging:
             self.leaving = []
             return True
         left = self._room()
-        idle = [m for m in self.idle if m.id != model.id] if self._can_empty() else []
+        idle = self.idle if self._can_empty() else []
         chosen = self._choose(model, idle)
         if chosen is not None:
             names = _names([*chosen, *[m for m, _ in self.spare]])
@@ -367,7 +369,7 @@ class _Arranging:
             if chosen is not None:
                 self.drains |= {m.id for m in chosen}
         self._reset(before)
-        self.waits[model.id] = self._what_for(model, idle, busy)
+        self.waits[model.id] = self._what_for(model, busy)
         return False
 
     def _give_up(self, load: Model) -> None:
@@ -383,7 +385,7 @@ class _Arranging:
                 break
             ended.append(load)
             self._take_out(load)
-        idle = [m for m in self.idle if m.id != model.id] if self._can_empty() else []
+        idle = self.idle if self._can_empty() else []
         if ended and self._choose(model, idle) is not None:
             for load in ended:
                 self._give_up(load)
@@ -444,7 +446,7 @@ class _Arranging:
 
     def _copies_left(self, model: Model) -> int:
         """Without the one that is spare, which is not counted twice."""
-        return copies(model) - (model.id in self.doubled)
+        return copies(model) - (model.id in self.with_spare)
 
     def _go(self, chosen: Sequence[Model]) -> None:
         gone = {m.id for m in chosen}
@@ -497,25 +499,24 @@ class _Arranging:
 
     # --- what is said of it ---------------------------------------------------------------------------
 
-    def _what_for(self, model: Model, idle: Sequence[Model], busy: Sequence[Model]) -> str:
-        if self._alone(model) and self._place(model) and self.limit is None:
+    def _what_for(self, model: Model, busy: Sequence[Model]) -> str:
+        if self._is_taken(model):
             lack = "one model at a time fits for all that is known"
         elif self._is_full():
             lack = self._number()
         elif self.limit is None:
             lack = f"it takes {gigabytes(self._takes(model))}, and LM Studio says that it does not fit"
         else:
-            free = max(0, (self.limit or 0) - self.used)
+            free = max(0, self.limit - self.used)
             lack = f"{self._size(model)}, and {gigabytes(free)} are free"
         if not self._could_ever(model):
             foreign = strangers(self.upstream, self.models)
             whose = f"; {', '.join(foreign[:3])} was loaded by somebody else" if foreign else ""
             self.never[model.id] = f"there is no room for it: {lack}{whose}"
-            return f"waits for room: {lack}{whose}"
-        used_now = [m for m in (*busy, *idle) if is_in_use(m, self.now)]
-        if used_now:
-            verb = "makes" if any(m.id in self.drains for m in used_now) else "is in use; it makes"
-            return f"waits for room: {lack}; {_names(used_now[:3])} {verb} room when its answers have ended"
+            return self.never[model.id]
+        if busy:
+            verb = "makes" if any(m.id in self.drains for m in busy) else "is in use; it makes"
+            return f"waits for room: {lack}; {_names(busy[:3])} {verb} room when its answers have ended"
         return f"waits for room: {lack}"
 
     def _size(self, model: Model) -> str:
@@ -528,16 +529,20 @@ class _Arranging:
         return f"llama-server keeps {many} model{'' if many == 1 else 's'} at a time (--models-max)"
 
     def _could_ever(self, model: Model) -> bool:
-        """Whether it would fit if all went that we may ever let go."""
-        ours = [m for m in self.models if m.policy.auto and (m.ours or is_loading(m)) and self._can_empty()]
+        """Whether it would fit if all went that we may ever let go, or that nobody wants any more."""
+        ours = [
+            m
+            for m in self.models
+            if (m.ours or is_loading(m))
+            and (m.policy.auto or (self.unloads_by_call and not m.wanted))
+            and self._can_empty()
+        ]
         places = self.upstream.places
         if places is not None and self.there - sum(copies(m) for m in ours) >= places:
             return False
-        if self.limit is None and places is not None:
-            return True
         if self.limit is None:
             # Only what goes can change that: there is one place, or LM Studio has said that it does not fit.
-            return bool(ours) or self.displacing
+            return places is not None or bool(ours)
         return self.used - sum(self._takes(m) * copies(m) for m in ours) + self._takes(model) <= self.limit
 
 

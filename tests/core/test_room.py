@@ -1208,3 +1208,13 @@ def test_of_what_is_loaded_on_demand_the_first_that_came_is_first_whether_he_wai
 
 def test_before_a_load_that_nobody_waits_for_it_is_asked_what_is_being_loaded():
     assert plan(up(asked=0.0, answered_at=0.0), [lately("a")], NOW) == [Refresh("local", loading=True)]
+
+
+def test_who_waits_for_what_its_window_has_just_closed_for_has_hope():
+    answers = always(there("k", 25, windowed=True, window_open=False, in_flight=1))
+    lingers = always(there("k", 25, windowed=True, window_open=False, active_at=NOW - 10))
+
+    for model in (answers, lingers):
+        room = arrangement(up(), asked("a"), model)
+        assert room.never == {}
+        assert room.waits == {ident("a"): "waits for room: it takes 10.0 GB, and 5.0 GB are free"}
