@@ -188,11 +188,7 @@ class _Arranging:
         self.spare = self._superfluous()
         self.with_spare = {m.id for m, _ in self.spare}
         # By HTTP there is no word to end a load; where its progress is told there is one.
-        self.could_end = [
-            m
-            for m in models
-            if m.ahead and m.load_started is not None and m.progress is not None and not m.giving_up
-        ]
+        self.could_end = [m for m in models if m.ahead and m.progress is not None and not m.giving_up]
         self.given_up: list[ModelId] = []
         self.leaving = [m for m in models if m.unloading]
         self.taken_out = 0
@@ -276,9 +272,9 @@ class _Arranging:
                 slots -= 1
             else:
                 # For what cannot come nobody is held up.
-                hopes = model.id not in self.never
-                if model.waiting and hopes:
+                if model.waiting:
                     self._give_up_for(model)
+                hopes = model.id not in self.never
                 room_is_kept = room_is_kept or (hopes and self._is_patient_no_more(model))
                 self.used, self.there = before
         ahead = None

@@ -568,13 +568,25 @@ def test_a_load_ahead_is_given_up_for_whoever_waits_behind_it(gigabytes: float):
         (coming("a", progress=None), asked("b")),
         (coming("a", ahead=False), asked("b")),
         (coming("a"), always(absent("b"))),
+        (coming("a"), always(absent("b", 25))),
         (coming("a"), asked("b", 31)),
         (coming("a"), lately("b")),
     ],
-    ids=["asked already", "by HTTP", "somebody waits for it", "nobody waits", "never", "ahead, too"],
+    ids=[
+        "asked already",
+        "by HTTP",
+        "somebody waits for it",
+        "nobody waits for a turn",
+        "nobody waits for room",
+        "never",
+        "ahead, too",
+    ],
 )
-def test_no_other_load_is_given_up_and_none_twice(load: Model, other: Model):
-    assert [a for a in planned(up(), load, other) if isinstance(a, GiveUpLoad)] == []
+@pytest.mark.parametrize("places", [1, 2])
+def test_no_other_load_is_given_up_and_none_twice(load: Model, other: Model, places: int):
+    given_up = [a for a in planned(up(max_loading=places), load, other) if isinstance(a, GiveUpLoad)]
+
+    assert given_up == []
 
 
 def test_where_there_is_a_place_for_both_a_load_goes_on_that_does_not_take_the_room():
@@ -1166,6 +1178,16 @@ def test_places_and_memory_hold_together():
     assert planned(router(3, 10), *small, asked("large", 9)) == [Unload(ident("small"), "small", ROOM)]
     assert planned(router(2, 10), *small, asked("tiny", 1)) == [Unload(ident("small"), "small", ROOM)]
     assert planned(router(3, 10), *small, asked("tiny", 1)) == [Load(ident("tiny"), claim=3 * GB)]
+
+
+def test_each_that_is_let_in_takes_a_place_and_one_that_is_always_kept_has_its_own():
+    busy = there("busy", None, in_flight=1)
+    theirs = listing(Entry("x", instances=(Instance("x"), Instance("x:2"))))
+
+    assert planned(router(max_loading=2), busy, asked("a", None, since=NOW - 20), asked("b", None)) == [
+        Load(ident("a"))
+    ]
+    assert planned(router(occupants=theirs.occupants), always(absent("k", None))) == []
 
 
 def test_what_is_kept_by_an_alias_has_one_place():
