@@ -44,6 +44,7 @@ class Memory:
         self.models = {model.key: model for model in models}
         self.instances: dict[str, Instance] = {}  # oldest first
         self.loads: dict[str, Load] = {}  # by the instance id they will get
+        self._lost = 0  # bytes that nobody can use
         self.first_looks: dict[str, bool] = {}  # models whose load nobody has looked at yet (E21)
         self._clock = clock
         self._faults = faults
@@ -116,6 +117,7 @@ class Memory:
             result=str(take("load_result")),
             reason=str(take("load_fail_reason")),
             lag_seconds=float(take("listing_lag_seconds")),
+            drops_after=float(take("drops_after_seconds")),
             asked_at=self._clock.now(),
         )
         copies = len(self.copies(model)) + len(self.loads_of(model))
@@ -161,15 +163,18 @@ class Memory:
     def _fits(self, load: Load) -> bool:
         return load.context_length <= load.model.max_context_length and self._within_limit(load.model, ())
 
+    def estimate_factor(self, model: SimModel) -> float:
+        return self._faults.number("estimate_factor", model.key)
+
     def has_room(self, model: SimModel) -> bool:
         """What the guardrails would say to a load of it."""
         return self._within_limit(model, (model,))
 
     def _within_limit(self, asked: SimModel, more: tuple[SimModel, ...]) -> bool:
         limit = int(self._faults.number("memory_bytes", asked.key))
-        loaded = [instance.model for instance in self.instances.values()]
+        loaded = sum(instance.model.size_bytes + instance.grown for instance in self.instances.values())
         loading = [other.model for other in self.loads.values() if other.started_at is not None]
-        return limit <= 0 or sum(model.size_bytes for model in (*loaded, *loading, *more)) <= limit
+        return limit <= 0 or self._lost + loaded + sum(m.size_bytes for m in (*loading, *more)) <= limit
 
     def _finish_load(self, load: Load) -> None:
         if load.result == "fail":
@@ -195,6 +200,8 @@ class Memory:
         if load.owner == "jit":
             self._evict_others(load)  # another one may have come in while this one was loading
         self._arm_expiry(instance)
+        if load.drops_after >= 0:
+            self._clock.call_later(load.drops_after, partial(self._drop, instance))
         self._load_over(load)
 
     def _fail_load(self, load: Load, reason: str) -> None:
@@ -245,6 +252,16 @@ class Memory:
         else:
             self._lose(instance, CRASH, CRASH)
 
+    def _drop(self, instance: Instance) -> None:
+        if self.holds(instance):
+            self.crash(instance, stays_listed=False)
+
+    def grow(self, instance: Instance) -> None:
+        """It answers, and takes more for that."""
+        instance.grown += int(self._faults.number("growth_bytes", instance.model.key))
+        if not self._within_limit(instance.model, ()):
+            self._drop(instance)
+
     def revive(self, instance: Instance) -> None:
         if self.holds(instance) and instance.crashed:
             instance.crashed = False
@@ -252,6 +269,9 @@ class Memory:
 
     def _lose(self, instance: Instance, queued: str, working: str) -> None:
         del self.instances[instance.id]
+        self._lost += int((instance.model.size_bytes + instance.grown) * self._faults.number("fragmentation"))
+        if not self.instances and not self.loads:
+            self._lost = 0
         if instance.expiry is not None:
             instance.expiry.cancel()
         self._break_off(instance, queued, working)
@@ -278,6 +298,7 @@ class Memory:
             load.failure = "restarted"
         self.instances.clear()
         self.loads.clear()
+        self._lost = 0
         self.first_looks.clear()
 
     # working and idling
@@ -302,6 +323,8 @@ class Memory:
             instance.working[call.n] = call
             call.granted = True
             call.wake()
+            if self._faults.look("growth_bytes", instance.model.key):
+                self._clock.call_later(0.0, partial(self.grow, instance))
 
     def leave(self, call: Guest) -> None:
         instance = call.instance

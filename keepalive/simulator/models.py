@@ -129,6 +129,7 @@ class Instance:
     load_seconds: float
     last_used: float | None = None
     crashed: bool = False
+    grown: int = 0  # bytes beyond its size
     working: dict[int, Guest] = field(default_factory=dict)
     queue: deque[Guest] = field(default_factory=deque)
     expiry: Timer | None = None
@@ -171,6 +172,7 @@ class Load:
     result: str
     reason: str
     lag_seconds: float
+    drops_after: float
     asked_at: float
     started_at: float | None = None  # None while it waits for another model's load
     instance: Instance | None = None

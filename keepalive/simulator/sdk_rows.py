@@ -104,16 +104,17 @@ def estimate(memory: Memory, kind: str, parameter: Any) -> dict[str, Any]:
         raise SdkRefusal(f'Cannot find a model with path "{asked}"', "generic.pathNotFound", path=asked)
     context = configured(field(parameter, "loadConfigStack"), f"{kind}.load.contextLength")
     tokens = context if isinstance(context, int) else model.usual_context_length
-    taken = round(model.size_bytes * tokens / 4_096 / 8)
+    factor = memory.estimate_factor(model)
+    size, taken = round(factor * model.size_bytes), round(factor * model.size_bytes * tokens / 4_096 / 8)
     return {
         "memory": {
             "confidence": "high",
-            "modelVramBytes": model.size_bytes,
+            "modelVramBytes": size,
             "contextVramBytes": taken,
-            "totalVramBytes": model.size_bytes + taken,
-            "modelBytes": model.size_bytes,
+            "totalVramBytes": size + taken,
+            "modelBytes": size,
             "contextBytes": taken,
-            "totalBytes": model.size_bytes + taken,
+            "totalBytes": size + taken,
         },
         "passesGuardrails": memory.has_room(model),
     }

@@ -71,6 +71,8 @@ class People:
         caller.cut = not there
         keeper.record(RequestStarted(world.life.clock(), model))
         world.judge.in_use[model] += 1
+        if there:
+            site.studio.memory.grow(there[0])
         try:
             await asyncio.sleep(seconds)
             caller.cut = caller.cut or site.studio.memory.instances.get(there[0].id) is not there[0]
@@ -481,6 +483,47 @@ def test_who_comes_during_a_load_ahead_does_not_wait_for_its_end_where_that_can_
 async def until(true: Callable[[], bool]) -> None:
     while not true():
         await asyncio.sleep(1)
+
+
+# --- memory that is not what anybody thinks --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("memory", "low"),
+    [(20, 1.33), (None, 0.67)],
+    ids=["estimates are too high", "and too low, and nothing else tells"],
+)
+def test_memory_that_is_not_what_it_seems_makes_no_loop_of_loads_and_nobody_waits_for_ever(
+    memory: float | None, low: float
+):
+    """In pieces, taken by models that grow, and gone when a load has ended well: always so for m3."""
+    chance = random.Random(7)
+    dropped = [{"value": 0.0, "model": "m3"}, {"value": 0.0, "chance": 0.2}, {"value": 20.0, "chance": 0.2}]
+    faults = {"fragmentation": 0.1, "growth_bytes": 300_000_000, "drops_after_seconds": dropped}
+
+    async def go(judge: Judge) -> tuple[list[Caller], Site]:
+        models = [sim(f"m{n}", size, 10.0) for n, size in enumerate([9, 7, 6, 4])]
+        site = a_site(judge, *models, memory=memory, really=20, estimate_factor=low, **faults)
+        world = a_world(replace(site, sdk=True))
+        world.keeps = [replace(k, policy=POLICY) for k in world.keeps]
+        world.start().clients[0].expect({m.key: {} for m in models})
+        people = People(world)
+        for _ in range(60):
+            await asyncio.sleep(chance.expovariate(1 / 10))
+            people.ask(f"m{min(int(chance.expovariate(0.6)), 3)}", chance.expovariate(1 / 8))
+        async with asyncio.timeout(1800):
+            await people.all_served()
+        await world.kill()
+        return people.callers, site
+
+    callers, site = virtually(go)
+
+    # Each is told one thing or the other, and in time.
+    assert all((c.served is None) is (c.refused is not None) for c in callers)
+    assert len([c for c in callers if c.served is not None]) >= 20
+    assert len(events(site, "load.started")) <= 40
+    assert len(events(site, "crashed")) >= 3
+    assert events(site, "load.started").count(("load.started", "m3")) <= 8
 
 
 # --- whatever comes -------------------------------------------------------------------------------

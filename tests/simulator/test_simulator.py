@@ -330,6 +330,44 @@ async def test_the_guardrails_refuse_at_once_by_order_by_memory_and_by_context()
 
 
 @simulated
+async def test_memory_in_pieces_is_of_no_use_until_nothing_is_loaded() -> None:
+    studio = world(memory_bytes=CHAT.size_bytes + SMALL.size_bytes, fragmentation=0.1)
+    for key in (CHAT.key, SMALL.key):
+        await load(studio, key)
+    studio.evict(CHAT.key)
+    in_pieces = await load(studio, CHAT.key)
+    studio.evict(SMALL.key)
+
+    assert in_pieces.status == 500
+    assert (await load(studio, CHAT.key)).status == 200
+
+
+@simulated
+async def test_a_copy_that_grows_while_it_answers_crashes_where_there_is_no_more() -> None:
+    studio = world(memory_bytes=CHAT.size_bytes + 2_500, growth_bytes=1_000)
+    await load(studio)
+    answers = [(await chat(studio)).status for _ in range(3)]
+
+    assert answers == [200, 200, 400]
+    assert await listed(studio) == []
+
+
+@simulated
+async def test_a_load_that_ended_well_can_be_dropped_right_after_it() -> None:
+    studio = world(drops_after_seconds={"value": 0.0, "times": 1})
+
+    first = await load(studio)
+    await asyncio.sleep(0.1)
+
+    assert first.status == 200
+    assert await listed(studio) == []
+    assert "crashed" in kinds(studio)
+    assert (await load(studio)).status == 200
+    await asyncio.sleep(100)
+    assert await listed(studio) != []
+
+
+@simulated
 async def test_a_load_can_stay_at_zero_for_ever_until_a_restart() -> None:
     studio = world(load_result="stuck")
     loading = asyncio.create_task(load(studio))
