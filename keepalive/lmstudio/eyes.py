@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import Any, Final
 
-from keepalive.core.errors import GivenUp, Refused, Unauthorized, UpstreamError
+from keepalive.core.errors import GivenUp, Refused, Unauthorized, Unexpected, UpstreamError
 from keepalive.core.facts import Entry, Instance, Need, Sdk, Sight, fold_key
 from keepalive.lmstudio import sdk, wire
 from keepalive.lmstudio.line import Dial, Line
@@ -200,7 +200,16 @@ class _Eye:
     async def look(
         self, entries: Sequence[Entry], wanted: Mapping[str, Mapping[str, Any]], resident: frozenset[str]
     ) -> tuple[bool, dict[str, Entry]]:
-        """Whether it is late, and what it shows of the entries of its kind, by key."""
+        """Whether it is late, and what it shows of the entries of its kind, by key. Never raises."""
+        try:
+            return await self._look(entries, wanted, resident)
+        except Exception as error:  # noqa: BLE001  # whatever a library makes of what it reads, HTTP goes on
+            self._give_up(f"it fails with {type(error).__name__}")
+            return False, {}
+
+    async def _look(
+        self, entries: Sequence[Entry], wanted: Mapping[str, Mapping[str, Any]], resident: frozenset[str]
+    ) -> tuple[bool, dict[str, Entry]]:
         mine = [entry for entry in entries if _namespace(entry.kind) == self._namespace]
         if self._wake():
             with suppress(TimeoutError):
@@ -280,7 +289,7 @@ class _Eye:
         """One after another: nobody knows what an estimate costs LM Studio."""
         for key, name, fields in due:
             need = None
-            with suppress(UpstreamError, TimeoutError):
+            with suppress(Exception):  # what is not to be had is not known
                 async with asyncio.timeout(ESTIMATE):
                     asked = sdk.load_asked(self._namespace, name, fields)
                     need = sdk.need(await line.call("estimateModelUsage", asked))
@@ -305,6 +314,10 @@ class _Eye:
         except (Refused, GivenUp):
             self._by_http_until = -inf
             raise
+        except UpstreamError:
+            raise
+        except Exception as error:
+            raise Unexpected(f"the SDK socket fails with {type(error).__name__}") from error
         finally:
             self._loads -= 1
         if loaded is not None:

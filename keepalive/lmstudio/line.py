@@ -260,7 +260,7 @@ class Line:
 
 def _number(message: Mapping[str, Any], name: str) -> int:
     number = message.get(name)
-    return number if isinstance(number, int) else 0
+    return number if type(number) is int else 0  # `true` is no 1
 
 
 # --- over the network -------------------------------------------------------------------------------
@@ -283,12 +283,17 @@ class Web:
             connector = aiohttp.TCPConnector(
                 ssl=ssl.create_default_context(), force_close=True, socket_factory=self._socket
             )
-            self._session = aiohttp.ClientSession(connector=connector)
+            elsewhere = aiohttp.TraceConfig()
+            elsewhere.on_request_redirect.append(_redirected)
+            self._session = aiohttp.ClientSession(
+                connector=connector, trace_configs=[elsewhere], cookie_jar=aiohttp.DummyCookieJar()
+            )
         try:
             opened = await self._session.ws_connect(
                 self._url + path,
                 headers=headers,
                 max_msg_size=MESSAGE_MAX,
+                autoping=False,
                 timeout=aiohttp.ClientWSTimeout(ws_close=1.0),
             )
         except aiohttp.WSServerHandshakeError as error:
@@ -312,6 +317,10 @@ class Web:
             await self._session.close()
 
 
+async def _redirected(*_: object) -> None:
+    raise aiohttp.ClientError("it is elsewhere")  # to whoever that is no token is shown
+
+
 class _Opened:
     def __init__(self, opened: aiohttp.ClientWebSocketResponse) -> None:
         self._opened = opened
@@ -325,6 +334,12 @@ class _Opened:
     async def receive(self) -> str | None:
         message = await self._opened.receive()
         match message.type:
+            case aiohttp.WSMsgType.PING:
+                # Not left to the library, which would answer any number of them in a breath.
+                await self._pong(message.data)
+                return ""
+            case aiohttp.WSMsgType.PONG:
+                return ""
             case aiohttp.WSMsgType.TEXT:
                 return str(message.data)
             case aiohttp.WSMsgType.BINARY:
@@ -332,6 +347,13 @@ class _Opened:
             case aiohttp.WSMsgType.ERROR:
                 raise Cut(f"what it sent is too large, or no WebSocket ({type(message.data).__name__})")
         return None
+
+    async def _pong(self, data: bytes) -> None:
+        try:
+            async with asyncio.timeout(SENDING):
+                await self._opened.pong(data)
+        except (aiohttp.ClientError, OSError) as error:
+            raise Cut(f"the SDK socket is gone ({type(error).__name__})") from None
 
     async def close(self) -> None:
         await self._opened.close()

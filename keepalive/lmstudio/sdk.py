@@ -44,7 +44,7 @@ def text(message: Mapping[str, Json]) -> str:
 def read(said: str) -> Mapping[str, Json]:
     """A message; an empty one where it is none."""
     try:
-        message = json.loads(said)
+        message = wire.parsed(said.encode())
     except (ValueError, RecursionError):
         return {}
     return message if isinstance(message, dict) else {}

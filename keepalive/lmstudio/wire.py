@@ -48,12 +48,21 @@ _REASONS: tuple[tuple[str, Reason], ...] = (
 )
 
 
+def parsed(text: bytes) -> Json:
+    """The JSON in `text`. Raises ValueError or RecursionError."""
+    answer = json.loads(text)
+    if b"\\ud" in text or b"\\uD" in text:
+        # Halves of a character cannot be sent back, nor written into a log.
+        answer = json.loads(json.dumps(answer, ensure_ascii=False).encode("utf-8", "replace"))
+    return answer
+
+
 def decode(body: bytes, what: str) -> Json:
     """The JSON in `body`; `Unexpected` with what stands there instead."""
     if not body:
         raise Unexpected(f"{what} was answered with nothing")
     try:
-        return json.loads(body)
+        return parsed(body)
     except (ValueError, RecursionError):
         start = body.lstrip()[:15].lower()
         kind = "HTML" if start.startswith((b"<html", b"<!doctype")) else "something that is not whole JSON"

@@ -6,15 +6,16 @@ Against the simulator, and against servers that do what none should, over real s
 import asyncio
 import contextlib
 import json
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from math import inf
 from typing import Any
 
 import pytest
-from aiohttp import ClientSession, WSMsgType, web
+from aiohttp import ClientError, ClientSession, WSMsgType, web
 
-from keepalive.core.errors import Cut, GivenUp, Reason, Refused, TimedOut
+from keepalive.core.errors import Cut, GivenUp, Reason, Refused, TimedOut, UpstreamError
 from keepalive.core.facts import Instance, Need, Sdk, Sight
 from keepalive.lmstudio.client import Client
 from keepalive.lmstudio.line import MESSAGE_MAX, MESSAGES_A_SECOND
@@ -261,6 +262,13 @@ async def test_where_loads_are_not_served_they_go_by_http_at_once_without_what_i
 # --- bad input ----------------------------------------------------------------------------------------
 
 Behaviour = Callable[[web.WebSocketResponse, dict[str, Any]], Awaitable[None]]
+TRANSPORTS: dict[int, asyncio.Transport] = {}
+
+
+async def written(tunnel: web.WebSocketResponse, data: bytes) -> None:
+    """Bytes past the library, which would not write them."""
+    TRANSPORTS[id(tunnel)].write(data)
+    await asyncio.sleep(0)
 
 
 def reply(message: dict[str, Any], **more: Any) -> str:
@@ -301,6 +309,24 @@ async def nonsense(tunnel: web.WebSocketResponse, message: dict[str, Any]) -> No
     await tunnel.send_str(reply(message, result=rows))
 
 
+async def depths(tunnel: web.WebSocketResponse, message: dict[str, Any]) -> None:
+    """JSON that is deep, has a name twice, halves of characters, or numbers of any size."""
+    ident = message.get("callId")
+    deep = "[" * 900 + "]" * 900
+    for result in (
+        deep,
+        f'[{{"identifier":{deep}}}]',
+        '[{"identifier":"\\ud800","ttlMs":1e400,"lastUsedTime":-1e400}]',
+        f'[{{"identifier":"{CHAT.key}","ttlMs":{"9" * 400},"lastUsedTime":{"9" * 5000}}}]',
+        f'[{{"identifier":"{CHAT.key}","identifier":7,"ttlMs":60000}}]',
+        '{"status":"\\udfff","queued":NaN,"memory":{"totalBytes":-Infinity}}',
+    ):
+        await tunnel.send_str(f'{{"type":"rpcResult","type":"rpcResult","callId":{ident},"result":{result}}}')
+        await tunnel.send_str(
+            f'{{"type":"rpcError","callId":{ident},"error":{{"title":{deep},"displayData":{{"code":{deep}}}}}}}'
+        )
+
+
 async def numbers(tunnel: web.WebSocketResponse, message: dict[str, Any]) -> None:
     """In the right shape, with numbers that cannot be."""
     if message["endpoint"] == "listLoaded":
@@ -327,6 +353,42 @@ async def hang_up(tunnel: web.WebSocketResponse, message: dict[str, Any]) -> Non
     await tunnel.close()
 
 
+async def pings(tunnel: web.WebSocketResponse, message: dict[str, Any]) -> None:
+    await written(tunnel, b"\x89\x01?" * (5 * MESSAGES_A_SECOND))
+    await tunnel.send_str(reply(message, result=[]))
+
+
+async def bomb(tunnel: web.WebSocketResponse, message: dict[str, Any]) -> None:
+    """A gigabyte of nothing, packed, though nobody has offered to unpack."""
+    packed = zlib.compress(bytes(2**20), 9)[2:-4] * 1024
+    await written(tunnel, b"\xc1\x7f" + len(packed).to_bytes(8, "big") + packed)
+
+
+ENDS = [
+    b"\x88\x02" + code.to_bytes(2, "big") for code in (999, 1000, 1001, 1005, 1006, 1009, 1011, 4000, 65_535)
+]
+ENDS += [
+    b"\x88\x00",
+    b"\x88\x01?",
+    b"\x88\x04\x03\xe8\xff\xfe",
+    b"\xf1\x00",
+    b"\x80\x00",
+    b"\x09\x01?",
+    b"\x81\x02\xff\xfe",
+]
+ends = iter([])
+
+
+async def odd_ends(tunnel: web.WebSocketResponse, message: dict[str, Any]) -> None:
+    """Close frames and no frames at all, another one with each call."""
+    global ends
+    one = next(ends, None)
+    if one is None:
+        ends = iter(ENDS)
+        one = next(ends)
+    await written(tunnel, one)
+
+
 async def silence(tunnel: web.WebSocketResponse, message: dict[str, Any]) -> None:
     pass
 
@@ -338,6 +400,7 @@ class Odd:
         self.studio = Studio([CHAT, EMBED])
         self.behaviour = behaviour
         self.greeting = greeting
+        self.upgrade: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]] | None = None
         self.upgrades = 0
         self.calls = 0
 
@@ -347,8 +410,12 @@ class Odd:
             said = await self.studio.handle(Request(request.method, request.path, "", {}, body))
             return web.Response(status=said.status, body=await said.read(), content_type="application/json")
         self.upgrades += 1
+        if self.upgrade is not None:
+            return await self.upgrade(request)
         tunnel = web.WebSocketResponse(max_msg_size=0)
         await tunnel.prepare(request)
+        assert request.transport is not None
+        TRANSPORTS[id(tunnel)] = request.transport
         async for message in tunnel:
             if message.type is not WSMsgType.TEXT:
                 continue
@@ -378,7 +445,22 @@ async def odd(server: Odd) -> AsyncIterator[Client]:
 
 
 @pytest.mark.parametrize(
-    "behaviour", [binary, huge, strangers, garbage, nonsense, numbers, flood, errors, hang_up, silence]
+    "behaviour",
+    [
+        binary,
+        huge,
+        bomb,
+        strangers,
+        garbage,
+        nonsense,
+        depths,
+        numbers,
+        flood,
+        errors,
+        hang_up,
+        odd_ends,
+        silence,
+    ],
 )
 async def test_whatever_the_socket_says_http_goes_on(behaviour: Behaviour):
     server, loop = Odd(behaviour), asyncio.get_running_loop()
@@ -400,6 +482,100 @@ async def test_whatever_the_socket_says_http_goes_on(behaviour: Behaviour):
     # Five minutes of it: tried more and more rarely, and with no more questions than there were listings.
     assert server.upgrades <= 20
     assert server.calls <= 20 * 3 + 10
+
+
+async def test_pings_count_among_the_messages_of_a_second():
+    async with odd(Odd(pings)) as client:
+        sight = (await client.listing()).sight
+
+        assert (sight.sdk, sight.late) == (Sdk.UP, True)
+
+
+class Raising:
+    """A socket that greets, and whose library fails from then on at what it says or at what it hears."""
+
+    def __init__(self, error: Exception, at: str) -> None:
+        self.error = error
+        self.at = at
+        self.greeted = False
+
+    async def dial(self, path: str) -> "Raising":
+        if self.at == "dial":
+            raise self.error
+        return Raising(self.error, self.at)
+
+    async def send(self, text: str) -> None:
+        if self.greeted and self.at == "send":
+            raise self.error
+
+    async def receive(self) -> str:
+        if not self.greeted:
+            self.greeted = True
+            return '{"success":true}'
+        if self.at == "receive":
+            raise self.error
+        await asyncio.sleep(3_600)
+        return ""
+
+    async def close(self) -> None:
+        if self.at == "close":
+            raise self.error
+
+
+@pytest.mark.parametrize("at", ["dial", "send", "receive", "close"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ClientError("gone"),
+        ValueError("odd"),
+        RuntimeError("closing"),
+        TimeoutError(),
+        RecursionError(),
+        OverflowError(),
+        UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+async def test_whatever_a_library_raises_listings_and_loads_go_on(error: Exception, at: str):
+    async with (
+        await serve(Studio([CHAT, EMBED])) as server,
+        Client("local", server.url, sdk=True, dial=Raising(error, at).dial) as client,
+    ):
+        client.expect({CHAT.key: {}})
+        for _ in range(4):
+            assert (await client.listing()).sight.sdk in (Sdk.UP, Sdk.ABSENT)
+            await asyncio.sleep(15)
+        with contextlib.suppress(UpstreamError):
+            await client.load(CHAT.key, {}, timeout=120)
+        await client.load(CHAT.key, {}, timeout=120)
+
+        assert (await client.listing()).entries[CHAT.key].instances
+
+
+async def test_an_upgrade_that_leads_elsewhere_is_not_followed():
+    async def away(request: web.BaseRequest) -> web.StreamResponse:
+        raise web.HTTPFound(f"{server.url}/llm")
+
+    async with await serve(Studio([CHAT])) as server:
+        front = Odd(silence)
+        front.upgrade = away
+        async with odd(front) as client:
+            sight = (await client.listing()).sight
+
+        assert (sight.sdk, happened(server, "sdk.opened")) == (Sdk.ABSENT, 0)
+
+
+async def test_half_a_character_in_a_name_is_none():
+    async def loads(tunnel: web.WebSocketResponse, message: dict[str, Any]) -> None:
+        done = {"type": "success", "info": {"identifier": "a\ud800"}}
+        sent = {"type": "channelSend", "channelId": message.get("channelId"), "message": done}
+        await tunnel.send_str(reply(message, result=[]) if "callId" in message else json.dumps(sent))
+
+    async with odd(Odd(loads)) as client:
+        await client.listing()
+
+        assert (await client.load(CHAT.key, {}, timeout=900)).instance_id == "a?"
 
 
 @pytest.mark.parametrize(
