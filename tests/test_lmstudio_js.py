@@ -99,8 +99,12 @@ async def test_it_lists_loads_with_progress_answers_embeds_and_unloads(way: str,
 async def test_it_waits_for_the_one_load_of_a_cold_model(folder: Path):
     async with (
         met("through", KEPT.key, answer_tokens=3) as (url, studio),
-        judge(folder, url, f"get={KEPT.key}", f"answer={KEPT.key}", "loaded") as judging,
+        judge(folder, url, f"hear={KEPT.key}", f"get={KEPT.key}", f"answer={KEPT.key}", "loaded") as judging,
     ):
+        # It is told how far the load is, and its schemas have nothing against it.
+        await live.until(lambda: studio.memory.loads, "it is being loaded")
+        studio.advance(300)
+        heard = await asyncio.wait_for(judging.process.stdout.readline(), live.PATIENCE)
         await live.let_it_load(studio)
         found = await judging.verdict()
 
@@ -109,4 +113,5 @@ async def test_it_waits_for_the_one_load_of_a_cold_model(folder: Path):
             "answer": ["This answer comes", "eosFound", KEPT.key],
             "loaded": [KEPT.key],
         }
+        assert json.loads(heard) == ["hear", True]
         assert live.loads(studio) == 1

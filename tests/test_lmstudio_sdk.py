@@ -169,13 +169,18 @@ async def kept(**faults):
 
 async def test_who_asks_for_a_cold_model_waits_for_the_one_load():
     async with kept(answer_tokens=3) as (client, studio, running):
-        asking = asyncio.create_task(client.llm.model(KEPT.key.upper()))
+        progress = []
+        asking = asyncio.create_task(client.llm.model(KEPT.key.upper(), on_load_progress=progress.append))
         await live.until(lambda: live.model(running, KEPT.key)["waiting"], "it waits")
+        await live.until(lambda: studio.memory.loads, "it is being loaded")
+        studio.advance(300)
+        await live.until(lambda: progress and 0.5 <= progress[-1] < 0.6, "he hears how far it is")
         await live.let_it_load(studio)
         model = await asking
         result = await model.respond("hello")
 
         assert result.content == "This answer comes"
+        assert progress == sorted(progress)
         assert live.loads(studio) == 1
         assert list(studio.memory.instances) == [KEPT.key]
         assert studio.memory.instances[KEPT.key].ttl_seconds is None

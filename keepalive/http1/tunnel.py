@@ -62,6 +62,11 @@ class Tunnel:
         if data and not self.upstream.is_closing():
             self.upstream.write(data)
 
+    def tell(self, data: bytes) -> None:
+        """What the caller hears beside what the upstream says."""
+        if not self.client.is_closing():
+            self.client.write(data)
+
     def fill(self, full: bool) -> None:
         """Whether the upstream has enough to read."""
         self._full = full

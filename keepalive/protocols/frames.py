@@ -18,6 +18,32 @@ _OPCODES: Final = frozenset((_CONTINUED, 0x1, 0x2, _CLOSE, 0x9, 0xA))
 _CONTROL_BYTES: Final = 125
 
 
+_TEXT, _PLAIN_LENGTH, _WIDE_LENGTH = 0x1, 126, 65_536
+GOING_AWAY: Final = 1001
+
+
+def text_frame(text: bytes) -> bytes:
+    """A message of a server's."""
+    return _frame(_TEXT, text, masked=False)
+
+
+def close_frame(code: int, *, masked: bool) -> bytes:
+    return _frame(_CLOSE, code.to_bytes(2), masked=masked)
+
+
+def _frame(opcode: int, payload: bytes, *, masked: bool) -> bytes:
+    length = len(payload)
+    if length < _PLAIN_LENGTH:
+        size = bytes([length])
+    elif length < _WIDE_LENGTH:
+        size = bytes([126]) + length.to_bytes(2)
+    else:
+        size = bytes([127]) + length.to_bytes(8)
+    first, second = _FINAL | opcode, size[0] | (_MASKED if masked else 0)
+    # A mask is there to spoil what a web page makes a browser say. These are no such words: zeros will do.
+    return bytes([first, second]) + size[1:] + (bytes(4) if masked else b"") + payload
+
+
 class Kind(StrEnum):
     MESSAGE = "message"  # whole, and read
     CONTROL = "control"  # a ping or a pong
@@ -53,6 +79,11 @@ class FrameReader:
             return [Piece(data, Kind.UNREAD)]
         self._buffer += data
         return list(self._pieces())
+
+    @property
+    def between(self) -> bool:
+        """Whether it stands between two messages, so that a frame of somebody else's has a place."""
+        return not (self._buffer or self._raw or self._left or self._open or self.deaf)
 
     def rest(self) -> bytes:
         """What came and was not handed out: the connection ends before the end of a message."""

@@ -5,6 +5,7 @@ Messages are JSON objects; calls and channels are told apart by numbers that the
 means nothing, as the protocol asks of both its ends.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -15,15 +16,13 @@ from keepalive.protocols.json_text import parsed
 #: A call or channel of one connection: which of both, and its number.
 Id = tuple[str, float]
 
+# Callers' numbers are JavaScript's, here and there; above this they are not to the unit.
+_EXACT: Final = 2**53
 _USES: Final = frozenset(("predict", "completeRawText", "embedString"))
 # Only a message with one of these words is worth parsing; most are fragments of an answer.
 _SAID: Final = (
-    b"getOrLoad",
-    b"loadModel",
-    b"predict",
-    b"completeRawText",
-    b"embedString",
-    b"unloadModel",
+    b"channelCreate",
+    b"rpcCall",
     b"keepAlive",
     b"cancel",
 )
@@ -49,7 +48,10 @@ class Wish(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """One message of a caller. A model goes by a `name` (key or identifier), or by the `reference` of an instance."""
+    """One message of a caller. A model goes by a `name` (key or identifier), or by the `reference` of an instance.
+
+    Whatever has an `id` is under way until an answer ends it.
+    """
 
     wish: Wish = Wish.OTHER
     id: Id | None = None
@@ -106,11 +108,21 @@ def _asked(ident: Id | None, endpoint: object, parameter: object) -> Said:
     if endpoint == "unloadModel":
         return Said(Wish.UNLOAD, ident, _text(wanted.get("identifier")))
     if endpoint not in _USES:
-        return _NOTHING_SAID
+        return Said(id=ident)
     specifier = _object(wanted.get("modelSpecifier"))
     query = _object(specifier.get("query"))
     name = _text(query.get("identifier")) or _text(query.get("path"))
     return Said(Wish.USE, ident, name, _text(specifier.get("instanceReference")))
+
+
+def load_progress(ident: Id, progress: float) -> bytes | None:
+    """What LM Studio says meanwhile to whoever waits for `getOrLoad`; None where his number cannot be said again."""
+    number = int(ident[1])
+    if number != ident[1] or abs(number) > _EXACT:
+        return None
+    told = {"type": "loadProgress", "progress": round(progress, 3)}
+    message = {"type": "channelSend", "channelId": number, "message": told}
+    return json.dumps(message, separators=(",", ":")).encode()
 
 
 def answered(text: bytes) -> Answered:

@@ -64,6 +64,8 @@ class Proxy:
         self.stopping: str | None = None
         self.stored = Stored()
         self.instances = Instances()
+        self.tunnels: set[SdkCalls] = set()
+        self._draining = False
         self._homes = Homes()
 
     def configure(self, settings: Settings) -> None:
@@ -306,6 +308,9 @@ class Proxy:
             return call.answer.broken(error)
         calls = self._listen(reply, upstream, call.route)
         try:
+            if calls is not None:
+                self.tunnels.add(calls)
+                calls.leaving = self._draining
             if reply.head.status != 101:
                 return await call.relay(reply)
             call.account.status = 101
@@ -317,6 +322,7 @@ class Proxy:
         finally:
             call.close(reply)
             if calls is not None:
+                self.tunnels.discard(calls)
                 await calls.close()
         return None
 
@@ -348,6 +354,12 @@ class Proxy:
         grant = cors.granted(head, self.settings.allowed_origins)
         body = error_body(route, status, message, refusal_code(status))
         return [(b"Content-Type", b"application/json"), *NO_STORE, *grant], body
+
+    def drain(self) -> None:
+        """Ends the connections of SDKs on which nothing is under way, and the others when that is over."""
+        self._draining = True
+        for calls in list(self.tunnels):
+            calls.leave()
 
     def stop(self, why: str = "the proxy is shutting down") -> None:
         """Ends every open request in the way of its route, and refuses new ones."""

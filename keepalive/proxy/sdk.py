@@ -3,6 +3,9 @@
 `getOrLoad` and `loadModel` for a model that we keep wait for our load, or LM Studio would make a second copy beside it.
 What is said after them on that connection waits behind them; what keeps the connection alive does not. Once the model
 is warm, or waiting is of no use, they go on, and LM Studio says what it says. Predictions count as use of their model.
+
+Who waits for `getOrLoad` hears how far our load is, in the messages in which LM Studio itself would tell him. Who waits
+with `loadModel` does not: another copy is loaded for him afterwards, and its progress begins at nothing.
 """
 
 import asyncio
@@ -12,9 +15,9 @@ from typing import Final, Protocol
 from keepalive.core.errors import NotWarm
 from keepalive.core.facts import InstanceLost, ModelId, ModelsChanged, RequestEnded, RequestStarted, WarmAsked
 from keepalive.core.keeping import Keeping
-from keepalive.http1 import Tunnel
+from keepalive.http1 import Ticker, Tunnel
 from keepalive.protocols import sdk
-from keepalive.protocols.frames import FrameReader, Kind, Piece
+from keepalive.protocols.frames import GOING_AWAY, FrameReader, Kind, Piece, close_frame, text_frame
 from keepalive.protocols.sdk import Id, Said, Wish
 
 #: A larger message is not read: its prediction does not count as use.
@@ -23,6 +26,10 @@ MESSAGE_BYTES: Final = 1_048_576
 HELD_BYTES: Final = 4_194_304
 #: Instances whose names are remembered.
 INSTANCES: Final = 1_000
+#: Calls under way on one connection; of a caller with more it is not known when he has none.
+CALLS: Final = 10_000
+#: Progress is told in steps of this, and no more often than heartbeats could be.
+STEP: Final = 0.01
 
 
 class Owner(Protocol):
@@ -31,6 +38,7 @@ class Owner(Protocol):
     keeping: Keeping
     instances: "Instances"
     waiting: int
+    ticker: Ticker
 
 
 class Instances:
@@ -71,6 +79,12 @@ class SdkCalls:
         self._held_bytes = 0
         self._uses: dict[Id, Sequence[ModelId]] = {}
         self._changes: dict[Id, Said] = {}  # loads and unloads under way
+        self._under_way: set[Id] = set()  # and all other calls
+        self._countless = False  # he has had more than are remembered
+        self._told = -1.0  # how far the load is, to who waits for it
+        self._awaited: Sequence[ModelId] = ()
+        self.leaving = False
+        self._over = False  # one side has said that it closes
 
     # --- from the tunnel --------------------------------------------------------------------------
 
@@ -91,13 +105,31 @@ class SdkCalls:
     def answered(self, data: bytes) -> None:
         for piece in self._answers.feed(data):
             if piece.kind is not Kind.MESSAGE:
+                self._over = self._over or piece.kind is Kind.CLOSE
                 continue
             answer = sdk.answered(piece.text)
             for shown in answer.instances:
                 self._owner.instances.remember(self._upstream, shown)
             if answer.ended is not None:
+                self._under_way.discard(answer.ended)
                 self._end_use(answer.ended, answered=answer.well)
                 self._end_change(answer.ended, done=answer.well)
+        if self.leaving:
+            self._leave_if_idle()
+
+    def leave(self) -> None:
+        """End it as soon as no call is under way on it, as a server does that goes away."""
+        self.leaving = True
+        self._leave_if_idle()
+
+    def _leave_if_idle(self) -> None:
+        busy = self._countless or self._under_way or self._uses or self._changes or self._wait is not None
+        if busy or self._over or self._tunnel is None or not (self._caller.between and self._answers.between):
+            return
+        self._over = True
+        self._tunnel.tell(close_frame(GOING_AWAY, masked=False))
+        self._tunnel.send(close_frame(GOING_AWAY, masked=True))
+        self._tunnel.close()
 
     async def close(self) -> None:
         wait = self._wait
@@ -114,6 +146,7 @@ class SdkCalls:
         if piece.kind is Kind.CONTROL:
             return piece.data
         if piece.kind is Kind.CLOSE:
+            self._over = True
             self._drop()
             return piece.data
         asked = sdk.said(piece.text)
@@ -137,6 +170,9 @@ class SdkCalls:
                         self._owner.keeping.record(WarmAsked(self._now(), model))
                 self._hold(piece)
                 self._held_id = asked.id
+                if asked.wish is Wish.GET_OR_LOAD:
+                    self._awaited, self._told = models, -1.0
+                    self._owner.ticker.add(self)
                 self._wait = asyncio.create_task(self._until_warm(models))
                 self._wait.add_done_callback(self._waited)
                 return b""
@@ -145,8 +181,12 @@ class SdkCalls:
 
     def _note(self, asked: Said) -> None:
         """What goes on, and is to be known when it is over."""
-        if asked.id is None:
+        if asked.id is None or asked.wish is Wish.CANCEL:
             return
+        self._under_way.add(asked.id)
+        if len(self._under_way) > CALLS:
+            self._under_way.clear()
+            self._countless = True
         if asked.wish is Wish.USE:
             self._begin_use(asked.id, self._owner.instances.names(self._upstream, asked))
         elif asked.wish in (Wish.LOAD, Wish.UNLOAD):
@@ -197,6 +237,18 @@ class SdkCalls:
         finally:
             self._owner.waiting -= 1
 
+    def tick(self, now: float) -> None:
+        """Tells who waits how far the load is, between two messages of LM Studio's."""
+        if self._tunnel is None or self._held_id is None or not self._answers.between or self._over:
+            return
+        progress = self._owner.keeping.view(self._awaited[0]).progress
+        if progress is None or progress < self._told + STEP:
+            return
+        self._told = progress
+        told = sdk.load_progress(self._held_id, progress)
+        if told is not None:
+            self._tunnel.tell(text_frame(told))
+
     def _waited(self, wait: asyncio.Task[None]) -> None:
         if wait is not self._wait or self._tunnel is None:
             return
@@ -215,6 +267,7 @@ class SdkCalls:
         self._held.clear()
         self._held_bytes = 0
         wait, self._wait, self._held_id = self._wait, None, None
+        self._owner.ticker.discard(self)
         if wait is not None:
             wait.cancel()
 

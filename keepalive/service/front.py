@@ -142,6 +142,7 @@ class Front:
         if self._listener is None:
             return
         await self._listener.stop_accepting()
+        self._proxy.drain()
         emptied = asyncio.ensure_future(self._listener.emptied())
         hurried = asyncio.ensure_future(hurry.wait())
         await asyncio.wait((emptied, hurried), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)

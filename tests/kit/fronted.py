@@ -141,6 +141,7 @@ class Model:
     reason: str | None = None
     elapsed: float | None = None
     eta: float | None = None
+    progress: float | None = None
     load_seconds: float = 0.0
     loaded: asyncio.Event | None = None  # ends the load, where the test says when
     max_wait: float = 600.0
@@ -206,6 +207,7 @@ class Keep:
             reason=it.reason,
             elapsed=it.elapsed,
             eta=it.eta,
+            progress=it.progress,
             max_wait=it.max_wait,
             stall_timeout=it.stall_timeout,
             resting=it.resting(),

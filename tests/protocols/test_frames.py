@@ -5,7 +5,7 @@ import struct
 
 import pytest
 
-from keepalive.protocols.frames import FrameReader, Kind
+from keepalive.protocols.frames import GOING_AWAY, FrameReader, Kind, Piece, close_frame, text_frame
 
 TEXT, BINARY, CONTINUED, CLOSE, PING, PONG = 0x1, 0x2, 0x0, 0x8, 0x9, 0xA
 MASK = b"\x11\xfe\x80\x07"
@@ -162,3 +162,39 @@ def test_what_is_cut_off_in_a_message_is_not_lost():
     begun = frame(TEXT, b"x", final=False) + frame(CONTINUED, b"yz")[:-1]
 
     assert split_everywhere(begun) == [(Kind.UNREAD, begun, b"rest")]
+
+
+@pytest.mark.parametrize("size", [0, 1, 125, 126, 65_535, 65_536])
+def test_a_message_of_ours_is_read_as_one(size):
+    sent = text_frame(b"x" * size)
+    reader = FrameReader(masked=False, limit=100_000)
+
+    assert reader.feed(sent) == [Piece(sent, Kind.MESSAGE, b"x" * size)]
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_frame_that_closes_is_a_server_s_or_a_callers(masked):
+    sent = close_frame(GOING_AWAY, masked=masked)
+
+    assert FrameReader(masked=masked, limit=100).feed(sent) == [Piece(sent, Kind.CLOSE)]
+    assert sent[-2:] == b"\x03\xe9"
+
+
+def test_a_frame_of_ours_has_its_place_between_messages_alone():
+    whole, part = frame(TEXT, b"x"), frame(TEXT, b"x", final=False)
+    cases = {
+        b"": True,
+        whole: True,
+        whole[:-1]: False,
+        part: False,
+        part + frame(PING, b"?"): False,
+        part + frame(CONTINUED, b"y"): True,
+        frame(TEXT, b"x" * 200)[:150]: False,
+        frame(TEXT, b"x" * 200): True,
+        b"not understood": False,
+    }
+    for sent, between in cases.items():
+        reader = FrameReader(masked=True, limit=100)
+        reader.feed(sent)
+
+        assert reader.between is between

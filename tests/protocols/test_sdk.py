@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from keepalive.protocols.sdk import Answered, Said, Shown, Wish, answered, said
+from keepalive.protocols.sdk import Answered, Said, Shown, Wish, answered, load_progress, said
 
 
 def text(**message) -> bytes:
@@ -17,6 +17,18 @@ def channel(endpoint, parameter, number=3) -> bytes:
 
 def call(endpoint, parameter, number=3) -> bytes:
     return text(type="rpcCall", endpoint=endpoint, callId=number, parameter=parameter)
+
+
+def test_progress_is_told_in_lm_studios_own_message_under_the_callers_number():
+    told = load_progress(("channelId", 7.0), 0.12345)
+
+    assert told is not None
+    assert json.loads(told) == {
+        "type": "channelSend",
+        "channelId": 7,
+        "message": {"type": "loadProgress", "progress": 0.123},
+    }
+    assert load_progress(("channelId", 1.5), 0.5) is load_progress(("channelId", 1e300), 0.5) is None
 
 
 QUERY = {"type": "query", "query": {"identifier": "chat"}}
@@ -45,8 +57,12 @@ SHOWN = (Shown("r1", "mine", "chat"),)
             text(type="channelSend", channelId=3, message={"type": "cancel"}),
             Said(Wish.CANCEL, ("channelId", 3)),
         ),
-        (call("listLoaded", None), Said()),
-        (text(type="rpcCall", endpoint="estimateModelUsage", callId=3, parameter="loadModel"), Said()),
+        (call("listLoaded", None), Said(id=("callId", 3))),
+        (channel("download", {"modelKey": "chat"}), Said(id=("channelId", 3))),
+        (
+            text(type="rpcCall", endpoint="estimateModelUsage", callId=3, parameter="loadModel"),
+            Said(id=("callId", 3)),
+        ),
         (text(type="channelSend", channelId=3, message="cancel"), Said()),
         (channel("getOrLoad", ["chat"]), Said(Wish.GET_OR_LOAD, ("channelId", 3))),
         (channel("predict", {"modelSpecifier": "chat"}, number="3"), Said(Wish.USE)),

@@ -504,3 +504,151 @@ async def test_of_instances_that_were_shown_the_oldest_are_forgotten():
     assert names(2 * INSTANCES - 1) == [f"i{2 * INSTANCES - 1}", "m"]
     assert names(0) == []
     assert names(2 * INSTANCES - 1, "other") == []
+
+
+# --- how far our load is ----------------------------------------------------------------------------
+
+
+def told(progress, number=1):
+    return {
+        "type": "channelSend",
+        "channelId": number,
+        "message": {"type": "loadProgress", "progress": progress},
+    }
+
+
+class Turns:
+    left = 3
+
+    def tick(self, now):
+        self.left -= 1
+
+
+async def turns(front):
+    """Until something could have been told."""
+    seen = Turns()
+    front.proxy.ticker.add(seen)
+    await live.until(lambda: seen.left <= 0, "the clock turns")
+    front.proxy.ticker.discard(seen)
+
+
+async def test_who_waits_for_get_or_load_hears_how_far_the_load_is_and_never_that_it_goes_back():
+    keep, model = cold(progress=None)
+    async with tunnelled(keep, heartbeat=0.1) as (caller, studio, front):
+        await caller.send(GET)
+        await waits(keep)
+        heard = []
+        for progress in (0.1, 0.105, 0.05, 0.5):
+            model.progress = progress
+            if progress in (0.1, 0.5):
+                heard.append(json.loads(await caller.recv()))
+            await turns(front)
+        model.loaded.set()
+        await studio.hears(GET)
+        await studio.says(caller, type="channelSend", channelId=1, message={"type": "alreadyLoaded"})
+
+    assert heard == [told(0.1), told(0.5)]
+
+
+async def test_who_waits_with_load_model_hears_nothing_of_it():
+    keep, model = cold(progress=0.5)
+    async with tunnelled(keep) as (caller, studio, front):
+        await caller.send(LOAD)
+        await waits(keep)
+        assert len(front.proxy.ticker) == 0
+        model.loaded.set()
+        await studio.hears(LOAD)
+        await studio.says(caller, type="channelClose", channelId=1)
+
+
+async def test_what_lm_studio_is_in_the_middle_of_saying_is_not_interrupted():
+    keep, _ = cold(progress=0.5)
+    begun, rest = frame(TEXT, b"{}" * 5, masked=False)[:-3], frame(TEXT, b"{}" * 5, masked=False)[-3:]
+    go_on = asyncio.Event()
+
+    async def script(asking):
+        await asking.send(SWITCH + begun)
+        await go_on.wait()
+        await asking.send(rest)
+        await asking.reader.read()
+        await asking.reader.read()
+
+    async with fronted(script, keep=keep, heartbeat=0.1) as (front, _):
+        reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+        writer.write(UPGRADE + frame(TEXT, GET.encode()))
+        await reader.readuntil(b"\r\n\r\n")
+        got = await reader.readexactly(len(begun))
+        await waits(keep)
+        await turns(front)
+        go_on.set()
+        got += await reader.readexactly(len(rest))
+        after = await reader.readuntil(b"}}")
+
+        assert got == begun + rest
+        assert json.loads(after[2:]) == told(0.5)
+        writer.close()
+
+
+# --- the end of the daemon --------------------------------------------------------------------------
+
+
+async def test_a_connection_without_a_call_is_ended_when_the_daemon_goes_away_and_both_sides_are_told():
+    async with tunnelled(Keep()) as (caller, studio, front):
+        await caller.send(LIST)
+        await studio.hears(LIST)
+        await studio.says(caller, type="rpcResult", callId=1, result=[])
+        front.proxy.drain()
+
+        await caller.wait_closed()
+        await studio.socket.wait_closed()
+        assert caller.close_code == studio.socket.close_code == 1001
+        assert (await front.last()).outcome == "ok"
+
+
+@pytest.mark.parametrize(
+    ("wish", "end"),
+    [
+        (channel("predict", named("m")), {"type": "channelClose", "channelId": 1}),
+        (LIST, {"type": "rpcResult", "callId": 1, "result": []}),
+        (channel("download", {}), {"type": "channelError", "channelId": 1, "error": {}}),
+    ],
+)
+async def test_a_call_under_way_is_answered_to_its_end_first(wish, end):
+    keep = Keep()
+    keep.add("m")
+    async with tunnelled(keep) as (caller, studio, front):
+        await caller.send(wish)
+        await studio.hears(wish)
+        front.proxy.drain()
+        await studio.says(caller, type="channelSend", channelId=1, message={"type": "fragment"})
+        assert caller.state.name == "OPEN"
+        await studio.says(caller, **end)
+
+        await caller.wait_closed()
+        assert caller.close_code == 1001
+
+
+async def test_who_waits_for_a_model_is_not_sent_away():
+    keep, model = cold()
+    async with tunnelled(keep) as (caller, studio, front):
+        await caller.send(GET)
+        await waits(keep)
+        front.proxy.drain()
+        model.loaded.set()
+        await studio.hears(GET)
+        await studio.says(caller, type="channelSend", channelId=1, message={"type": "alreadyLoaded"})
+        assert caller.state.name == "OPEN"
+        await studio.says(caller, type="channelClose", channelId=1)
+
+        await caller.wait_closed()
+        assert caller.close_code == 1001
+
+
+async def test_where_it_is_not_known_what_is_under_way_nobody_is_cut_off():
+    keep = Keep()
+    async with tunnelled(keep, compression="deflate") as (caller, studio, front):
+        front.proxy.drain()
+        await caller.send(LIST)
+
+        await studio.hears(LIST)
+        assert caller.state.name == "OPEN"

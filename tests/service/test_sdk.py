@@ -85,3 +85,16 @@ async def test_a_model_is_not_unloaded_under_somebody_who_does_not_ask_through_u
     assert held == ["gemma"]
     assert [(event["generating"], event["queued"]) for event in unloads] == [(0, 0)]
     assert live.loads(server.studio) == 1
+
+
+async def test_an_sdk_that_asks_nothing_just_now_does_not_hold_up_the_end_of_the_daemon():
+    greeting = {"authVersion": 1, "clientIdentifier": "guest:x", "clientPasskey": "x"}
+    async with simulator(SimModel("gemma", load_seconds=0.05)) as server, aiohttp.ClientSession() as session:
+        async with daemon(settings(server.url, "gemma", server='drain_timeout = "10m"')) as running:
+            tunnel = await session.ws_connect(f"{running.url}/llm")
+            await tunnel.send_json(greeting)
+            greeted = await tunnel.receive_json()
+        last = await tunnel.receive()
+
+    assert greeted == {"success": True}
+    assert (last.type, last.data) == (aiohttp.WSMsgType.CLOSE, 1001)

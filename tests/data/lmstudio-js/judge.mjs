@@ -25,6 +25,11 @@ const does = {
   async get(key) {
     return (await client.llm.model(key, watched)).identifier;
   },
+  async hear(key) {
+    client.llm.model(key, watched).catch(console.error);
+    while (!progress.some((done) => done >= 0.5 && done < 1)) await new Promise((turn) => setTimeout(turn, 10));
+    return true;
+  },
   async answer(key) {
     const prediction = (await client.llm.model(key, watched)).respond("hello");
     let heard = "";
