@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from keepalive.core.apply import apply
-from keepalive.core.explain import eta, explain, next_try
+from keepalive.core.explain import eta, explain, next_try, ready_in
 from keepalive.core.facts import Fact, Instance, LoadRemembered, LoadStarted, ModelId, RequestEnded, Tier
-from keepalive.core.records import Pending, Upstream, UpstreamState
+from keepalive.core.records import Model, Pending, Upstream, UpstreamState
 from keepalive.core.states import IllegalMove, State
 from tests.kit.models import (
     GEMMA,
@@ -198,4 +198,53 @@ def test_what_must_not_push_out_another_says_so_before_it_speaks_of_its_turn():
 
     assert explain(foreign, [model, a_model(QWEN, load_started=1.0)], model, 99.0) == (
         "loading it on LM Studio 0.3.x could push out llama, which we did not load"
+    )
+
+
+# --- how long it will take ------------------------------------------------------------------------
+
+
+def waits(key: str, rank: int, *took: float, **changes: object) -> Model:
+    known = {"state": State.COLD, "reason": None, "recent_loads": took}
+    return a_model(ModelId("local", key), rank=rank, **{**known, **changes})
+
+
+def test_who_waits_for_his_turn_is_told_how_long_the_loads_before_his_own_take():
+    loads = after(cold(recent_loads=(100.0,)), LoadStarted(2, GEMMA))
+    first, second = waits("b", 1, 10.0), waits("c", 2, 5.0)
+    two = replace(UP, max_loading=2)
+
+    def told(model: Model, upstream: Upstream = UP, load: Model = loads) -> float | None:
+        return ready_in(upstream, [load, first, second], model, 32.0)
+
+    assert [told(model) for model in (loads, first, second)] == [70.0, 80.0, 85.0]
+    assert [told(model, two) for model in (loads, first, second)] == [70.0, 10.0, 15.0]
+    assert told(first, load=replace(loads, giving_up=True)) == 10.0
+    assert told(first, load=replace(loads, recent_loads=())) is None
+    assert ready_in(two, [replace(loads, recent_loads=()), first], first, 32.0) is None
+
+
+def test_nobody_is_told_how_long_it_takes_who_is_not_in_the_line_or_behind_what_nobody_knows():
+    known, unknown = waits("b", 2, 10.0), waits("c", 1)
+    unwanted = waits("d", 3, 10.0, window_open=False)
+
+    assert ready_in(UP, [known, unknown], known, 50.0) is None
+    assert ready_in(UP, [known, replace(unknown, rank=3)], known, 50.0) == 10.0
+    assert ready_in(UP, [known, unwanted], unwanted, 50.0) is None
+    assert ready_in(UP, [known, replace(unknown, size_bytes=500)], known, 50.0) is None
+    sized = replace(known, size_bytes=1000)
+    assert ready_in(UP, [sized, replace(unknown, size_bytes=500)], sized, 50.0) == 15.0
+
+
+def test_what_somebody_waits_behind_says_whether_anybody_wants_it():
+    loads = waits("a", 0, state=State.LOADING, load_started=40.0, ahead=True)
+    behind, turn = waits("b", 1, waiting=1), "waits for its turn: a is loading"
+
+    def said(load: Model) -> str | None:
+        return explain(UP, [load, behind], behind, 50.0)
+
+    assert said(replace(loads, ahead=False)) == turn
+    assert said(loads) == f"{turn}, which nobody waits for, but LM Studio takes no word to end that"
+    assert said(replace(loads, giving_up=True)) == (
+        f"{turn}, which nobody waits for, and LM Studio is asked to end that"
     )
