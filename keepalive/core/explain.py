@@ -23,16 +23,12 @@ def eta(model: Model, siblings: Iterable[Model], now: float) -> float | None:
     since = model.loading_since
     if since is None:
         return None
-    left = None
-    if model.load_started is not None and model.progress is not None and model.progress >= PROGRESS_LEAST:
-        whole = (model.progress_at - since) / model.progress
-        left = max(0.0, whole - (now - since))
     expected = _takes_to_load(model, siblings)
-    if expected is None:
-        return left
-    known = max(0.0, expected - (now - since))
-    if left is None or model.progress is None:
+    known = None if expected is None else max(0.0, expected - (now - since))
+    if model.progress is None or model.progress < PROGRESS_LEAST:
         return known
+    whole = (model.progress_at - since) / model.progress
+    left = max(0.0, whole - (now - since))
     # The further it is, the more its own progress tells than the loads before it; of which it may be none.
     return known + (left - known) * model.progress if known else left
 

@@ -1,20 +1,33 @@
 """What can happen, in the words by which the rest of the world knows it."""
 
+from dataclasses import replace
+
 import pytest
 
 from keepalive.core.facts import (
+    NO_SIGHT,
     Entry,
     Instance,
     Listed,
     LoadEnded,
     LoadOutcome,
     LoadRemembered,
+    LoadStarted,
     ModelId,
+    Need,
+    Occupant,
     PingEnded,
     PingOutcome,
+    PrimeEnded,
+    PrimeOutcome,
+    RequestsCounted,
+    Sdk,
+    Sight,
     Tier,
     Trouble,
+    UnloadCause,
     UnloadEnded,
+    UnloadStarted,
     fold_key,
 )
 from tests.kit.models import GEMMA, entry, listed
@@ -31,6 +44,9 @@ def test_a_model_is_called_by_its_key_and_its_upstream():
         (Trouble, ["refused", "unreachable", "timeout", "unauthorized", "bad_answer", "loading"]),
         (LoadOutcome, ["ok", "failed", "refused", "unknown", "given_up"]),
         (PingOutcome, ["ok", "error", "timeout", "wrong_model", "refused", "skipped"]),
+        (PrimeOutcome, ["ok", "given_up", "refused", "timeout", "error"]),
+        (UnloadCause, ["room", "idle", "window", "released"]),
+        (Sdk, ["off", "absent", "refused", "up"]),
     ],
 )
 def test_kinds_and_outcomes_go_by_the_words_that_metrics_logs_and_records_of_the_past_know(
@@ -48,6 +64,18 @@ def test_a_listing_says_what_is_loaded_and_what_is_being_loaded_in_folded_keys()
     assert fact.arriving == {"qwen", "phi"}
 
 
+def test_a_listing_says_what_is_in_memory_with_all_its_copies_once_whatever_its_variants():
+    row = replace(entry("Acme/Gemma", "gemma", "gemma:2", size=7), variants=("acme/gemma@q4",))
+    fact = Listed(1.0, "local", 0.5, Tier.V1, {"acme/gemma": row, "acme/gemma@q4": row, "x": entry("x")})
+
+    assert fact.occupants == (Occupant("acme/gemma", 2, 7),)
+
+
+def test_only_where_there_are_calls_for_it_are_models_loaded_and_unloaded_by_calls():
+    assert [tier for tier in Tier if tier.calls] == [Tier.V1, Tier.LLAMA]
+    assert [tier for tier in Tier if tier.lm_studio] == [Tier.V1, Tier.V0]
+
+
 def test_a_listing_is_told_without_its_entries():
     assert repr(Listed(1.0, "local", 0.5, Tier.V1, {"gemma": entry("gemma", "gemma")})) == (
         "Listed(at=1.0, upstream='local', asked=0.5, tier=<Tier.V1: 'v1'>, loading=True)"
@@ -55,10 +83,27 @@ def test_a_listing_is_told_without_its_entries():
 
 
 def test_what_is_not_said_is_not_known():
-    assert Instance("gemma") == Instance(id="gemma", context_length=None)
-    assert Entry("gemma") == Entry(
-        key="gemma", kind="llm", size_bytes=None, instances=(), loading=None, variants=(), selected=None
+    assert Instance("gemma") == Instance(
+        id="gemma", context_length=None, busy=None, queued=None, ttl=None, last_used=None
     )
+    assert Entry("gemma") == Entry(
+        key="gemma",
+        kind="llm",
+        size_bytes=None,
+        instances=(),
+        loading=None,
+        variants=(),
+        selected=None,
+        need=None,
+        context_max=None,
+        asleep=False,
+        exit_code=None,
+    )
+    assert Need(7) == Need(memory_bytes=7, passes_guardrails=None, sure=False)
+    assert NO_SIGHT == Sight() == Sight(sdk=Sdk.OFF, why=None, session=0, hung_up=0, late=False, clock=None)
+    plain = Listed(1.0, "local", 0.5, Tier.V1, {})
+    assert (plain.loading, plain.sight, plain.places) == (True, NO_SIGHT, None)
+    assert LoadStarted(1.0, GEMMA) == LoadStarted(at=1.0, model=GEMMA, ahead=False, claim=None)
     assert LoadEnded(1.0, GEMMA, LoadOutcome.OK, 2.0) == LoadEnded(
         at=1.0,
         model=GEMMA,
@@ -73,7 +118,21 @@ def test_what_is_not_said_is_not_known():
     assert PingEnded(1.0, GEMMA, PingOutcome.OK) == PingEnded(
         at=1.0, model=GEMMA, outcome=PingOutcome.OK, seconds=0.0, message=None, why=None
     )
-    assert UnloadEnded(1.0, GEMMA, "gemma").message is None
+    assert PrimeEnded(1.0, GEMMA, "agent", PrimeOutcome.OK) == PrimeEnded(
+        at=1.0,
+        model=GEMMA,
+        opening="agent",
+        outcome=PrimeOutcome.OK,
+        seconds=0.0,
+        tokens=None,
+        message=None,
+        why=None,
+    )
+    assert UnloadStarted(1.0, GEMMA, "gemma").cause is None
+    assert UnloadEnded(1.0, GEMMA, "gemma") == UnloadEnded(1.0, GEMMA, "gemma", message=None, in_use=False)
+    assert RequestsCounted(1.0, GEMMA, 2, 3) == RequestsCounted(
+        at=1.0, model=GEMMA, started=2, ended=3, ended_at=None, answered_at=None
+    )
 
 
 def test_keys_are_folded_as_lm_studio_folds_them():

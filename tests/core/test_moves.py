@@ -6,7 +6,7 @@ import pytest
 
 from keepalive.core.errors import Reason
 from keepalive.core.facts import PingEnded, PingOutcome, PingStarted
-from keepalive.core.moves import absent, backoff, failed, move, proved, says_that_it_loads
+from keepalive.core.moves import absent, backoff, failed, fails_again, move, proved, says_that_it_loads
 from keepalive.core.records import Cause, Pending
 from keepalive.core.states import IllegalMove, Sign, State
 from tests.kit.models import GEMMA, a_model, after, changed, cold, ours, tried, warm
@@ -34,6 +34,14 @@ def test_a_move_that_the_table_does_not_know_says_which():
 def test_it_waits_5_seconds_after_the_first_failure_doubling_to_300():
     assert [backoff(failures) for failures in range(1, 9)] == [5, 10, 20, 40, 80, 160, 300, 300]
     assert backoff(100_000) == 300
+
+
+def test_a_failure_of_its_own_counts_those_before_it_and_not_how_often_it_was_taken():
+    taken = tried(State.COLD, failures=5, taken=3)
+
+    assert changed(taken, fails_again(taken)) == {"failures": 3, "taken": 0}
+    assert fails_again(tried(State.COLD, failures=1, taken=3)).failures == 1
+    assert fails_again(tried(State.COLD, failures=0)).failures == 1
 
 
 # --- it says that it is loading -------------------------------------------------------------------

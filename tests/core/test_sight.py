@@ -256,6 +256,7 @@ def test_the_first_load_of_all_is_estimated_by_its_progress():
 
 def test_progress_that_has_hardly_begun_tells_nothing():
     assert eta(after(cold(), LoadStarted(10, GEMMA), LoadProgressed(30, GEMMA, 0.01)), (), 30) is None
+    assert eta(after(cold(), LoadStarted(10, GEMMA), LoadProgressed(30, GEMMA, 0.02)), (), 30) == 980
 
 
 def test_the_further_a_load_is_the_less_those_before_it_tell():
