@@ -48,21 +48,20 @@ def ready_in(upstream: Upstream, models: Sequence[Model], model: Model, now: flo
     """
     if model.loading_since is not None:
         return eta(model, models, now)
-    line = coming(upstream, models, now)
     under_way = [0.0 if m.giving_up else eta(m, models, now) for m in models if holds_a_slot(m, now)]
     free = [left for left in under_way if left is not None]
-    if model not in line or len(free) < len(under_way):
+    if len(free) < len(under_way):
         return None
     free += [0.0] * (upstream.max_loading - len(free))
-    ends = 0.0
-    for other in line[: line.index(model) + 1]:
+    for other in coming(upstream, models, now):
         seconds = _takes_to_load(other, models)
         if seconds is None:
-            return None
+            break
         free.sort()
-        ends = free.pop(0) + seconds
-        free.append(ends)
-    return ends
+        free.append(free.pop(0) + seconds)
+        if other.id == model.id:
+            return free[-1]
+    return None
 
 
 def _for_nobody(load: Model) -> str:
