@@ -11,6 +11,7 @@ from keepalive.core.errors import Reason
 from keepalive.core.explain import explain
 from keepalive.core.facts import (
     ClockJumped,
+    DemandRecalled,
     DrainEnded,
     DrainStarted,
     Fact,
@@ -147,12 +148,13 @@ def test_a_window_ends_what_was_said_by_hand():
 
 
 def test_who_asks_by_hand_may_know_that_it_is_mended():
-    before = tried(State.BACKOFF)
+    before = tried(State.BACKOFF, taken=1)
 
     assert changed(before, apply(before, WarmAsked(50, GEMMA))) == {
         "asked_for": True,
         "retry_at": None,
         "failures": 0,
+        "taken": 0,
         "ping_at": -inf,
     }
     assert apply(cold(), WarmAsked(50, GEMMA)).ping_at is None
@@ -330,6 +332,15 @@ def test_a_request_is_demand_and_ends_that_the_model_is_there_for_nobody():
     assert (one.ahead, one.asks, one.asks_at) == (False, 2.0, 50)
     assert (many.ahead, many.asks, many.asks_at, many.used_at) == (False, 4.0, 50, before.used_at)
     assert (ended.ahead, ended.asks, ended.asks_at, ended.used_at, ended.use_at) == (True, 1.0, 50.0, 55, 60)
+
+
+def test_what_was_asked_for_in_earlier_lives_counts_by_how_long_ago_that_was():
+    before = cold(policy=AUTO, asks=1.0, asks_at=50_000.0, use_at=49_000.0)
+    recalled = DemandRecalled(50_000.0, GEMMA, ((14_400.0, 4), (500.0, 0), (28_800.0, 4)))
+
+    assert changed(before, apply(before, recalled)) == {"asks": 4.0, "use_at": 49_500.0}
+    assert apply(before, DemandRecalled(50_000.0, GEMMA, ((1001.0, 0),))).use_at == 49_000.0
+    assert changed(before, apply(before, DemandRecalled(50_000.0, GEMMA, ()))) == {}
 
 
 def test_what_no_ping_will_find_out_a_users_word_has_to_tell():
