@@ -18,6 +18,8 @@ from keepalive.core.facts import (
     PingEnded,
     PingOutcome,
     RequestStarted,
+    Sdk,
+    Sight,
     Tier,
     Trouble,
     UnloadEnded,
@@ -376,3 +378,30 @@ def test_who_asks_for_a_model_by_hand_has_it_looked_for_now():
 
 def test_no_other_fact_is_about_an_upstream():
     assert apply_upstream(asked_long_ago(), RequestStarted(50, GEMMA)) == asked_long_ago()
+
+
+@pytest.mark.parametrize("outcome", PingOutcome)
+def test_only_a_ping_that_leaves_a_question_makes_a_listing_due(outcome: PingOutcome):
+    known = Upstream("local", due_at=100.0)
+    asks = outcome in (PingOutcome.ERROR, PingOutcome.WRONG_MODEL)
+
+    assert apply_upstream(known, PingEnded(50, GEMMA, outcome)).due_at == (50 if asks else 100.0)
+
+
+def test_a_listing_tells_what_the_socket_is_good_for_and_how_many_models_there_may_be():
+    sight = Sight(Sdk.UP, session=2, hung_up=1)
+    upstream = apply_upstream(Upstream("local"), replace(listed(1, sight=sight), places=3))
+
+    assert (upstream.sight, upstream.places) == (sight, 3)
+
+
+@pytest.mark.parametrize("trouble", Trouble)
+def test_with_a_server_that_cannot_be_reached_its_socket_is_gone(trouble: Trouble):
+    sight = Sight(Sdk.UP, session=2, hung_up=1)
+    gone = trouble in (Trouble.REFUSED, Trouble.UNREACHABLE)
+
+    def seen(sight: Sight) -> Sight:
+        return apply_upstream(Upstream("local", sight=sight), failed(50, trouble)).sight
+
+    assert seen(sight) == replace(sight, sdk=Sdk.ABSENT if gone else Sdk.UP)
+    assert seen(replace(sight, sdk=Sdk.REFUSED)).sdk is Sdk.REFUSED
