@@ -33,6 +33,7 @@ from tests.kit.world import (
     HOUR,
     KINDS,
     Broken,
+    InProcessSocket,
     Judge,
     Site,
     VirtualLoop,
@@ -117,12 +118,13 @@ def test_observers_that_raise_change_nothing():
 # --- killed at every step -----------------------------------------------------------------------------
 
 
-def small(tier: str, **faults: Any) -> World:
-    """Two cold models, loaded one after the other within ten seconds."""
+def small(tier: str, sdk: float | None = None, **faults: Any) -> World:
+    """Two cold models, loaded one after the other within ten seconds; `sdk`: by the socket, in so many each."""
     judge = Judge(asyncio.get_running_loop().time)
-    models = [SimModel("acme/a", load_seconds=5.0), SimModel("acme/b", load_seconds=3.0)]
+    took = (5.0, 3.0) if sdk is None else (sdk, sdk)
+    models = [SimModel("acme/a", load_seconds=took[0]), SimModel("acme/b", load_seconds=took[1])]
     studio = Studio(models, tier=tier, faults=faults)  # type: ignore[arg-type]
-    site = Site("alpha", studio, judge, models, refresh=15.0, auto_evict=False)
+    site = Site("alpha", studio, judge, models, refresh=15.0, auto_evict=False, sdk=sdk is not None)
     policy = Policy(load_timeout=20.0)
     keeps = [Keep(ModelId("alpha", m.key), policy) for m in models]
     return World(0, [site], keeps, judge, random.Random(0))
@@ -165,6 +167,7 @@ def killed_at(step: int | None, tier: str, remembers: bool, **faults: Any) -> tu
         ("v1", True, {"v0_shows_loading": False}),
         ("v1", True, {"v0_shows_loading": False, "listing_lag_seconds": 20.0}),
         ("v1", False, {}),
+        ("v1", True, {"sdk": 0.1, "v0_shows_loading": False}),
         ("v1", True, {"load_reply": {"value": "fin", "times": 1}, "load_reply_after_seconds": 1.0}),
         ("v0", True, {"auto_evict": False}),
         ("v0", False, {"auto_evict": False}),
@@ -181,6 +184,42 @@ def test_killed_at_any_step_and_started_again_it_loads_nothing_twice(
         loaded = [i.model.key for i in world.sites[0].studio.memory.instances.values()]
         assert sorted(loaded) == ["acme/a", "acme/b"], f"killed at step {step}"
     assert steps > 10
+
+
+# What LM Studio says of a load of 0.6 s: that it has found the model, nine times how far it is, and that it is there.
+MESSAGES = 11
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_whichever_message_of_a_load_is_the_last_of_its_socket_each_model_is_loaded_once(
+    dies: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """`dies`: the load goes with its socket, of which nobody knows whether LM Studio does that."""
+    ended = InProcessSocket._hang_up
+
+    def end(socket: InProcessSocket) -> None:
+        ended(socket)
+        for load in list(socket.site.studio.memory.loads.values()) if dies else ():
+            socket.site.studio.memory.cancel_load(load)
+
+    monkeypatch.setattr(InProcessSocket, "_hang_up", end)
+
+    async def go(messages: int) -> tuple[list[str], dict[str, int]]:
+        world = small("v1", sdk=0.6, load_cuts_socket=messages)
+        life, studio = world.start(), world.sites[0].studio
+        await asyncio.sleep(600.0)
+        assert [m.state for m in life.keeper.snapshot().models] == [State.WARM, State.WARM]
+        begun = Counter(e["model"] for e in studio.log() if e["kind"] == "load.started")
+        await world.kill()
+        return world.judge.broken, begun
+
+    for messages in range(MESSAGES + 1):
+        broken, begun = run_virtually(lambda m=messages: go(m))
+
+        assert (messages, broken) == (messages, [])
+        # Before the first message it has not begun, and with the last one it is over.
+        lost = int(dies and 0 < messages < MESSAGES - 1)
+        assert (messages, begun) == (messages, {"acme/a": 1 + lost, "acme/b": 1})
 
 
 # --- planted bugs -----------------------------------------------------------------------------------------
