@@ -11,7 +11,7 @@ TESTABLE := $(VENV)/.installed-test
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check collected mutants test-timely test-setup test-setup-llama test-setup-container pictures bench bench-short bench-setup schema man clean python
+.PHONY: help demo test check collected mutants simulation test-timely test-setup test-setup-llama test-setup-container pictures bench bench-short bench-setup schema man clean python
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-22s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ collected: $(TESTABLE)
 
 mutants: $(TESTABLE)  ## Plant every fault in the core, one at a time, and see that its tests find it (minutes)
 	@$(BIN)/python tests/mutants.py
+
+simulation: $(TESTABLE)  ## A thousand hours of everything going wrong, not the week of `make test` (minutes; KEEPALIVE_HOURS, KEEPALIVE_SEED)
+	KEEPALIVE_HOURS=$${KEEPALIVE_HOURS:-1000} $(BIN)/pytest --numprocesses=auto tests/keeper/test_simulation.py
 
 test-timely: $(TESTABLE)  ## Run the tests that depend most on time 20 times, while busy loops take all cores
 	@$(BIN)/python tests/kit/timely.py

@@ -40,7 +40,8 @@ def plan(upstream: Upstream, models: Sequence[Model], now: float) -> list[Action
 
     Carried out and reported as facts, a plan leaves nothing of itself in the next plan.
     """
-    actions: list[Action] = [SkipPing(m.id) for m in models if _ping_is_due(m, now) and _is_in_use(m)]
+    due = [m for m in models if _ping_is_due(m, now)]
+    actions: list[Action] = [SkipPing(m.id) for m in due if _is_in_use(m)]
     room = arranged(upstream, models, now)
     unloads, loads = _unloads(upstream, models, now, room), _loads(upstream, models, now, room)
     drains = room.drains if room is not None else frozenset[ModelId]()
@@ -49,7 +50,7 @@ def plan(upstream: Upstream, models: Sequence[Model], now: float) -> list[Action
     actions += [EndDrain(m.id) for m in models if m.draining and m.id not in drains]
     actions += [GiveUpLoad(m) for m in (room.given_up if room is not None else ())]
     going = {model.id for model, _ in unloads}
-    pings = _pings([m for m in models if m.id not in going], now)
+    pings = _pings(models, [m for m in due if m.id not in going])
     free = not (loads or upstream.arriving)
     actions += give_ups(models, free=free)
     pings = by_opening(pings, models, free=free)
@@ -236,21 +237,23 @@ def _pushed_out(
     return frozenset(m.id for m in models if coming and m.ours and m.instances and m.id not in coming)
 
 
-def _pings(models: Sequence[Model], now: float) -> list[tuple[Model, Action]]:
+def _pings(models: Sequence[Model], due: Sequence[Model]) -> list[tuple[Model, Action]]:
     free = PINGS_AT_ONCE - sum(m.pinging for m in models)
-    due = [m for m in models if _ping_is_due(m, now) and not _is_in_use(m)]
+    due = [m for m in due if not _is_in_use(m)]
     due.sort(key=lambda m: (m.waiting == 0, m.state is State.WARM, m.rank))
     return [(m, SendPing(m.id, m.instance_id or m.id.key)) for m in due[: max(free, 0)]]
 
 
 def _ping_is_due(model: Model, now: float) -> bool:
+    # Most models of most plans are warm and not due: that is found out first, and once.
+    due_at = model.ping_due_at
     return (
-        model.held
+        (due_at is None or now >= due_at)
+        and model.held
         and model.policy.pinged
         and model.present
         and not model.calling
         and not _must_unload_crashed(model)
-        and (model.ping_due_at is None or now >= model.ping_due_at)
     )
 
 

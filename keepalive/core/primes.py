@@ -68,12 +68,11 @@ def by_opening(
 
 def give_ups(models: Sequence[Model], *, free: bool) -> list[Action]:
     """Those under way that are in somebody's way now, or that nobody wants any more."""
-    free = free and not _is_used(models)
     return [
         GiveUpPrime(m.id, opening)
         for m in models
         if (opening := m.priming.under_way) is not None
-        and not (free and _is_fit(m, opening) and not _is_waited_for(m))
+        and not (free and _is_fit(m, opening) and not _is_waited_for(m) and not _is_used(models))
     ]
 
 

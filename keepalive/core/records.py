@@ -292,15 +292,18 @@ class Model:
     @property
     def goes_at(self) -> float | None:
         """When its idle timer lets it go, if nobody uses it; None where none runs, or nobody knows."""
-        if self.ttl is None or self.ttl == inf or self.engaged or self.in_flight:
+        ttl = self.ttl
+        if ttl is None or ttl == inf or self.engaged or self.in_flight:
             return None
-        return self.used_at + self.ttl
+        return self.used_at + ttl
 
     @property
     def ping_due_at(self) -> float | None:
         """When the next ping is due: by its interval, or before an idle timer lets go what is to be kept."""
+        if self.ping_at is None or self.state is not State.WARM:
+            return self.ping_at
         goes_at, ttl = self.goes_at, self.ttl
-        if self.ping_at is None or goes_at is None or ttl is None or self.state is not State.WARM:
+        if goes_at is None or ttl is None:
             return self.ping_at
         margin = min(ttl / 2, 2 * self.policy.refresh_interval + TIMER_MARGIN)
         return min(self.ping_at, max(goes_at - margin, self.touched_at + TIMER_LEAST))

@@ -1,7 +1,7 @@
-"""A thousand hours of everything going wrong, judged by the invariants; `world.py` says how.
+"""A week of everything going wrong, judged by the invariants; `world.py` says how.
 
-KEEPALIVE_SEED=n chooses the base seed, KEEPALIVE_SEED=random draws it, KEEPALIVE_HOURS=n says the hours in all. A
-failure names its seed, and `world.live(seed, hours, calm=…)` shows it again.
+KEEPALIVE_SEED=n chooses the base seed, KEEPALIVE_SEED=random draws it, KEEPALIVE_HOURS=n says the hours in all
+(`make simulation`: a thousand). A failure names its seed, and `world.live(seed, hours, calm=…)` shows it again.
 """
 
 import asyncio
@@ -44,16 +44,17 @@ from tests.kit.world import (
 
 CHOSEN = os.environ.get("KEEPALIVE_SEED", "20261122")
 SEED = random.SystemRandom().randrange(10**9) if CHOSEN == "random" else int(CHOSEN)
-HOURS = float(os.environ.get("KEEPALIVE_HOURS", "1000"))
-# In pieces that several workers share; in each some worlds of dense trouble, and a long one that is calm.
-PIECES = 8
-DENSE, DENSE_HOURS = 4, 3.0
-CALM_HOURS = HOURS / PIECES - DENSE * DENSE_HOURS
+HOURS = float(os.environ.get("KEEPALIVE_HOURS", "160"))
+# In pieces that several workers share; in each some worlds of dense trouble, and one that is calm and longer than the
+# day that a lease lasts. Four of them meet each kind of fault several times.
+PIECES = max(4, round(HOURS / 40))
+DENSE, DENSE_HOURS = 3, 3.0
+CALM_HOURS = max(HOURS / PIECES - DENSE * DENSE_HOURS, 1.0)
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("piece", range(PIECES))
-def test_a_thousand_hours_of_trouble_break_no_invariant_and_always_end_warm(piece: int, run_folder: Path):
+def test_days_of_every_trouble_break_no_invariant_and_always_end_warm(piece: int, run_folder: Path):
     print(f"base seed {SEED}")
     injected: Counter[str] = Counter()
     happened: Counter[str] = Counter()
@@ -84,10 +85,10 @@ def test_trouble_where_models_are_let_go_for_each_other_breaks_no_invariant_eith
 
 
 def test_the_same_seed_gives_the_same_trace():
-    first, _ = live(SEED, 1.0)
-    again, _ = live(SEED, 1.0)
-    other, _ = live(SEED + 1, 1.0)
-    code = f"from tests.kit.world import live; print(live({SEED}, 1.0)[0])"
+    first, _ = live(SEED, 0.5)
+    again, _ = live(SEED, 0.5)
+    other, _ = live(SEED + 1, 0.5)
+    code = f"from tests.kit.world import live; print(live({SEED}, 0.5)[0])"
     elsewhere = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONHASHSEED": "7"},
@@ -108,8 +109,8 @@ class Raises:
 
 
 def test_observers_that_raise_change_nothing():
-    plain, _ = live(SEED, 2.0)
-    watched, world = live(SEED, 2.0, observers=[Raises()])
+    plain, _ = live(SEED, 1.0)
+    watched, world = live(SEED, 1.0, observers=[Raises()])
 
     assert watched == plain
     assert len(world.reported) > 100
@@ -361,10 +362,12 @@ def test_a_planted_bug_is_found(
     changes: dict[str, Any] = {"kinds": kinds, "pace": 120.0}
     if plant is forgets_its_load_in_a_restart:
         changes["remembers"] = False
+    # What never ends is seen at the end, for which everybody is given an hour.
+    hours = 0.3 if invariant == "I15" else 1.0
     found = None
     for seed in range(SEED, SEED + 20):
         try:
-            live(seed, 1.0, **changes)
+            live(seed, hours, **changes)
         except Broken as broken:
             if f"{invariant} at " in str(broken) or f"{invariant}: " in str(broken):
                 found = str(broken).split("\n")[0]

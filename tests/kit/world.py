@@ -727,7 +727,8 @@ class World:
     openings: dict[str, Replay] = field(default_factory=dict)
     lives: int = 0
     wall_offset: float = 1_790_000_000.0
-    users: set[asyncio.Task[Any]] = field(default_factory=set)
+    # In the order in which they came: a set's is that of addresses, and another one in each process.
+    users: dict[asyncio.Task[Any], None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.memory = Memory(lambda: self.judge.now() + self.wall_offset)
@@ -807,8 +808,11 @@ class World:
     def use(self, keep: Keep, site: Site, seconds: float, **more: Any) -> None:
         """A user's request through the proxy: it waits until the model is warm, then goes on."""
         task = asyncio.ensure_future(self._use(keep, site, seconds, **more))
-        self.users.add(task)
-        task.add_done_callback(self.users.discard)
+        self.begun(task)
+
+    def begun(self, task: asyncio.Task[Any]) -> None:
+        self.users[task] = None
+        task.add_done_callback(self.users.pop)
 
     async def _use(self, keep: Keep, site: Site, seconds: float, **more: Any) -> None:
         life, began = self.life, asyncio.get_running_loop().time()
@@ -1017,8 +1021,7 @@ class World:
                 other = chance.choice(site.models).key
                 ttl = chance.choice([30, 120, 3600])
                 task = asyncio.ensure_future(self.someone(site, other, ttl))
-                self.users.add(task)
-                task.add_done_callback(self.users.discard)
+                self.begun(task)
             case "another unloads it":
                 for instance in list(studio.memory.copies(studio.memory.find(key))):
                     studio.memory.unload(instance, by="hand")
