@@ -1,5 +1,6 @@
 """What several kinds of fact lead to: another state, and what goes with it."""
 
+from dataclasses import replace
 from math import inf
 
 import pytest
@@ -7,9 +8,9 @@ import pytest
 from keepalive.core.errors import Reason
 from keepalive.core.facts import PingEnded, PingOutcome, PingStarted
 from keepalive.core.moves import absent, backoff, failed, fails_again, move, proved, says_that_it_loads
-from keepalive.core.records import Cause, Pending
+from keepalive.core.records import Cause, Pending, Primed, Priming
 from keepalive.core.states import IllegalMove, Sign, State
-from tests.kit.models import GEMMA, a_model, after, changed, cold, ours, tried, warm
+from tests.kit.models import GEMMA, POLICY, a_model, after, changed, cold, ours, tried, warm
 
 # --- from state to state --------------------------------------------------------------------------
 
@@ -24,6 +25,15 @@ def test_a_move_that_leads_nowhere_else_has_a_new_reason_and_the_old_time():
     model = move(warm(), Sign.PRESENT, 50.0, "it is busy")
 
     assert changed(warm(), model) == {"reason": "it is busy"}
+
+
+def test_what_was_read_is_forgotten_when_it_is_warm_no_more():
+    priming = Priming(openings=("agent",), done=(Primed("agent", 13.0, 1.0),), failed=frozenset({"agent"}))
+    before = tried(State.WARM, priming=priming)
+
+    assert move(before, Sign.PRESENT, 50.0, None).priming == priming
+    for sign in (Sign.ABSENT, Sign.SEEN_LOADING, Sign.DISPROVED):
+        assert move(before, sign, 50.0, None).priming == replace(priming, done=())
 
 
 def test_a_move_that_the_table_does_not_know_says_which():
@@ -104,10 +114,23 @@ def test_an_answer_makes_it_warm_and_ends_what_held_it_off(state: State):
 
 
 def test_a_model_that_has_been_warm_for_five_minutes_is_forgiven_its_failures():
-    early, later = proved(tried(State.WARM), 302.9), proved(tried(State.WARM), 303.0)
+    known = tried(State.WARM, taken=1)
+    early, later = proved(known, 302.9), proved(known, 303.0)
 
-    assert (early.failures, early.warm_since, early.since) == (2, 3.0, 20.0)
-    assert (later.failures, later.warm_since, later.since) == (0, 3.0, 20.0)
+    assert (early.failures, early.taken, early.warm_since, early.since) == (2, 1, 3.0, 20.0)
+    assert (later.failures, later.taken, later.warm_since, later.since) == (0, 0, 3.0, 20.0)
+
+
+@pytest.mark.parametrize(
+    ("auto", "asked_for", "still"),
+    [(True, True, None), (True, False, False), (False, True, True), (False, False, False)],
+)
+def test_a_wish_by_hand_is_met_by_an_answer_of_what_is_loaded_on_demand(
+    auto: bool, asked_for: bool, still: bool | None
+):
+    before = tried(State.LOADING, asked_for=asked_for, policy=replace(POLICY, auto=auto))
+
+    assert proved(before, 50.0).asked_for is still
 
 
 def test_time_in_which_it_was_not_warm_counts_for_nothing():
@@ -160,9 +183,12 @@ def test_a_failed_load_is_one_failure_more_and_says_when_it_is_tried_again():
 
 
 def test_what_is_not_there_is_cold_and_has_nothing_to_be_pinged():
-    model = absent(tried(State.WARM, retry_at=None), 50.0, "it is gone")
+    before = tried(State.WARM, retry_at=None, ahead=True, draining=True)
+    model = absent(before, 50.0, "it is gone")
 
-    assert changed(tried(State.WARM, retry_at=None), model) == {
+    assert changed(before, model) == {
+        "ahead": False,
+        "draining": False,
         "state": State.COLD,
         "since": 50.0,
         "reason": "it is gone",
