@@ -1240,3 +1240,48 @@ def test_who_waits_for_what_its_window_has_just_closed_for_has_hope():
         room = arrangement(up(), asked("a"), model)
         assert room.never == {}
         assert room.waits == {ident("a"): "waits for room: it takes 10.0 GB, and 5.0 GB are free"}
+
+
+# --- what an old server pushes out -----------------------------------------------------------------
+
+
+def old(auto_evict: bool | None = True, **changes: object) -> Upstream:
+    known = {"tier": Tier.V0, "auto_evict": auto_evict, "resident": frozenset({"a"}), "max_loading": 2}
+    return up(None, **{**known, **changes})
+
+
+def drained(upstream: Upstream, *models: Model) -> list[Action]:
+    return [a for a in planned(upstream, *models) if isinstance(a, (Drain, EndDrain))]
+
+
+def test_what_the_next_load_on_demand_pushes_out_is_given_to_nobody_from_before_it_begins():
+    keeps = [always(there("a", rank=1)), always(absent("b"))]
+
+    assert drained(old(), there("a"), asked("b")) == [Drain(ident("a"))]
+    assert drained(old(None), there("a"), asked("b")) == [Drain(ident("a"))]
+    assert drained(old(), *keeps) == [Drain(ident("a"))]
+    # Whether it pushes out anything is about to be seen; or it is known not to.
+    assert drained(old(None), *keeps) == []
+    assert drained(old(False), *keeps) == []
+    assert drained(up(30, tier=Tier.V1), there("a"), asked("b")) == []
+
+
+def test_it_is_so_until_a_listing_has_shown_what_became_of_it():
+    going, loads = there("a", draining=True), absent("b", load_started=NOW - 5, waiting=1)
+    cut_off = absent("b", pending=Pending(NOW - 9, NOW + 9, NOW), waiting=1)
+    ended = absent("b", touched_at=NOW)
+
+    for model in (loads, cut_off, ended):
+        assert drained(old(), going, model) == []
+        assert drained(old(), there("a"), model) == [Drain(ident("a"))]
+    assert drained(old(), going, replace(ended, touched_at=NOW - 1)) == [EndDrain(ident("a"))]
+    assert drained(old(), going, there("b", touched_at=NOW)) == [EndDrain(ident("a"))]
+
+
+def test_nothing_is_pushed_out_that_is_not_there_or_not_ours_or_on_its_way_itself():
+    loads = absent("b", load_started=NOW - 5, waiting=1)
+
+    assert drained(old(), loads, absent("a", touched_at=0.0)) == []
+    assert drained(old(), loads, there("a", ours=frozenset())) == []
+    assert drained(old(), there("b", load_started=NOW - 5)) == []
+    assert drained(old(), there("a")) == []
