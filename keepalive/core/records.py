@@ -234,7 +234,7 @@ class Model:
     @property
     def held(self) -> bool:
         """Whether a copy in memory may stay; it is pinged, then."""
-        stays = self.policy.auto and not self.retired and self.asked_for is not False and self.window_open
+        stays = not self.retired and self.asked_for is not False and self.window_open
         return stays or self.needed
 
     @property

@@ -90,6 +90,19 @@ def test_an_instance_is_in_memory_and_where_none_can_be_seen_what_has_answered_i
     assert not a_model(state=State.WARM).present
 
 
+def test_it_works_for_somebody_where_lm_studio_says_so_or_has_requests_for_it():
+    assert a_model(instances=(Instance("a"), Instance("a:2", busy=True))).engaged
+    assert a_model(instances=(Instance("a"), Instance("a:2", queued=1))).engaged
+    assert not a_model(instances=(Instance("a", busy=False, queued=0),)).engaged
+
+
+def test_what_is_not_to_be_pinged_is_not_because_of_its_timer():
+    timed = {"instances": (Instance("a", ttl=60.0),), "state": State.WARM, "used_at": 100.0}
+
+    assert a_model(**timed).ping_due_at is None
+    assert a_model(**timed, ping_at=900.0).ping_due_at == 130.0
+
+
 def test_only_what_is_warm_and_not_about_to_go_is_given_to_anybody():
     assert a_model(state=State.WARM).given
     assert not a_model(state=State.LOADING).given
