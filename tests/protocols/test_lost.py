@@ -20,6 +20,9 @@ from keepalive.protocols.lost import looks_lost
         (400, b"Model is unloaded.", "unloaded", True),
         (404, b'{"error":"Failed to load model \\"x\\". Error: Operation canceled"}', "unloaded", True),
         (400, b'{"error":"Model reloaded."}', "unloaded", True),
+        (400, b'{"error":{"code":400,"message":"model is not loaded"}}', "unloaded", True),
+        (500, b"proxy error: Could not establish connection", "unloaded", True),
+        (500, b"proxy error: Failed to read connection", "unloaded", False),
         (
             404,
             b'{"error":{"message":"No models loaded. Please load a model in the developer page or use the '
@@ -48,6 +51,8 @@ def test_answers_that_say_the_model_went_away_are_understood(status, body, reaso
     [
         (200, b'{"choices":[{"message":{"content":"The model has crashed"}}]}'),
         (200, b"The model has crashed"),
+        (200, b"proxy error: Could not establish connection"),
+        (500, b'{"error":{"code":500,"message":"model name=x failed to load","type":"server_error"}}'),
         (200, b'{"error":null,"output":"Model unloaded."}'),
         (400, b'{"error":{"message":"Invalid model identifier \\"x\\"."}}'),
         (400, b'{"error":{"message":"Failed to load model \\"x\\". Error: insufficient system resources"}}'),

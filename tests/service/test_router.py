@@ -3,7 +3,9 @@ imitation of it and, where it is installed, before itself."""
 
 import asyncio
 import contextlib
+import http.client
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 from keepalive.core import calls, room
 from keepalive.service.daemon import Daemon
 from tests.kit.installed import ROUTER
-from tests.kit.live import asked, daemon, model, settings, until
+from tests.kit.live import PATIENCE, asked, daemon, model, settings, until
 from tests.kit.llama import LlamaRouter, made_model
 from tests.kit.router import Router
 
@@ -45,6 +47,12 @@ class Engine:
 
     def loads(self, key: str) -> int:
         return self.router.loads(key) if isinstance(self.router, LlamaRouter) else self.router.loads[key]
+
+    def requests(self, key: str) -> int:
+        """How many have reached a model."""
+        if isinstance(self.router, LlamaRouter):
+            return self.router.log().count(f"proxying request to model {key} on")
+        return self.router.served[key]
 
     def breaks(self, key: str) -> None:
         if isinstance(self.router, LlamaRouter):
@@ -89,6 +97,18 @@ async def chat(url: str, name: str, tokens: int = 2, **more: Any) -> tuple[int, 
     body = {"model": name, "messages": [{"role": "user", "content": "x"}], "max_tokens": tokens}
     status, _, text = await asked(url + CHAT, "POST", {**body, "ignore_eos": True, **more})
     return status, text
+
+
+def streamed(url: str, then: Callable[[], None]) -> str:
+    """All of an answer of a; `then` happens once it has begun."""
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=PATIENCE)
+    with contextlib.closing(connection):
+        body = {"model": "a", "messages": [{"role": "user", "content": "x"}], "max_tokens": 4000}
+        connection.request("POST", CHAT, json.dumps({**body, "ignore_eos": True, "stream": True}))
+        answer = connection.getresponse()
+        first = answer.readline()
+        then()
+        return (first + answer.read()).decode()
 
 
 async def reaches(running: Daemon, key: str, state: str) -> dict[str, Any]:
@@ -158,8 +178,9 @@ async def test_nothing_is_unloaded_under_the_answer_of_somebody_who_asks_the_rou
         text = settings(there.url, auto("a"), auto("b"), upstream=ROOM_FOR_ONE)
         async with daemon(text) as running:
             await chat(running.url, "a")
+            before = there.requests("a")
             stranger = asyncio.create_task(chat(there.url, "a", tokens=700))
-            await asyncio.sleep(0.3)
+            await until(lambda: there.requests("a") > before, "the stranger is answered")
             other = asyncio.create_task(chat(running.url, "b"))
             status, answer = await stranger
             other_status, _ = await other
@@ -272,9 +293,7 @@ async def test_a_model_with_an_idle_timer_is_kept_awake(engine) -> None:
     with engine(sleep=8) as there:
         async with daemon(settings(there.url, "a", defaults='ping_interval = "1h"')) as running:
             await reaches(running, "a", "warm")
-            await until(
-                lambda: there.router.log().count("proxying request to model a on") >= 3, "it is pinged"
-            )
+            await until(lambda: there.requests("a") >= 3, "it is pinged")
             slept = there.router.log().count("entering sleeping state")
             evictions = model(running, "a")["evictions"]
 
@@ -293,3 +312,37 @@ async def test_a_model_that_fell_asleep_is_woken_and_not_loaded_twice() -> None:
 
     assert cause == "timer"
     assert router.loads["a"] == 1
+
+
+async def test_models_that_nobody_wrote_down_are_kept_once_they_are_asked_for(engine) -> None:
+    with engine(most=1) as there:
+        text = settings(there.url, auto("a"), server='unlisted = "auto"')
+        async with daemon(text) as running:
+            answers = [(await chat(running.url, key))[0] for key in ("a", "c", "b")]
+            kept = [m["key"] for m in running.status()["models"]]
+            states = there.states()
+            loads = [there.loads(key) for key in "abc"]
+
+    assert answers == [200, 200, 200]
+    assert kept == ["a", "c", "b"]
+    assert states == {"a": "unloaded", "b": "loaded", "c": "unloaded"}
+    assert loads == [1, 1, 1]
+
+
+@pytest.mark.parametrize("engine", [REAL], indirect=True)
+async def test_an_answer_whose_model_is_killed_under_it_counts_as_cut_and_the_model_is_loaded_again(
+    engine,
+) -> None:
+    with engine() as there:
+        async with daemon(settings(there.url, "a")) as running:
+            await reaches(running, "a", "warm")
+            text = await asyncio.to_thread(streamed, running.url, lambda: there.router.kill_process("a"))
+            await until(lambda: there.loads("a") == 2, "it is loaded again")
+            await reaches(running, "a", "warm")
+            again, _ = await chat(running.url, "a")
+            _, _, page = await asked(running.admin_url + "/metrics")
+
+    # llama-server ends it as if it were whole: the bytes pass as they come, and are seen for what they are
+    assert text.endswith("proxy error: Failed to read connection")
+    assert re.search(r'^keepalive_proxy_requests_total{.*outcome="cut".*} 1.0$', page, re.MULTILINE)
+    assert again == 200
