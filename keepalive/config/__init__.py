@@ -35,6 +35,7 @@ from keepalive.config.tables import (
     LOAD_FIELDS,
     AccessKey,
     Auth,
+    Cluster,
     Config,
     Defaults,
     History,
@@ -49,7 +50,7 @@ from keepalive.config.tables import (
 from keepalive.config.values import seconds, written
 
 __all__ = [
-    "LEARN", "LOAD_FIELDS", "AccessKey", "Address", "Auth", "Config", "ConfigError", "Defaults", "History", "Kept",
-    "Mistake", "Model", "Notify", "Opening", "Ping", "Prompt", "Server", "Upstream",
+    "LEARN", "LOAD_FIELDS", "AccessKey", "Address", "Auth", "Cluster", "Config", "ConfigError", "Defaults", "History",
+    "Kept", "Mistake", "Model", "Notify", "Opening", "Ping", "Prompt", "Server", "Upstream",
     "find", "load", "overbooked", "parse", "read", "read_openings", "schema", "seconds", "with_openings", "written",
 ]  # fmt: skip

@@ -85,6 +85,20 @@ def read_url(value: str) -> str:
     raise ValueError(f'{shown(value)} {wrong}; write "{_fit(server + plain) or example}"')
 
 
+def read_engine_url(value: str) -> str:
+    """Where etcd listens: scheme, host and port, no slash at the end."""
+    if "@" in value:
+        raise ValueError("holds credentials, which do not stand here; write user and password_file")
+    plain, example = value.lower().rstrip("/"), "http://10.0.0.1:2379"
+    scheme, _, place = plain.partition("://")
+    origin = _origin(plain)
+    if origin is None or scheme not in _DEFAULT_PORTS:
+        meant = f"http://{place or plain}"
+        advice = _fit(meant) if _origin(meant) else ""
+        raise ValueError(f'{shown(value)} is not scheme, host and port; write "{advice or example}"')
+    return origin
+
+
 def read_origin(value: str) -> str:
     """A web page as its browser names it: scheme and host in lower case, the port where it is no default."""
     plain = value.lower().removesuffix("/")

@@ -36,6 +36,7 @@ class Checks:
         yield from self._prompts()
         yield from self._auth()
         yield from self._notify()
+        yield from self._cluster()
 
     def _addresses(self) -> Found:
         server = self.config.server
@@ -245,6 +246,36 @@ class Checks:
             yield ("notify", places[1]), message
         elif notify.model_fields_set and not notify.on:
             yield place, 'is missing; write urls_env = "KEEPALIVE_TELL", the variable that holds where to'
+
+    def _cluster(self) -> Found:
+        cluster = self.config.cluster
+        given = cluster.model_fields_set
+        if not cluster.on:
+            if given and ("cluster", "etcd") not in self.wrong:
+                yield ("cluster",), 'etcd is missing; write etcd = ["http://10.0.0.1:2379"], where it listens'
+            return
+        if cluster.password_env and cluster.password_file:
+            message = "stands beside password_env, and a password has one place; leave one of them out"
+            yield ("cluster", "password_file"), message
+        password = cluster.password_env or cluster.password_file
+        if password and not cluster.user and ("cluster", "user") not in self.wrong:
+            yield ("cluster",), 'user is missing, whose password that is; write user = "keepalive"'
+        if (
+            cluster.user
+            and not password
+            and not {("cluster", f"password_{p}") for p in ("env", "file")} & self.wrong
+        ):
+            yield ("cluster", "user"), 'has no password; write password_file = "/etc/keepalive/etcd_password"'
+        for one, other in (("cert", "key"), ("key", "cert")):
+            if getattr(cluster, one) and not getattr(cluster, other) and ("cluster", other) not in self.wrong:
+                yield (
+                    ("cluster", one),
+                    f'is of no use without {other}; write {other} = "/etc/keepalive/etcd.pem"',
+                )
+        plain = [url for url in cluster.etcd if not url.startswith("https://")]
+        for name in ("ca", "cert"):
+            if plain and getattr(cluster, name):
+                yield ("cluster", name), f"is of no use with {shown(plain[0])}; write https://… for etcd"
 
 
 def _address(upstream: Upstream) -> Address:

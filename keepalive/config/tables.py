@@ -64,6 +64,9 @@ Lease = Annotated[float, _duration("1s", "365d"), _DURATION]
 Size = Annotated[int, PlainValidator(values.read_size), _written_as(values.SIZE_PATTERN)]
 Listen = Annotated[Address, PlainValidator(addresses.read_address), _written_as(addresses.ADDRESS_PATTERN)]
 Url = Annotated[str, _text(addresses.read_url), _written_as(addresses.URL_PATTERN)]
+EngineUrl = Annotated[str, _text(addresses.read_engine_url)]
+# etcd itself makes no lease shorter than two seconds, and a busy machine may take one to say that it still lives.
+Ttl = Annotated[float, _duration("3s", "5m"), _DURATION]
 Zone = Annotated[str, _text(values.read_zone_name)]
 Span = Annotated[Window, _text(values.read_window), _TEXT]
 Directory = Annotated[Path, _text(values.read_directory), _TEXT]
@@ -351,6 +354,35 @@ class Notify(Table):
         return bool(self.urls_env or self.urls_file or self.urls_credential)
 
 
+class Cluster(Table):
+    """Several daemons in front of the same LM Studio servers, as one. They agree by etcd."""
+
+    etcd: Many[EngineUrl] = Field((), examples=["http://10.0.0.1:2379"])
+    """Where etcd (3.4 or newer) listens: all of its members, or some."""
+    name: Name = "keepalive"
+    """What the cluster is called: the same on each of its daemons, and of no other in the same etcd."""
+    instance: Name | None = Field(None, examples=["a"])
+    """What this daemon is called, and no other. Default: the name of its host."""
+    ttl: Ttl = seconds("10s")
+    """For how long a daemon that is no longer heard of keeps others from acting for it."""
+    user: Line | None = Field(None, examples=["keepalive"])
+    """Who it is to etcd, where that wants to know."""
+    password_env: Variable | None = Field(None, examples=["ETCD_PASSWORD"])
+    """The environment variable that holds the password of that user."""
+    password_file: SecretFile | None = Field(None, examples=["/etc/keepalive/etcd_password"])
+    """The file that holds it."""
+    ca: SecretFile | None = Field(None, examples=["/etc/keepalive/etcd-ca.pem"])
+    """The file with the certificate that has signed etcd's. Default: those that this machine trusts."""
+    cert: SecretFile | None = Field(None, examples=["/etc/keepalive/etcd.pem"])
+    """The file with a certificate of our own, where etcd wants one."""
+    key: SecretFile | None = Field(None, examples=["/etc/keepalive/etcd.key"])
+    """The file with the key to it."""
+
+    @property
+    def on(self) -> bool:
+        return bool(self.etcd)
+
+
 LEARN = "learn"
 """What stands among the files of `prime` for the openings that requests share."""
 
@@ -397,6 +429,7 @@ class Config(Table):
     prompts: Tables[Prompt] = ()
     auth: Auth = Auth()
     notify: Notify = Notify()
+    cluster: Cluster = Cluster()
 
     @cached_property
     def kept(self) -> tuple[Kept, ...]:
@@ -453,4 +486,5 @@ SECTIONS: Mapping[str, type[Table]] = {
     "[[auth.client_keys]]": AccessKey,
     "[[auth.admin_keys]]": AccessKey,
     "[notify]": Notify,
+    "[cluster]": Cluster,
 }

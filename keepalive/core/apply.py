@@ -16,13 +16,17 @@ from keepalive.core.facts import (
     DrainEnded,
     DrainStarted,
     Fact,
+    HandTaken,
+    HolderTold,
     InstanceLost,
     Listed,
     ListingFailed,
     LoadEnded,
+    LoadForgone,
     LoadGivenUp,
     LoadProgressed,
     LoadRemembered,
+    LoadResolved,
     LoadsRecalled,
     LoadStarted,
     OpeningRead,
@@ -39,6 +43,7 @@ from keepalive.core.facts import (
     RequestStarted,
     UnloadEnded,
     UnloadStarted,
+    UsedElsewhere,
     WaitEnded,
     WaitStarted,
     WarmAsked,
@@ -83,8 +88,21 @@ def _wait_ended(model: Model, fact: WaitEnded) -> Model:
     return replace(
         model,
         waiting=waiting,
-        waiting_since=model.waiting_since if waiting else None,
+        waiting_since=model.waiting_since if waiting or model.callers_elsewhere else None,
         use_at=fact.at if fact.served else model.use_at,
+    )
+
+
+def _used_elsewhere(model: Model, fact: UsedElsewhere) -> Model:
+    since = fact.at if model.waiting_since is None else model.waiting_since
+    busy = fact.used or fact.waiting > 0 or model.used_elsewhere or model.callers_elsewhere > 0
+    return replace(
+        model,
+        callers_elsewhere=fact.waiting,
+        used_elsewhere=fact.used,
+        waiting_since=since if fact.waiting or model.waiting else None,
+        elsewhere_at=fact.at if busy else model.elsewhere_at,
+        ahead=model.ahead and not busy,
     )
 
 
@@ -155,6 +173,12 @@ CHANGES: Mapping[type[Fact], Callable[..., Model]] = {
     LoadGivenUp: lambda model, _: replace(model, giving_up=model.load_started is not None),
     LoadEnded: calls.load_ended,
     LoadRemembered: calls.load_remembered,
+    LoadForgone: calls.load_forgone,
+    LoadResolved: calls.load_resolved,
+    HolderTold: calls.holder_told,
+    UsedElsewhere: _used_elsewhere,
+    # Another may have acted here until now: no listing from before counts for what we do.
+    HandTaken: lambda model, fact: replace(model, touched_at=fact.at, ill=None),
     OursRecalled: lambda model, fact: replace(model, recalled=(fact.instance_ids, fact.until)),
     LoadsRecalled: lambda model, fact: replace(
         model, recent_loads=(*fact.seconds, *model.recent_loads)[-LOADS_REMEMBERED:]

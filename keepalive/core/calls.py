@@ -7,10 +7,13 @@ A call that must not be made is a bug of ours, and raises.
 from keepalive.core.changed import replace
 from keepalive.core.errors import Reason
 from keepalive.core.facts import (
+    HolderTold,
     LoadEnded,
+    LoadForgone,
     LoadOutcome,
     LoadProgressed,
     LoadRemembered,
+    LoadResolved,
     LoadStarted,
     PingEnded,
     PingOutcome,
@@ -39,7 +42,7 @@ from keepalive.core.records import (
     Pending,
     Ping,
 )
-from keepalive.core.states import IllegalMove, Sign
+from keepalive.core.states import IllegalMove, Sign, State
 
 # How soon it is tried again to unload what was found to answer somebody.
 IN_USE_POLL = 5.0
@@ -61,17 +64,66 @@ def load_started(model: Model, fact: LoadStarted) -> Model:
 
 
 def load_progressed(model: Model, fact: LoadProgressed) -> Model:
-    if model.load_started is None or (model.progress is not None and fact.progress <= model.progress):
+    if model.loading_since is None or (model.progress is not None and fact.progress <= model.progress):
         return model
     return replace(model, progress=fact.progress, progress_at=fact.at)
 
 
+def load_forgone(model: Model, fact: LoadForgone) -> Model:
+    model = replace(model, load_started=None, progress=None, touched_at=fact.at)
+    return absent(model, fact.at, fact.message)
+
+
 def load_remembered(model: Model, fact: LoadRemembered) -> Model:
     until = fact.started + model.longest_load(fact.expected)
+    if fact.by is not None:
+        return _load_elsewhere(model, fact, until)
     why = "it was begun before this daemon was started or its config read anew, and nobody saw it end"
     pending = Pending(fact.started, until, alive_at=fact.at, expected=fact.expected, why=why)
     reason = f"{UNSEEN}, because {why}"
     return replace(model, pending=pending, tells_loading=fact.tells_loading, reason=reason)
+
+
+def _load_elsewhere(model: Model, fact: LoadRemembered, until: float) -> Model:
+    if (
+        model.load_started is not None
+        or model.instances
+        or (model.pending is not None and model.pending.ours)
+    ):
+        return model  # what we have begun ourselves, or see already, we know better
+    why = f"{fact.by} began it"
+    pending = Pending(fact.started, until, alive_at=fact.at, expected=fact.expected, why=why)
+    tells = model.tells_loading or fact.tells_loading
+    model = replace(model, pending=pending, tells_loading=tells, progress=None)
+    return move(model, Sign.SEEN_LOADING, fact.at, f"{fact.by} loads it")
+
+
+def load_resolved(model: Model, fact: LoadResolved) -> Model:
+    if model.load_started is not None or model.pending is None or not model.pending.ours or model.instances:
+        return model
+    # What came of it the next listing shows. We are not the one who would load it again.
+    return replace(model, pending=None, progress=None)
+
+
+def holder_told(model: Model, fact: HolderTold) -> Model:
+    known = {instance.id for instance in model.instances}
+    model = replace(
+        model,
+        told=fact.instance_ids,
+        ours=model.ours | (fact.instance_ids & known),
+        recent_loads=fact.loads or model.recent_loads,
+        failures=fact.failures,
+        failure=fact.failure,
+        retry_at=fact.retry_at,
+        ill=fact.ill,
+    )
+    if model.blind and fact.warm is not (model.state is State.WARM) and model.load_started is None:
+        return proved(model, fact.at) if fact.warm else absent(model, fact.at, fact.failure)
+    if model.instances and fact.ill is not None:
+        return move(model, Sign.DISPROVED, fact.at, fact.ill)
+    if model.state is State.COLD and fact.retry_at is not None and fact.retry_at > fact.at:
+        return move(model, Sign.HELD_OFF, fact.at, fact.failure)
+    return model
 
 
 def load_ended(model: Model, fact: LoadEnded) -> Model:
@@ -142,7 +194,7 @@ def ping_started(model: Model, fact: PingStarted) -> Model:
 def ping_ended(model: Model, fact: PingEnded) -> Model:
     policy, at = model.policy, fact.at
     if fact.outcome is PingOutcome.SKIPPED:
-        last = at if model.in_flight or model.engaged else model.active_at
+        last = at if model.in_use or model.engaged else model.active_at
         return replace(model, ping_at=last + policy.ping_interval, vouched_at=model.active_at)
     ping = Ping(at, fact.outcome, fact.seconds)
     model = replace(model, pinging=False, touched_at=at, used_at=at, last_ping=ping, busy=False)

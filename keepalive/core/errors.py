@@ -5,6 +5,7 @@ KeepaliveError
 ├── ClientError            a request to a daemon came to nothing (in client, with its kinds)
 ├── NotWarm                a model was asked for and does not get warm
 └── UpstreamError          LM Studio did not do what it was asked
+    ├── Forgone            we did not ask: another daemon acts there now
     ├── Unreachable        nobody answered the connection; `refused` when the port is closed
     ├── TimedOut           connected, then no answer in time: a question, not a verdict
     ├── Cut                the connection broke after the request had been sent
@@ -31,6 +32,10 @@ class NotWarm(KeepaliveError):
 
 class UpstreamError(KeepaliveError):
     """LM Studio did not do what it was asked."""
+
+
+class Forgone(UpstreamError):
+    """Nothing was sent: at the last moment it was no longer ours to act there."""
 
 
 class Unreachable(UpstreamError):

@@ -156,6 +156,8 @@ class Listed(UpstreamFact):
     sight: Sight = field(default=NO_SIGHT, repr=False)
     # It keeps no more models than this at a time, and lets others go for a load.
     places: int | None = field(default=None, repr=False)
+    # Another daemon proves what is loaded: here it is warm because it is listed.
+    trusted: bool = field(default=False, repr=False)
     # Folded keys of what is loaded, and of what is being loaded, managed or not.
     resident: frozenset[str] = field(init=False, repr=False)
     arriving: frozenset[str] = field(init=False, repr=False)
@@ -189,6 +191,16 @@ class ClockJumped(UpstreamFact):
 @dataclass(frozen=True, slots=True)
 class ModelsChanged(UpstreamFact):
     """A caller loaded, unloaded or downloaded a model there: what was listed may be old."""
+
+
+@dataclass(frozen=True, slots=True)
+class HandTaken(UpstreamFact):
+    """Of several daemons at this upstream we are from now on the one that acts."""
+
+
+@dataclass(frozen=True, slots=True)
+class HandLost(UpstreamFact):
+    """Of several daemons at this upstream another one acts from now on, or none."""
 
 
 # --- about a model: what we did -------------------------------------------------------------------
@@ -247,6 +259,40 @@ class LoadRemembered(ModelFact):
     started: float
     expected: float | None  # seconds this model is known to take
     tells_loading: bool = False  # its listing is known to show a load in progress
+    by: str | None = None  # another daemon of ours began it
+
+
+@dataclass(frozen=True, slots=True)
+class LoadForgone(ModelFact):
+    """A load was not begun after all: it was no longer ours to do, and LM Studio has not heard of it."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoadResolved(ModelFact):
+    """The daemon that acts here knows what came of the load under way."""
+
+
+@dataclass(frozen=True, slots=True)
+class HolderTold(ModelFact):
+    """What the daemon that acts here knows of a model, and a listing does not show; times of our own clock."""
+
+    instance_ids: frozenset[str] = frozenset()  # copies that one of us loaded
+    warm: bool = False
+    ill: str | None = None  # why what is listed does not answer
+    failure: str | None = None
+    failures: int = 0
+    retry_at: float | None = None
+    loads: tuple[float, ...] = ()  # seconds that its last ones took
+
+
+@dataclass(frozen=True, slots=True)
+class UsedElsewhere(ModelFact):
+    """What callers of all other daemons of ours do with a model."""
+
+    waiting: int
+    used: bool
 
 
 @dataclass(frozen=True, slots=True)

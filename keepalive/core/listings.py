@@ -32,6 +32,9 @@ def listed(model: Model, fact: Listed) -> Model:
         idle_since=None,
     )
     entry = fact.entries.get(fold_key(model.id.key))
+    if fact.trusted and (entry is None or not entry.instances):
+        # Whoever acts here knows whether it was lost or let go.
+        model = replace(model, instances=(), ours=frozenset(), busy=False)
     if model.recalled is not None:
         # The first listing of this life decides: what comes later may be anybody's.
         ids, until = model.recalled
@@ -59,7 +62,7 @@ def listed(model: Model, fact: Listed) -> Model:
     if entry.instances:
         if all(instance.busy is False for instance in entry.instances):
             model = replace(model, idle_since=fact.asked if before.idle_since is None else before.idle_since)
-        return _present(model, fact.at, entry)
+        return _present(model, fact.at, entry, trusted=fact.trusted)
     told = entry.loading is not None
     cause = why_missing(before, fact, told=told)
     if entry.loading:
@@ -79,6 +82,8 @@ def _listed_blind(model: Model, fact: Listed) -> Model:
         return model
     if model.pending is not None:
         return _missing(model, fact.at, Cause.UNKNOWN, told=False)
+    if fact.trusted and model.ill is None and model.state is State.WARM:
+        return replace(model, seen_at=fact.at)  # whoever acts here pings it
     if model.needed and not model.policy.pinged:
         # No ping will ever show it; that the server answers has to do.
         return believed(model, fact.at)
@@ -90,13 +95,17 @@ def _listed_blind(model: Model, fact: Listed) -> Model:
     return absent(model, fact.at, reason)
 
 
-def _present(model: Model, at: float, entry: Entry) -> Model:
+def _present(model: Model, at: float, entry: Entry, *, trusted: bool) -> Model:
     known = {instance.id for instance in entry.instances}
     appeared, pending = not model.instances, model.pending
     model = _appeared(model, at) if appeared else _still_there(model)
     if model.priming.done and model.instance_id not in known:
         model = forget_primed(model)
-    model = replace(model, instances=entry.instances, ours=model.ours & known, pending=None, seen_at=at)
+    ours = (model.ours | model.told) & known
+    told = model.told if trusted else frozenset[str]()  # what we see ourselves decides from now on
+    model = replace(model, instances=entry.instances, ours=ours, told=told, pending=None, seen_at=at)
+    if appeared:
+        model = replace(model, ill=None)  # of another copy nothing was told
     model = replace(model, used_at=max(model.used_at, _used(model, at)))
     if model.engaged:
         # Our own calls are not seen here: a look from meanwhile does not count.
@@ -106,6 +115,8 @@ def _present(model: Model, at: float, entry: Entry) -> Model:
         model = replace(model, doubled_at=at)
     if pending and pending.proved:
         return proved(model, at)
+    if trusted and model.load_started is None and model.ill is None and not model.crashed:
+        return believed(model, at)
     if model.load_started is not None:
         return model  # somebody else's copy came first; ours is still on its way
     if not model.held:

@@ -39,7 +39,10 @@ def plan(upstream: Upstream, models: Sequence[Model], now: float) -> list[Action
     """What to do now on one upstream, given all of its models.
 
     Carried out and reported as facts, a plan leaves nothing of itself in the next plan.
+    Where another daemon acts, all that is left to do is to look.
     """
+    if not upstream.acts:
+        return _look(upstream, models, now)
     due = [m for m in models if _ping_is_due(m, now)]
     actions: list[Action] = [SkipPing(m.id) for m in due if _is_in_use(m)]
     room = arranged(upstream, models, now)
@@ -69,6 +72,12 @@ def plan(upstream: Upstream, models: Sequence[Model], now: float) -> list[Action
     if not upstream.listing and _refresh_is_due(upstream, models, now, stale=stale):
         actions.append(Refresh(upstream.name, loading=loading))
     return actions
+
+
+def _look(upstream: Upstream, models: Sequence[Model], now: float) -> list[Action]:
+    if upstream.listing or not _refresh_is_due(upstream, models, now, stale=False):
+        return []
+    return [Refresh(upstream.name, loading=any(map(_may_be_loading, models)))]
 
 
 def _is_fresh(upstream: Upstream, model: Model, now: float) -> bool:
@@ -144,7 +153,7 @@ def _place_in_line(model: Model) -> tuple[bool, float, int]:
     """Of what is always kept whoever is waited for comes first; then, of `auto` models, who has waited longest."""
     if model.policy.auto:
         return True, model.in_line_since, model.rank
-    return False, model.waiting == 0, model.rank
+    return False, model.callers == 0, model.rank
 
 
 def _ready(
@@ -176,7 +185,7 @@ def _loads(
 def _asked(upstream: Upstream, models: Sequence[Model], now: float) -> list[Model]:
     ready = _ready(upstream, models, now, lambda m: m.needed)
     # Somebody waits for the first of these; then the order of the config.
-    ready.sort(key=lambda m: (m.waiting == 0, m.rank))
+    ready.sort(key=lambda m: (m.callers == 0, m.rank))
     return ready
 
 
@@ -188,7 +197,7 @@ def _is_loadable(model: Model, now: float) -> bool:
         and not model.calling
         and model.pending is None
         # Nobody fights over memory for nothing. But whoever waits gets the model, however often it was taken.
-        and (model.retry_at is None or now >= model.retry_at or (model.waiting > 0 and model.contested))
+        and (model.retry_at is None or now >= model.retry_at or (model.callers > 0 and model.contested))
     )
 
 
@@ -240,7 +249,7 @@ def _pushed_out(
 def _pings(models: Sequence[Model], due: Sequence[Model]) -> list[tuple[Model, Action]]:
     free = PINGS_AT_ONCE - sum(m.pinging for m in models)
     due = [m for m in due if not _is_in_use(m)]
-    due.sort(key=lambda m: (m.waiting == 0, m.state is State.WARM, m.rank))
+    due.sort(key=lambda m: (m.callers == 0, m.state is State.WARM, m.rank))
     return [(m, SendPing(m.id, m.instance_id or m.id.key)) for m in due[: max(free, 0)]]
 
 
@@ -262,7 +271,7 @@ def _is_in_use(model: Model) -> bool:
     if model.state is not State.WARM:
         return False
     last_ping = model.last_ping.at if model.last_ping else -inf
-    return model.in_flight > 0 or model.engaged or model.active_at > max(last_ping, model.vouched_at)
+    return model.in_use or model.engaged or model.active_at > max(last_ping, model.vouched_at)
 
 
 def _must_unload_crashed(model: Model) -> bool:
@@ -286,7 +295,7 @@ def _unloads(
 
 
 def _is_unloadable(model: Model, now: float) -> bool:
-    if model.calling or model.in_flight or (model.retry_at is not None and now < model.retry_at):
+    if model.calling or model.in_use or (model.retry_at is not None and now < model.retry_at):
         return False
     if model.held and _must_unload_crashed(model):
         return True
@@ -294,7 +303,7 @@ def _is_unloadable(model: Model, now: float) -> bool:
         return False  # somebody who does not ask through us is at it, or may be
     if model.held:
         return _is_idle(model, now)
-    return now >= model.active_at + LINGER
+    return now >= max(model.active_at, model.elsewhere_at) + LINGER
 
 
 def _is_idle(model: Model, now: float) -> bool:

@@ -94,7 +94,7 @@ def _is_fit(model: Model, opening: str | None) -> bool:
 
 
 def _is_used(models: Iterable[Model]) -> bool:
-    return any(m.waiting or m.in_flight or m.load_started is not None or m.pending for m in models)
+    return any(m.callers or m.in_use or m.load_started is not None or m.pending for m in models)
 
 
 def _is_quiet(models: Sequence[Model], now: float) -> bool:

@@ -192,6 +192,15 @@ class Model:
     touched_at: float = -inf  # when our last call for this model ended
     tells_loading: bool = False  # a listing has shown a load of this model in progress
 
+    # what other daemons of ours tell of it
+    callers_elsewhere: int = 0  # who wait there
+    used_elsewhere: bool = False
+    elsewhere_at: float = -inf  # when somebody there last used it
+    told: frozenset[str] = (
+        frozenset()
+    )  # ids of instances that one of us loaded, whether or not they are there
+    ill: str | None = None  # why it is not trusted though it is listed
+
     # what came of it
     refused_claim: Claim | None = None  # its last load, when LM Studio said that there was no room
     granted_claim: Claim | None = None  # and when it went well
@@ -260,11 +269,26 @@ class Model:
     @property
     def unused_since(self) -> float:
         """When it was last used, or came into memory."""
-        return max(self.use_at, self.there_since)
+        return max(self.last_use, self.there_since)
+
+    @property
+    def last_use(self) -> float:
+        """When a caller last came for it, to whichever daemon."""
+        return max(self.use_at, self.elsewhere_at)
+
+    @property
+    def callers(self) -> int:
+        """Who wait for it, at whichever daemon."""
+        return self.waiting + self.callers_elsewhere
+
+    @property
+    def in_use(self) -> bool:
+        """Whether it answers a caller of ours, at whichever daemon."""
+        return self.in_flight > 0 or self.used_elsewhere
 
     @property
     def needed(self) -> bool:
-        return self.wanted or (not self.retired and (self.waiting > 0 or self.in_flight > 0))
+        return self.wanted or (not self.retired and (self.callers > 0 or self.in_flight > 0))
 
     @property
     def calling(self) -> bool:
@@ -293,7 +317,7 @@ class Model:
     def goes_at(self) -> float | None:
         """When its idle timer lets it go, if nobody uses it; None where none runs, or nobody knows."""
         ttl = self.ttl
-        if ttl is None or ttl == inf or self.engaged or self.in_flight:
+        if ttl is None or ttl == inf or self.engaged or self.in_use:
             return None
         return self.used_at + ttl
 
@@ -381,6 +405,7 @@ class Upstream:
     places: int | None = None  # it keeps no more models than this at a time, by its own word
     sees_loading: bool = False  # the newest listing was asked for that, too
     sight: Sight = NO_SIGHT  # what LM Studio's socket was good for then
+    acts: bool = True  # it is we who load, ping and unload there, and no other daemon
     evicts: bool | None = None  # as seen, where it is not configured
     on_trial: frozenset[str] = frozenset()  # resident before our load on demand: do they survive it?
     trial_over_at: float | None = None  # when that load ended; a listing asked later is the verdict

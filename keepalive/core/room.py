@@ -121,19 +121,19 @@ def manages(upstream: Upstream, models: Iterable[Model]) -> bool:
 
 def is_in_use(model: Model, now: float) -> bool:
     """Whether anybody works with it, or is about to, by all that we know."""
-    if model.in_flight or model.calling or model.pending is not None or model.wanted:
+    if model.in_use or model.calling or model.pending is not None or model.wanted:
         return True
     if model.engaged or model.seen_by.late:
         return True  # somebody who does not ask through us is at it, or may be
     if model.draining:
         return False  # those who wait for it wait until it comes again
-    return model.waiting > 0 or now < model.use_at + SETTLE
+    return model.callers > 0 or now < model.last_use + SETTLE
 
 
 def next_to_go(models: Iterable[Model], now: float) -> list[Model]:
     """Whose copies may go now, those first that are missed least."""
     idle = [m for m in models if may_go(m) and not is_in_use(m, now) and not _is_held_off(m, now)]
-    return sorted(idle, key=lambda m: (not m.draining, m.use_at, -m.rank))
+    return sorted(idle, key=lambda m: (not m.draining, m.last_use, -m.rank))
 
 
 def _is_held_off(model: Model, now: float) -> bool:
@@ -249,7 +249,7 @@ class _Arranging:
             if model.id in self.never:
                 continue
             if slots <= 0:
-                if model.waiting and self.could_end:
+                if model.callers and self.could_end:
                     self._give_up(self.could_end[0])
                 break
             if room_is_kept and not self._is_always(model):
@@ -272,7 +272,7 @@ class _Arranging:
                 slots -= 1
             else:
                 # For what cannot come nobody is held up.
-                if model.waiting:
+                if model.callers:
                     self._give_up_for(model)
                 hopes = model.id not in self.never
                 room_is_kept = room_is_kept or (hopes and self._is_patient_no_more(model))
@@ -398,7 +398,7 @@ class _Arranging:
         for model in self.models:
             ours = [i.id for i in model.instances if i.id in model.ours]
             extra = ours[1:] if len(ours) == len(model.instances) else ours
-            used = model.in_flight or model.calling or model.engaged or model.seen_by.late
+            used = model.in_use or model.calling or model.engaged or model.seen_by.late
             if extra and not used and not _is_held_off(model, self.now):
                 found.append((model, extra[-1]))
         return found
@@ -467,9 +467,9 @@ class _Arranging:
             and is_in_use(m, self.now)
             and not m.calling
             and not m.wanted
-            and (m.draining or not m.waiting)
+            and (m.draining or not m.callers)
         ]
-        return sorted(busy, key=lambda m: (not m.draining, m.expected_load or 0.0, m.use_at, -m.rank))
+        return sorted(busy, key=lambda m: (not m.draining, m.expected_load or 0.0, m.last_use, -m.rank))
 
     def _is_patient_no_more(self, model: Model) -> bool:
         return self.now >= model.in_line_since + model.policy.patience

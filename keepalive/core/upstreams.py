@@ -6,12 +6,17 @@ from keepalive.core.changed import replace
 from keepalive.core.facts import (
     ClockJumped,
     Fact,
+    HandLost,
+    HandTaken,
+    HolderTold,
     InstanceLost,
     Listed,
     ListingFailed,
     ListingStarted,
     LoadEnded,
+    LoadForgone,
     LoadOutcome,
+    LoadResolved,
     LoadStarted,
     ModelsChanged,
     PingEnded,
@@ -56,6 +61,12 @@ def apply_upstream(upstream: Upstream, fact: Fact) -> Upstream:
         case ClockJumped():
             # Whatever we knew is as old as the machine slept: look before anything else is decided.
             return replace(upstream, answered_at=-inf, due_at=-inf)
+        case HandTaken():
+            return replace(upstream, acts=True, answered_at=-inf, due_at=-inf)
+        case HandLost():
+            return replace(upstream, acts=False)
+        case LoadForgone() | LoadResolved() | HolderTold():
+            return replace(upstream, due_at=min(upstream.due_at, fact.at))
         case LoadEnded():
             trial = upstream.on_trial if fact.outcome is LoadOutcome.OK else frozenset[str]()
             return replace(upstream, due_at=-inf, on_trial=trial, trial_over_at=fact.at)

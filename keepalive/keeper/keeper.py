@@ -29,6 +29,7 @@ from keepalive.core.apply import apply
 from keepalive.core.changed import replace
 from keepalive.core.errors import (
     Cut,
+    Forgone,
     GivenUp,
     NotWarm,
     Reason,
@@ -45,10 +46,13 @@ from keepalive.core.facts import (
     DrainStarted,
     Entry,
     Fact,
+    HandLost,
+    HandTaken,
     Listed,
     ListingFailed,
     ListingStarted,
     LoadEnded,
+    LoadForgone,
     LoadGivenUp,
     LoadOutcome,
     LoadProgressed,
@@ -89,6 +93,7 @@ UNLOAD_TIMEOUT = 60.0
 MEANINGS_REMEMBERED = 256
 # What is kept of its own accord once it is asked for, where the config says so.
 ADOPTED = ("llm", "embedding")
+FORGONE = "which daemon acts here was not sure at the moment when its load was to begin"
 ADOPTED_REASON = "it has just been asked for the first time"
 
 
@@ -151,6 +156,32 @@ class Client(Protocol):
     ) -> int | None: ...
 
     async def close(self) -> None: ...
+
+
+class Hand(Protocol):
+    """Which daemon acts, where several keep the models of one upstream. Of them all, one loads, pings and unloads."""
+
+    def acts(self, upstream: str, /) -> bool:
+        """Whether it is this one, at this moment."""
+
+    async def begin(self, model: Model, /) -> bool:
+        """Let the others know of a load before LM Studio does; False: it must not begin."""
+
+    def hopeless(self, upstream: str, /) -> tuple[str, float | None] | None:
+        """Why nobody acts there, where that will last, and in how many seconds to ask again."""
+
+
+class Alone:
+    """There is no other."""
+
+    def acts(self, upstream: str, /) -> bool:
+        return True
+
+    async def begin(self, model: Model, /) -> bool:
+        return True
+
+    def hopeless(self, upstream: str, /) -> tuple[str, float | None] | None:
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +248,7 @@ class Keeper:
     """Keeps models warm.
 
     `clock` gives seconds and never the same twice; `report` is given what an observer raises; `look_up` knows what an
-    opening says, by its name, while it is known.
+    opening says, by its name, while it is known; `hand` who acts.
     """
 
     def __init__(
@@ -226,11 +257,13 @@ class Keeper:
         observers: Sequence[Observer] = (),
         report: Callable[[BaseException], None] = lambda error: None,
         look_up: Callable[[ModelId, str], Replay | None] = lambda model, opening: None,
+        hand: Hand = Alone(),  # noqa: B008  # it has no state
     ) -> None:
         self._clock = clock
         self._observers = observers
         self._report = report
         self._look_up = look_up
+        self._hand = hand
         self._primes: dict[ModelId, asyncio.Task[None]] = {}
         self._shelves: dict[str, _Shelf] = {}
         self._keeps: dict[ModelId, Keep] = {}
@@ -558,6 +591,8 @@ class Keeper:
             return f"{wanted.key} cannot be had now: {model.reason}", left
         if upstream.state is UpstreamState.UNAUTHORIZED:
             return f"{wanted.key} cannot be had: {upstream.error}", left
+        if (nobody := self._hand.hopeless(wanted.upstream)) is not None:
+            return f"{wanted.key} cannot be had: {nobody[0]}", nobody[1]
         if model.state is State.COLD:
             blocked = blocked_by(upstream, siblings, model) if model.listed else model.reason
             if blocked is not None:
@@ -566,6 +601,11 @@ class Keeper:
             if room is not None and wanted in room.never:
                 return f"{wanted.key} cannot be had: {room.never[wanted]}", None
         return None
+
+    def reconsider(self) -> None:
+        """Whether there is hope has changed, for a reason that no record shows: those who wait look again."""
+        for model in list(self._news):
+            self._announce(model)
 
     def _announce(self, model: ModelId) -> None:
         news = self._news.pop(model, None)
@@ -675,6 +715,7 @@ class Keeper:
                 due, self._due = self._due, set()
                 for shelf in [self._shelves[name] for name in self._shelves if name in due]:
                     self._settle(shelf)
+                    self._see_hand(shelf)
                     for action in plan(shelf.upstream, tuple(shelf.models.values()), self._clock()):
                         self._do(tasks, shelf, action)
                     self._wake_for_nothing(shelf)
@@ -686,6 +727,17 @@ class Keeper:
             room = arranged(shelf.upstream, models, self._clock())
             for model in room.never if room is not None else ():
                 self._announce(model)
+
+    def _see_hand(self, shelf: _Shelf) -> None:
+        acts, name = self._hand.acts(shelf.server.name), shelf.server.name
+        if acts is not shelf.upstream.acts:
+            if not acts:
+                for model in [m for m in self._primes if m.upstream == name]:
+                    self._abandon(model)
+                    opening = shelf.models[model.key].priming.under_way
+                    if opening is not None:
+                        self._fold(shelf, PrimeEnded(self._clock(), model, opening, PrimeOutcome.GIVEN_UP))
+            self._fold(shelf, (HandTaken if acts else HandLost)(self._clock(), name))
 
     def snapshot(self) -> Snapshot:
         shelves = self._shelves.values()
@@ -745,7 +797,8 @@ class Keeper:
             self._record_of(client, ListingFailed(self._clock(), name, asked, _trouble(error), str(error)))
         else:
             at, tier, entries, sight = self._clock(), listing.tier, listing.entries, listing.sight
-            listed = Listed(at, name, asked, tier, entries, loading, sight, listing.places)
+            trusted = not self._hand.acts(name)
+            listed = Listed(at, name, asked, tier, entries, loading, sight, listing.places, trusted)
             self._record_of(client, listed)
 
     def _misses(self, name: str, entries: Mapping[str, Entry]) -> bool:
@@ -758,9 +811,12 @@ class Keeper:
     async def _load(self, client: Client, keep: Keep, tier: Tier, began: float) -> None:
         model, timeout = keep.model, keep.policy.load_timeout
         outcome, message, why, loaded = LoadOutcome.OK, None, None, None
+        known = self._known(model)
+        if known is not None and not await self._hand.begin(known):
+            self._record_of(client, LoadForgone(self._clock(), model, FORGONE))
+            return
         try:
             if tier.calls:
-                known = self._known(model)
                 loaded = await client.load(
                     model.key,
                     keep.load_fields or {},
@@ -778,6 +834,9 @@ class Keeper:
                 )
                 if other is not None:
                     outcome, message = LoadOutcome.FAILED, f"{other} answered in its place"
+        except Forgone as error:
+            self._record_of(client, LoadForgone(self._clock(), model, str(error)))
+            return
         except GivenUp as error:
             outcome, message = LoadOutcome.GIVEN_UP, str(error)
         except (TimedOut, Cut) as error:

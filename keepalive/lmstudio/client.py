@@ -24,7 +24,16 @@ from typing import Any, Self
 import httpx
 
 from keepalive import __version__
-from keepalive.core.errors import Cut, Reason, Refused, TimedOut, Unauthorized, Unexpected, Unreachable
+from keepalive.core.errors import (
+    Cut,
+    Forgone,
+    Reason,
+    Refused,
+    TimedOut,
+    Unauthorized,
+    Unexpected,
+    Unreachable,
+)
 from keepalive.core.facts import NO_SIGHT, Entry, Sight, Tier
 from keepalive.lmstudio import llama, wire
 from keepalive.lmstudio.eyes import Eyes
@@ -46,7 +55,11 @@ class Listing:
 
 
 class Client:
-    """Talks to the server at `url` (scheme, host, port). The token is sent, and never appears in an error."""
+    """Talks to the server at `url` (scheme, host, port). The token is sent, and never appears in an error.
+
+    Where several daemons talk to it, `acts` tells whether it is ours to change anything there: it is asked once more
+    when a connection is open and the first byte is about to go, since a process may be stopped for any time before.
+    """
 
     def __init__(
         self,
@@ -60,8 +73,10 @@ class Client:
         transport: httpx.AsyncBaseTransport | None = None,
         sdk: bool = False,
         dial: Dial | None = None,
+        acts: Callable[[], bool] = lambda: True,
     ) -> None:
         self.name = name
+        self._acts = acts
         self.url = url
         self._web = Web(re.sub("^http", "ws", url), socket_options)
         self._eyes = Eyes(dial or self._web.dial)
@@ -158,6 +173,7 @@ class Client:
         """
         body = {**{name: value for name, value in fields.items() if name not in wire.SDK_ALONE}, "model": key}
         async with _bound(timeout, f"no answer to the load within {timeout:.0f} s"):
+            self._check_hand()
             if tier is Tier.LLAMA:
                 return await self._router.load(key, told)
             if self._sees and (loaded := await self._eyes.load(kind, key, fields, told)) is not None:
@@ -310,7 +326,9 @@ class Client:
     async def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> wire.Json:
         what = f"{method} {path}"
         try:
-            async with self._http.stream(method, self._at(path), json=body) as response:
+            # What is only read is anybody's to ask.
+            last_look = {"trace": self._about_to} if method == "POST" else {}
+            async with self._http.stream(method, self._at(path), json=body, extensions=last_look) as response:
                 if response.status_code in (401, 403):
                     # Its own words may quote the token.
                     raise Unauthorized(self._unauthorized())
@@ -340,6 +358,14 @@ class Client:
                     if line.startswith("data:"):
                         with suppress(ValueError, RecursionError):
                             yield json.loads(line[5:])
+
+    async def _about_to(self, event: str, info: Mapping[str, Any]) -> None:
+        if event == "http11.send_request_headers.started":
+            self._check_hand()
+
+    def _check_hand(self) -> None:
+        if not self._acts():
+            raise Forgone(f"it is no longer ours to act at {self.name}")
 
     def _without_token(self, content: bytes) -> bytes:
         """LM Studio quotes a token that it does not like, and anything may quote a header."""

@@ -31,6 +31,8 @@ from keepalive.core.facts import (
     ClockJumped,
     DrainStarted,
     Fact,
+    HandLost,
+    HandTaken,
     InstanceLost,
     LoadEnded,
     LoadOutcome,
@@ -391,6 +393,10 @@ def _upstream(fact: Fact, before: Upstream, after: Upstream) -> None:
     log = logger().bind(upstream=after.name)
     if isinstance(fact, ClockJumped):
         log.warning("clock.jumped", seconds=round(fact.seconds, 1))
+    elif isinstance(fact, HandTaken):
+        log.info("cluster.took_over")
+    elif isinstance(fact, HandLost) and before.acts and before.tier is not None:
+        log.warning("cluster.gave_up", reason="another daemon acts there, or none while etcd is away")
     if (after.state, after.tier) != (before.state, before.tier):
         well = after.state is UpstreamState.UP
         tell = log.info if well else log.warning

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -33,7 +34,7 @@ from keepalive.core.records import Policy, UpstreamState
 from keepalive.core.states import State
 from keepalive.http1 import bind
 from keepalive.http1.vanished import notice_vanished, socket_options
-from keepalive.keeper.keeper import Keep, Keeper, Server
+from keepalive.keeper.keeper import Alone, Keep, Keeper, Server
 from keepalive.keeper.ledger import Ledger
 from keepalive.keeper.schedule import Schedule
 from keepalive.lmstudio.client import Client
@@ -44,7 +45,7 @@ from keepalive.observers.history import History, Past
 from keepalive.observers.metrics import Metrics
 from keepalive.observers.notify import Notify
 from keepalive.observers.recent import Recent
-from keepalive.service import platform, systemd, tokens
+from keepalive.service import membership, platform, systemd, tokens
 from keepalive.service.front import Front, StartError, cannot_listen, is_loopback, url_of
 from keepalive.service.openings import Openings
 
@@ -107,9 +108,20 @@ class Daemon:
         self._history = _history(settings, wall, self._report)
         self._notify = Notify(self._told)
         self._addresses: tuple[str, ...] = ()  # where messages go
-        optional = (self._ledger, self._metrics, self._history, self._feed, logs.Log(), self._notify)
+        self.cluster = membership.member(settings, environ, lambda: self.keeper, self._clock)
+        optional = (
+            self._ledger,
+            self._metrics,
+            self._history,
+            self._feed,
+            logs.Log(),
+            self._notify,
+            self.cluster,
+        )
         observers = [o for o in optional if o is not None]
-        self.keeper = Keeper(self._clock, observers, self._report, self._openings.look_up)
+        hand = self.cluster or Alone()
+        self.keeper = Keeper(self._clock, observers, self._report, self._openings.look_up, hand)
+        self._acts = hand.acts
         self._schedule = Schedule(self._tick, self._clock_jumped, self._metrics.jobs_missed.inc, wall=wall)
         self._recent = Recent(wall)
         self._front = Front(
@@ -125,6 +137,9 @@ class Daemon:
         """Run until `stop`. Raises StartError when a port is taken."""
         async with AsyncExitStack() as stack:
             stack.callback(self._notify.close)
+            if self.cluster is not None:
+                # Last of all: until nothing is under way any more no other is to act.
+                stack.push_async_callback(self.cluster.close)
             self._history.start(self._recall_past)
             stack.push_async_callback(self._history.close)
             stack.push_async_callback(self._playground.close)  # the admin address uses it to the end
@@ -152,9 +167,12 @@ class Daemon:
                 admin=self.admin_url,
                 models=len(self._kept),
             )
+            self._introduce()
             self.started.set()
             async with asyncio.TaskGroup() as tasks:
-                parts = (self.keeper.run(), self._schedule.run(), self._feed.run(), self._service.run())
+                parts = [self.keeper.run(), self._schedule.run(), self._feed.run(), self._service.run()]
+                if self.cluster is not None:
+                    parts.append(self.cluster.run())
                 running = [tasks.create_task(part) for part in parts]
                 await self._stop.wait()
                 # Requests that are held still need their model: the keeper goes on until they are done.
@@ -171,6 +189,8 @@ class Daemon:
         if self._stop.is_set():
             self._hurry.set()
         self._stop.set()
+        if self.cluster is not None:
+            self.cluster.leaving = True
         self._feed.changed()
 
     @property
@@ -257,9 +277,13 @@ class Daemon:
 
     def warm(self, model: ModelId) -> None:
         self.keeper.record(WarmAsked(self._clock(), model))
+        if self.cluster is not None:
+            self.cluster.wish(model, warm=True)
 
     def release(self, model: ModelId) -> None:
         self.keeper.record(ReleaseAsked(self._clock(), model))
+        if self.cluster is not None:
+            self.cluster.wish(model, warm=False)
 
     async def forward(self, request: web.BaseRequest, headers: Mapping[str, str]) -> web.StreamResponse:
         return await self._playground.forward(request, headers)
@@ -293,7 +317,10 @@ class Daemon:
             client = self._clients.get(upstream.name)
             if client is None or client.url != upstream.url or self._lets_us_in(upstream.name, lm_tokens):
                 client = self._clients[upstream.name] = Client(
-                    upstream.name, upstream.url, socket_options=socket_options()
+                    upstream.name,
+                    upstream.url,
+                    socket_options=socket_options(),
+                    acts=partial(self._acts, upstream.name),
                 )
             client.configure(
                 token=lm_tokens[upstream.name],
@@ -316,6 +343,7 @@ class Daemon:
         self._metrics.configure(self._counted())
         self._history.configure({model: self._urls[model.upstream] for model in self._kept})
         self._addresses = told
+        self._introduce()
         self._watch_for_messages()
         keeps = map(self._keep, self._kept.values())
         adopt = self._adopt if settings.server.unlisted == "auto" else None
@@ -329,6 +357,8 @@ class Daemon:
         for name in ("listen", "admin_listen", "state_dir", "log_level", "log_format"):
             if getattr(old.server, name) != getattr(settings.server, name):
                 self._log.warning("config.needs_restart", key=f"server.{name}")
+        if old.cluster != settings.cluster:
+            self._log.warning("config.needs_restart", key="cluster")
         if old.history.path != settings.history.path:
             self._log.warning("config.needs_restart", key="history.path")
         listeners = (("admin", "admin_listen", admin_keys), ("client", "listen", client_keys))
@@ -337,6 +367,12 @@ class Daemon:
             if not is_loopback(address.host) and not keys:
                 reason = f"{address} can be reached from the network, and [auth] names no keys for it"
                 self._log.warning("listener.open", key=f"server.{name}", reason=reason)
+
+    def _introduce(self) -> None:
+        """Let the other daemons of the cluster know where this one is, and how it would load."""
+        if self.cluster is not None:
+            self.cluster.addresses = (self.admin_url, self.url)
+            self.cluster.config = membership.fingerprints(self._kept.values())
 
     def _lets_us_in(self, upstream: str, lm_tokens: Mapping[str, str | None]) -> bool:
         """Whether a new token may mend what is wrong: then how long we meant to hold off no longer counts."""

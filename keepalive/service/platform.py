@@ -8,6 +8,7 @@ finds out that a peer has vanished in `http1/vanished`.
 import asyncio
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -45,6 +46,13 @@ def files(wanted: int) -> int:
     except (AttributeError, ValueError, OSError):
         return USUAL_FILES
     return sys.maxsize if soft < 0 else soft
+
+
+def awake() -> float:
+    """Seconds of a clock that goes on while the machine sleeps, where the system has one; `time.monotonic` stands still
+    then, on Linux and on macOS."""
+    goes_on = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", None))
+    return time.monotonic() if goes_on is None else time.clock_gettime(goes_on)
 
 
 def boot_id() -> str | None:

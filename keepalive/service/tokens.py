@@ -102,6 +102,23 @@ def of_notify(notify: Notify, environ: Mapping[str, str]) -> tuple[str, ...]:
     return addresses
 
 
+class Cluster(Protocol):
+    """Where the password is kept by which etcd knows us."""
+
+    @property
+    def password_env(self) -> str | None: ...
+    @property
+    def password_file(self) -> str | None: ...
+
+
+def of_cluster(cluster: Cluster, environ: Mapping[str, str]) -> str | None:
+    if cluster.password_env is not None:
+        return _from_variable(cluster.password_env, environ, "cluster.password_env")
+    if cluster.password_file is not None:
+        return _from_file(Path(cluster.password_file), "cluster.password_file")
+    return None
+
+
 def _credential(name: str, environ: Mapping[str, str]) -> Path | None:
     folder = environ.get("CREDENTIALS_DIRECTORY")
     return Path(folder) / name if folder else None

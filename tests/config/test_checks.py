@@ -292,3 +292,57 @@ def test_events_are_told_in_one_text_as_in_a_list() -> None:
 
     assert (found.on, found.events, found.after, found.pause) == (True, ("failing", "evicted"), 300.0, 900.0)
     assert not parse(MODEL).notify.on
+
+
+ETCD = 'etcd = ["http://10.0.0.1:2379"]'
+
+
+@pytest.mark.parametrize(
+    ("table", "report"),
+    [
+        (
+            'name = "ward"',
+            '3: cluster: etcd is missing; write etcd = ["http://10.0.0.1:2379"], where it listens',
+        ),
+        (
+            'etcd = "10.0.0.1:2379"',
+            'etcd[0]: "10.0.0.1:2379" is not scheme, host and port; write "http://10.0.0.1:2379"',
+        ),
+        (
+            'etcd = "http://u:p@10.0.0.1:2379"',
+            "etcd[0]: holds credentials, which do not stand here; write user and",
+        ),
+        (ETCD + '\nttl = "1s"', '5: cluster.ttl: "1s" is out of range; write one from "3s" to "5m"'),
+        (ETCD + '\ninstance = "a b"', '5: cluster.instance: "a b" is no name; write letters and digits'),
+        (
+            ETCD + '\nuser = "k"',
+            '5: cluster.user: has no password; write password_file = "/etc/keepalive/etcd_',
+        ),
+        (
+            ETCD + '\npassword_env = "P"',
+            '3: cluster: user is missing, whose password that is; write user = "keepal',
+        ),
+        (
+            ETCD + '\nuser = "k"\npassword_env = "P"\npassword_file = "/p"',
+            "7: cluster.password_file: stands beside",
+        ),
+        (ETCD + '\nca = "/ca.pem"', '5: cluster.ca: is of no use with "http://10.0.0.1:2379"; write https'),
+        (
+            'etcd = "https://e:2379"\ncert = "/c.pem"',
+            "5: cluster.cert: is of no use without key; write key = ",
+        ),
+        (ETCD + '\npassword = "secret"', "5: cluster.password: is unknown; write password_"),
+    ],
+)
+def test_what_is_wrong_with_the_cluster_is_said_with_what_to_write(table: str, report: str) -> None:
+    [said] = mistakes(MODEL + "[cluster]\n" + table + "\n")
+
+    assert report in said
+    assert "secret" not in said
+
+
+def test_without_the_table_there_is_no_cluster_and_with_it_one_of_these_defaults() -> None:
+    found = parse(MODEL + f"[cluster]\n{ETCD}\n").cluster
+
+    assert not parse(MODEL).cluster.on
+    assert (found.on, found.name, found.instance, found.ttl) == (True, "keepalive", None, 10.0)

@@ -1372,7 +1372,7 @@ def p5(patch: pytest.MonkeyPatch) -> None:
 
 def p6(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(listings, "_resolve", lambda model, pending, at, told: None)
-    patch.setattr(listings, "_present", lambda model, at, entry: model)
+    patch.setattr(listings, "_present", lambda model, at, entry, trusted: model)
 
 
 @pytest.mark.parametrize(

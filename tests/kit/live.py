@@ -282,6 +282,9 @@ class SimulatorProcess(Running):
     def advance(self, seconds: float) -> None:
         assert ask(f"{self.url}/simulator/advance", "POST", {"seconds": seconds})[0] == 200
 
+    def evict(self, key: str) -> None:
+        assert ask(f"{self.url}/simulator/evict", "POST", {"model": key})[0] == 200
+
     def faults(self, **faults: Any) -> None:
         assert ask(f"{self.url}/simulator/faults", "PATCH", faults)[0] == 200
 

@@ -1,0 +1,240 @@
+"""etcd 3.4 and later, through its JSON gateway.
+
+The asyncio client there is (aetcd 1.0, over grpcio) was looked at first. It knows one address; when its one stream
+breaks every watch on it is over and has to be noticed, begun anew and brought up to date by whoever uses it, which is
+most of the work; calls have no deadline unless each is given one; and it brings grpcio and protobuf, larger than
+everything else here together. The gateway serves the six calls that are needed to any HTTP client, and aiohttp is here
+already, with TLS. So these are they.
+
+Every call has a deadline, and whatever goes wrong is an `EngineError` with a sentence. Who is asked is whoever
+answered last; the next one is tried when that one fails. A watch tells no more than *that* something has changed:
+whoever is told reads all of it, so that a watch that broke, was compacted away or lost a change costs a moment and
+never the truth.
+"""
+
+import asyncio
+import base64
+import binascii
+import json
+import math
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from ssl import SSLContext
+from typing import Any
+
+import aiohttp
+
+from keepalive.cluster.rows import Row
+from keepalive.core.errors import KeepaliveError
+
+ANSWER_MAX = 32 * 2**20
+UNAUTHENTICATED = 16
+
+Json = Mapping[str, Any]
+
+
+class EngineError(KeepaliveError):
+    """etcd did not do what it was asked; `str()` says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who we are to etcd; the password is sent to nobody else."""
+
+    user: str | None = None
+    password: str | None = None
+    tls: SSLContext | None = None
+
+
+def put(key: str, value: bytes, lease: int = 0) -> Json:
+    return {"request_put": {"key": _coded(key.encode()), "value": _coded(value), "lease": str(lease)}}
+
+
+def delete(key: str) -> Json:
+    return {"request_delete_range": {"key": _coded(key.encode())}}
+
+
+def created(key: str, revision: int) -> Json:
+    """That the key was created at that revision; 0: that there is none."""
+    return {
+        "key": _coded(key.encode()),
+        "target": "CREATE",
+        "result": "EQUAL",
+        "create_revision": str(revision),
+    }
+
+
+class Etcd:
+    """`addresses` of one etcd cluster. `timeout` bounds each call."""
+
+    def __init__(self, addresses: Sequence[str], access: Access, timeout: float) -> None:
+        self._addresses = tuple(address.rstrip("/") for address in addresses)
+        self._access = access
+        self._timeout = timeout
+        self._place = 0
+        self._token: str | None = None
+        self._http: aiohttp.ClientSession | None = None
+
+    async def close(self) -> None:
+        if self._http is not None:
+            await self._http.close()
+
+    # --- the calls ----------------------------------------------------------------------------------
+
+    async def grant(self, ttl: float) -> int:
+        """A new lease."""
+        return _number((await self._call("/v3/lease/grant", {"TTL": str(math.ceil(ttl))})).get("ID"))
+
+    async def renew(self, lease: int) -> bool:
+        """False: there is no such lease any more."""
+        answer = await self._call("/v3/lease/keepalive", {"ID": str(lease)})
+        result = answer.get("result")
+        return isinstance(result, dict) and _number(result.get("TTL") or 0) > 0
+
+    async def revoke(self, lease: int) -> None:
+        await self._call("/v3/lease/revoke", {"ID": str(lease)})
+
+    async def rows(self, prefix: str) -> list[Row]:
+        """All keys below `prefix`, without it, as the majority has them now."""
+        answer = await self._call("/v3/kv/range", _below(prefix))
+        found = []
+        for kv in answer.get("kvs") or ():
+            key = _decoded(kv["key"]).decode(errors="replace").removeprefix(prefix)
+            found.append(Row(key, _decoded(kv.get("value") or ""), _number(kv["create_revision"])))
+        return found
+
+    async def commit(self, compare: Sequence[Json], changes: Sequence[Json]) -> bool:
+        """Make all `changes` at once if all of `compare` holds; whether it did."""
+        answer = await self._call("/v3/kv/txn", {"compare": list(compare), "success": list(changes)})
+        return answer.get("succeeded") is True
+
+    async def watch(self, prefix: str) -> AsyncIterator[None]:
+        """Something has changed below `prefix`, or may have: once at the start, when nothing can be missed any more."""
+        address = self._addresses[self._place]
+        body = {"create_request": _below(prefix)}
+        try:
+            headers = await self._headers(address)
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._timeout)
+            session = self._session()
+            async with session.post(
+                address + "/v3/watch", json=body, headers=headers, timeout=timeout, ssl=self._tls
+            ) as answer:
+                if answer.status != 200:
+                    raise _refused(await _read(answer, address), address)
+                async for _ in answer.content.iter_any():
+                    yield
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise EngineError(f"etcd at {address}: {_words(error)}") from error
+
+    # --- how they go --------------------------------------------------------------------------------
+
+    async def _call(self, path: str, body: Json) -> Json:
+        first: EngineError | None = None
+        for _ in self._addresses:
+            try:
+                return await self._ask(self._addresses[self._place], path, body)
+            except EngineError as error:
+                first = first or error
+                self._place = (self._place + 1) % len(self._addresses)
+        raise first or EngineError("no address of etcd is known")
+
+    async def _ask(self, address: str, path: str, body: Json) -> Json:
+        try:
+            async with asyncio.timeout(self._timeout):
+                status, answer = await self._post(address, path, body, await self._headers(address))
+                if self._access.user is not None and _is_stale(answer):
+                    # A token lives for minutes, and not longer than the member that gave it.
+                    self._token = None
+                    status, answer = await self._post(address, path, body, await self._headers(address))
+        except TimeoutError:
+            raise EngineError(f"etcd at {address} did not answer within {self._timeout:.3g} s") from None
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise EngineError(f"etcd at {address}: {_words(error)}") from error
+        if status != 200:
+            raise _refused(answer, address)
+        return answer
+
+    async def _headers(self, address: str) -> Mapping[str, str]:
+        if self._access.user is None:
+            return {}
+        if self._token is None:
+            said = {"name": self._access.user, "password": self._access.password or ""}
+            status, answer = await self._post(address, "/v3/auth/authenticate", said, {})
+            token = answer.get("token")
+            if status != 200 or not isinstance(token, str):
+                raise _refused(answer, address)
+            self._token = token
+        return {"Authorization": self._token}
+
+    async def _post(
+        self, address: str, path: str, body: Json, headers: Mapping[str, str]
+    ) -> tuple[int, Json]:
+        async with self._session().post(address + path, json=body, headers=headers, ssl=self._tls) as answer:
+            return answer.status, await _read(answer, address)
+
+    @property
+    def _tls(self) -> SSLContext | bool:
+        return self._access.tls or True
+
+    def _session(self) -> aiohttp.ClientSession:
+        if self._http is None:
+            timeout = aiohttp.ClientTimeout(total=None)
+            self._http = aiohttp.ClientSession(timeout=timeout, trust_env=False)
+        return self._http
+
+
+async def _read(answer: aiohttp.ClientResponse, address: str) -> Json:
+    content = bytearray()
+    async for chunk in answer.content.iter_any():
+        content += chunk
+        if len(content) > ANSWER_MAX:
+            raise EngineError(f"etcd at {address} answered with more than {ANSWER_MAX >> 20} MiB")
+    try:
+        said = json.loads(bytes(content).split(b"\n", 1)[0] or b"{}")
+    except (ValueError, RecursionError):
+        said = None
+    if not isinstance(said, dict):
+        raise EngineError(f"what listens at {address} does not answer as etcd 3.4 or newer does")
+    return said
+
+
+def _is_stale(answer: Json) -> bool:
+    return answer.get("code") == UNAUTHENTICATED or "invalid auth token" in str(answer.get("error"))
+
+
+def _refused(answer: Json, address: str) -> EngineError:
+    said = answer.get("error") or answer.get("message")
+    if isinstance(said, dict):
+        said = said.get("message")
+    words = str(said).removeprefix("etcdserver: ") if said else "no"
+    words = "".join(c for c in words if c.isprintable())[:200]
+    return EngineError(f"etcd at {address} says: {words}")
+
+
+def _words(error: BaseException) -> str:
+    words = str(error) or type(error).__name__
+    return "".join(c for c in words if c.isprintable())[:200]
+
+
+def _below(prefix: str) -> dict[str, Any]:
+    key = prefix.encode()
+    end = key[:-1] + bytes([key[-1] + 1])
+    return {"key": _coded(key), "range_end": _coded(end)}
+
+
+def _coded(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+def _decoded(text: str) -> bytes:
+    try:
+        return base64.b64decode(text)
+    except (binascii.Error, ValueError) as error:
+        raise EngineError("etcd sent what is not base64") from error
+
+
+def _number(value: object) -> int:
+    """64-bit numbers stand as text in it."""
+    if isinstance(value, str | int):
+        return int(value)
+    raise EngineError("etcd sent no number where one belongs")

@@ -1,0 +1,602 @@
+"""One daemon as a member: it holds a lease, sees what the others write, and writes what they have to know.
+
+- All that is decided rests on a picture: everything below our prefix, read at once (`rows`). A watch only says when to
+  look again, and each renewal of the lease looks as well.
+- We act on an upstream while a picture has shown our row as its holder's and our lease is good by our own clock.
+- A load's intent is written before the load, on the condition that we still hold the upstream, and stays until the
+  holder, whoever that is then, has seen what came of it. Whoever sees the intent of another takes its load for one of
+  ours that is under way, as after a restart: so a successor knows of it before it holds anything.
+- What goes wrong here costs nobody a warm model: requests never wait for anything of this.
+"""
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from dataclasses import replace as changed
+from math import inf
+from typing import Protocol
+
+from keepalive.cluster import rows
+from keepalive.cluster.etcd import EngineError, Etcd, Json, created, delete, put
+from keepalive.cluster.hold import Hold
+from keepalive.cluster.rows import Intent, Member, Picture, Told, Use, folded
+from keepalive.core.facts import (
+    Fact,
+    HolderTold,
+    LoadProgressed,
+    LoadRemembered,
+    LoadResolved,
+    ModelFact,
+    ModelId,
+    ReleaseAsked,
+    RequestEnded,
+    RequestsCounted,
+    RequestStarted,
+    UpstreamFact,
+    UsedElsewhere,
+    WarmAsked,
+)
+from keepalive.core.records import Model, Snapshot, Upstream, UpstreamState, is_loading
+from keepalive.core.states import State
+
+# What changes in bursts is told once.
+GATHER = 0.05
+# A watch whose connection died without a word is missed for no longer than this.
+WATCH_AGAIN = 60.0
+# How far a load is is told this often, which is often enough for whoever waits for it.
+PROGRESS_EVERY = 2.0
+# Who holds an upstream that it cannot reach, and another member can, lets go after this.
+BLIND_AFTER = 15.0
+# Callers are told that there is no hope when etcd has been away for so many lifetimes of a lease.
+PATIENCE = 3.0
+# A last word to etcd at the end.
+LAST_WORD = 2.0
+
+
+class Tell(Protocol):
+    """A line of the log."""
+
+    def __call__(self, event: str, *, well: bool, **fields: object) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Self:
+    """Who we are, as others are to see it."""
+
+    cluster: str
+    instance: str
+    host: str
+    version: str
+
+
+class Keeping(Protocol):
+    """The keeper, as far as this needs it."""
+
+    def record(self, fact: ModelFact | UpstreamFact, /) -> None: ...
+    def snapshot(self) -> Snapshot: ...
+    def tick(self) -> None: ...
+    def reconsider(self) -> None: ...
+
+
+class Cluster:
+    """The hand of the keeper, and one of its observers.
+
+    `keeping` gives the keeper, whose clock is `clock`; `awake` is a clock that goes on while the machine sleeps.
+    """
+
+    def __init__(
+        self,
+        engine: Etcd,
+        me: Self,
+        ttl: float,
+        keeping: Callable[[], Keeping],
+        clock: Callable[[], float],
+        awake: Callable[[], float],
+        tell: Tell,
+    ) -> None:
+        self._engine = engine
+        self._me = me
+        self._prefix = f"/keepalive/{me.cluster}/"
+        self._keeping = keeping
+        self._clock = clock
+        self._awake = awake
+        self._tell = tell
+        self._hold = Hold(ttl)
+        self._lease: int | None = None
+        self._life = ""  # of this lease
+        self._held: frozenset[str] = frozenset()
+        self._shy: dict[str, float] = {}  # when we act again where an intent could not be written
+        self._seen = Picture()
+        self._saw = False  # any picture yet
+        self._known: frozenset[ModelId] = frozenset()
+        self._written: dict[str, bytes | None] = {}  # since the picture
+        self._wake = asyncio.Event()
+        self._stale = self._unsaid = False
+        self._used_told: Mapping[ModelId, UsedElsewhere] = {}
+        self._uses_said: Mapping[ModelId, Use] = {}
+        self._uses_at = -inf
+        self._states_said: dict[str, Mapping[ModelId, tuple[Told, float | None]]] = {}
+        self._progress_at: dict[ModelId, float] = {}
+        self._wishes: dict[ModelId, bool] = {}  # not yet written
+        self._blind_since: dict[str, float] = {}
+        self._others_since: float | None = None  # since when another one goes by our name
+        self._down_since: float | None = awake()
+        self._said_down = False
+        self._hopeless = False
+        self.trouble: str | None = "etcd has not been asked yet"
+        self.addresses = ("", "")  # of the admin and the client listener
+        self.config: Mapping[str, str] = {}
+        self.handovers: dict[str, int] = {}
+        self.leaving = False
+
+    # --- what the keeper asks -----------------------------------------------------------------------
+
+    def acts(self, upstream: str, /) -> bool:
+        now = self._awake()
+        return upstream in self._held and self._hold.good(now) and now >= self._shy.get(upstream, -inf)
+
+    async def begin(self, model: Model, /) -> bool:
+        upstream = model.id.upstream
+        holder = self._seen.holders.get(upstream)
+        if holder is None or not self.acts(upstream):
+            return False
+        intent = Intent(self._me.instance, self._life, 0, model.expected_load, model.tells_loading)
+        why, done = "another one holds it", False
+        try:
+            done = await self._commit(
+                [created(self._key(rows.holder_key(upstream)), holder.created)],
+                {rows.load_key(model.id): rows.load_row(intent)},
+            )
+        except EngineError as error:
+            why = str(error)
+        if not done:
+            # At once again would be as fast as etcd says no.
+            self._shy[upstream] = self._awake() + self._hold.interval
+            self._tell("cluster.load_put_off", well=False, model=model.id.key, upstream=upstream, reason=why)
+            self._look_again()
+        return done and self.acts(upstream)
+
+    def hopeless(self, upstream: str, /) -> tuple[str, float | None] | None:
+        """Why nobody acts there and nobody soon will, with the seconds after which to ask again."""
+        if self._hopeless and not self.acts(upstream):
+            return f"nothing is loaded or unloaded, because {self.trouble}", self._hold.ttl
+        return None
+
+    def observe(self, fact: Fact, before: Model | Upstream, after: Model | Upstream) -> None:
+        if not isinstance(before, Model) or not isinstance(after, Model):
+            if isinstance(before, Upstream) and isinstance(after, Upstream) and before.state != after.state:
+                self._say()
+            return
+        if isinstance(fact, RequestsCounted | RequestStarted | RequestEnded):
+            use = self._uses_said.get(folded(after.id))
+            if use is None or not use.used:
+                self._say()
+        elif (
+            before.state is not after.state
+            or before.ours != after.ours
+            or (before.waiting > 0) is not (after.waiting > 0)
+            or is_loading(before) is not is_loading(after)
+            or before.failures != after.failures
+            or before.asked_for is not after.asked_for
+            or isinstance(fact, LoadProgressed)
+        ):
+            self._say()
+
+    def wish(self, model: ModelId, *, warm: bool) -> None:
+        """A person has asked for it: all members are to know, and to go on knowing when this one ends."""
+        self._wishes[model] = warm
+        self._say()
+
+    # --- what others ask ----------------------------------------------------------------------------
+
+    @property
+    def engine_up(self) -> bool:
+        return self.trouble is None
+
+    @property
+    def doubled(self) -> bool:
+        """Another daemon goes by our name."""
+        return self._others_since == inf
+
+    @property
+    def instance(self) -> str:
+        return self._me.instance
+
+    @property
+    def name(self) -> str:
+        return self._me.cluster
+
+    @property
+    def picture(self) -> Picture:
+        """As of the last look, which may be long ago while etcd is away."""
+        return self._seen
+
+    @property
+    def held(self) -> frozenset[str]:
+        return frozenset(u for u in self._held if self.acts(u))
+
+    # --- its life -----------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Be a member until cancelled; `close` then lets go."""
+        async with asyncio.TaskGroup() as tasks:
+            for part in (self._renewing(), self._watching(), self._looking()):
+                tasks.create_task(part)
+
+    async def close(self) -> None:
+        """To be called when nothing is under way any more: from then on another one may act."""
+        self._held = frozenset()
+        if self._lease is not None:
+            with contextlib.suppress(EngineError, TimeoutError):
+                async with asyncio.timeout(LAST_WORD):
+                    await self._engine.revoke(self._lease)
+        await self._engine.close()
+
+    async def _renewing(self) -> None:
+        while True:
+            asked = self._awake()
+            try:
+                if self._lease is None:
+                    lease = await self._engine.grant(self._hold.ttl)
+                    self._lease, self._life = lease, secrets.token_hex(8)
+                    self._hold = Hold(self._hold.ttl, asked)
+                elif await self._engine.renew(self._lease):
+                    self._hold = self._hold.renewed(asked)
+                else:
+                    # It ran out while we were stopped, cut off or late: whatever we held is another's to take.
+                    self._lease, self._held, self._hold = None, frozenset(), Hold(self._hold.ttl)
+                    self._keeping().tick()
+                    continue
+            except EngineError as error:
+                self._is_down(str(error))
+            else:
+                self._is_up()
+                self._look_again()
+            self._unsaid = True
+            await asyncio.sleep(max(self._hold.interval - (self._awake() - asked), self._hold.interval / 10))
+
+    async def _watching(self) -> None:
+        while True:
+            with contextlib.suppress(
+                EngineError, TimeoutError
+            ):  # whoever renews the lease says what is wrong
+                async with (
+                    asyncio.timeout(WATCH_AGAIN),
+                    aclosing(self._engine.watch(self._prefix)) as changes,  # type: ignore[type-var]
+                ):
+                    async for _ in changes:
+                        self._look_again()
+            await asyncio.sleep(self._hold.interval / 3)
+
+    async def _looking(self) -> None:
+        while True:
+            await self._wake.wait()
+            await asyncio.sleep(GATHER)
+            stale, self._stale, self._unsaid = self._stale, False, False
+            self._wake.clear()
+            try:
+                if stale or not self._saw:
+                    self._see(rows.picture(await self._engine.rows(self._prefix)))
+                    await self._stand()
+                await self._publish()
+            except EngineError as error:
+                self._keeping().tick()
+                # The next renewal finds out whether it is down; until then nothing is lost.
+                if self._down_since is None:
+                    self._tell("cluster.row_failed", well=False, reason=str(error))
+                await asyncio.sleep(self._hold.interval)
+
+    def _look_again(self) -> None:
+        self._stale = True
+        self._wake.set()
+
+    def _say(self) -> None:
+        self._unsaid = True
+        self._wake.set()
+
+    def _is_up(self) -> None:
+        if self._down_since is not None and self._said_down:
+            self._tell("cluster.engine_up", well=True, seconds=round(self._awake() - self._down_since, 1))
+        self._down_since, self._said_down, self.trouble = None, False, None
+        if self._hopeless:
+            self._hopeless = False
+            self._keeping().reconsider()
+
+    def _is_down(self, why: str) -> None:
+        now = self._awake()
+        self.trouble = why
+        if self._down_since is None:
+            self._down_since = now
+        if not self._said_down:
+            self._said_down = True
+            self._tell("cluster.engine_down", well=False, reason=why)
+        if not self._hopeless and now - self._down_since > PATIENCE * self._hold.ttl:
+            self._hopeless = True
+            self._keeping().reconsider()
+        self._keeping().tick()
+
+    # --- what is seen -------------------------------------------------------------------------------
+
+    def _see(self, new: Picture) -> None:
+        """Tell the keeper what the others have written. No await: loads are known before an upstream is held."""
+        keeping = self._keeping()
+        snapshot = keeping.snapshot()
+        ids = {folded(model.id): model.id for model in snapshot.models}
+        old = self._seen if self._known == ids.keys() and self._saw else Picture()
+        for key in new.unreadable:
+            if new.values[key] != self._seen.values.get(key):
+                self._tell("cluster.row_unreadable", well=False, key=(self._prefix + key)[:200])
+        held = frozenset(
+            u for u, h in new.holders.items() if self._lease is not None and h.life == self._life
+        )
+        for model, intent in new.loads.items():
+            if model in ids and intent.life != self._life:
+                self._see_load(ids[model], intent, old.loads.get(model), held)
+        for model in old.loads.keys() - new.loads.keys():
+            if model in ids and model.upstream not in held:
+                keeping.record(LoadResolved(self._clock(), ids[model]))
+        for upstream, states in new.states.items():
+            before = old.states.get(upstream, {})
+            for model, told in states.items():
+                if upstream not in held and model in ids and told != before.get(model):
+                    keeping.record(self._told(ids[model], told))
+        self._see_uses(new, ids)
+        for model, wish in new.wishes.items():
+            key, others = rows.wish_key(model), wish.life != self._life
+            if model in ids and others and new.values[key] != old.values.get(key):
+                fact = WarmAsked if wish.warm else ReleaseAsked
+                keeping.record(fact(self._clock(), ids[model]))
+        for upstream, holder in new.holders.items():
+            before_holder = self._seen.holders.get(upstream)
+            if self._saw and (before_holder is None or before_holder.life != holder.life):
+                self.handovers[upstream] = self.handovers.get(upstream, 0) + 1
+        self._seen, self._saw, self._known, self._written = new, True, frozenset(ids), {}
+        if held != self._held:
+            self._held = held
+            # What others have written there meanwhile is not ours.
+            self._states_said = {u: said for u, said in self._states_said.items() if u in held}
+            keeping.tick()
+
+    def _see_load(self, model: ModelId, intent: Intent, before: Intent | None, held: frozenset[str]) -> None:
+        keeping, now = self._keeping(), self._clock()
+        if before is None or (before.created, before.life) != (intent.created, intent.life):
+            # When it began nobody can tell whose clock is another: not before we heard of it, to be safe.
+            keeping.record(
+                LoadRemembered(
+                    now, model, now, intent.expected, intent.tells_loading, by=intent.instance or "somebody"
+                )
+            )
+        if intent.progress is not None and model.upstream not in held:
+            keeping.record(LoadProgressed(now, model, intent.progress))
+
+    def _told(self, model: ModelId, told: Told) -> HolderTold:
+        now = self._clock()
+        return HolderTold(
+            now,
+            model,
+            told.ours,
+            warm=told.warm,
+            ill=told.ill,
+            failure=told.failure,
+            failures=told.failures,
+            retry_at=None if told.retry_in is None else now + told.retry_in,
+            loads=told.loads,
+        )
+
+    def _see_uses(self, new: Picture, ids: Mapping[ModelId, ModelId]) -> None:
+        uses, told = new.uses_elsewhere(self._me.instance), {}
+        for key, model in ids.items():
+            use, before = uses.get(key, Use()), self._used_told.get(key)
+            fact = UsedElsewhere(self._clock(), model, use.waiting, use.used)
+            if (use.waiting, use.used) != (0, False) or before is not None:
+                if before is None or (before.waiting, before.used) != (use.waiting, use.used):
+                    self._keeping().record(fact)
+                if use != Use():
+                    told[key] = fact
+        self._used_told = told
+
+    # --- who stands for what ------------------------------------------------------------------------
+
+    async def _stand(self) -> None:
+        """Be there, hold what nobody holds, and let go of what another one can serve and we cannot."""
+        if self._lease is None:
+            return
+        there = self._seen.members.get(self._me.instance)
+        if there is None:
+            self._others_since = None
+            key = self._key(rows.member_key(self._me.instance))
+            await self._commit(
+                [created(key, 0)], {rows.member_key(self._me.instance): self._row()}, leased=True
+            )
+            self._look_again()
+            return
+        if there.life != self._life:
+            self._is_doubled(there)
+            return
+        self._others_since = None
+        snapshot = self._keeping().snapshot()
+        for upstream in snapshot.upstreams:
+            await self._stand_for(upstream)
+
+    def _is_doubled(self, other: Member) -> None:
+        """Our last life is found there until its lease runs out. What stays longer is another daemon."""
+        now = self._awake()
+        if self._others_since is None:
+            self._others_since = now
+        elif now - self._others_since > 1.5 * self._hold.ttl:
+            self._others_since = inf  # said once
+            self._tell(
+                "cluster.name_taken",
+                well=False,
+                instance=self._me.instance,
+                reason=f"another daemon of cluster {self._me.cluster!r}, on {other.host or 'some host'}, goes by that "
+                "name, too; give one of them another cluster.instance. Until then this one only serves what is warm",
+            )
+
+    async def _stand_for(self, upstream: Upstream) -> None:
+        name, now = upstream.name, self._awake()
+        holder = self._seen.holders.get(name)
+        up = upstream.state is UpstreamState.UP
+        seen = any(name in m.sees for i, m in self._seen.members.items() if i != self._me.instance)
+        if up or name not in self._held:
+            self._blind_since.pop(name, None)
+        if holder is None:
+            if (up or not seen) and not self.leaving:
+                key = rows.holder_key(name)
+                row = rows.holder_row(self._me.instance, self._life)
+                await self._commit([created(self._key(key), 0)], {key: row}, leased=True)
+                self._look_again()  # whoever it was that came first
+        elif (
+            name in self._held
+            and not up
+            and seen
+            and now - self._blind_since.setdefault(name, now) > BLIND_AFTER
+        ):
+            self._held -= {name}
+            self._blind_since.pop(name)
+            self._keeping().tick()
+            why = "another member reaches it, and this one does not"
+            self._tell("cluster.let_go", well=False, upstream=name, reason=why)
+            key = rows.holder_key(name)
+            await self._commit([created(self._key(key), holder.created)], {key: None})
+            self._look_again()
+
+    # --- what is written ----------------------------------------------------------------------------
+
+    async def _publish(self) -> None:
+        """Write what is not yet there of what others have to know."""
+        there = self._seen.members.get(self._me.instance)
+        if self._lease is None or there is None or there.life != self._life:
+            return
+        snapshot = self._keeping().snapshot()
+        own = {rows.member_key(self._me.instance): self._row(snapshot)}
+        uses = self._uses(snapshot)
+        if self._is_news(uses):
+            own[rows.uses_key(self._me.instance)] = rows.uses_row(uses)
+        if await self._write([], own, leased=True) and rows.uses_key(self._me.instance) in own:
+            self._uses_said, self._uses_at = uses, self._awake()
+        wishes = {
+            rows.wish_key(m): rows.wish_row(self._life, secrets.token_hex(4), warm=warm)
+            for m, warm in self._wishes.items()
+        }
+        if wishes:
+            asked = dict(self._wishes)
+            await self._write([], wishes)
+            self._wishes = {m: w for m, w in self._wishes.items() if asked.get(m) is not w}
+        for upstream in snapshot.upstreams:
+            holder = self._seen.holders.get(upstream.name)
+            if holder is not None and upstream.name in self._held:
+                await self._publish_state(upstream.name, holder.created, snapshot)
+
+    async def _publish_state(self, upstream: str, since: int, snapshot: Snapshot) -> None:
+        now = snapshot.now
+        models = {folded(model.id): model for model in snapshot.of(upstream)}
+        changes: dict[str, bytes | None] = {}
+        states = {key: self._state(model, now) for key, model in models.items()}
+        if states != self._states_said.get(upstream) or rows.states_key(upstream) not in self._seen.values:
+            told = {
+                key: one if again is None else changed(one, retry_in=max(0.0, round(again - now, 3)))
+                for key, (one, again) in states.items()
+            }
+            changes[rows.states_key(upstream)] = rows.states_row(told)
+        for key, intent in self._seen.loads.items():
+            model = models.get(key)
+            if key.upstream != upstream or model is None:
+                continue
+            if not is_loading(model):
+                changes[rows.load_key(key)] = None
+            elif model.progress is not None and self._is_due(key):
+                told_intent = changed(intent, progress=round(model.progress, 3))
+                changes[rows.load_key(key)] = rows.load_row(told_intent)
+        for key in self._seen.wishes:
+            model = models.get(key)
+            if model is not None and model.asked_for is None:
+                changes[rows.wish_key(key)] = None
+        guard = created(self._key(rows.holder_key(upstream)), since)
+        if changes and await self._write([guard], changes) and rows.states_key(upstream) in changes:
+            self._states_said[upstream] = states
+
+    def _is_due(self, model: ModelId) -> bool:
+        now = self._awake()
+        if now - self._progress_at.get(model, -inf) < PROGRESS_EVERY:
+            return False
+        self._progress_at[model] = now
+        return True
+
+    @staticmethod
+    def _state(model: Model, now: float) -> tuple[Told, float | None]:
+        ill = model.reason if model.instances and model.state is State.BACKOFF else None
+        again = model.retry_at if model.retry_at is not None and model.retry_at > now else None
+        return (
+            Told(
+                warm=model.state is State.WARM,
+                ours=model.ours,
+                ill=ill,
+                failure=model.failure,
+                failures=model.failures,
+                loads=tuple(round(s, 3) for s in model.recent_loads),
+            ),
+            again,
+        )
+
+    def _uses(self, snapshot: Snapshot) -> Mapping[ModelId, Use]:
+        since = snapshot.now - 2 * self._hold.interval
+        uses = {
+            folded(m.id): Use(m.waiting, used=m.in_flight > 0 or m.use_at > since) for m in snapshot.models
+        }
+        return {key: use for key, use in uses.items() if use != Use()}
+
+    def _is_news(self, uses: Mapping[ModelId, Use]) -> bool:
+        """Whether it cannot wait that somebody came; that they left can, for an interval."""
+        said = self._uses_said if rows.uses_key(self._me.instance) in self._seen.values else {}
+        for key, use in uses.items():
+            before = said.get(key, Use())
+            if (use.waiting and not before.waiting) or (use.used and not before.used):
+                return True
+        return uses != said and self._awake() >= self._uses_at + self._hold.interval
+
+    def _row(self, snapshot: Snapshot | None = None) -> bytes:
+        snapshot = snapshot or self._keeping().snapshot()
+        admin, client = self.addresses
+        return rows.member_row(
+            Member(
+                self._me.instance,
+                self._life,
+                host=self._me.host,
+                version=self._me.version,
+                admin=admin,
+                client=client,
+                sees=frozenset(u.name for u in snapshot.upstreams if u.state is UpstreamState.UP),
+                ready=all(m.state is State.WARM for m in snapshot.models if m.wanted),
+                config=self.config,
+            )
+        )
+
+    async def _write(
+        self, compare: Iterable[Json], changes: Mapping[str, bytes | None], *, leased: bool = False
+    ) -> bool:
+        """The same, of what is not there already."""
+        known = {**self._seen.values, **self._written}
+        new = {key: value for key, value in changes.items() if known.get(key) != value}
+        if not new:
+            return True
+        done = await self._commit(compare, new, leased=leased)
+        if done:
+            self._written |= new
+        return done
+
+    async def _commit(
+        self, compare: Iterable[Json], changes: Mapping[str, bytes | None], *, leased: bool = False
+    ) -> bool:
+        lease = self._lease or 0 if leased else 0
+        writes = [
+            delete(self._key(key)) if value is None else put(self._key(key), value, lease)
+            for key, value in changes.items()
+        ]
+        return await self._engine.commit(list(compare), writes)
+
+    def _key(self, key: str) -> str:
+        return self._prefix + key

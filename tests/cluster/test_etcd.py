@@ -1,0 +1,161 @@
+"""The engine, against a real one; and whatever else may listen there."""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from keepalive.cluster.etcd import Access, EngineError, Etcd, created, delete, put
+from tests.kit import etcd as kit
+from tests.kit.etcd import needs_etcd
+from tests.kit.live import reserved_port, until
+
+PREFIX = "/keepalive/ward/"
+
+pytestmark = pytest.mark.xdist_group("etcd")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[kit.Etcd]:
+    with kit.etcd(tmp_path_factory.mktemp("etcd")) as running:
+        yield running
+
+
+@pytest.fixture
+async def engine(server: kit.Etcd) -> AsyncIterator[Etcd]:
+    engine = Etcd([server.url], Access(), timeout=20)
+    yield engine
+    await engine.commit([], [delete(PREFIX + key) for key in ("a", "b")])
+    await engine.close()
+
+
+@needs_etcd
+async def test_of_two_who_create_a_key_one_does(engine: Etcd):
+    tried = [
+        engine.commit([created(PREFIX + "a", 0)], [put(PREFIX + "a", f"{n}".encode())]) for n in range(9)
+    ]
+
+    assert sorted(await asyncio.gather(*tried)) == [False] * 8 + [True]
+    [row] = await engine.rows(PREFIX)
+    assert row.key == "a"
+    assert await engine.commit([created(PREFIX + "a", row.created)], [delete(PREFIX + "a")])
+    assert not await engine.commit([created(PREFIX + "a", row.created)], [put(PREFIX + "b", b"")])
+
+
+@needs_etcd
+async def test_what_is_written_with_a_lease_goes_with_it(engine: Etcd):
+    lease = await engine.grant(60)
+    await engine.commit([], [put(PREFIX + "a", b"x", lease), put(PREFIX + "b", b"\xff\x00")])
+
+    assert await engine.renew(lease)
+    await engine.revoke(lease)
+
+    assert [(row.key, row.value) for row in await engine.rows(PREFIX)] == [("b", b"\xff\x00")]
+    assert not await engine.renew(lease)
+
+
+@needs_etcd
+async def test_a_watch_says_at_once_that_it_stands_and_then_that_something_has_changed(engine: Etcd):
+    told = 0
+
+    async def watch() -> None:
+        nonlocal told
+        async for _ in engine.watch(PREFIX):
+            told += 1
+
+    watching = asyncio.create_task(watch())
+    await until(lambda: told == 1, "the watch stands")
+    await engine.commit([], [put("/keepalive/warden", b"another one's")])
+    await engine.commit([], [put(PREFIX + "a", b"x" * 700_000)])
+
+    await until(lambda: told > 1, "the change is told, however large")
+    watching.cancel()
+
+
+@needs_etcd
+async def test_another_address_answers_for_one_that_does_not(server: kit.Etcd):
+    with reserved_port() as port:
+        engine = Etcd([f"http://127.0.0.1:{port}", server.url], Access(), timeout=20)
+
+        assert await engine.rows(PREFIX) == []
+        await engine.close()
+
+
+@needs_etcd
+async def test_an_etcd_that_hangs_is_told_within_the_time_that_a_call_may_take(server: kit.Etcd):
+    engine = Etcd([server.url], Access(), timeout=0.2)
+    server.signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(EngineError, match=r"did not answer within 0\.2 s"):
+            await engine.rows(PREFIX)
+    finally:
+        server.signal(signal.SIGCONT)
+        await engine.close()
+
+
+@needs_etcd
+async def test_whoever_must_say_who_he_is_does_and_again_when_that_is_forgotten(tmp_path: Path):
+    with kit.etcd(tmp_path) as server:
+        root = Etcd([server.url], Access(), timeout=20)
+        for path, body in (
+            ("user/add", {"name": "root", "password": "s3cret"}),
+            ("role/add", {"name": "root"}),
+            ("user/grant", {"user": "root", "role": "root"}),
+            ("enable", {}),
+        ):
+            await root._call(f"/v3/auth/{path}", body)
+        with pytest.raises(EngineError, match="user name is empty"):
+            await root.rows(PREFIX)
+        await root.close()
+
+        wrong = Etcd([server.url], Access("root", "guess"), timeout=20)
+        with pytest.raises(EngineError, match="invalid user ID or password") as raised:
+            await wrong.rows(PREFIX)
+        assert "guess" not in str(raised.value)
+        await wrong.close()
+
+        right = Etcd([server.url], Access("root", "s3cret"), timeout=20)
+        assert await right.rows(PREFIX) == []
+        right._token = "forgotten.7"
+        assert await right.rows(PREFIX) == []
+        await right.close()
+
+
+async def test_nobody_there_is_said_in_a_sentence():
+    with reserved_port() as port:
+        engine = Etcd([f"http://127.0.0.1:{port}"], Access(), timeout=20)
+
+        with pytest.raises(EngineError, match=f"etcd at http://127.0.0.1:{port}: Cannot connect"):
+            await engine.grant(5)
+        await engine.close()
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (200, b"<html>hello</html>"),
+        (404, b"Not Found\n"),
+        (200, b"[]"),
+        (200, b"\xff\xfe"),
+        (200, b'{"ID": []}'),
+    ],
+)
+async def test_what_is_no_etcd_is_said_in_a_sentence(status: int, body: bytes):
+    async def answer(_: web.BaseRequest) -> web.Response:
+        return web.Response(status=status, body=body)
+
+    runner = web.ServerRunner(web.Server(answer))
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    host, port = runner.addresses[0][:2]
+    engine = Etcd([f"http://{host}:{port}"], Access(), timeout=20)
+    try:
+        with pytest.raises(EngineError):
+            await engine.grant(5)
+    finally:
+        await engine.close()
+        await runner.cleanup()

@@ -1,0 +1,215 @@
+"""Several daemons as one, with a real etcd and LM Studio's own log as judge."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from keepalive.cluster.etcd import Access, Etcd, put
+from keepalive.service.daemon import Daemon
+from keepalive.simulator.models import SimModel
+from keepalive.simulator.server import Server
+from tests.kit import etcd as kit
+from tests.kit.etcd import needs_etcd
+from tests.kit.live import asked, daemon, loads, model, reserved_port, settings, simulator, until
+
+GEMMA = SimModel("gemma", size_bytes=2_000_000_000, load_seconds=0.3)
+SLOW = SimModel("gemma", size_bytes=2_000_000_000, load_seconds=600.0)
+AUTO = 'key = "gemma"\nkeep = "auto"'
+
+pytestmark = [needs_etcd, pytest.mark.xdist_group("etcd")]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[kit.Etcd]:
+    with kit.etcd(tmp_path_factory.mktemp("etcd")) as running:
+        yield running
+
+
+def member(engine: str, cluster: str, instance: str, ttl: str = "60s") -> str:
+    return f'\n[cluster]\netcd = "{engine}"\nname = "{cluster}"\ninstance = "{instance}"\nttl = "{ttl}"\n'
+
+
+@contextlib.asynccontextmanager
+async def members(
+    studio: Server, engine: str, cluster: str, *names: str, table: str = "gemma", ttl: str = "60s"
+) -> AsyncIterator[list[Daemon]]:
+    """They start at once."""
+    async with contextlib.AsyncExitStack() as stack:
+        contexts = [
+            daemon(settings(studio.url, table) + member(engine, cluster, name, ttl)) for name in names
+        ]
+        yield list(await asyncio.gather(*map(stack.enter_async_context, contexts)))
+
+
+def holds(running: Daemon) -> bool:
+    assert running.cluster is not None
+    return running.cluster.acts("local")
+
+
+async def holder(running: list[Daemon]) -> tuple[Daemon, Daemon]:
+    """Who acts, and another one, once they agree."""
+    await until(lambda: sum(map(holds, running)) == 1, "one of them acts")
+    first = next(one for one in running if holds(one))
+    return first, next(one for one in running if one is not first)
+
+
+async def warm(*running: Daemon) -> None:
+    await until(lambda: all(model(one, "gemma")["state"] == "warm" for one in running), "it is warm for all")
+
+
+async def chat(running: Daemon) -> tuple[int, str]:
+    body = {"model": "gemma", "messages": [{"role": "user", "content": "hello"}]}
+    status, _, text = await asked(f"{running.url}/v1/chat/completions", "POST", body)
+    return status, text
+
+
+def happened(studio: Server, *kinds: str) -> list[str]:
+    return [event["kind"] for event in studio.studio.log(0) if event["kind"] in kinds]
+
+
+async def test_three_that_start_at_once_load_it_once_and_all_serve_it(server: kit.Etcd):
+    async with simulator(GEMMA) as studio, members(studio, server.url, "once", "a", "b", "c") as running:
+        await warm(*running)
+
+        assert [status for status, _ in await asyncio.gather(*map(chat, running))] == [200] * 3
+        assert sum(map(holds, running)) == 1
+        assert loads(studio.studio) == 1
+
+
+async def test_who_does_not_hold_it_has_it_loaded_by_who_does_and_its_caller_notices_nothing(
+    server: kit.Etcd,
+):
+    async with (
+        simulator(GEMMA) as studio,
+        members(studio, server.url, "asks", "a", "b", table=AUTO) as running,
+    ):
+        first, other = await holder(running)
+        assert loads(studio.studio) == 0
+
+        status, text = await chat(other)
+
+        assert (status, loads(studio.studio)) == (200, 1), text
+        assert model(first, "gemma")["loads"] == 1
+        assert model(other, "gemma")["loads"] == 0
+
+
+async def test_how_far_a_load_is_and_when_it_should_be_done_is_seen_at_whoever_does_not_load_it(
+    server: kit.Etcd,
+):
+    async with simulator(SLOW) as studio, members(studio, server.url, "far", "a", "b") as running:
+        _, other = await holder(running)
+
+        loading = await until(lambda: model(other, "gemma")["load"], "the other sees the load")
+        studio.studio.advance(300)
+        await until(lambda: (model(other, "gemma")["load"] or {}).get("progress"), "and how far it is")
+
+        assert loading["attempt"] == 1
+        assert model(other, "gemma")["state"] == "loading"
+        studio.studio.advance(600)
+        await warm(*running)
+
+
+async def test_warm_and_release_count_for_all_whoever_was_told(server: kit.Etcd):
+    async with (
+        simulator(GEMMA) as studio,
+        members(
+            studio, server.url, "wishes", "a", "b", table='key = "gemma"\nwindow = "Mon 00:00-00:01"'
+        ) as running,
+    ):
+        first, other = await holder(running)
+        [gemma] = other.find("gemma")
+        other.warm(gemma)
+        await warm(*running)
+        other.release(gemma)
+
+        await until(lambda: not model(first, "gemma")["wanted"], "the holder knows that it is released")
+        assert loads(studio.studio) == 1
+
+
+async def test_what_is_used_through_one_is_not_let_go_by_another(server: kit.Etcd):
+    idle = AUTO + '\nidle = "1s"'
+    async with (
+        simulator(GEMMA, token_seconds=0.05) as studio,
+        members(studio, server.url, "used", "a", "b", table=idle, ttl="3s") as running,
+    ):
+        first, other = await holder(running)
+        # Its answer takes longer than it may lie idle.
+        assert (await chat(other))[0] == 200
+        ids = [
+            e["kind"] for e in studio.studio.log(0) if e["kind"] in ("load.started", "unloaded", "evicted")
+        ]
+
+        assert ids == ["load.started"]
+        # Nobody uses it any more: then it goes, by the hand of the holder.
+        await until(lambda: model(first, "gemma")["instances"] == 0, "it is let go")
+        await until(lambda: model(other, "gemma")["state"] == "cold", "which the other sees")
+        assert model(other, "gemma")["evictions"] == 0
+
+
+async def test_without_etcd_what_is_warm_is_served_and_nothing_is_loaded_and_with_it_all_goes_on(
+    tmp_path: Path,
+):
+    with kit.etcd(tmp_path) as server:
+        async with (
+            simulator(GEMMA) as studio,
+            members(studio, server.url, "away", "a", "b", ttl="3s") as running,
+        ):
+            await warm(*running)
+            server.kill()
+            await until(lambda: not any(map(holds, running)), "nobody may act by his own clock")
+
+            assert [status for status, _ in await asyncio.gather(*map(chat, running))] == [200] * 2
+            studio.studio.evict("gemma")
+            await until(lambda: all(model(one, "gemma")["state"] == "cold" for one in running), "it is lost")
+            status, text = await chat(running[0])
+
+            assert status == 503
+            assert "nothing is loaded or unloaded, because etcd at " in text
+            assert loads(studio.studio) == 1
+            server.start()
+            await warm(*running)
+            assert loads(studio.studio) == 2
+
+
+async def test_two_of_one_name_are_told_so_and_one_acts(server: kit.Etcd, capsys: Any):
+    async with (
+        simulator(GEMMA) as studio,
+        members(studio, server.url, "twins", "a", "a", ttl="3s") as running,
+    ):
+        await warm(*running)
+        await until(lambda: any(one.cluster and one.cluster.doubled for one in running), "one is told")
+
+        assert loads(studio.studio) == 1
+
+
+async def test_garbage_under_our_prefix_hurts_nobody(server: kit.Etcd):
+    engine = Etcd([server.url], Access(), timeout=30)
+    prefix = "/keepalive/garbage/"
+    rows = {
+        "members/x": b"\xff",
+        "uses/x": b"[]",
+        "states/local": b"x" * 700_000,
+        "wishes/local/gemma": b"{}",
+    }
+    await engine.commit([], [put(prefix + key, value) for key, value in rows.items()])
+    await engine.close()
+    async with simulator(GEMMA) as studio, members(studio, server.url, "garbage", "a", "b") as running:
+        await warm(*running)
+
+        assert loads(studio.studio) == 1
+
+
+async def test_an_etcd_that_is_none_costs_nobody_what_is_warm():
+    with reserved_port() as port:
+        async with simulator(GEMMA) as studio:
+            await asked(f"{studio.url}/api/v1/models/load", "POST", {"model": "gemma"})
+            async with members(studio, f"http://127.0.0.1:{port}", "none", "a", ttl="3s") as [running]:
+                await warm(running)
+
+                assert (await chat(running))[0] == 200
+                assert not holds(running)
+                assert loads(studio.studio) == 1

@@ -1,0 +1,120 @@
+"""What members write for each other: what is written is read, and whatever else stands there hurts nobody."""
+
+import json
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keepalive.cluster import rows
+from keepalive.cluster.rows import Holder, Intent, Member, Picture, Row, Told, Use, Wish
+from keepalive.core.facts import ModelId
+
+GEMMA = ModelId("local", "Google/Gemma")
+FOLDED = ModelId("local", "google/gemma")
+
+
+def seen(key: str, value: bytes, created: int = 7) -> Picture:
+    return rows.picture([Row(key, value, created)])
+
+
+def test_a_member_is_read_as_it_was_written():
+    member = Member(
+        "a", "5f", "vm", "1.1", "http://a:9235", "http://a:1235", frozenset({"local"}), True, {"local/x": "0"}
+    )
+
+    assert seen(rows.member_key("a"), rows.member_row(member)).members == {"a": member}
+
+
+def test_a_holder_is_known_by_the_revision_at_which_it_became_one():
+    assert seen("holders/local", rows.holder_row("a", "5f")).holders == {"local": Holder("a", "5f", 7)}
+
+
+def test_a_load_is_found_in_whatever_case_the_key_is_written():
+    intent = Intent("a", "5f", 7, expected=12.5, tells_loading=True, progress=0.25)
+
+    assert seen(rows.load_key(GEMMA), rows.load_row(intent)).loads == {FOLDED: intent}
+
+
+def test_uses_and_states_and_wishes_are_read_as_they_were_written():
+    told = Told(True, frozenset({"gemma:2"}), "it is ill", "no", 3, 4.5, (1.0, 2.0))
+
+    assert seen("uses/b", rows.uses_row({GEMMA: Use(2, True)})).uses == {"b": {FOLDED: Use(2, True)}}
+    assert seen("states/local", rows.states_row({GEMMA: told})).states == {"local": {FOLDED: told}}
+    assert seen(rows.wish_key(GEMMA), rows.wish_row("5f", "1", warm=True)).wishes == {
+        FOLDED: Wish(True, "5f", 7)
+    }
+
+
+def test_what_all_others_do_is_taken_together():
+    uses = {"a": {FOLDED: Use(5, True)}, "b": {FOLDED: Use(1, False)}, "c": {FOLDED: Use(2, True)}}
+
+    assert Picture(uses=uses).uses_elsewhere("a") == {FOLDED: Use(3, True)}
+
+
+def test_a_newer_member_may_say_more():
+    value = json.dumps({"v": 2, "instance": "a", "life": "5f", "mood": {"good": True}}).encode()
+
+    assert seen("holders/local", value).holders == {"local": Holder("a", "5f", 7)}
+
+
+def test_the_rows_of_the_first_release_are_read_for_ever():
+    # As it writes them; whoever changes these lines breaks an upgrade one by one.
+    load = b'{"expected":3.0,"instance":"a","life":"5f","progress":null,"tells_loading":true,"v":1}'
+    state = (
+        b'{"models":{"gemma":{"failure":null,"failures":0,"ill":null,"loads":[3.006],"ours":["gemma"],'
+        b'"retry_in":null,"warm":true}},"v":1}'
+    )
+
+    assert seen("loads/local/gemma", load).loads == {
+        ModelId("local", "gemma"): Intent("a", "5f", 7, 3.0, True)
+    }
+    assert seen("states/local", state).states["local"] == {
+        ModelId("local", "gemma"): Told(True, frozenset({"gemma"}), loads=(3.006,))
+    }
+
+
+def test_a_load_that_cannot_be_read_is_still_a_load_and_a_holder_a_holder():
+    assert seen("loads/local/gemma", b"\xff").loads == {ModelId("local", "gemma"): Intent("somebody", "", 7)}
+    assert seen("holders/local", b"x" * 2**20).holders == {"local": Holder("somebody", "", 7)}
+    assert seen("holders/local", b"[]").unreadable == ("holders/local",)
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+)
+names = st.sampled_from(
+    [
+        "v",
+        "instance",
+        "life",
+        "sees",
+        "config",
+        "uses",
+        "models",
+        "expected",
+        "progress",
+        "ours",
+        "loads",
+        "local",
+    ]
+)
+keys = st.sampled_from(["members/", "holders/", "uses/", "loads/local/", "states/", "wishes/local/", ""])
+
+
+@given(kind=keys, rest=st.text(max_size=9), said=st.dictionaries(names, values), v=st.integers(0, 3))
+def test_no_garbage_under_our_prefix_raises(kind: str, rest: str, said: dict[str, Any], v: int):
+    rows.picture([Row(kind + rest, json.dumps({"v": v, **said}).encode(errors="replace"), 1)])
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_under_our_prefix_raise(value: bytes):
+    rows.picture([Row("uses/a", value, 1), Row("loads/a/b", value, 1)])
+
+
+def test_what_could_move_a_cursor_is_not_passed_on():
+    value = json.dumps({"v": 1, "life": "5f", "host": "\x1b[2J"}).encode()
+
+    assert seen("members/a", value).members["a"].host == ""

@@ -1,0 +1,188 @@
+"""Where another daemon acts: what it tells counts here, and nothing is done but to look."""
+
+from dataclasses import replace as changed
+
+from keepalive.core.actions import Load, Refresh, SendPing
+from keepalive.core.explain import eta
+from keepalive.core.facts import (
+    Fact,
+    HandLost,
+    HandTaken,
+    HolderTold,
+    Listed,
+    LoadForgone,
+    LoadProgressed,
+    LoadRemembered,
+    LoadResolved,
+    LoadStarted,
+    UsedElsewhere,
+    WaitEnded,
+    WaitStarted,
+)
+from keepalive.core.plan import plan
+from keepalive.core.records import Upstream
+from keepalive.core.room import is_in_use
+from keepalive.core.states import State
+from keepalive.core.upstreams import apply_upstream
+from tests.kit.models import GEMMA, a_model, after, box, cold, entry, listed, load_ended, ours, warm
+
+
+def trusted(at: float, *ids: str, loading: bool | None = None) -> Listed:
+    return changed(listed(at, entry("gemma", *ids, loading=loading)), trusted=True)
+
+
+def elsewhere(*facts: Fact) -> Upstream:
+    upstream = Upstream("local")
+    for fact in (HandLost(0.5, "local"), *facts):
+        upstream = apply_upstream(upstream, fact)
+    return upstream
+
+
+def remembered(at: float, **more: object) -> LoadRemembered:
+    return LoadRemembered(at, GEMMA, at, 30.0, by="a", **more)  # type: ignore[arg-type]
+
+
+def test_where_another_one_acts_nothing_is_loaded_or_pinged():
+    look = listed(1, entry("gemma"))
+    state = a_model(GEMMA)
+
+    assert plan(elsewhere(look), [after(state, look)], 1.1) == []
+    assert plan(elsewhere(look), [warm(ping_at=1.0)], 1.2) == []
+    assert plan(elsewhere(look), [after(state, look)], 20.0) == [Refresh("local", loading=True)]
+
+
+def test_whoever_takes_over_looks_before_anything_else():
+    state = box(listed(1, entry("gemma")))
+    state.see(HandLost(1.1, "local"), HandTaken(1.2, "local"))
+
+    assert state.plan(1.3) == [Refresh("local", loading=True)]
+    assert state.see(listed(1.4, entry("gemma"), asked=1.1)).plan(1.5)[:1] != [Load(GEMMA)]
+    assert state.see(listed(1.6, entry("gemma"), asked=1.55)).plan(1.7) == [Load(GEMMA)]
+
+
+def test_what_is_listed_where_another_one_proves_it_is_warm():
+    assert after(a_model(GEMMA), trusted(1, "gemma")).state is State.WARM
+    assert after(a_model(GEMMA), listed(1, entry("gemma", "gemma"))).state is not State.WARM
+
+
+def test_what_the_holder_finds_ill_is_warm_for_nobody_until_another_copy_is_there():
+    ill = after(
+        a_model(GEMMA),
+        trusted(1, "gemma"),
+        HolderTold(2, GEMMA, ill="it does not answer"),
+        trusted(3, "gemma"),
+    )
+
+    assert (ill.state, ill.reason) == (State.BACKOFF, "it does not answer")
+    assert after(ill, HolderTold(4, GEMMA), trusted(5, "gemma")).state is State.WARM
+    assert after(ill, trusted(6), trusted(7, "gemma:2")).state is State.WARM
+
+
+def test_whoever_takes_over_pings_what_it_believed():
+    state = box(trusted(1, "gemma"))
+    state.see(HandLost(1.1, "local"), HandTaken(2, "local"), listed(2.2, entry("gemma", "gemma"), asked=2.1))
+
+    assert state.plan(2.3) == [SendPing(GEMMA, "gemma")]
+
+
+def test_a_load_that_another_one_began_is_under_way_here_too_and_waited_for_by_whoever_takes_over():
+    state = box(trusted(1))
+    state.see(HandLost(1.1, "local"), remembered(2))
+    loading = state[GEMMA]
+    state.see(HandTaken(5, "local"), listed(6, entry("gemma"), asked=5.5))
+
+    assert (loading.state, loading.reason, loading.loading_since) == (State.LOADING, "a loads it", 2)
+    assert eta(loading, [], 12) is None or eta(loading, [], 12) >= 0
+    assert Load(GEMMA) not in state.plan(6.1)
+    # Twice what it is known to take and the lag of a listing later it is given up, as after a restart.
+    state.see(listed(2 + 105 - 1, entry("gemma")))
+    assert Load(GEMMA) not in state.plan(106.1)
+    state.see(listed(2 + 105 + 1, entry("gemma")))
+    assert Load(GEMMA) in state.plan(108.1)
+
+
+def test_how_far_that_load_is_tells_when_it_is_done():
+    loading = after(cold(), remembered(2), LoadProgressed(12, GEMMA, 0.5))
+
+    assert eta(loading, [], 12) == 10
+
+
+def test_what_we_see_or_do_ourselves_we_know_better():
+    begun = after(cold(), LoadStarted(2, GEMMA))
+
+    assert after(begun, remembered(3)) == begun
+    assert after(warm(), remembered(4)) == warm()
+
+
+def test_once_the_holder_knows_what_came_of_it_the_next_listing_tells():
+    over = after(cold(), remembered(2), LoadResolved(9, GEMMA))
+
+    assert after(over, trusted(10, "gemma")).state is State.WARM
+    assert after(over, trusted(10)).state is State.COLD
+    assert apply_upstream(elsewhere(), LoadResolved(9, GEMMA)).due_at <= 9
+
+
+def test_a_load_that_was_not_begun_after_all_leaves_nothing_but_a_look():
+    state = box(listed(1, entry("gemma")), LoadStarted(2, GEMMA))
+    state.see(LoadForgone(3, GEMMA, "another one acts"))
+    model = state[GEMMA]
+
+    assert (model.state, model.load_started, model.failures, model.retry_at) == (State.COLD, None, 0, None)
+    assert model.reason == "another one acts"
+    assert state.plan(3.1) == [Refresh("local", loading=True)]
+
+
+def test_what_one_of_us_loaded_is_ours_whichever_comes_first_its_word_or_the_listing():
+    told = HolderTold(2, GEMMA, frozenset({"gemma"}))
+
+    assert after(a_model(GEMMA), trusted(1, "gemma"), told).ours == {"gemma"}
+    assert after(a_model(GEMMA), told, trusted(3, "gemma")).ours == {"gemma"}
+    assert after(a_model(GEMMA), told, trusted(3, "another")).ours == frozenset()
+    # Whoever has taken over goes by what it sees itself.
+    later = after(a_model(GEMMA), told, listed(3, entry("gemma")), listed(4, entry("gemma", "gemma")))
+    assert later.ours == {"gemma"}
+    assert later.told == frozenset()
+
+
+def test_what_the_holder_let_go_is_no_eviction_here():
+    gone = after(a_model(GEMMA), trusted(1, "gemma"), trusted(2))
+
+    assert (gone.state, gone.evictions, gone.failures) == (State.COLD, 0, 0)
+
+
+def test_how_long_the_holder_holds_off_is_known_here():
+    held_off = after(cold(), HolderTold(2, GEMMA, failure="no memory", failures=3, retry_at=50.0))
+
+    assert (held_off.state, held_off.reason, held_off.retry_at) == (State.BACKOFF, "no memory", 50.0)
+
+
+def test_callers_elsewhere_are_reason_to_load_and_no_longer_when_they_have_gone():
+    idle = cold(policy=changed(a_model(GEMMA).policy, auto=True))
+    asked = after(idle, UsedElsewhere(5, GEMMA, 2, False))
+
+    assert (idle.needed, asked.needed, asked.callers, asked.waiting_since) == (False, True, 2, 5)
+    assert not after(asked, UsedElsewhere(9, GEMMA, 0, False)).needed
+
+
+def test_who_has_waited_longest_has_whether_here_or_there():
+    model = after(
+        cold(), UsedElsewhere(5, GEMMA, 1, False), WaitStarted(6, GEMMA), WaitEnded(7, GEMMA, 1.0, True)
+    )
+
+    assert model.waiting_since == 5
+    assert after(model, UsedElsewhere(8, GEMMA, 0, True)).waiting_since is None
+
+
+def test_what_is_used_elsewhere_is_neither_let_go_nor_pinged():
+    model = ours()
+    used = after(model, UsedElsewhere(1000, GEMMA, 0, True))
+
+    assert is_in_use(changed(used, asked_for=False), 1001)
+    assert after(used, UsedElsewhere(1500, GEMMA, 0, False)).last_use == 1500
+    assert used.goes_at is None
+
+
+def test_an_end_of_our_own_load_outlives_what_is_told_meanwhile():
+    model = after(cold(), LoadStarted(2, GEMMA), LoadResolved(3, GEMMA), remembered(4), load_ended(5))
+
+    assert (model.state, model.ours) == (State.LOADING, {"gemma"})
