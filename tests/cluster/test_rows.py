@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keepalive.cluster import rows
@@ -104,6 +104,7 @@ names = st.sampled_from(
 keys = st.sampled_from(["members/", "holders/", "uses/", "loads/local/", "states/", "wishes/local/", ""])
 
 
+@settings(max_examples=50)
 @given(kind=keys, rest=st.text(max_size=9), said=st.dictionaries(names, values), v=st.integers(0, 3))
 def test_no_garbage_under_our_prefix_raises(kind: str, rest: str, said: dict[str, Any], v: int):
     rows.picture([Row(kind + rest, json.dumps({"v": v, **said}).encode(errors="replace"), 1)])
