@@ -2,7 +2,9 @@
 
 import os
 import re
+import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,9 +122,17 @@ def test_the_image_says_how_it_is_run(image: Image) -> None:
 # --- what needs no builder ----------------------------------------------------------------------------
 
 
+[COMPOSE] = re.findall(r"^```yaml\n(.*?)^```", MANUAL, re.MULTILINE | re.DOTALL)
+
+# Writes down what it is asked for, as the program would be asked where there is one.
+PODMAN = """#!/bin/sh
+echo "$@" >>$SAID
+case $1 in --version | version) echo podman version 5.4.0 ;; ps) echo '[]' ;; esac
+"""
+
+
 def compose() -> dict[str, Any]:
-    [text] = re.findall(r"^```yaml\n(.*?)^```", MANUAL, re.MULTILINE | re.DOTALL)
-    found: dict[str, Any] = yaml.safe_load(text)
+    found: dict[str, Any] = yaml.safe_load(COMPOSE)
     return found
 
 
@@ -149,8 +159,30 @@ def test_the_compose_file_mounts_what_is_there_and_calls_the_daemon_by_its_own_n
     assert f"http://{services['keepalive']['hostname']}:1235/heartbeat/" in base_url
     assert services["keepalive"]["read_only"]
     assert all(port.startswith("127.0.0.1:") for one in services.values() for port in one["ports"])
-    scraped = yaml.safe_load(compose()["configs"]["prometheus"]["content"])["scrape_configs"][0]
+    scraped = yaml.safe_load((PROJECT / "monitoring/prometheus/compose.yml").read_text())["scrape_configs"][0]
     assert (scraped["job_name"], scraped["static_configs"][0]["targets"]) == ("keepalive", ["keepalive:9235"])
+
+
+def test_the_compose_file_is_one_and_has_the_rest_wait_for_a_daemon_that_is_well(tmp_path: Path) -> None:
+    program = Path(sys.executable).with_name("podman-compose")
+    if not program.exists():
+        pytest.skip(f"no podman-compose beside {sys.executable}")
+    podman, said = tmp_path / "podman", tmp_path / "said"
+    podman.write_text(PODMAN)
+    podman.chmod(0o755)
+    (tmp_path / "compose.yml").write_text(COMPOSE)
+    shutil.copy(PROJECT / "Dockerfile", tmp_path)
+    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SAID": str(said), "HOME": str(tmp_path)}
+
+    subprocess.run([program, "up", "-d"], cwd=tmp_path, env=environ, check=True, capture_output=True)
+
+    asked = said.read_text().splitlines()
+    made = {name: line for line in asked for name in compose()["services"] if f"service={name} " in line}
+    tight = ("--read-only", "--cap-drop ALL", "--security-opt no-new-privileges:true")
+    assert [word for word in tight if word not in made["keepalive"]] == []
+    assert "/monitoring/prometheus/compose.yml:/etc/prometheus/prometheus.yml:ro" in made["prometheus"]
+    began = [re.sub(r" \S+_(\S+)_1$", r" \1", line) for line in asked if line.startswith(("start", "wait"))]
+    assert began[-2:] == ["wait --condition=healthy keepalive", "start open-webui"]
 
 
 def test_what_the_image_is_built_from_is_let_in() -> None:
