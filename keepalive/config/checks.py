@@ -113,6 +113,8 @@ class Checks:
             homes = self._homes(number, model) if model.aliases else ()
             for position, alias in enumerate(model.aliases):
                 place, name, said = ("models", number, "aliases", position), alias.lower(), shown(alias)
+                if place in self.wrong:
+                    continue
                 if (number, name) in own_key:
                     yield place, f"{said} is its key, by which it is found already; leave it out"
                 elif name in keys:

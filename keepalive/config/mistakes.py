@@ -99,4 +99,4 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 
 def one_of(words: Iterable[str]) -> str:
-    return " or ".join(map(shown, words))
+    return " or ".join(dict.fromkeys(map(shown, words)))

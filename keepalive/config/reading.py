@@ -210,6 +210,11 @@ class _Reading:
 
     def _repair(self, key: Key) -> None:
         """Puts something sound in the place of what is wrong, so that the rest can be compared."""
+        if key[:1] + key[2:3] == ("models", "aliases") and len(key) == 4:
+            aliases = self.data["models"][key[1]].get("aliases")
+            if isinstance(aliases, list):  # in which the others are still compared, each at its place
+                aliases[int(key[3])] = f"alias {key[3]} of models[{key[1]}]"
+                return
         while len(key) > 1 and not _header(key[:-1] if isinstance(key[-1], str) else key):
             key = key[:-1]  # a piece of a value, such as one text of a list: the value goes
             self.wrong.add(key)
@@ -298,20 +303,35 @@ def _as_toml(value: object) -> str:
 
 
 # What LM Studio and other programs call it.
-_ALSO_CALLED = {"base_url": "url", "host": "url", "id": "key", "model": "key", "name": "key", "ttl": "lease"}
+_ALSO_CALLED = {
+    "base_url": "url", "host": "url", "id": "key", "model": "key", "name": "key", "ttl": "lease",
+    "url": "urls_env", "urls": "urls_env",
+}  # fmt: skip
 
 
 def _unknown(kind: type[Table], name: str, value: object) -> str:
     known = {field: field for field in kind.model_fields}
     if kind is Config:
         known = {header.strip("[]"): header for header in SECTIONS if "." not in header}
-    elsewhere = [header for header, other in SECTIONS.items() if name in other.model_fields]
+    elsewhere = [header for header, other in SECTIONS.items() if _may_stand(other, name, value)]
     if _ALSO_CALLED.get(name) in known:
         return f"is unknown; write {_ALSO_CALLED[name]}"
     if elsewhere and not isinstance(value, dict | list):
         return f"is unknown here; write it below {' or '.join(elsewhere)}"
     near = nearest(name, known)
-    return f"is unknown; write {known[near] if near else 'one of ' + ', '.join(known.values())}"
+    every = ", ".join(known.values())
+    return f"is unknown; write {known[near] if near else every if len(known) == 1 else f'one of {every}'}"
+
+
+def _may_stand(kind: type[Table], name: str, value: object) -> bool:
+    """Whether that table has such a key, and the value is none of another kind of key by that name."""
+    if name not in kind.model_fields:
+        return False
+    try:
+        kind.model_validate({name: value})
+    except ValidationError as error:
+        return ((name,), "literal_error") not in {(e["loc"], e["type"]) for e in error.errors()}
+    return True
 
 
 def _nothing_to_keep(source: str) -> str:

@@ -51,6 +51,7 @@ _DURATION_OR_OFF = _written_as(rf"(off|{values.DURATION_PATTERN})")
 
 # Bounds keep out what cannot be meant; tests and demos live at the lower ends.
 Interval = Annotated[float, _duration("10ms", "7d"), _DURATION]
+Delay = Annotated[float, _duration("0s", "7d"), _DURATION]
 Timeout = Annotated[float, _duration("10ms", "1d"), _DURATION]
 Patience = Annotated[float, _duration("0s", "1d"), _DURATION]
 Silence = Annotated[
@@ -344,7 +345,7 @@ class Notify(Table):
         "upstream_down",
     )
     """What is told."""
-    after: Interval = seconds("1m")
+    after: Delay = seconds("1m")
     """Trouble that is over sooner is not told."""
     pause: Interval = seconds("15m")
     """The same kind of news of the same model comes again after this at the earliest."""

@@ -56,7 +56,8 @@ def read_duration(value: object, low: str, high: str) -> float:
         return length
     text = shown(value).strip('" ').lower()
     if re.fullmatch(r"\d+(\.\d+)?", text, re.ASCII):
-        raise ValueError(f'{shown(value)} has no unit; write "{text}s" or "{text}m"')
+        advice = f'"{text}s" or "{text}m"' if float(text) else f'"{low}"'
+        raise ValueError(f"{shown(value)} has no unit; write {advice}")
     plain = _UNIT_WORD.sub(r"\1", text.replace(" ", ""))
     fits = _DURATION.fullmatch(plain)
     advice = f'write "{plain}"' if fits else 'write one such as "500ms", "30s", "5m" or "1h30m"'

@@ -70,6 +70,7 @@ def test_an_alias_may_stand_on_each_upstream_as_a_key_may(other: str) -> None:
             model("gemma", "chat", "") + model("qwen", "chat"),
             [
                 '3: models[0].aliases[1]: "" is not one line; write 1 to 256 characters, no space around them',
+                '6: models[1].aliases[0]: "chat" is an alias of models[0] on "local" too; leave one of them out',
             ],
         ),
         (
@@ -101,6 +102,25 @@ def test_an_alias_may_stand_on_each_upstream_as_a_key_may(other: str) -> None:
 )
 def test_an_alias_with_a_mistake(text: str, report: list[str]) -> None:
     assert mistakes(text) == report
+
+
+def test_an_alias_that_is_none_does_not_hide_what_is_wrong_with_the_others() -> None:
+    text = MODEL + 'aliases = [1, "y"]\n[[models]]\nkey = "z"\naliases = ["y", " ", "Z"]\n'
+
+    places = [said.partition(": ")[2].partition(": ")[0] for said in mistakes(text)]
+
+    assert places == [f"models[{n}].aliases[{m}]" for n, m in ((0, 0), (1, 1), (1, 0), (1, 2))]
+
+
+def test_advice_names_each_choice_once_and_only_where_the_value_could_stand() -> None:
+    upstreams = "".join(f'[[upstreams]]\nname = "{n}"\nurl = "http://h:{p}"\n' for n, p in ("a1", "a2", "c3"))
+    said = mistakes(upstreams + MODEL + '[history]\nkeep = "90d"\n')
+
+    assert (
+        'models[0].upstream: is missing, and there are several; write "a" or "c", or a list of them'
+        in "".join(said)
+    )
+    assert said[-1].endswith("history.keep: is unknown; write path")
 
 
 def test_an_alias_in_a_variable_is_told_with_its_name() -> None:
@@ -274,6 +294,8 @@ def test_a_bound_of_one_heartbeat_is_enough() -> None:
             'urls_env = "A"\nurls_file = "/b"',
             "5: notify.urls_file: stands beside urls_env, and addresses have one place; leave one of them out",
         ),
+        ('urls_env = "A"\nafter = "0"', '5: notify.after: "0" has no unit; write "0s"'),
+        ('urls = "json://x"', "4: notify.urls: is unknown; write urls_env"),
         ('urls_env = "A"\nevents = ["fails"]', '5: notify.events[0]: "fails" is not known; write "failing"'),
         (
             'urls_env = "slack://token"',
