@@ -577,11 +577,17 @@ async def test_memory_is_a_bar_of_who_has_it_and_says_who_goes_next_and_who_wait
         await expect(shown.page.get_by_role("button", name="Release a")).to_be_visible()
         await expect(shown.page.get_by_role("button", name="Warm c")).to_be_visible()
         await expect(answer(shown.page)).to_contain_text("c is cold: waits for room")
+        figures = await shown.page.locator("#figures div").first.inner_text()
+        await shown.page.set_viewport_size({"width": 390, "height": 844})
+        phone = await shown.page.locator("#upstreams .detail").last.bounding_box()
         world.becomes(kept_always, upstreams=[{**local, "memory": None}])
         await expect(room).to_be_hidden()
 
     assert kinds == ["always", "auto", "next", "foreign"]
     assert widths == ["20%", "20%", "20%", "15%"]
+    assert figures.split() == ["Warm", "3", "of", "4"]
+    assert phone is not None
+    assert phone["width"] > 300
 
 
 # --- the playground -----------------------------------------------------------------------------------
@@ -667,6 +673,16 @@ async def test_models_come_and_go_with_the_config(browser: Browser) -> None:
         await expect(page.locator("#models")).not_to_contain_text("qwen")
 
     assert names == ["c", "b", "d"]
+
+
+async def test_where_models_come_when_somebody_asks_the_page_says_how_to_ask(browser: Browser) -> None:
+    async with (
+        served(Written(config={"ok": True, "mistakes": [], "path": None, "unlisted": "auto"})) as world,
+        opened(browser, world.url) as shown,
+    ):
+        await expect(answer(shown.page)).to_have_text("Models are loaded when somebody asks")
+        await expect(shown.page.locator("#models")).to_contain_text("http://127.0.0.1:1235/v1")
+        await expect(shown.page.locator("#models")).not_to_contain_text("[[models]]")
 
 
 async def test_every_mistake_of_a_rejected_config_is_shown(browser: Browser, tmp_path: Path) -> None:
@@ -983,7 +999,7 @@ async def test_the_last_requests_are_told_without_a_word_of_what_was_said(browse
         (
             {"path": None, "unlisted": "auto"},
             "There is no config: what is asked for is kept while memory lasts. As config.toml, these lines pin what "
-            "was asked for or is loaded; `keepalive init` writes them, too:",
+            "was asked for or is loaded; keepalive init writes them, too:",
         ),
     ],
 )

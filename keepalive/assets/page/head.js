@@ -6,7 +6,7 @@ import { byId, h, keep, mark, say } from "./dom.js";
 import { histories, history } from "./history.js";
 import { contact } from "./live.js";
 import { picture } from "./picture.js";
-import { answer, many, span } from "./words.js";
+import { answer, kind, many, span } from "./words.js";
 
 const DAY = 86_400_000;
 const LISTED_MAX = 20;
@@ -52,7 +52,7 @@ const figures = new Map();
 
 function drawFigures() {
   const sum = (value) => picture.models.reduce((total, model) => total + value(model), 0);
-  const wanted = picture.models.filter((model) => model.wanted);
+  const wanted = picture.models.filter((model) => kind(model) !== "off");
   const known = [...histories.values()];
   const waits = { seconds: 0, requests: 0 };
   for (const entry of known) {

@@ -9,6 +9,7 @@ import { counted } from "./words.js";
 
 const COMPACT_FROM = 13;
 const EXAMPLE = '[[models]]\nkey = "qwen/qwen3-4b-2507"\n';
+const BASE_URL = "http://127.0.0.1:1235/v1";
 const LEGEND = { warm: "warm", loading: "loading", cold: "cold", backoff: "backoff", unknown: "unknown", eviction: "evicted" };
 
 const rows = new Map(); // by model id
@@ -58,7 +59,9 @@ function drawEmpty() {
   const empty = list.querySelector(".empty");
   if (picture.models.length) return empty?.remove();
   if (!empty) {
-    list.append(
+    list.append(picture.config.unlisted === "auto" ?
+      h("li", { class: "empty" },
+        h("p", {}, "Point the base URL of an application at the client address, ", h("code", {}, BASE_URL), " unless it was set otherwise, and ask for a model that LM Studio has: it is loaded, and stays while memory lasts.")) :
       h("li", { class: "empty" },
         h("p", {}, "Nothing is kept warm yet. Write the key of a model into config.toml, as LM Studio and ", h("code", {}, "lms ls"), " show it:"),
         h("pre", {}, EXAMPLE),

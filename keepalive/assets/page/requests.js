@@ -63,7 +63,7 @@ export function tables(unnamed, models, several) {
 }
 
 function about({ requests, kept }) {
-  if (!requests && !kept) return "loaded by somebody else";
+  if (!requests) return kept ? "no answer has ended yet" : "loaded by somebody else";
   return `${many(requests, "request")}${kept ? "" : ", passed on as they came"}`;
 }
 
@@ -71,11 +71,13 @@ function drawUnnamed(unnamed) {
   const bare = picture.config.path === null && picture.config.unlisted === "auto";
   show(byId("unnamed"), unnamed.length > 0 || bare);
   const kept = picture.config.unlisted === "auto";
-  say(byId("unnamed-about"), [
-    bare ? "There is no config: what is asked for is kept while memory lasts. " : "",
-    unnamed.length === 0 ? "Nothing is loaded, and nothing was asked for yet. `keepalive init` writes a config." :
-      `${bare ? "As config.toml, these" : "These"} lines ${kept ? "pin" : "keep"} ${bare ? "what was asked for or is loaded; `keepalive init` writes them, too" : "what was asked for"}:`,
-  ].join(""));
+  const init = h("code", {}, "keepalive init");
+  byId("unnamed-about").replaceChildren(
+    ...(bare ? ["There is no config: what is asked for is kept while memory lasts. "] : []),
+    ...(unnamed.length === 0 ? ["Nothing is loaded, and nothing was asked for yet. ", init, " writes a config."] :
+      bare ? ["As config.toml, these lines pin what was asked for or is loaded; ", init, " writes them, too:"] :
+        [`These lines ${kept ? "pin" : "keep"} what was asked for:`]),
+  );
   byId("unnamed-list").replaceChildren(...unnamed.slice(0, SHOWN).map((one) =>
     h("li", {}, `${short(one.key, 80)}: ${about(one)}`)));
   const lines = byId("unnamed-lines");

@@ -122,7 +122,7 @@ export const inTrouble = (upstream) => TROUBLE.has(upstream.state);
 export function answer(picture, now) {
   const { models, upstreams } = picture;
   if (picture.draining) return said("gone", "The daemon is stopping; models stay loaded");
-  if (!models.length) return said("cold", "No models are configured");
+  if (!models.length) return said("cold", picture.config.unlisted === "auto" ? "Models are loaded when somebody asks" : "No models are configured");
   const by = Map.groupBy(models, kind);
   const of = (name) => by.get(name) ?? [];
   const wanted = models.length - of("off").length;
