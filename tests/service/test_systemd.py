@@ -485,7 +485,8 @@ def wheels(ground: Shed) -> Path:
     """What Debian's Python needs instead of a network: the packages of an installation from source."""
     folder = ground.folder / "wheels"
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())
-    needs = [*project["project"]["dependencies"], *project["build-system"]["requires"]]
+    notify = project["project"]["optional-dependencies"]["notify"]
+    needs = [*project["project"]["dependencies"], *notify, *project["build-system"]["requires"]]
 
     def fetch() -> str:
         pip = (sys.executable, "-m", "pip", "--python", PYTHON, "--disable-pip-version-check", "-q")
@@ -530,13 +531,13 @@ def installed(ground: Shed, wheels: Path) -> list[Path]:
 class Common:
     """The machine that tests share, booted for the first of them."""
 
-    def __init__(self, ground: Shed, layers: Sequence[Path], release: Path) -> None:
-        self._ground, self._layers, self._release = ground, layers, release
+    def __init__(self, ground: Shed, layers: Sequence[Path], release: Path, wheels: Path) -> None:
+        self._ground, self._layers, self._release, self._wheels = ground, layers, release, wheels
         self._machine: Machine | None = None
 
     def get(self) -> Machine:
         if self._machine is None:
-            shared = {"/mnt/keepalive": PROJECT, "/mnt/release": self._release}
+            shared = {"/mnt/keepalive": PROJECT, "/mnt/release": self._release, "/mnt/wheels": self._wheels}
             self._machine = Machine(self._ground, self._layers, shared)
         return self._machine
 
@@ -553,8 +554,8 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def common(ground: Shed, installed: list[Path], release: Path) -> Iterator[Common]:
-    opened = Common(ground, installed, release)
+def common(ground: Shed, installed: list[Path], release: Path, wheels: Path) -> Iterator[Common]:
+    opened = Common(ground, installed, release, wheels)
     yield opened
     opened.close()
 
@@ -810,6 +811,72 @@ def test_reloads_without_end_leave_the_daemon_as_it_was(machine: Machine) -> Non
 
     assert machine.property("keepalive", "MainPID") == pid
     assert machine.property("keepalive", "ActiveState") == "active"
+
+
+DESKTOP = COMMANDS.findall((PROJECT / "docs/desktop.md").read_text())
+PERSON = 2000
+OWN = "http://127.0.0.1:9236"
+OWN_CONFIG = """
+[server]
+listen = "127.0.0.1:1236"
+admin_listen = "127.0.0.1:9236"
+
+[[upstreams]]
+name = "local"
+url = "http://127.0.0.1:1234"
+api_token_env = "LM_API_TOKEN"
+
+[[models]]
+key = "medicine-llm"
+"""
+
+
+@in_systemd("calm")
+def test_a_person_without_root_runs_it_in_their_own_manager_as_the_manual_says(machine: Machine) -> None:
+    make_ready(machine)
+    machine.shell(f"""
+        useradd --create-home --uid {PERSON} person
+        systemctl start user@{PERSON}
+    """)
+
+    def person(script: str, check: bool = True) -> str:
+        environ = (f"XDG_RUNTIME_DIR=/run/user/{PERSON}", "HOME=/home/person", "PATH=/usr/bin:/bin")
+        become = ("setpriv", f"--reuid={PERSON}", f"--regid={PERSON}", "--clear-groups")
+        words = ("env", "-i", *environ, "sh", "-euc", f"cd /mnt/keepalive\n{script}")
+        done = machine.run(*become, *words, check=check)
+        return done.stdout + done.stderr
+
+    def shows(name: str) -> str:
+        return person(f"systemctl --user show --property {name} --value keepalive").strip()
+
+    person(f"""
+        mkdir -p ~/.local/bin ~/.config/keepalive
+        ln -s /opt/keepalive/venv/bin/keepalive ~/.local/bin/
+        cat >~/.config/keepalive/config.toml <<'END'\n{OWN_CONFIG}END
+    """)
+    person(DESKTOP[3].replace("sk-lm-replace-this", TOKEN))
+    faults(machine, auth_token=TOKEN)
+    person(DESKTOP[1])
+    machine.shell(f"until curl -sf {OWN}/readyz >/dev/null; do sleep 0.1; done")
+    until(lambda: shows("StatusText") == "1/1 models warm", "its status is not shown")
+    pid = shows("MainPID")
+    owner, kept = machine.shell(f"stat -c %u /proc/{pid}"), person("ls ~/.local/state/keepalive")
+    person("systemctl --user reload keepalive; cp ~/.config/keepalive/config.toml ~/good.toml")
+    person("echo 'port = 1' >>~/.config/keepalive/config.toml")
+    refused = person("systemctl --user reload keepalive", check=False)
+    same = shows("MainPID")
+    person(f"cp ~/good.toml ~/.config/keepalive/config.toml; kill -KILL {pid}")
+    until(
+        lambda: shows("MainPID") not in ("0", pid) and ask(machine, f"{OWN}/livez"), "it does not come back"
+    )
+    person("systemctl --user disable --now keepalive")
+
+    assert (owner, same) == (f"{PERSON}\n", pid)
+    assert "history.db" in kept
+    assert "failed" in refused
+    assert shows("ActiveState") == "inactive"
+    assert copies(machine) == WARM
+    machine.run("systemctl", "stop", f"user@{PERSON}")
 
 
 # --- Restarts
@@ -1171,7 +1238,8 @@ def write_release(folder: Path, **changes: Change) -> None:
     unit.write_text(changes.pop("unit", str)(unit.read_text()))
     (folder / "wheels").mkdir()
     about = {
-        "METADATA": "Metadata-Version: 2.1\nName: keepalive\nVersion: 9.0.0\n",
+        "METADATA": "Metadata-Version: 2.1\nName: keepalive\nVersion: 9.0.0\n"
+        "Provides-Extra: notify\nRequires-Dist: apprise; extra == 'notify'\n",
         "WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         "entry_points.txt": "[console_scripts]\nkeepalive = keepalive.cli.app:main\n",
         "RECORD": "",
@@ -1268,6 +1336,40 @@ def test_an_upgrade_that_refuses_the_config_changes_nothing(machine: Machine, re
     assert "The new version refuses /etc/keepalive/config.toml; nothing was changed." in done.stderr
     assert machine.property("keepalive", "MainPID") == pid
     assert len(machine.shell("ls -d /opt/keepalive/venv.*").split()) == 1
+
+
+RECEIVER = """
+import http.server
+class Receiver(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        with open("/root/told", "ab") as told:
+            told.write(self.rfile.read(int(self.headers["Content-Length"])) + b"\\n")
+        self.send_response(200)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", 8099), Receiver).serve_forever()
+"""
+
+
+@in_systemd("changes")
+def test_what_messages_need_is_installed_with_an_upgrade_and_they_leave_the_sandbox(
+    machine: Machine, release: Path
+) -> None:
+    write_release(release / "new")
+    make_ready(machine)
+    receiver = machine.start(PYTHON, "-c", RECEIVER)
+    done = machine.run("env", "PIP_FIND_LINKS=/mnt/wheels", *UPGRADE, "--with", "notify", patience=600)
+    machine.write("/etc/credstore/notify", "json://127.0.0.1:8099/\n", mode="600")
+    told = '[notify]\nurls_credential = "notify"\nevents = ["evicted"]\n'
+    make_ready(machine, config=CONFIG + told, drop_in="[Service]\nLoadCredential=notify\n")
+
+    evict(machine, "medicine-llm")
+    until(lambda: machine.run("test", "-s", "/root/told", check=False).returncode == 0, "nobody was told")
+    message = machine.shell("cat /root/told")
+    receiver.kill()
+    receiver.wait()
+
+    assert done.stdout == "keepalive 9.0.0 runs.\n"
+    assert "medicine-llm" in json.loads(message.splitlines()[0])["title"]
 
 
 @in_systemd("changes")
