@@ -484,7 +484,9 @@ def _unlisted(seen: Evidence, kept: Kept, entries: Mapping[str, Entry]) -> Findi
 
 def _without_room(seen: Evidence) -> Iterator[Finding]:
     """Models for which there is no room: by what the file says, and by what the daemon says now."""
-    never = overbooked(seen.config)
+    models = (seen.status or {}).get("models", ())
+    takes = {(m["upstream"], m["key"]): taken for m in models if (taken := m.get("memory_bytes"))}
+    never = overbooked(seen.config, takes)
     for kept, why in never:
         yield Finding(
             why,
@@ -498,7 +500,7 @@ def _without_room(seen: Evidence) -> Iterator[Finding]:
         strangers = [one["key"] for one in memory.get("strangers", ())]
         short = [
             model
-            for model in (seen.status or {}).get("models", ())
+            for model in models
             if model["upstream"] == upstream["name"]
             and (model["upstream"], model["key"]) not in told
             and (model["reason"] or "").startswith(("waits for room", "there is no room"))

@@ -3,23 +3,31 @@
 What does not fit is no mistake that keeps a daemon from starting: the first models are kept, and the rest is said.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 from keepalive.config.mistakes import shown
 from keepalive.config.tables import Config, Kept
 
 
-def overbooked(config: Config) -> list[tuple[Kept, str]]:
-    """The models for which there can be no room, each with why, in a sentence."""
-    return [found for upstream in config.upstreams for found in _on(config, upstream.name, upstream.memory)]
+def overbooked(
+    config: Config, known: Mapping[tuple[str, str], int] = MappingProxyType({})
+) -> list[tuple[Kept, str]]:
+    """The models for which there can be no room, each with why, in a sentence.
 
-
-def _on(config: Config, upstream: str, budget: int | None) -> Iterator[tuple[Kept, str]]:
-    if budget is None:
-        return
-    told = [
-        (kept, kept.memory) for kept in config.kept if kept.upstream == upstream and kept.memory is not None
+    `known` is what models take of which the file does not say it, by upstream and key.
+    """
+    told = [(kept, kept.memory or known.get((kept.upstream, kept.key))) for kept in config.kept]
+    sizes = [(kept, size) for kept, size in told if size is not None]
+    return [
+        found
+        for upstream in config.upstreams
+        if upstream.memory is not None
+        for found in _on([(k, size) for k, size in sizes if k.upstream == upstream.name], upstream.memory)
     ]
+
+
+def _on(told: Sequence[tuple[Kept, int]], budget: int) -> Iterator[tuple[Kept, str]]:
     always = 0
     for kept, size in told:
         if kept.auto:

@@ -6,6 +6,7 @@ from statistics import median
 
 from keepalive.core.plan import arranged, blocked_by, coming, holds_a_slot
 from keepalive.core.records import UNSEEN, Model, Upstream, UpstreamState
+from keepalive.core.room import gigabytes, takes
 from keepalive.core.states import State
 
 # Two daemons that start at once in front of one server each see nothing there, and each load it.
@@ -73,11 +74,14 @@ def _for_nobody(load: Model) -> str:
     return ", which nobody waits for, but LM Studio takes no word to end that"
 
 
-def _why_unwanted(model: Model) -> str:
+def _why_unwanted(upstream: Upstream, model: Model) -> str:
     if model.asked_for is False:
         return "released by hand"
     if not model.window_open:
         return "outside its window"
+    needs = takes(model)
+    if upstream.memory is not None and needs is not None and needs > upstream.memory:
+        return f"it never fits: it takes {gigabytes(needs)}, and the budget is {gigabytes(upstream.memory)}"
     return "loaded when somebody asks for it"
 
 
@@ -106,7 +110,7 @@ def explain(
     if model.draining:
         return "makes room: it is given to nobody until another one has been there"
     if model.state is State.COLD and not model.needed:
-        return _why_unwanted(model)
+        return _why_unwanted(upstream, model)
     if model.state is State.COLD and model.listed:
         blocked = blocked_by(upstream, models, model)
         if blocked:

@@ -311,9 +311,11 @@ class _Arranging:
                 bytes_ = self._takes(model)
                 absent = not copies(model)
                 if budget is not None and absent and together + bytes_ > budget:
+                    first = (
+                        f", of which {gigabytes(together)} are for those that come first" if together else ""
+                    )
                     self.never[model.id] = (
-                        f"there is no room for it: {self._size(model)}, and of the "
-                        f"{gigabytes(budget)} for models those that come first take {gigabytes(together)}"
+                        f"there is no room for it: {self._size(model)}, and the budget is {gigabytes(budget)}{first}"
                     )
                     continue
                 if places is not None and absent and always >= places:

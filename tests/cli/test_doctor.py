@@ -620,3 +620,15 @@ def test_what_there_is_no_room_for_is_found_by_the_file_and_by_the_daemon() -> N
         "LM Studio 'local' refuses loads beyond 18.0 GB",
     ]
     assert found[f"c on local {lacks}"] == "lms unload x"
+
+
+def test_what_does_not_fit_by_what_lm_studio_says_is_found_as_by_what_the_file_says():
+    text = '[[upstreams]]\nurl = "http://x"\nmemory = "10GiB"\n[[models]]\nkey = "a"\n[[models]]\nkey = "b"\n'
+    models = [{"key": key, "upstream": "local", "memory_bytes": 6 * 2**30, "reason": None} for key in "ab"]
+    host = Host(NOW, ZoneInfo("UTC"))
+    seen = Evidence(config.parse(text, "test", {}), None, "http://x", {"models": models}, "", host)
+
+    assert [finding.what for finding in doctor._without_room(seen)] == [
+        '"b" never fits on "local": it takes 6.0 GiB, and memory is 10.0 GiB, of which 6.0 GiB are kept for those '
+        "before it"
+    ]

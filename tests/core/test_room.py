@@ -306,7 +306,18 @@ def test_of_always_models_that_exceed_the_budget_the_first_are_kept():
     ]
     assert planned(up(max_loading=3), *loaded, models[2]) == []
     assert why(up(), models[2], *loaded) == (
-        "there is no room for it: it takes 12.0 GB, and of the 30.0 GB for models those that come first take 24.0 GB"
+        "there is no room for it: it takes 12.0 GB, and the budget is 30.0 GB, of which 24.0 GB are for those that come first"
+    )
+
+
+def test_what_is_larger_than_the_budget_says_so_also_while_nobody_asks():
+    assert (
+        why(up(), always(absent("a", 31)))
+        == "there is no room for it: it takes 31.0 GB, and the budget is 30.0 GB"
+    )
+    assert why(up(), absent("a", 31)) == "it never fits: it takes 31.0 GB, and the budget is 30.0 GB"
+    assert (
+        why(up(), absent("a", None)) == why(up(None), absent("a", 31)) == "loaded when somebody asks for it"
     )
 
 
