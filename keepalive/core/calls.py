@@ -26,6 +26,7 @@ from keepalive.core.moves import (
     TOKEN_RETRY,
     absent,
     backoff,
+    crashes_beside,
     failed,
     fails_again,
     move,
@@ -218,6 +219,8 @@ def ping_ended(model: Model, fact: PingEnded) -> Model:
 
 def _disproved(model: Model, at: float, message: str, why: Reason | None) -> Model:
     model = fails_again(model)
+    if why is Reason.CRASHED and model.warm_since is None:
+        model = crashes_beside(model, at)
     retry_at = at + (TOKEN_RETRY if why is Reason.UNAUTHORIZED else backoff(model.failures))
     model = replace(
         model,

@@ -4,7 +4,7 @@ from math import inf
 
 from keepalive.core.changed import replace
 from keepalive.core.facts import Listed, Sdk, Tier, UnloadCause, fold_key
-from keepalive.core.moves import STABLE, backoff, fails_again
+from keepalive.core.moves import STABLE, backoff, crashes_beside, fails_again
 from keepalive.core.records import Cause, Eviction, Model
 from keepalive.core.states import State
 
@@ -111,7 +111,7 @@ def count_eviction(model: Model, at: float, cause: Cause | None) -> Model:
     if stable:
         model = replace(model, failures=0, taken=0)
     elif cause is Cause.CRASH:
-        model = fails_again(model)
+        model = crashes_beside(fails_again(model), at)
     else:
         model = replace(model, failures=model.failures + 1, taken=model.taken + 1)
     failures = model.failures

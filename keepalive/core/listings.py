@@ -11,7 +11,16 @@ from math import inf
 from keepalive.core.changed import replace
 from keepalive.core.evictions import count_eviction, why_missing
 from keepalive.core.facts import Entry, Listed, ListingFailed, Tier, Trouble, fold_key
-from keepalive.core.moves import absent, believed, failed, forget_primed, move, proved, says_that_it_loads
+from keepalive.core.moves import (
+    absent,
+    believed,
+    crashes_beside,
+    failed,
+    forget_primed,
+    move,
+    proved,
+    says_that_it_loads,
+)
 from keepalive.core.records import LISTING_LAG, UNSEEN, Cause, Model, Pending
 from keepalive.core.states import Sign, State
 
@@ -207,7 +216,7 @@ def _resolve(model: Model, pending: Pending, at: float, *, told: bool) -> Model 
         if at < pending.until:
             return None
         return failed(
-            replace(model, pending=None),
+            replace(crashes_beside(model, at), pending=None),
             at,
             f"LM Studio said that it had loaded it, but did not list it for {LISTING_LAG:.0f} s",
         )
@@ -244,7 +253,13 @@ def listing_failed(model: Model, fact: ListingFailed) -> Model:
         # (`lms server stop` closes the port too, and goes on loading: then the next listing shows it.)
         # What it said of its memory is to be asked anew.
         model = replace(
-            model, pending=None, ours=frozenset(), recalled=None, refused_claim=None, granted_claim=None
+            model,
+            pending=None,
+            ours=frozenset(),
+            recalled=None,
+            refused_claim=None,
+            granted_claim=None,
+            crowd=None,
         )
     model = replace(model, busy=False, ping_at=-inf)  # to be proved again as soon as it is seen
     return move(model, Sign.UNREACHABLE, fact.at, fact.message)

@@ -1,6 +1,7 @@
 """The moves that more than one kind of fact leads to: to another state, and to what goes with it."""
 
 from keepalive.core.changed import replace
+from keepalive.core.facts import fold_key
 from keepalive.core.records import Cause, Model, Pending
 from keepalive.core.states import TABLE, IllegalMove, Sign, State
 
@@ -92,6 +93,13 @@ def believed(model: Model, at: float) -> Model:
 def fails_again(model: Model) -> Model:
     """One more failure of its own. That it was taken before says nothing of how often it fails."""
     return replace(model, failures=max(0, model.failures - model.taken) + 1, taken=0)
+
+
+def crashes_beside(model: Model, at: float) -> Model:
+    """It is gone soon after it had been loaded: there may have been too little memory, whatever was said before."""
+    key = fold_key(model.id.key)
+    others = model.beside - {key, key.rpartition("@")[0]}
+    return replace(model, crowd=(others, at)) if others else model
 
 
 def failed(model: Model, at: float, message: str) -> Model:

@@ -204,6 +204,7 @@ class Model:
     # what came of it
     refused_claim: Claim | None = None  # its last load, when LM Studio said that there was no room
     granted_claim: Claim | None = None  # and when it went well
+    crowd: tuple[frozenset[str], float] | None = None  # folded keys of what it crashed beside, and when
     warm_since: float | None = None
     failures: int = 0
     taken: int = 0  # of these, the last so many times that it was taken from us

@@ -8,6 +8,7 @@
 - Where nothing idle is enough, callers wait. After `patience` what costs least to load again is drained: it answers
   to the end and is given to nobody else. Nothing of this is remembered: with the reason the drain is gone, too.
 - A refusal for want of memory tells a limit, which holds for a while and until a load shows that it has gone.
+- What crashed soon after it had been loaded is loaded again when one of those has gone that it crashed beside.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +26,8 @@ SETTLE = 3.0
 MARGIN = 1.2
 # What took the memory when LM Studio refused a load may give it back: then it is asked again.
 REFUSAL_HOLDS = 300.0
+# Beside what it crashed it may get on well another time: others may have been larger then.
+CROWD_HOLDS = 3600.0
 # How long after a load or an unload LM Studio's word on what fits may still be that from before.
 WORD_LAG = 5.0
 # A model that a loss or a failure befell this recently is not loaded for nobody.
@@ -192,6 +195,7 @@ class _Arranging:
         self.given_up: list[ModelId] = []
         self.leaving = [m for m in models if m.unloading]
         self.taken_out = 0
+        self.out: frozenset[str] = frozenset()  # folded keys of those that are thought of as gone
         # LM Studio's word is of what was loaded when it was asked: a while ago, where something has changed since.
         self.word_counts = all(upstream.asked > m.touched_at + WORD_LAG for m in models)
         self.unloads: list[tuple[Model, str]] = []
@@ -230,7 +234,19 @@ class _Arranging:
             return self.limit or 0
         return bytes_
 
+    def _crashed_beside(self, model: Model) -> list[Model]:
+        """Those that are there, all of them, of whom one has to go before it is loaded again; none where none may."""
+        if model.crowd is None or self.now >= model.crowd[1] + CROWD_HOLDS:
+            return []
+        there = {key: m for m in self.models if copies(m) and (key := fold_key(m.id.key)) not in self.out}
+        others = there.keys() | {one.key for one in self.upstream.occupants if one.key not in self.out}
+        if not model.crowd[0] <= others:
+            return []
+        return [m for key, m in there.items() if key in model.crowd[0] and may_go(m)]
+
     def _lacks(self, model: Model) -> bool:
+        if model.crowd is not None and self._crashed_beside(model):
+            return True
         if self._is_taken(model) or self._is_full():
             return True
         if self.word_counts and not self.taken_out and model.need and model.need.passes_guardrails is False:
@@ -429,18 +445,20 @@ class _Arranging:
         self.places -= self._holds(model)
         self.there -= self._copies_left(model)
         self.taken_out += 1
+        self.out |= {fold_key(model.id.key)}
 
     def _put_back(self, model: Model) -> None:
         self.used += self._takes(model) * self._copies_left(model)
         self.places += self._holds(model)
         self.there += self._copies_left(model)
         self.taken_out -= 1
+        self.out -= {fold_key(model.id.key)}
 
-    def _room(self) -> tuple[int, int, int, int]:
-        return self.used, self.places, self.there, self.taken_out
+    def _room(self) -> tuple[int, int, int, int, frozenset[str]]:
+        return self.used, self.places, self.there, self.taken_out, self.out
 
-    def _reset(self, room: tuple[int, int, int, int]) -> None:
-        self.used, self.places, self.there, self.taken_out = room
+    def _reset(self, room: tuple[int, int, int, int, frozenset[str]]) -> None:
+        self.used, self.places, self.there, self.taken_out, self.out = room
 
     def _copies_left(self, model: Model) -> int:
         """Without the one that is spare, which is not counted twice."""
@@ -498,7 +516,9 @@ class _Arranging:
     # --- what is said of it ---------------------------------------------------------------------------
 
     def _what_for(self, model: Model, busy: Sequence[Model]) -> str:
-        if self._is_taken(model):
+        if crowd := self._crashed_beside(model):
+            lack = f"it crashed when it was loaded beside {_names(crowd)}"
+        elif self._is_taken(model):
             lack = "one model at a time fits for all that is known"
         elif self._is_full():
             lack = self._number()

@@ -27,6 +27,7 @@ from keepalive.core.facts import (
 from keepalive.core.plan import arranged, plan
 from keepalive.core.records import Cause, Claim, Eviction, Model, Pending, Policy, Upstream, UpstreamState
 from keepalive.core.room import (
+    CROWD_HOLDS,
     Arrangement,
     is_in_use,
     limit,
@@ -306,7 +307,8 @@ def test_of_always_models_that_exceed_the_budget_the_first_are_kept():
     ]
     assert planned(up(max_loading=3), *loaded, models[2]) == []
     assert why(up(), models[2], *loaded) == (
-        "there is no room for it: it takes 12.0 GB, and the budget is 30.0 GB, of which 24.0 GB are for those that come first"
+        "there is no room for it: it takes 12.0 GB, and the budget is 30.0 GB, of which 24.0 GB are for those that "
+        "come first"
     )
 
 
@@ -1296,3 +1298,49 @@ def test_nothing_is_pushed_out_that_is_not_there_or_not_ours_or_on_its_way_itsel
     assert drained(old(), loads, there("a", ours=frozenset())) == []
     assert drained(old(), there("b", load_started=NOW - 5)) == []
     assert drained(old(), there("a")) == []
+
+
+# --- memory that runs out late --------------------------------------------------------------------
+
+
+def crashed(key: str, *beside: str, at: float = NOW - 60, **changes: object) -> Model:
+    return asked(key, 5, crowd=(frozenset(beside), at), **changes)
+
+
+def test_what_crashed_beside_others_is_loaded_when_one_of_them_has_gone():
+    a, b = there("A", 5, use_at=200.0), there("b", 5, use_at=300.0)
+
+    assert planned(up(), crashed("c", "a", "b"), a, b) == [Unload(ident("A"), "A", ROOM)]
+    assert planned(up(), crashed("c", "a", "b"), a) == [Load(ident("c"), claim=10 * GB)]
+    busy = replace(a, in_flight=1)
+    assert planned(up(), crashed("c", "a"), busy) == []
+    assert why(up(), crashed("c", "a"), busy) == (
+        "waits for room: it crashed when it was loaded beside A; A is in use; it makes room when its answers have "
+        "ended"
+    )
+    assert planned(up(), crashed("c", "a", since=NOW - 300), busy) == [Drain(ident("A"))]
+    # It is not loaded ahead, either; after an hour it is tried beside them again.
+    assert planned(up(), crashed("c", "a", waiting=0, asks=5.0, asks_at=NOW), a) == []
+    assert planned(up(), crashed("c", "a", at=NOW - CROWD_HOLDS), a) == [Load(ident("c"), claim=10 * GB)]
+
+
+def test_where_nothing_may_go_that_it_crashed_beside_it_is_tried_all_the_same():
+    assert planned(up(), crashed("c", "a"), always(there("a", 5))) == [Load(ident("c"), claim=10 * GB)]
+    assert planned(up(), crashed("c", "a"), there("a", 5, ours=frozenset())) == [
+        Load(ident("c"), claim=10 * GB)
+    ]
+
+
+def test_a_crash_soon_after_a_load_tells_what_it_was_beside():
+    was = there("a", warm_since=NOW - 20, beside=frozenset({"a", "b"}), suspected=Cause.CRASH)
+    gone = apply(was, listing(Entry("a", loading=False), Entry("b", instances=(Instance("b"),))))
+    alone = apply(was, listing(Entry("a", loading=False)))
+    stable = apply(replace(was, warm_since=NOW - 900), listing(Entry("b", instances=(Instance("b"),))))
+
+    assert gone.crowd == (frozenset({"b"}), NOW)
+    assert alone.crowd is stable.crowd is None
+    never_listed = absent(
+        "a", state=State.LOADING, pending=Pending(NOW - 60, NOW - 1, alive_at=NOW - 50, loaded=True)
+    )
+    dropped = apply(never_listed, listing(Entry("a", loading=False), Entry("b", instances=(Instance("b"),))))
+    assert (dropped.state, dropped.crowd) == (State.BACKOFF, (frozenset({"b"}), NOW))
