@@ -59,7 +59,7 @@ def plan(upstream: Upstream, models: Sequence[Model], now: float) -> list[Action
     pings = by_opening(pings, models, free=free)
     primes = [] if pings else [p for p in next_primes(models, now, free=free) if p[0].id not in going]
     stale = False
-    loading = any(_may_be_loading(m) for m in models)
+    loading = False
     for model, action in unloads + loads + pings + primes:
         # What has just gone may be coming back already, by somebody else's request; and who primes is to be in the
         # way of no load.
@@ -70,6 +70,7 @@ def plan(upstream: Upstream, models: Sequence[Model], now: float) -> list[Action
         else:
             stale = True
     if not upstream.listing and _refresh_is_due(upstream, models, now, stale=stale):
+        loading = loading or any(_may_be_loading(m) for m in models)
         actions.append(Refresh(upstream.name, loading=loading))
     return actions
 
@@ -297,13 +298,12 @@ def _unloads(
 def _is_unloadable(model: Model, now: float) -> bool:
     if model.calling or model.in_use or (model.retry_at is not None and now < model.retry_at):
         return False
-    if model.held and _must_unload_crashed(model):
+    held = model.held
+    if held and _must_unload_crashed(model):
         return True
-    if model.engaged or model.seen_by.late:
-        return False  # somebody who does not ask through us is at it, or may be
-    if model.held:
-        return _is_idle(model, now)
-    return now >= max(model.active_at, model.elsewhere_at) + LINGER
+    over = _is_idle(model, now) if held else now >= max(model.active_at, model.elsewhere_at) + LINGER
+    # Else somebody who does not ask through us is at it, or may be.
+    return over and not (model.engaged or model.seen_by.late)
 
 
 def _is_idle(model: Model, now: float) -> bool:

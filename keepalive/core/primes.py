@@ -41,9 +41,9 @@ AGAIN = 60.0
 
 def next_primes(models: Sequence[Model], now: float, *, free: bool) -> list[tuple[Model, Action]]:
     """The one opening that is to be replayed now, on one upstream. `free`: nothing is loaded there."""
-    if not (free and _is_quiet(models, now)) or any(m.priming.under_way for m in models):
-        return []
     ready = [(m, opening) for m in models if (opening := _due(m, now)) is not None]
+    if not (ready and free and _is_quiet(models, now)) or any(m.priming.under_way for m in models):
+        return []
     ready.sort(key=lambda found: found[0].rank)
     return [(m, Prime(m.id, m.instance_id or m.id.key, opening)) for m, opening in ready[:1]]
 
@@ -55,7 +55,7 @@ def by_opening(
 
     It proves as much, and holds its place in the cache: another prompt may take that.
     """
-    if not free or _is_used(models) or any(m.priming.under_way for m in models):
+    if not pings or not free or _is_used(models) or any(m.priming.under_way for m in models):
         return pings
     for number, (model, _) in enumerate(pings):
         done = model.priming.done if model.priming.useless is None else ()
@@ -83,9 +83,10 @@ def _is_waited_for(model: Model) -> bool:
 
 def _due(model: Model, now: float) -> str | None:
     priming = model.priming
-    if model.calling or priming.useless is not None or now < priming.again_at:
+    opening = priming.next
+    if opening is None or model.calling or priming.useless is not None or now < priming.again_at:
         return None
-    return priming.next if _is_fit(model, priming.next) else None
+    return opening if _is_fit(model, opening) else None
 
 
 def _is_fit(model: Model, opening: str | None) -> bool:
