@@ -116,8 +116,8 @@ def _present(model: Model, at: float, entry: Entry, *, trusted: bool) -> Model:
     if appeared:
         model = replace(model, ill=None)  # of another copy nothing was told
     model = replace(model, used_at=max(model.used_at, _used(model, at)))
-    if model.engaged:
-        # Our own calls are not seen here: a look from meanwhile does not count.
+    if model.engaged and not (model.calling and model.queued == 1):
+        # One request during a call of our own is that call, which is no use.
         model = replace(model, use_at=at)
     begun = model.load_started is not None or (pending is not None and pending.loaded)
     if appeared and begun and known - model.ours:

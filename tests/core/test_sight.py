@@ -129,6 +129,17 @@ def test_work_counts_as_use():
     assert (busy.used_at, busy.use_at) == (200, 200)
 
 
+def test_a_call_of_our_own_that_is_seen_at_work_is_no_use():
+    two = one(busy=True, queued=2, ttl=inf)
+    untold = one(busy=True, ttl=inf)
+    during = {
+        name: after(warm(), PingStarted(400, GEMMA), listed(401, look, sight=SEEN)).use_at
+        for name, look in {"ours": BUSY, "another's too": two, "untold": untold}.items()
+    }
+
+    assert during == {"ours": -inf, "another's too": 401, "untold": 401}
+
+
 def test_since_when_it_rests_is_known_while_every_look_says_so():
     resting = after(warm(), listed(100, IDLE, sight=SEEN), listed(115, IDLE, sight=SEEN))
 
