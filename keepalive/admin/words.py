@@ -70,6 +70,8 @@ def memory(upstream: Json, models: Sequence[Json]) -> str | None:
     budget = known["budget_bytes"]
     of = "" if budget is None else f" of {_gigabytes(budget)}"
     told = [f"{_gigabytes(known['used_bytes'])}{of} GB" + (f": {', '.join(parts)}" if parts else "")]
+    if known.get("places"):
+        told.append(f"no more than {known['places']} at a time")
     if known["next_to_go"]:
         told.append(f"{known['next_to_go'][0]} goes next")
     if known["waiting"]:

@@ -326,5 +326,10 @@ def test_memory_says_who_has_it_who_goes_next_and_who_waits() -> None:
     assert "not wanted" not in page
     known.update(budget_bytes=None, next_to_go=[], waiting=["c", "d"], strangers=[])
     assert words.memory({**upstream(), "memory": known}, models[:1]) == "33.0 GB: a 9.0; c, d wait for room"
+    known.update(places=2, waiting=[])
+    assert (
+        words.memory({**upstream(), "memory": known}, models[:1])
+        == "33.0 GB: a 9.0; no more than 2 at a time"
+    )
     assert words.memory({**upstream(), "memory": None}, models) is None
     assert words.memory(upstream(), models) is None

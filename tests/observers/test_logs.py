@@ -250,6 +250,15 @@ def test_what_changes_nothing_is_not_said(lines_of: Any) -> None:
             ],
         ),
         (
+            (
+                *LOADED,
+                ReleaseAsked(20.0, GEMMA),
+                UnloadStarted(21.0, GEMMA, "gemma"),
+                UnloadEnded(22.0, GEMMA, "gemma", "it answers somebody", in_use=True),
+            ),
+            [{"event": "model.released", "level": "info", **PLACE}],
+        ),
+        (
             (*LOADED, DrainStarted(20.0, GEMMA), replace(listed(21.0), tier=Tier.V0)),
             [
                 {"event": "model.unloaded", "level": "info", **PLACE, "instance": "gemma", "cause": "room"},

@@ -86,8 +86,9 @@ export function memory(upstream, models) {
     part.text = `${short(part.key, 60)} ${gigabytes(part.bytes)}${note ? ` (${note})` : ""}`;
   }
   const of = known.budget_bytes === null ? "" : ` of ${gigabytes(known.budget_bytes)}`;
+  const most = known.places ? `; no more than ${known.places} at a time` : "";
   const waits = known.waiting.length ? `; ${listed(known.waiting.map((key) => short(key, 48)))} ${known.waiting.length > 1 ? "wait" : "waits"} for room` : "";
-  return { parts, text: `${gigabytes(known.used_bytes)}${of}${waits}` };
+  return { parts, text: `${gigabytes(known.used_bytes)}${of}${most}${waits}` };
 }
 
 /** What a model means to whoever looks: its state, but for those that fail or that nobody wants now. */
