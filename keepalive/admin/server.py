@@ -14,6 +14,7 @@ import ipaddress
 import json
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from http import HTTPStatus
 from itertools import chain
 from typing import Any, Protocol
@@ -102,8 +103,15 @@ class Daemon(Protocol):
         """What is remembered of one; None when it is not kept any more."""
         ...
 
-    def warm(self, model: ModelId) -> None: ...
+    def warm(self, model: ModelId, *, without_engine: bool = False) -> None:
+        """`without_engine`: also where etcd, by which daemons agree, cannot be asked."""
+        ...
+
     def release(self, model: ModelId) -> None: ...
+    def targets(self) -> Sequence[Mapping[str, Any]]:
+        """Where Prometheus finds this daemon and those that are one with it."""
+        ...
+
     async def forward(self, request: web.BaseRequest, headers: Mapping[str, str]) -> web.StreamResponse:
         """What the client address answers to this request."""
         ...
@@ -237,6 +245,9 @@ class Admin:
     async def _requests(self, request: web.BaseRequest) -> web.StreamResponse:
         return _packed(request, _json(self._daemon.requests()))
 
+    async def _targets(self, request: web.BaseRequest) -> web.StreamResponse:
+        return _json(self._daemon.targets())
+
     async def _events(self, request: web.BaseRequest) -> web.StreamResponse:
         feed = self._feed
         if feed.watching >= SUBSCRIBERS_MAX:
@@ -278,7 +289,9 @@ class Admin:
 
     async def _change(self, request: web.BaseRequest, rest: str) -> web.StreamResponse:
         key, _, verb = rest.rpartition("/")
-        change = {"warm": self._daemon.warm, "release": self._daemon.release}.get(verb)
+        alone = "without_engine" in request.query
+        warm = partial(self._daemon.warm, without_engine=alone) if alone else self._daemon.warm
+        change = {"warm": warm, "release": self._daemon.release}.get(verb)
         if change is None or not key:
             raise _Refusal(HTTPStatus.NOT_FOUND, "POST to /api/models/KEY/warm or /api/models/KEY/release")
         if request.method != "POST":
@@ -344,6 +357,7 @@ class Admin:
         "/api/history": _history,
         "/api/requests": _requests,
         "/api/events": _events,
+        "/api/targets": _targets,
         "/metrics": _metrics,
         "/livez": _livez,
         "/readyz": _readyz,
@@ -433,7 +447,9 @@ def _key_in(authorization: str) -> bytes:
 
 
 def _json(
-    body: Mapping[str, Any], status: HTTPStatus = HTTPStatus.OK, headers: Mapping[str, str] | None = None
+    body: Mapping[str, Any] | Sequence[Any],
+    status: HTTPStatus = HTTPStatus.OK,
+    headers: Mapping[str, str] | None = None,
 ) -> web.Response:
     text = json.dumps(body, indent=1) + "\n"
     response = web.Response(text=text, status=status, content_type="application/json", headers=HEADERS)

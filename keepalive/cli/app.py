@@ -341,9 +341,19 @@ def wait(
 
 
 @app.command()
-def warm(model: KeyArgument, url: UrlOption = None, path: ConfigOption = None) -> None:
+def warm(
+    model: KeyArgument,
+    without_engine: Annotated[
+        bool,
+        typer.Option(
+            help="Also while etcd, by which several daemons agree, is away: that no other loads it is yours to know."
+        ),
+    ] = False,
+    url: UrlOption = None,
+    path: ConfigOption = None,
+) -> None:
     """Ask for a model now. Also outside its window or after a failure. Exit code as `status`."""
-    _change(_admin_url(url, path), model, "warm")
+    _change(_admin_url(url, path), model, "warm", "?without_engine=1" if without_engine else "")
 
 
 @app.command()
@@ -436,13 +446,13 @@ def doctor(url: UrlOption = None, path: ConfigOption = None) -> None:
     raise typer.Exit(1 if findings else 0)
 
 
-def _change(address: str, model: str, verb: str) -> None:
+def _change(address: str, model: str, verb: str, query: str = "") -> None:
     document = _ask(address)
     keys = _keys(address, document, [model])
     unknown = _unknown(document, keys)
     if unknown and not (verb == "warm" and _takes_unlisted(document)):
         _fail(unknown, view.CANNOT_TELL)
-    changed = _ask(address, f"/api/models/{quote(model, safe='')}/{verb}", method="POST")
+    changed = _ask(address, f"/api/models/{quote(model, safe='')}/{verb}{query}", method="POST")
     if unknown:
         keys = [m["key"] for m in changed["models"]]
     document = _ask(address)

@@ -60,8 +60,31 @@ def table(status: Json) -> RenderableType:
         for upstream in status["upstreams"]
         if (told := memory(upstream, status["models"]))
     ]
+    parts += _cluster(status)
     parts += [Text(f"config rejected: {mistake}", style="red") for mistake in status["config"]["mistakes"]]
     return Group(*parts, _Rows(status["models"], several, datetime.now(UTC)))
+
+
+def _cluster(status: Json) -> list[Text]:
+    """The daemons that are one with this."""
+    cluster = status.get("cluster")
+    if cluster is None:
+        return []
+    holders: dict[str, list[str]] = {}
+    for upstream, instance in cluster["holders"].items():
+        holders.setdefault(instance, []).append(upstream)
+    members = [
+        f"{m['instance']}{' (this one)' if m['instance'] == cluster['instance'] else ''}"
+        + (f" acts on {', '.join(acts)}" if (acts := holders.get(m["instance"])) else "")
+        for m in cluster["members"]
+    ]
+    lines = [
+        Text(f"cluster {cluster['name']}: {'; '.join(members) or 'nobody has been seen yet'}", style="dim")
+    ]
+    if not cluster["engine"]["up"]:
+        why = f"nothing is loaded or unloaded, what is warm is served: {cluster['engine']['error']}"
+        lines.append(Text(why, style="red"))
+    return lines + [Text(difference, style="yellow") for difference in cluster["differences"]]
 
 
 class _Rows:

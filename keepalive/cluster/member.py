@@ -52,6 +52,8 @@ PROGRESS_EVERY = 2.0
 BLIND_AFTER = 15.0
 # Callers are told that there is no hope when etcd has been away for so many lifetimes of a lease.
 PATIENCE = 3.0
+# Whoever has another config altogether is told enough by so many.
+DIFFERENCES_TOLD = 20
 # A last word to etcd at the end.
 LAST_WORD = 2.0
 
@@ -111,6 +113,7 @@ class Cluster:
         self._shy: dict[str, float] = {}  # when we act again where an intent could not be written
         self._seen = Picture()
         self._saw = False  # any picture yet
+        self._seeing = False  # what is recorded now was another's word
         self._known: frozenset[ModelId] = frozenset()
         self._written: dict[str, bytes | None] = {}  # since the picture
         self._wake = asyncio.Event()
@@ -130,6 +133,8 @@ class Cluster:
         self.addresses = ("", "")  # of the admin and the client listener
         self.config: Mapping[str, str] = {}
         self.handovers: dict[str, int] = {}
+        self._ever: dict[str, None] = {}
+        self._last_holders: dict[str, str] = {}
         self.leaving = False
 
     # --- what the keeper asks -----------------------------------------------------------------------
@@ -170,7 +175,12 @@ class Cluster:
             if isinstance(before, Upstream) and isinstance(after, Upstream) and before.state != after.state:
                 self._say()
             return
-        if isinstance(fact, RequestsCounted | RequestStarted | RequestEnded):
+        if isinstance(fact, WarmAsked | ReleaseAsked):
+            # A person has asked for it: all members are to know, and to go on knowing when this one ends.
+            if not self._seeing:
+                self._wishes[after.id] = isinstance(fact, WarmAsked)
+                self._say()
+        elif isinstance(fact, RequestsCounted | RequestStarted | RequestEnded):
             use = self._uses_said.get(folded(after.id))
             if use is None or not use.used:
                 self._say()
@@ -184,11 +194,6 @@ class Cluster:
             or isinstance(fact, LoadProgressed)
         ):
             self._say()
-
-    def wish(self, model: ModelId, *, warm: bool) -> None:
-        """A person has asked for it: all members are to know, and to go on knowing when this one ends."""
-        self._wishes[model] = warm
-        self._say()
 
     # --- what others ask ----------------------------------------------------------------------------
 
@@ -208,6 +213,29 @@ class Cluster:
     @property
     def name(self) -> str:
         return self._me.cluster
+
+    @property
+    def instances(self) -> Mapping[str, bool]:
+        return {instance: instance in self._seen.members for instance in self._ever}
+
+    @property
+    def differences(self) -> list[str]:
+        """What is not as it should be between members, in sentences."""
+        found = []
+        if self.doubled:
+            found.append(f"another daemon goes by the name {self._me.instance!r}, too")
+        for instance, member in sorted(self._seen.members.items()):
+            if instance == self._me.instance:
+                continue
+            mine, theirs = self.config, member.config
+            found += [f"only {self._me.instance} keeps {m}" for m in sorted(mine.keys() - theirs.keys())]
+            found += [f"only {instance} keeps {m}" for m in sorted(theirs.keys() - mine.keys())]
+            found += [
+                f"{instance} loads {m} with {theirs[m]}, {self._me.instance} with {mine[m]}"
+                for m in sorted(mine.keys() & theirs.keys())
+                if mine[m] != theirs[m]
+            ]
+        return found[:DIFFERENCES_TOLD]
 
     @property
     def picture(self) -> Picture:
@@ -348,11 +376,14 @@ class Cluster:
             key, others = rows.wish_key(model), wish.life != self._life
             if model in ids and others and new.values[key] != old.values.get(key):
                 fact = WarmAsked if wish.warm else ReleaseAsked
+                self._seeing = True
                 keeping.record(fact(self._clock(), ids[model]))
+                self._seeing = False
         for upstream, holder in new.holders.items():
-            before_holder = self._seen.holders.get(upstream)
-            if self._saw and (before_holder is None or before_holder.life != holder.life):
+            if self._last_holders.get(upstream, holder.life) != holder.life:
                 self.handovers[upstream] = self.handovers.get(upstream, 0) + 1
+            self._last_holders[upstream] = holder.life
+        self._ever |= dict.fromkeys(new.members)
         self._seen, self._saw, self._known, self._written = new, True, frozenset(ids), {}
         if held != self._held:
             self._held = held
@@ -418,6 +449,12 @@ class Cluster:
             return
         self._others_since = None
         snapshot = self._keeping().snapshot()
+        for model in snapshot.models:
+            if model.alone and is_loading(model):
+                # Begun by a person's word while nobody could be told.
+                intent = Intent(self._me.instance, self._life, 0, model.expected_load, model.tells_loading)
+                key = rows.load_key(model.id)
+                await self._commit([created(self._key(key), 0)], {key: rows.load_row(intent)})
         for upstream in snapshot.upstreams:
             await self._stand_for(upstream)
 

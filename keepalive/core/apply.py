@@ -178,7 +178,7 @@ CHANGES: Mapping[type[Fact], Callable[..., Model]] = {
     HolderTold: calls.holder_told,
     UsedElsewhere: _used_elsewhere,
     # Another may have acted here until now: no listing from before counts for what we do.
-    HandTaken: lambda model, fact: replace(model, touched_at=fact.at, ill=None),
+    HandTaken: lambda model, fact: replace(model, touched_at=fact.at, ill=None, alone=False),
     OursRecalled: lambda model, fact: replace(model, recalled=(fact.instance_ids, fact.until)),
     LoadsRecalled: lambda model, fact: replace(
         model, recent_loads=(*fact.seconds, *model.recent_loads)[-LOADS_REMEMBERED:]
@@ -195,8 +195,8 @@ CHANGES: Mapping[type[Fact], Callable[..., Model]] = {
     UnloadEnded: calls.unload_ended,
     WindowOpened: lambda model, fact: _window(model, fact.at, is_open=True),
     WindowClosed: lambda model, fact: _window(model, fact.at, is_open=False),
-    WarmAsked: lambda model, fact: _warm_asked(model, fact.at),
-    ReleaseAsked: lambda model, _: replace(model, asked_for=False),
+    WarmAsked: lambda model, fact: replace(_warm_asked(model, fact.at), alone=model.alone or fact.alone),
+    ReleaseAsked: lambda model, _: replace(model, asked_for=False, alone=False),
     DrainStarted: lambda model, _: replace(model, draining=True),
     DrainEnded: lambda model, _: replace(model, draining=False),
     WaitStarted: _wait_started,

@@ -71,7 +71,7 @@ def load_progressed(model: Model, fact: LoadProgressed) -> Model:
 
 
 def load_forgone(model: Model, fact: LoadForgone) -> Model:
-    model = replace(model, load_started=None, progress=None, touched_at=fact.at)
+    model = replace(model, load_started=None, progress=None, alone=False, touched_at=fact.at)
     return absent(model, fact.at, fact.message)
 
 
@@ -108,6 +108,8 @@ def load_resolved(model: Model, fact: LoadResolved) -> Model:
 
 def holder_told(model: Model, fact: HolderTold) -> Model:
     known = {instance.id for instance in model.instances}
+    if model.alone:
+        return model  # what it says is of before
     model = replace(
         model,
         told=fact.instance_ids,
@@ -129,7 +131,7 @@ def holder_told(model: Model, fact: HolderTold) -> Model:
 
 def load_ended(model: Model, fact: LoadEnded) -> Model:
     started = model.load_started if model.load_started is not None else fact.at
-    model = replace(model, load_started=None, progress=None, giving_up=False, touched_at=fact.at)
+    model = replace(model, load_started=None, progress=None, giving_up=False, alone=False, touched_at=fact.at)
     if fact.outcome is LoadOutcome.OK:
         return _loaded(model, fact, started)
     if fact.outcome is LoadOutcome.GIVEN_UP:

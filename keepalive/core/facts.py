@@ -430,7 +430,12 @@ class WindowClosed(ModelFact):
 
 @dataclass(frozen=True, slots=True)
 class WarmAsked(ModelFact):
-    """Somebody wants it warm now; holds until its window next opens or closes, and for `auto` until it is warm."""
+    """Somebody wants it warm now; holds until its window next opens or closes, and for `auto` until it is warm.
+
+    `alone`: he takes it upon him that no other daemon loads it, where nobody else can tell.
+    """
+
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,9 +76,12 @@ def plan(upstream: Upstream, models: Sequence[Model], now: float) -> list[Action
 
 
 def _look(upstream: Upstream, models: Sequence[Model], now: float) -> list[Action]:
-    if upstream.listing or not _refresh_is_due(upstream, models, now, stale=False):
-        return []
-    return [Refresh(upstream.name, loading=any(map(_may_be_loading, models)))]
+    alone = _ready(upstream, models, now, lambda m: m.alone and m.needed)[: _slots(upstream, models, now)]
+    fresh = [m for m in alone if upstream.sees_loading and _is_fresh(upstream, m, now)]
+    actions: list[Action] = [Load(m.id) for m in fresh]
+    if not upstream.listing and _refresh_is_due(upstream, models, now, stale=len(fresh) < len(alone)):
+        actions.append(Refresh(upstream.name, loading=any(map(_may_be_loading, models))))
+    return actions
 
 
 def _is_fresh(upstream: Upstream, model: Model, now: float) -> bool:

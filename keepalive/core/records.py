@@ -199,6 +199,7 @@ class Model:
     told: frozenset[str] = (
         frozenset()
     )  # ids of instances that one of us loaded, whether or not they are there
+    alone: bool = False  # to be loaded by us whoever acts: a person has decided so
     ill: str | None = None  # why it is not trusted though it is listed
 
     # what came of it

@@ -602,6 +602,13 @@ class Keeper:
                 return f"{wanted.key} cannot be had: {room.never[wanted]}", None
         return None
 
+    def alone(self, upstream: str) -> bool:
+        """Whether a load goes on there that a person has decided on, whoever acts."""
+        shelf = self._shelves.get(upstream)
+        return shelf is not None and any(
+            m.alone and m.load_started is not None for m in shelf.models.values()
+        )
+
     def reconsider(self) -> None:
         """Whether there is hope has changed, for a reason that no record shows: those who wait look again."""
         for model in list(self._news):
@@ -812,7 +819,7 @@ class Keeper:
         model, timeout = keep.model, keep.policy.load_timeout
         outcome, message, why, loaded = LoadOutcome.OK, None, None, None
         known = self._known(model)
-        if known is not None and not await self._hand.begin(known):
+        if known is not None and not known.alone and not await self._hand.begin(known):
             self._record_of(client, LoadForgone(self._clock(), model, FORGONE))
             return
         try:

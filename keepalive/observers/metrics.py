@@ -11,9 +11,9 @@ streams. Here a model's lines are written again only when one of its numbers has
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 from prometheus_client import (
     CollectorRegistry,
@@ -24,7 +24,12 @@ from prometheus_client import (
     disable_created_metrics,
 )
 from prometheus_client.exposition import choose_encoder
-from prometheus_client.metrics_core import GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
 from keepalive import __version__
@@ -95,6 +100,29 @@ FAMILIES = (
     ),
     ("model_unloads", "counter", "Copies of ours that were let go, by why."),
 )
+
+
+# Names of daemons are not of our config: another cluster's mistake must not cost us a series for each of its starts.
+INSTANCES_COUNTED = 64
+
+
+class Cluster(Protocol):
+    """The daemons that are one with this, where there are any."""
+
+    @property
+    def engine_up(self) -> bool: ...
+    @property
+    def held(self) -> Collection[str]:
+        """The upstreams on which this one acts."""
+        ...
+
+    @property
+    def instances(self) -> Mapping[str, bool]:
+        """All that were ever seen, and whether they were when it last looked."""
+        ...
+
+    @property
+    def handovers(self) -> Mapping[str, int]: ...
 
 
 class Metrics:
@@ -172,6 +200,9 @@ class Metrics:
     def configure(self, models: Iterable[ModelId]) -> None:
         """Begin the series of these models at zero; those of models that are no longer kept end."""
         self._series = {model: self._series.get(model) or _Series(model) for model in models}
+
+    def watch_cluster(self, cluster: Cluster) -> None:
+        self.registry.register(_Cluster(cluster, self._look))
 
     def counts(self, model: ModelId) -> bool:
         """Whether it has series of its own."""
@@ -457,6 +488,40 @@ class _Silences(Collector):
         for label, seconds in longest.items():
             family.add_metric([label], seconds)
         yield family
+
+
+class _Cluster(Collector):
+    def __init__(self, cluster: Cluster, look: Callable[[], Snapshot]) -> None:
+        self._cluster = cluster
+        self._look = look
+
+    def collect(self) -> Iterator[Metric]:
+        cluster = self._cluster
+        up = GaugeMetricFamily("keepalive_cluster_engine_up", "1 while etcd answers as it should.")
+        up.add_metric([], cluster.engine_up)
+        yield up
+        members = GaugeMetricFamily(
+            "keepalive_cluster_member_up",
+            "1 for each daemon of the cluster that is there, 0 for those that were.",
+            labels=["instance"],
+        )
+        for instance, there in list(cluster.instances.items())[:INSTANCES_COUNTED]:
+            members.add_metric([instance], there)
+        yield members
+        holds = GaugeMetricFamily(
+            "keepalive_cluster_holds_lease",
+            "1 while it is this daemon that loads, pings and unloads there.",
+            labels=["upstream"],
+        )
+        handovers = CounterMetricFamily(
+            "keepalive_cluster_handovers", "Times another daemon began to act there.", labels=["upstream"]
+        )
+        held = cluster.held
+        for upstream in self._look().upstreams:
+            holds.add_metric([upstream.name], upstream.name in held)
+            handovers.add_metric([upstream.name], cluster.handovers.get(upstream.name, 0))
+        yield holds
+        yield handovers
 
 
 class _Gaps(Collector):

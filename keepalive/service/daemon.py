@@ -122,6 +122,8 @@ class Daemon:
         hand = self.cluster or Alone()
         self.keeper = Keeper(self._clock, observers, self._report, self._openings.look_up, hand)
         self._acts = hand.acts
+        if self.cluster is not None:
+            self._metrics.watch_cluster(self.cluster)
         self._schedule = Schedule(self._tick, self._clock_jumped, self._metrics.jobs_missed.inc, wall=wall)
         self._recent = Recent(wall)
         self._front = Front(
@@ -237,7 +239,10 @@ class Daemon:
             self._front.silences(),
         )
         source = {"path": str(self._path) if self._path else None, "unlisted": self._config.server.unlisted}
-        return {**document, "config": {**document["config"], **source}, "draining": self.stopping}
+        document = {**document, "config": {**document["config"], **source}, "draining": self.stopping}
+        return (
+            document if self.cluster is None else {**document, "cluster": membership.document(self.cluster)}
+        )
 
     def states(self) -> list[dict[str, Any]]:
         return [status.state(model) for model in self.keeper.snapshot().models]
@@ -275,15 +280,16 @@ class Daemon:
         late = self._schedule.late()
         return None if late < SCHEDULER_LATE else f"the scheduler has not run for {late:.0f} s"
 
-    def warm(self, model: ModelId) -> None:
-        self.keeper.record(WarmAsked(self._clock(), model))
-        if self.cluster is not None:
-            self.cluster.wish(model, warm=True)
+    def warm(self, model: ModelId, *, without_engine: bool = False) -> None:
+        # Where etcd answers nobody has to decide instead of it.
+        alone = without_engine and self.cluster is not None and not self.cluster.engine_up
+        self.keeper.record(WarmAsked(self._clock(), model, alone))
 
     def release(self, model: ModelId) -> None:
         self.keeper.record(ReleaseAsked(self._clock(), model))
-        if self.cluster is not None:
-            self.cluster.wish(model, warm=False)
+
+    def targets(self) -> list[Mapping[str, Any]]:
+        return membership.targets(self.cluster, self.admin_url)
 
     async def forward(self, request: web.BaseRequest, headers: Mapping[str, str]) -> web.StreamResponse:
         return await self._playground.forward(request, headers)
@@ -320,7 +326,7 @@ class Daemon:
                     upstream.name,
                     upstream.url,
                     socket_options=socket_options(),
-                    acts=partial(self._acts, upstream.name),
+                    acts=partial(self._may_act, upstream.name),
                 )
             client.configure(
                 token=lm_tokens[upstream.name],
@@ -368,11 +374,14 @@ class Daemon:
                 reason = f"{address} can be reached from the network, and [auth] names no keys for it"
                 self._log.warning("listener.open", key=f"server.{name}", reason=reason)
 
+    def _may_act(self, upstream: str) -> bool:
+        return self._acts(upstream) or self.keeper.alone(upstream)
+
     def _introduce(self) -> None:
         """Let the other daemons of the cluster know where this one is, and how it would load."""
         if self.cluster is not None:
             self.cluster.addresses = (self.admin_url, self.url)
-            self.cluster.config = membership.fingerprints(self._kept.values())
+            self.cluster.config = membership.settings_of(self._kept.values())
 
     def _lets_us_in(self, upstream: str, lm_tokens: Mapping[str, str | None]) -> bool:
         """Whether a new token may mend what is wrong: then how long we meant to hold off no longer counts."""

@@ -1,12 +1,11 @@
 """The daemon as a member of a cluster, from its config. Nothing of it is imported where there is no cluster."""
 
-import hashlib
-import json
 import re
 import socket
 import ssl
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from keepalive import __version__
 from keepalive.config import Config, Kept
@@ -47,14 +46,60 @@ def named(host: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "-", host).strip("._-")[:63] or "keepalive"
 
 
-def fingerprints(kept: Iterable[Kept]) -> Mapping[str, str]:
-    """How each model would be loaded, for others to compare with theirs; no more than a digest."""
+def settings_of(kept: Iterable[Kept]) -> Mapping[str, str]:
+    """How each model is loaded, in words, for others to compare with theirs."""
+    found = {}
+    for one in kept:
+        fields = [f"{name} {value}" for name, value in sorted(one.load_fields.items())]
+        words = ", ".join(['keep "auto"' if one.auto else 'keep "always"', *fields])
+        found[f"{fold_key(one.key)} on {one.upstream}"] = words
+    return found
+
+
+def document(cluster: "Cluster") -> Mapping[str, Any]:
+    """What the status says of it."""
+    picture = cluster.picture
     return {
-        f"{one.upstream}/{fold_key(one.key)}": hashlib.sha256(
-            json.dumps([dict(one.load_fields), one.auto], sort_keys=True).encode()
-        ).hexdigest()[:12]
-        for one in kept
+        "name": cluster.name,
+        "instance": cluster.instance,
+        "engine": {"up": cluster.engine_up, "error": cluster.trouble},
+        "members": [
+            {
+                "instance": name,
+                "host": member.host,
+                "version": member.version,
+                "url": member.client,
+                "admin_url": member.admin,
+                "ready": member.ready,
+                "sees": sorted(member.sees),
+            }
+            for name, member in sorted(picture.members.items())
+        ],
+        "holders": {upstream: holder.instance for upstream, holder in sorted(picture.holders.items())},
+        "differences": cluster.differences,
     }
+
+
+def targets(cluster: "Cluster | None", own: str) -> list[Mapping[str, Any]]:
+    """Where Prometheus finds the metrics of all daemons, as its `http_sd` takes it."""
+    if cluster is None:
+        return [{"targets": [urlsplit(own).netloc], "labels": {}}]
+    members = {name: (member.admin, member.host) for name, member in cluster.picture.members.items()}
+    members = {cluster.instance: (own, socket.gethostname()), **members}
+    return [
+        {
+            "targets": [_reachable(admin, host)],
+            "labels": {"__meta_keepalive_cluster": cluster.name, "__meta_keepalive_instance": name},
+        }
+        for name, (admin, host) in sorted(members.items())
+        if admin
+    ]
+
+
+def _reachable(url: str, host: str) -> str:
+    """Who listens on every interface is found by the name of his host."""
+    place = urlsplit(url)
+    return f"{host}:{place.port}" if place.hostname in ("0.0.0.0", "::") else place.netloc  # noqa: S104
 
 
 def _tell(event: str, *, well: bool, **fields: object) -> None:

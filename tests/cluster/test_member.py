@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -121,10 +122,9 @@ async def test_warm_and_release_count_for_all_whoever_was_told(server: kit.Etcd)
         ) as running,
     ):
         first, other = await holder(running)
-        [gemma] = other.find("gemma")
-        other.warm(gemma)
+        assert (await asked(f"{other.admin_url}/api/models/gemma/warm", "POST"))[0] == 202
         await warm(*running)
-        other.release(gemma)
+        assert (await asked(f"{other.admin_url}/api/models/gemma/release", "POST"))[0] == 202
 
         await until(lambda: not model(first, "gemma")["wanted"], "the holder knows that it is released")
         assert loads(studio.studio) == 1
@@ -133,7 +133,7 @@ async def test_warm_and_release_count_for_all_whoever_was_told(server: kit.Etcd)
 async def test_what_is_used_through_one_is_not_let_go_by_another(server: kit.Etcd):
     idle = AUTO + '\nidle = "1s"'
     async with (
-        simulator(GEMMA, token_seconds=0.05) as studio,
+        simulator(GEMMA, token_seconds=0.03) as studio,
         members(studio, server.url, "used", "a", "b", table=idle, ttl="3s") as running,
     ):
         first, other = await holder(running)
@@ -170,9 +170,68 @@ async def test_without_etcd_what_is_warm_is_served_and_nothing_is_loaded_and_wit
             assert status == 503
             assert "nothing is loaded or unloaded, because etcd at " in text
             assert loads(studio.studio) == 1
-            server.start()
+            assert running[0].status()["cluster"]["engine"]["up"] is False
+            # A person knows that no other loads it.
+            warmed = f"{running[1].admin_url}/api/models/gemma/warm?without_engine=1"
+            assert (await asked(warmed, "POST"))[0] == 202
             await warm(*running)
             assert loads(studio.studio) == 2
+            studio.studio.evict("gemma")
+            await until(
+                lambda: all(model(one, "gemma")["state"] == "cold" for one in running), "it is lost again"
+            )
+            server.start()
+            await warm(*running)
+            assert loads(studio.studio) == 3
+
+
+def metrics(running: Daemon) -> list[str]:
+    lines = running.metrics("")[0].decode().splitlines()
+    return [line for line in lines if line.startswith("keepalive_cluster")]
+
+
+async def test_each_of_them_shows_all_of_them(server: kit.Etcd):
+    async with simulator(GEMMA) as studio:
+        texts = [
+            settings(studio.url, f'key = "gemma"\ncontext_length = {length}')
+            + member(server.url, "shows", name)
+            for name, length in (("a", 4096), ("b", 8192))
+        ]
+        async with daemon(texts[0]) as a, daemon(texts[1]) as b:
+            await warm(a, b)
+            await until(
+                lambda: all(len(one.status()["cluster"]["members"]) == 2 for one in (a, b)), "all are seen"
+            )
+            shown = b.status()["cluster"]
+            first, other = await holder([a, b])
+            found = json.loads((await asked(f"{a.admin_url}/api/targets"))[2])
+
+            assert shown["holders"] == {"local": first.status()["cluster"]["instance"]}
+            assert shown["differences"] == [
+                'a loads gemma on local with keep "always", context_length 4096, '
+                'b with keep "always", context_length 8192'
+            ]
+            assert [(one["targets"], one["labels"]["__meta_keepalive_instance"]) for one in found] == [
+                ([a.admin_url.removeprefix("http://")], "a"),
+                ([b.admin_url.removeprefix("http://")], "b"),
+            ]
+            assert metrics(first) == [
+                "keepalive_cluster_engine_up 1.0",
+                'keepalive_cluster_member_up{instance="a"} 1.0',
+                'keepalive_cluster_member_up{instance="b"} 1.0',
+                'keepalive_cluster_holds_lease{upstream="local"} 1.0',
+                'keepalive_cluster_handovers_total{upstream="local"} 0.0',
+            ]
+            assert 'keepalive_cluster_holds_lease{upstream="local"} 0.0' in metrics(other)
+
+
+async def test_a_lone_daemon_shows_nothing_of_a_cluster_and_is_a_target_of_its_own():
+    async with simulator(GEMMA) as studio, daemon(settings(studio.url, "gemma")) as running:
+        found = json.loads((await asked(f"{running.admin_url}/api/targets"))[2])
+
+        assert found == [{"targets": [running.admin_url.removeprefix("http://")], "labels": {}}]
+        assert "cluster" not in running.status()
+        assert metrics(running) == []
 
 
 async def test_two_of_one_name_are_told_so_and_one_acts(server: kit.Etcd, capsys: Any):

@@ -11,6 +11,7 @@ from keepalive.core.facts import (
     HolderTold,
     Listed,
     LoadForgone,
+    LoadOutcome,
     LoadProgressed,
     LoadRemembered,
     LoadResolved,
@@ -18,6 +19,7 @@ from keepalive.core.facts import (
     UsedElsewhere,
     WaitEnded,
     WaitStarted,
+    WarmAsked,
 )
 from keepalive.core.plan import plan
 from keepalive.core.records import Upstream
@@ -186,3 +188,15 @@ def test_an_end_of_our_own_load_outlives_what_is_told_meanwhile():
     model = after(cold(), LoadStarted(2, GEMMA), LoadResolved(3, GEMMA), remembered(4), load_ended(5))
 
     assert (model.state, model.ours) == (State.LOADING, {"gemma"})
+
+
+def test_what_a_person_takes_upon_him_is_loaded_once_whoever_acts():
+    look = listed(1, entry("gemma"))
+    asked = after(cold(), WarmAsked(1.2, GEMMA, alone=True))
+    upstream = elsewhere(look)
+    fresh = changed(listed(3, entry("gemma"), asked=2.5))
+
+    assert plan(upstream, [asked], 1.5)[:1] == [Load(GEMMA)]
+    assert plan(upstream, [after(cold(), WarmAsked(1.2, GEMMA))], 1.5) == []
+    failed = after(asked, LoadStarted(2, GEMMA), load_ended(2.4, LoadOutcome.FAILED), fresh)
+    assert plan(apply_upstream(upstream, fresh), [failed], 100) == [Refresh("local", loading=True)]
