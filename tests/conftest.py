@@ -25,7 +25,10 @@ except ImportError:  # not to be had everywhere
 # The same examples in each run, and none that fails for being slow on a busy machine, so that a run can be
 # trusted; KEEPALIVE_SEED=random looks for new ones.
 hypothesis.settings.register_profile(
-    "fixed", derandomize=os.environ.get("KEEPALIVE_SEED") != "random", deadline=None
+    "fixed",
+    derandomize=os.environ.get("KEEPALIVE_SEED") != "random",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("fixed")
 
@@ -60,8 +63,16 @@ def pytest_xdist_auto_num_workers(config):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """What has to run on one worker comes first, so that no worker is left with it when the others are done."""
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+    """What takes longest comes first, so that no worker is left with it when the others are done.
+
+    That is what has to run on one worker, and then what is given the more time (`timeout`).
+    """
+
+    def order(item):
+        given = item.get_closest_marker("timeout")
+        return item.get_closest_marker("xdist_group") is None, -given.args[0] if given else 0
+
+    items.sort(key=order)
 
 
 def pytest_collection_finish(session):

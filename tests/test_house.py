@@ -1,6 +1,7 @@
 """The house: each folder's `__init__` says what it may import, and no arrow runs up or round."""
 
 import ast
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from tests.kit import PROJECT
 PACKAGE = PROJECT / "keepalive"
 FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
 FLOORS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+pytestmark = pytest.mark.xdist_group("house")
 # What stands beside the folders: the version, the command, and what applications import.
 FRONT = {"__init__": set(FLOORS), "__main__": {"cli"}, "client": {"protocols", "core"}}
 
@@ -38,10 +40,13 @@ def module(name: str) -> str | None:
     return None
 
 
-ARROWS: Mapping[str, set[str]] = {
-    name: {found for one in imports(path) if (found := module(one)) and found != name}
-    for name, path in FILES.items()
-}
+@functools.cache
+def arrows() -> Mapping[str, set[str]]:
+    """Which file imports which; read when a test asks, since each worker collects all tests."""
+    return {
+        name: {found for one in imports(path) if (found := module(one)) and found != name}
+        for name, path in FILES.items()
+    }
 
 
 def floor(name: str) -> str:
@@ -57,7 +62,7 @@ def stated(folder: str) -> set[str]:
     return set() if said[1] else {name.strip() for name in said[2].split(",")}
 
 
-def circle(arrows: Mapping[str, set[str]]) -> list[str]:
+def circle(ways: Mapping[str, set[str]]) -> list[str]:
     """Names that lead round to the first of them; none when there is no way round."""
     done: set[str] = set()
 
@@ -66,19 +71,19 @@ def circle(arrows: Mapping[str, set[str]]) -> list[str]:
             return [*way[way.index(name) :], name]
         if name in done:
             return []
-        for other in sorted(arrows.get(name, ())):
+        for other in sorted(ways.get(name, ())):
             if found := walk(other, [*way, name]):
                 return found
         done.add(name)
         return []
 
-    return next((found for name in sorted(arrows) if (found := walk(name, []))), [])
+    return next((found for name in sorted(ways) if (found := walk(name, []))), [])
 
 
 @pytest.mark.parametrize("folder", FLOORS)
 def test_a_folder_imports_only_what_it_says(folder):
     named = stated(folder)
-    used = {floor(to) for name, tos in ARROWS.items() if floor(name) == folder for to in tos} - {folder}
+    used = {floor(to) for name, tos in arrows().items() if floor(name) == folder for to in tos} - {folder}
 
     assert named <= set(FLOORS), "it names a folder that does not exist"
     assert used <= named
@@ -87,7 +92,7 @@ def test_a_folder_imports_only_what_it_says(folder):
 
 @pytest.mark.parametrize("name", sorted(FRONT))
 def test_what_stands_beside_the_folders_imports_only_what_it_may(name):
-    assert {floor(to) for to in ARROWS[name]} <= FRONT[name]
+    assert {floor(to) for to in arrows()[name]} <= FRONT[name]
 
 
 def test_every_file_stands_in_a_folder():
@@ -103,7 +108,7 @@ def test_no_way_leads_round_between_folders():
 def test_no_way_leads_round_between_files():
     # An import under TYPE_CHECKING is an arrow, too; a folder's own `__init__` collects its files, and they may not
     # go through it.
-    assert circle(ARROWS) == []
+    assert circle(arrows()) == []
 
 
 def test_a_circle_is_found():

@@ -28,6 +28,7 @@ MISSING = TRANSFORMERS.why_not()
 # None takes more than a minute, but its server may meet a busy machine.
 pytestmark = [
     pytest.mark.real_server,
+    pytest.mark.xdist_group("a real server"),  # to start one costs more than most of these tests
     pytest.mark.timeout(600),
     pytest.mark.skipif(MISSING is not None, reason=MISSING or ""),
 ]
@@ -42,6 +43,31 @@ Seen = TypeVar("Seen")
 @pytest.fixture(scope="module")
 def model(run_folder: Path) -> Path:
     return made_model(run_folder)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
+    with started(server := RealServer(tmp_path_factory.mktemp("server"), idle_seconds=IDLE)):
+        yield server
+
+
+@pytest.fixture
+def server(shared: RealServer) -> RealServer:
+    """One that runs; what others have loaded there may still be loaded."""
+    if not shared.is_running():
+        shared.start()
+        shared.wait()
+    return shared
+
+
+@pytest.fixture
+def fresh(shared: RealServer) -> RealServer:
+    """One that runs, and has loaded nothing."""
+    if not shared.is_running() or shared.loads():
+        shared.kill()
+        shared.start()
+        shared.wait()
+    return shared
 
 
 class Daemon:
@@ -135,14 +161,14 @@ def eventually(look: Callable[[], Seen], within: float = 200.0) -> Seen:
 
 
 def test_when_the_quiet_time_is_over_only_the_model_that_we_keep_is_still_there(
-    model: Path, keep: Callable[..., Daemon], tmp_path: Path
+    model: Path, keep: Callable[..., Daemon], fresh: RealServer, tmp_path: Path
 ) -> None:
     # Two equal servers side by side: what the one shows without us, the other shows with us, in the same
     # seconds on the same machine. What counts is whether a user's question made them load: how long he waited for
     # it (20 to 60 times as long, on a machine with nothing else to do) is told, and not judged.
     alone = RealServer(tmp_path / "alone", idle_seconds=IDLE)
-    kept = RealServer(tmp_path / "kept", idle_seconds=IDLE)
-    with started(alone, kept):
+    kept = fresh
+    with started(alone):
         daemon = keep(kept, model)
         eventually(daemon.is_ready)
         began = time.monotonic()
@@ -187,77 +213,73 @@ def test_when_the_quiet_time_is_over_only_the_model_that_we_keep_is_still_there(
 
 
 def test_a_server_that_was_killed_is_reported_and_kept_again_when_it_is_back(
-    model: Path, keep: Callable[..., Daemon], tmp_path: Path
+    model: Path, keep: Callable[..., Daemon], server: RealServer
 ) -> None:
-    with started(server := RealServer(tmp_path / "server", idle_seconds=IDLE)):
-        daemon = keep(server, model)
-        eventually(daemon.is_ready)
-        assert server.loads() == 1
+    daemon = keep(server, model)
+    eventually(daemon.is_ready)
 
-        server.kill()
+    server.kill()
 
-        eventually(lambda: not daemon.is_ready())
-        status = daemon.status()
-        assert status["upstreams"][0]["state"] == "down"
-        assert status["upstreams"][0]["error"] == f"nothing listens at {server.url}"
-        assert status["models"][0]["state"] == "unknown"
-        assert daemon.metric("keepalive_upstream_up", 'upstream="real"') == 0
+    eventually(lambda: not daemon.is_ready())
+    status = daemon.status()
+    assert status["upstreams"][0]["state"] == "down"
+    assert status["upstreams"][0]["error"] == f"nothing listens at {server.url}"
+    assert status["models"][0]["state"] == "unknown"
+    assert daemon.metric("keepalive_upstream_up", 'upstream="real"') == 0
 
-        server.start()
-        server.wait()
-        eventually(daemon.is_ready)
+    server.start()
+    server.wait()
+    eventually(daemon.is_ready)
 
-        # loaded once in each of its lives, and never twice in one
-        assert server.loads() == 1
-        assert daemon.metric("keepalive_model_loads_total", 'outcome="ok"') == 2
-        assert daemon.metric("keepalive_upstream_up", 'upstream="real"') == 1
-        # The log is written by the batch, a moment after what it tells.
-        wanted = ["cold", "loading", "warm", "unknown", "cold", "loading", "warm"]
-        eventually(lambda: [record["state"] for record in daemon.logged("model.state")] == wanted)
-        assert [record["state"] for record in daemon.logged("upstream.state")] == ["up", "down", "up"]
-        # whoever comes now does not wait
-        server.chat(model)
-        assert server.loads() == 1
+    # loaded once in its second life, and never twice
+    assert server.loads() == 1
+    assert daemon.metric("keepalive_model_loads_total", 'outcome="ok"') == 2
+    assert daemon.metric("keepalive_upstream_up", 'upstream="real"') == 1
+    # The log is written by the batch, a moment after what it tells.
+    wanted = ["cold", "loading", "warm", "unknown", "cold", "loading", "warm"]
+    eventually(lambda: [record["state"] for record in daemon.logged("model.state")] == wanted)
+    assert [record["state"] for record in daemon.logged("upstream.state")] == ["up", "down", "up"]
+    # whoever comes now does not wait
+    server.chat(model)
+    assert server.loads() == 1
 
 
 def test_our_ping_is_taken_and_its_answer_is_signed_in_a_way_that_we_know(
-    model: Path, tmp_path: Path
+    model: Path, server: RealServer
 ) -> None:
-    with started(server := RealServer(tmp_path / "server", idle_seconds=IDLE)):
-        path, body = wire.ping("llm", str(model), Tier.OPENAI)
-        status, text, _ = server.ask("POST", path, body)
-        listed = server.ask("GET", "/v1/models")[:2]
+    path, body = wire.ping("llm", str(model), Tier.OPENAI)
+    status, text, _ = server.ask("POST", path, body)
+    listed = server.ask("GET", "/v1/models")[:2]
 
-        assert status == 200, text
-        answer = json.loads(text)
-        assert answer["model"] == f"{model}@main"
-        assert answer["usage"]["completion_tokens"] == 1
-        assert wire.is_answer_of(wire.answered_by(answer), [str(model)], Tier.OPENAI)
-        # It serves models that it does not list: a listing is no reason not to ask.
-        assert listed == (200, '{"object":"list","data":[]}')
-        # A `ttl`, which LM Studio takes, is refused here.
-        path, body = wire.ping("llm", str(model), Tier.V0, lease=60.0)
-        assert server.ask("POST", path, body)[0] == 422
+    assert status == 200, text
+    answer = json.loads(text)
+    assert answer["model"] == f"{model}@main"
+    assert answer["usage"]["completion_tokens"] == 1
+    assert wire.is_answer_of(wire.answered_by(answer), [str(model)], Tier.OPENAI)
+    # It serves models that it does not list: a listing is no reason not to ask.
+    assert listed == (200, '{"object":"list","data":[]}')
+    # A `ttl`, which LM Studio takes, is refused here.
+    path, body = wire.ping("llm", str(model), Tier.V0, lease=60.0)
+    assert server.ask("POST", path, body)[0] == 422
 
 
 def test_a_model_that_cannot_be_loaded_is_tried_again_later_and_disturbs_no_other(
-    model: Path, keep: Callable[..., Daemon], tmp_path: Path
+    model: Path, keep: Callable[..., Daemon], server: RealServer
 ) -> None:
-    with started(server := RealServer(tmp_path / "server", idle_seconds=IDLE)):
-        nowhere = model.with_name("nowhere")
+    nowhere = model.with_name("nowhere")
 
-        daemon = keep(server, nowhere, model)
+    daemon = keep(server, nowhere, model)
 
-        good, bad = (f'model="{path}"' for path in (model, nowhere))
-        eventually(lambda: daemon.metric("keepalive_model_state", good, 'state="warm"') == 1)
-        # The server answers 500 with bare text at once, and closes the connection without a word.
-        failures = eventually(lambda: daemon.logged("model.load_failed")[1:])
-        assert failures[0]["outcome"] == "failed"
-        assert failures[0]["reason"].endswith("with status 500")
-        assert failures[0]["retry_in"] == 10.0
-        (status, _) = daemon.status()["models"]
-        assert (status["state"], status["loads"]) == ("backoff", 0)
-        assert daemon.metric("keepalive_model_loads_total", good, 'outcome="ok"') == 1
-        assert daemon.metric("keepalive_model_loads_total", bad, 'outcome="unknown"') == 0
-        # that closed connection was no outage
-        assert [record["state"] for record in daemon.logged("upstream.state")] == ["up"]
+    good, bad = (f'model="{path}"' for path in (model, nowhere))
+    eventually(lambda: daemon.metric("keepalive_model_state", good, 'state="warm"') == 1)
+    # The server answers 500 with bare text at once, and closes the connection without a word.
+    failures = eventually(lambda: daemon.logged("model.load_failed")[1:])
+    assert failures[0]["outcome"] == "failed"
+    assert failures[0]["reason"].endswith("with status 500")
+    assert failures[0]["retry_in"] == 10.0
+    (status, _) = daemon.status()["models"]
+    assert (status["state"], status["loads"]) == ("backoff", 0)
+    assert daemon.metric("keepalive_model_loads_total", good, 'outcome="ok"') == 1
+    assert daemon.metric("keepalive_model_loads_total", bad, 'outcome="unknown"') == 0
+    # that closed connection was no outage
+    assert [record["state"] for record in daemon.logged("upstream.state")] == ["up"]

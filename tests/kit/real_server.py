@@ -158,6 +158,9 @@ class RealServer:
             self._process.wait()
             self._process = None
 
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
     def resident_mib(self) -> float:
         """Memory of the process, as the kernel counts it."""
         assert self._process is not None

@@ -25,10 +25,17 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of what it imports itself
     import apprise
 
-    apprise.Apprise.instantiate("json://127.0.0.1/")
-
+pytestmark = pytest.mark.xdist_group("apprise")
 ALL = frozenset(Event)
 URLS = {"local": "http://127.0.0.1:1234"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def services() -> None:
+    """It reads all that it knows at the first use: here, once, and not in each process that collects tests."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        apprise.Apprise.instantiate("json://127.0.0.1/")
 
 
 def news(*models: ModelId, events: frozenset[Event] = ALL, urls: dict[str, str] = URLS) -> News:
