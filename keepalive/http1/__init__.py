@@ -25,6 +25,7 @@ May import: core.
 """
 
 from keepalive.http1 import cors
+from keepalive.http1.bodies import CHUNK_SIZES
 from keepalive.http1.exchange import Caller, Exchange
 from keepalive.http1.heads import (
     CHUNKED,
@@ -48,6 +49,7 @@ from keepalive.http1.tunnel import Between, Tunnel
 
 __all__ = [
     "CHUNKED",
+    "CHUNK_SIZES",
     "NO_STORE",
     "BadHead",
     "Between",

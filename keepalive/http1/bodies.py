@@ -8,6 +8,9 @@ from keepalive.http1.heads import BadHead
 # instead of reading that as one more message.
 _BEFORE = b"POST / HTTP/1.1\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
 
+#: How a chunk of so many bytes begins where it is written as nearly everybody does: its size in small digits alone.
+CHUNK_SIZES = [b"%x\r\n" % size for size in range(4096)]
+
 # The empty line that ends a body, and one byte before it.
 _ENDING = 5
 
@@ -15,7 +18,7 @@ _ENDING = 5
 class Chunks:
     """One body in chunks: extensions and trailers are read over."""
 
-    __slots__ = ("_last", "_parser", "_parts", "done", "followed", "on_body")
+    __slots__ = ("_last", "_parser", "_parts", "_whole", "between", "done", "followed", "on_body")
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
@@ -24,8 +27,17 @@ class Chunks:
         #: Something stood behind the last chunk. What it was is lost, so this connection is at its end.
         self.followed = False
         self.on_body = self._parts.append
+        self._whole = True
+        #: No chunk has begun that has not ended: one that is whole may be read by somebody else instead.
+        self.between = True
         self._parser = httptools.HttpRequestParser(self)
         self._parser.feed_data(_BEFORE)
+
+    def on_chunk_header(self) -> None:
+        self._whole = False
+
+    def on_chunk_complete(self) -> None:
+        self._whole = True
 
     def on_message_complete(self) -> None:
         self.done = True
@@ -39,6 +51,8 @@ class Chunks:
             if not self.done:
                 raise BadHead(400, "the chunks of the body are malformed") from None
             self.followed = True
+        # Of a size of which not all digits have come, the parser says nothing.
+        self.between = self._whole and data.endswith(b"\r\n")
         self._last = data[-_ENDING:] if len(data) >= _ENDING else (self._last + data)[-_ENDING:]
         if self.done and (self._last[-4:] != b"\r\n\r\n" or self._last[:1] in (b"\r", b"\n")):
             self.followed = True  # by line ends: llhttp reads over those

@@ -40,6 +40,9 @@ class Caller(Protocol):
     ) -> None: ...
     def push(self, data: bytes) -> None: ...
     def flush(self) -> None: ...
+    def chunk_writer(self) -> Callable[[bytes], None] | None:
+        """What writes a chunk of the body as it stands on the wire, where that is how the body is written."""
+
     def finish(self) -> None: ...
     def answer(self, status: int, headers: Headers, body: bytes) -> None: ...
     def abort(self) -> None: ...
@@ -195,6 +198,10 @@ class Exchange:
         if self._head and not self.gone:
             self._connection.transport.write(self._head)
             self._head = b""
+
+    def chunk_writer(self) -> Callable[[bytes], None] | None:
+        """Once the head has left. Bytes written to a caller who has left since go nowhere."""
+        return self._connection.transport.write if self._chunked and not self._head else None
 
     def finish(self) -> None:
         """The answer is complete."""

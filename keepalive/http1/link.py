@@ -159,6 +159,12 @@ class Link(asyncio.Protocol):
         reply, chunks = self._reply, self._chunks
         if chunks is not None and reply is not None:
             # The hot path: bytes of a body in chunks.
+            chunk_sink = reply.chunk_sink
+            if chunk_sink is not None and chunks.between:
+                taken = chunk_sink(data)
+                if taken == len(data):
+                    return
+                data = data[taken:]
             try:
                 piece = chunks.feed(data)
             except BadHead:

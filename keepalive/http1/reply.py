@@ -36,6 +36,7 @@ class Reply:
         "_parts",
         "_parts_bytes",
         "_read_bytes",
+        "chunk_sink",
         "complete",
         "cut",
         "head",
@@ -53,6 +54,8 @@ class Reply:
         self._parts_bytes = 0
         self._read_bytes = 0
         self.sink: Callable[[bytes], None] | None = None
+        #: Beside `sink`, for chunks as they stand on the wire: how many bytes of whole ones it took.
+        self.chunk_sink: Callable[[bytes], int] | None = None
         self._ended: asyncio.Future[None] | None = None
 
     def pour(self, sink: Callable[[bytes], None]) -> None:
@@ -107,7 +110,7 @@ class Reply:
     def close(self) -> None:
         """No more of it is wanted. What was taken whole leaves its connection to the next request."""
         link, self._link = self._link, None
-        self.sink = None
+        self.sink = self.chunk_sink = None
         self._parts.clear()
         if link is not None:
             link.let_go(self)

@@ -317,6 +317,9 @@ class Stream:
     def flush(self) -> None:
         pass
 
+    def chunk_writer(self) -> None:
+        """Whoever is told in other words has no use for chunks."""
+
     def finish(self) -> None:
         self.finished = True
         if self._status:

@@ -99,9 +99,7 @@ class Meter:
         "_first",
         "_looks",
         "_mid_line",
-        "_prefix",
         "_sent_at",
-        "_suffix",
         "_word",
         "ended",
         "error",
@@ -110,7 +108,9 @@ class Meter:
         "gap_seconds",
         "gaps",
         "last_at",
+        "prefix",
         "said",
+        "suffix",
     )
 
     def __init__(self, protocol: Protocol, sent_at: float) -> None:
@@ -142,18 +142,19 @@ class Meter:
         self._end_hint = _END_HINT.get(protocol, b"")
         self._carry = b""  # the line that has begun, without its end
         self._mid_line = False  # its beginning was looked at already
-        # What stands around the text in the events of this stream; see `_learn`.
-        self._prefix = b""
-        self._suffix = b""
+        #: What stands around the text in the events of this stream, where that is known; see `_learn`. An event that
+        #: begins and ends like this, with no quote between, says nothing but its text.
+        self.prefix = b""
+        self.suffix = b""
         self._looks = _LOOKS
 
     def feed(self, now: float, chunk: bytes) -> None:
         """The next bytes of the body, decoded from their transfer coding, at monotonic time `now`."""
         self.last_at = now
-        prefix = self._prefix
+        prefix = self.prefix
         if prefix and not self._carry:
             # Event by event: the form that was learnt, and whatever stands between two quotes in it.
-            suffix, end = self._suffix, len(chunk)
+            suffix, end = self.suffix, len(chunk)
             at = events = 0
             while chunk.startswith(prefix, at):
                 quote = chunk.find(b'"', at + len(prefix))
@@ -166,6 +167,12 @@ class Meter:
                     self._observe(now, events)
                     return
         self._look(now, chunk)
+
+    def count(self, now: float, events: int) -> None:
+        """As `feed`, for whoever has seen that what came is so many whole events of the known form."""
+        self.last_at = now
+        self.events += events
+        self._observe(now, events)
 
     def _observe(self, now: float, events: int) -> None:
         gap = now - self._event_at
@@ -198,7 +205,7 @@ class Meter:
         end = self._find_end(chunk)
         if end >= 0:
             self.ended = True
-            self._prefix = b""
+            self.prefix = b""
             # Neither the event that ends the answer nor what follows it is a delta.
             events = chunk.count(b"\ndata:", 0, end) - (not chunk.startswith(b"data:"))
         if self.first_token_seconds is not None:
@@ -229,13 +236,15 @@ class Meter:
         self._looks -= 1
         if self._first is None or self._carry or not chunk.startswith((b"data:", b"event:")):
             return
+        if not chunk.endswith((b"\n\n", b"\r\n\r\n")):
+            return  # not all of an event
         text = self._first.search(chunk)
         if text is None or b'"error"' in chunk:
             return
         begin = text.end() - 1
         end = chunk.find(b'"', begin)
         if b"\\" not in chunk[begin:end]:
-            self._prefix, self._suffix = chunk[:begin], chunk[end:]
+            self.prefix, self.suffix = chunk[:begin], chunk[end:]
 
     def _whole_lines(self, chunk: bytes) -> bytes:
         """`chunk` up to its last line end; the rest is kept for the next time, or looked at now if too long.

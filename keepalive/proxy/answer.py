@@ -66,6 +66,11 @@ class Answer:
         return isinstance(self.passed, Events) and self.passed.torn
 
     @property
+    def unseen(self) -> bool:
+        """Nobody but the caller wants the bytes of a stream."""
+        return self._begun is None
+
+    @property
     def push(self) -> Push:
         """For the bytes of a stream."""
         return self._caller.push if self._begun is None else self._push_response

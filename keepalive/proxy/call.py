@@ -286,6 +286,9 @@ class Call:
             self._first = b""  # a stream goes on for long
         reply.pour(take)
         self.caller.flush()
+        write = self.caller.chunk_writer()
+        if write is not None and self._watch is None and answer.unseen:
+            reply.chunk_sink = events.chunk_sink(write)
         complete = await reply.ended()
         meter = events.meter
         error = meter.error if meter is not None else None

@@ -6,7 +6,7 @@ Bytes go to the caller first, unchanged, and are looked at afterwards; what look
 from collections.abc import Callable
 from typing import Final
 
-from keepalive.http1 import Reply
+from keepalive.http1 import CHUNK_SIZES, Reply
 from keepalive.protocols.meter import Meter, Words
 from keepalive.protocols.sse import BOM, Splitter
 
@@ -16,6 +16,8 @@ HELD_BACK_BYTES: Final = 262_144
 FIRST_BYTES: Final = 4096
 
 Push = Callable[[bytes], None]
+
+_CHUNK_SIZES: Final = len(CHUNK_SIZES)
 
 # An error says so at once, and so much is enough to see it.
 _LOOK_BYTES: Final = 64
@@ -83,7 +85,19 @@ class Whole:
 class Events:
     """A stream of events. What the caller has of it ends where an event does: the upstream may die within one."""
 
-    __slots__ = ("_now", "_push", "_push_on", "_split", "_spoke", "_tail", "bytes", "meter", "torn")
+    __slots__ = (
+        "_at_end",
+        "_now",
+        "_push",
+        "_push_on",
+        "_split",
+        "_spoke",
+        "_tail",
+        "_write",
+        "bytes",
+        "meter",
+        "torn",
+    )
 
     def __init__(
         self, push: Push, now: Callable[[], float], meter: Meter, spoke: Callable[[], bool] = lambda: False
@@ -94,18 +108,56 @@ class Events:
         self._now = now
         self._split = Splitter().feed
         self._tail = bytearray()
+        self._at_end = False  # nothing is held back, and what came last ended an event as nearly all do
+        self._write: Push | None = None
         self.bytes = 0
         #: None once it has failed.
         self.meter: Meter | None = meter
         #: The caller has a part of an event, because that one was too large to be held back.
         self.torn = False
 
+    def chunk_sink(self, write: Push) -> Callable[[bytes], int]:
+        """For chunks as they stand on the wire, beside `take`: `write` has those that are taken."""
+        self._write = write
+        return self._take_chunks
+
+    def _take_chunks(self, wire: bytes) -> int:
+        # Nearly always one read is one chunk, and that one event which differs from those before in its text alone.
+        # So much is seen without taking it apart, and what is passed on whole need not be put together again.
+        meter, write = self.meter, self._write
+        if not self._at_end or meter is None or write is None or not meter.prefix:
+            return 0
+        prefix, suffix = meter.prefix, meter.suffix
+        at = events = passed = 0
+        while True:
+            begin = wire.find(b"\n", at, at + 6) + 1
+            if not wire.startswith(prefix, begin):
+                break
+            quote = wire.find(b'"', begin + len(prefix))
+            end = quote + len(suffix)
+            size = end - begin
+            if not (wire.startswith(suffix, quote) and wire.startswith(b"\r\n", end) and size < _CHUNK_SIZES):
+                break
+            if not wire.startswith(CHUNK_SIZES[size], at):
+                break
+            at = end + 2
+            events += 1
+            passed += size
+        if events:
+            write(wire if at == len(wire) else wire[:at])
+            self.bytes += passed
+            now = self._now
+            meter.count(now(), events)
+        return at
+
     def take(self, data: bytes) -> None:
         end = self._split(data)
         if end == len(data) and not self._tail:
             self._push(data)
             self.torn = False
+            self._at_end = data.endswith(b"\n\n")
         else:
+            self._at_end = False
             self._take_part(data, end)
         self.bytes += len(data)
         meter = self.meter

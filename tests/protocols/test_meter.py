@@ -286,7 +286,7 @@ def test_a_quick_look_sees_what_a_long_one_sees(name, protocol):
         long._looks = 0
         long.feed(now, event)
 
-    assert quick._prefix == b"" == long._prefix
+    assert quick.prefix == b"" == long.prefix
     for seen in ("events", "gaps", "gap_seconds", "first_token_seconds", "ended", "error"):
         assert getattr(quick, seen) == getattr(long, seen), seen
 

@@ -1,5 +1,11 @@
+import asyncio
+import itertools
+
 import pytest
 
+from keepalive.http1 import Limits, Ticker
+from keepalive.http1.bodies import Chunks
+from keepalive.http1.link import Link
 from keepalive.protocols.meter import Meter
 from keepalive.protocols.routes import Protocol
 from keepalive.proxy.relay import FIRST_BYTES, HELD_BACK_BYTES, Events, Whole, first_error
@@ -111,3 +117,112 @@ class Bytewise:
     async def read(self, limit):
         taken, self.body = self.body[:limit], self.body[limit:]
         return taken
+
+
+# --- chunks as they stand on the wire ---------------------------------------------------------------
+
+
+class Pool:
+    """As much of one as a connection asks for before its answer is over."""
+
+    name = "local"
+    limits = Limits()
+
+    def __init__(self, loop):
+        self.loop = loop
+        self.ticker = Ticker(1.0)
+        self.links = set()
+
+
+class Sink:
+    """What is left of a transport where nobody looks at the sockets."""
+
+    def abort(self):
+        raise AssertionError("the framing was taken for broken")
+
+
+def chunk(data: bytes, size: bytes = b"%x") -> bytes:
+    return size % len(data) + b"\r\n" + data + b"\r\n"
+
+
+async def relayed(pieces: list[bytes], *, quick: bool) -> tuple[Events, list[bytes]]:
+    """What a caller has of an answer whose body comes in these pieces, as it stands on the wire."""
+    link = Link(Pool(asyncio.get_running_loop()))
+    link.transport = Sink()
+    answered = link.ask(b"POST", upgrade=False)
+    link.data_received(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+    reply = await answered
+    clock = itertools.count()
+    out: list[bytes] = []
+    relay = Events(lambda data: out.append(chunk(data)), lambda: next(clock), Meter(Protocol.CHAT, 0.0))
+    reply.pour(relay.take)
+    if quick:
+        reply.chunk_sink = relay.chunk_sink(out.append)
+    for piece in pieces:
+        link.data_received(piece)
+    assert reply.complete
+    return relay, out
+
+
+def body(out: list[bytes]) -> bytes:
+    chunks = Chunks()
+    return b"".join(map(chunks.feed, out))
+
+
+SAID = [TEXT.replace(b"Hi", word) for word in (b"a", b"", rb"\"", b"Ha" * 40, rb".\n", b"b", b"x" * 5000)]
+LATE = [
+    ROLE,
+    *[TEXT] * 3,
+    *SAID,
+    b": a comment\n\n",
+    TEXT,
+    TEXT + TEXT,
+    TEXT,
+    b"data: {}\r\n\r\n",
+    TEXT,
+    STOP,
+    TEXT,
+]
+LAST = b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize("size", [b"%x", b"%X", b"%04x", b"%x;extension"])
+@pytest.mark.parametrize("together", [1, 2, 5, 99])
+async def test_a_chunk_that_is_passed_as_it_came_is_counted_as_one_that_was_taken_apart(size, together):
+    pieces = [chunk(event, size) for event in LATE] + [LAST]
+    pieces = [b"".join(pieces[at : at + together]) for at in range(0, len(pieces), together)]
+
+    (quick, out), (slow, expected) = [await relayed(pieces, quick=quick) for quick in (True, False)]
+
+    assert body(out) == body(expected) == b"".join(LATE)
+    assert quick.bytes == slow.bytes == len(b"".join(LATE))
+    for seen in ("events", "first_token_seconds", "ended", "error", "said"):
+        assert getattr(quick.meter, seen) == getattr(slow.meter, seen), seen
+    assert sum(quick.meter.gaps) == sum(slow.meter.gaps)
+
+
+async def test_wherever_the_wire_is_cut_all_of_it_arrives_and_ends_where_an_event_does():
+    events = [ROLE, *[TEXT] * 3, SAID[3], TEXT, STOP]
+    wire = b"".join(map(chunk, events)) + LAST
+    learnt = len(b"".join(map(chunk, events[:3])))
+    for first in range(learnt, len(wire)):
+        relay, out = await relayed([wire[:learnt], wire[learnt:first], wire[first:]], quick=True)
+
+        assert body(out) == b"".join(events)
+        assert relay.meter.events == len(events)
+        assert relay.meter.ended
+
+
+async def test_what_was_learnt_to_be_plain_leaves_as_the_object_that_came():
+    plain = chunk(TEXT.replace(b"Hi", b"there"))
+    _, out = await relayed([*map(chunk, [ROLE, TEXT, TEXT]), plain, LAST], quick=True)
+
+    assert out[-1] is plain
+
+
+async def test_nothing_is_passed_as_it_came_behind_a_part_that_is_held_back():
+    half = TEXT[:20]
+    pieces = [*map(chunk, [ROLE, TEXT, TEXT, half]), chunk(TEXT[20:] + TEXT), chunk(half), chunk(TEXT), LAST]
+    _, out = await relayed(pieces, quick=True)
+
+    assert body(out) == ROLE + TEXT * 4 + half + TEXT
