@@ -4,7 +4,6 @@ import itertools
 import pytest
 
 from keepalive.http1 import Limits, Ticker
-from keepalive.http1.bodies import Chunks
 from keepalive.http1.link import Link
 from keepalive.protocols.meter import Meter
 from keepalive.protocols.routes import Protocol
@@ -165,8 +164,15 @@ async def relayed(pieces: list[bytes], *, quick: bool) -> tuple[Events, list[byt
 
 
 def body(out: list[bytes]) -> bytes:
-    chunks = Chunks()
-    return b"".join(map(chunks.feed, out))
+    """What the caller reads, who is owed the simplest of framings."""
+    wire, read = b"".join(out), b""
+    while wire:
+        size, _, rest = wire.partition(b"\r\n")
+        length = int(size, 16)
+        assert size == b"%x" % length
+        assert rest[length : length + 2] == b"\r\n"
+        read, wire = read + rest[:length], rest[length + 2 :]
+    return read
 
 
 SAID = [TEXT.replace(b"Hi", word) for word in (b"a", b"", rb"\"", b"Ha" * 40, rb".\n", b"b", b"x" * 5000)]
@@ -226,3 +232,19 @@ async def test_nothing_is_passed_as_it_came_behind_a_part_that_is_held_back():
     _, out = await relayed(pieces, quick=True)
 
     assert body(out) == ROLE + TEXT * 4 + half + TEXT
+
+
+@pytest.mark.parametrize("of_size", ["all", "a digit"])
+async def test_a_body_that_looks_like_a_chunk_is_a_body(of_size):
+    if of_size == "all":
+        looks = chunk(TEXT)
+        pieces = [b"%x\r\n" % len(looks), looks + b"\r\n"]
+    else:
+        size = 0x100 + len(TEXT)
+        looks = (TEXT + b"\r\n").ljust(size, b":")
+        pieces = [b"1", b"%x\r\n" % len(TEXT) + looks + b"\r\n"]
+    relay, out = await relayed([*map(chunk, [ROLE, TEXT, TEXT]), *pieces, LAST], quick=True)
+    relay.finish()
+
+    assert len(TEXT) < 0x100
+    assert body(out) == ROLE + TEXT * 2 + looks
