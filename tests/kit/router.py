@@ -290,6 +290,9 @@ class _Handler(BaseHTTPRequestHandler):
             status, answer = 200, self.of.answer(self.command, self.path, json.loads(content or b"{}"))
         except Refused as error:
             status, answer = error.status, error.error
+        if self.of._server is None:
+            self.close_connection = True  # killed meanwhile
+            return
         body = json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json; charset=utf-8")

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from keepalive.core.errors import GivenUp, Reason, Refused, TimedOut, Unauthorized, Unreachable
+from keepalive.core.errors import Cut, GivenUp, Reason, Refused, TimedOut, Unauthorized, Unreachable
 from keepalive.core.facts import Instance, Tier
 from keepalive.lmstudio import llama
 from keepalive.lmstudio.client import Client
 from tests.kit import live
 from tests.kit.router import Refused as Denied
-from tests.kit.router import Router
+from tests.kit.router import Router, Row
 
 RECORDED = Path(__file__).parents[1] / "data" / "router"
 
@@ -335,7 +335,7 @@ async def test_a_router_that_dies_under_a_load_is_seen(router: Router):
         loading = asyncio.create_task(upstream.load("a", {}, timeout=30, tier=Tier.LLAMA))
         await eventually(router, "a", "loading")
         await asyncio.to_thread(router.kill)
-        with pytest.raises(Unreachable):
+        with pytest.raises((Unreachable, Cut)):
             await loading
 
 
@@ -358,6 +358,23 @@ async def test_an_unload_comes_back_when_the_memory_is_free(router: Router):
         await upstream.unload("a", tier=Tier.LLAMA, timeout=5)
         assert router.states()["a"] == "unloaded"
         await upstream.unload("a", tier=Tier.LLAMA, timeout=5)  # somebody was faster
+
+
+async def test_an_unload_is_over_though_somebody_has_it_loaded_again_at_once(
+    router: Router, monkeypatch: pytest.MonkeyPatch
+):
+    def stop(row: Row) -> None:
+        router._becomes(row, "unloaded", exit_code=0)
+        row.load_seconds = 60.0
+        router.load(row)
+
+    router.load(router.rows["a"])
+    await eventually(router, "a", "loaded")
+    monkeypatch.setattr(router, "_stop", stop)
+    async with client(router) as upstream:
+        await upstream.unload("a", tier=Tier.LLAMA, timeout=10)
+
+    assert router.loads["a"] == 2
 
 
 async def test_nothing_is_unloaded_under_the_answer_of_a_stranger(router: Router):
