@@ -6,6 +6,8 @@
 - A load's intent is written before the load, on the condition that we still hold the upstream, and stays until the
   holder, whoever that is then, has seen what came of it. Whoever sees the intent of another takes its load for one of
   ours that is under way, as after a restart: so a successor knows of it before it holds anything.
+- Before an unload all others say that they give that model to nobody any more. Whoever does not say so in time, or has
+  somebody there, is reason to leave it.
 - What goes wrong here costs nobody a warm model: requests never wait for anything of this.
 """
 
@@ -24,6 +26,8 @@ from keepalive.cluster.etcd import EngineError, Etcd, Json, created, delete, put
 from keepalive.cluster.hold import Hold
 from keepalive.cluster.rows import Intent, Member, Picture, Told, Use, folded
 from keepalive.core.facts import (
+    DrainEnded,
+    DrainStarted,
     Fact,
     HolderTold,
     LoadProgressed,
@@ -117,6 +121,7 @@ class Cluster:
         self._known: frozenset[ModelId] = frozenset()
         self._written: dict[str, bytes | None] = {}  # since the picture
         self._wake = asyncio.Event()
+        self._pictured = asyncio.Event()  # another one each time
         self._stale = self._unsaid = False
         self._used_told: Mapping[ModelId, UsedElsewhere] = {}
         self._uses_said: Mapping[ModelId, Use] = {}
@@ -164,6 +169,34 @@ class Cluster:
             self._look_again()
         return done and self.acts(upstream)
 
+    async def clear(self, model: Model, /) -> bool:
+        upstream, key = model.id.upstream, folded(model.id)
+        holder = self._seen.holders.get(upstream)
+        if holder is None or not self.acts(upstream):
+            return False
+        guard = created(self._key(rows.holder_key(upstream)), holder.created)
+        try:
+            row = rows.holder_row(self._me.instance, self._life)
+            if not await self._commit([guard], {rows.yield_key(key): row}):
+                self._look_again()
+                return False
+            async with asyncio.timeout(self._hold.interval):
+                while not (yielded := self._is_yielded(key)):
+                    self._look_again()
+                    await self._pictured.wait()
+                    if not self.acts(upstream):
+                        return False
+        except (EngineError, TimeoutError):
+            return False
+        use = self._seen.uses_elsewhere(self._me.instance).get(key, Use())
+        return yielded and not use.used and not use.waiting and self.acts(upstream)
+
+    def _is_yielded(self, key: ModelId) -> bool:
+        """Whether all others have said so. Who has just come has seen it before it has served anybody."""
+        others = self._seen.members.keys() - {self._me.instance}
+        uses = self._seen.uses
+        return key in self._seen.yields and all(uses.get(o, {}).get(key, Use()).yielded for o in others)
+
     def hopeless(self, upstream: str, /) -> tuple[str, float | None] | None:
         """Why nobody acts there and nobody soon will, with the seconds after which to ask again."""
         if self._hopeless and not self.acts(upstream):
@@ -191,6 +224,8 @@ class Cluster:
             or is_loading(before) is not is_loading(after)
             or before.failures != after.failures
             or before.asked_for is not after.asked_for
+            or before.draining is not after.draining
+            or before.unloading is not after.unloading
             or isinstance(fact, LoadProgressed)
         ):
             self._say()
@@ -372,12 +407,16 @@ class Cluster:
                 if upstream not in held and model in ids and told != before.get(model):
                     keeping.record(self._told(ids[model], told))
         self._see_uses(new, ids)
+        for model in new.yields ^ old.yields:
+            if model in ids and model.upstream not in held:
+                fact = DrainStarted if model in new.yields else DrainEnded
+                keeping.record(fact(self._clock(), ids[model]))
         for model, wish in new.wishes.items():
             key, others = rows.wish_key(model), wish.life != self._life
             if model in ids and others and new.values[key] != old.values.get(key):
-                fact = WarmAsked if wish.warm else ReleaseAsked
+                asked = WarmAsked if wish.warm else ReleaseAsked
                 self._seeing = True
-                keeping.record(fact(self._clock(), ids[model]))
+                keeping.record(asked(self._clock(), ids[model]))
                 self._seeing = False
         for upstream, holder in new.holders.items():
             if self._last_holders.get(upstream, holder.life) != holder.life:
@@ -385,6 +424,8 @@ class Cluster:
             self._last_holders[upstream] = holder.life
         self._ever |= dict.fromkeys(new.members)
         self._seen, self._saw, self._known, self._written = new, True, frozenset(ids), {}
+        self._pictured.set()
+        self._pictured = asyncio.Event()
         if held != self._held:
             self._held = held
             # What others have written there meanwhile is not ours.
@@ -548,6 +589,10 @@ class Cluster:
             elif model.progress is not None and self._is_due(key):
                 told_intent = changed(intent, progress=round(model.progress, 3))
                 changes[rows.load_key(key)] = rows.load_row(told_intent)
+        for key in self._seen.yields:
+            model = models.get(key)
+            if key.upstream == upstream and (model is None or not model.unloading):
+                changes[rows.yield_key(key)] = None
         for key in self._seen.wishes:
             model = models.get(key)
             if model is not None and model.asked_for is None:
@@ -582,7 +627,12 @@ class Cluster:
     def _uses(self, snapshot: Snapshot) -> Mapping[ModelId, Use]:
         since = snapshot.now - 2 * self._hold.interval
         uses = {
-            folded(m.id): Use(m.waiting, used=m.in_flight > 0 or m.use_at > since) for m in snapshot.models
+            folded(m.id): Use(
+                m.waiting,
+                used=m.in_flight > 0 or m.use_at > since,
+                yielded=m.draining and folded(m.id) in self._seen.yields,
+            )
+            for m in snapshot.models
         }
         return {key: use for key, use in uses.items() if use != Use()}
 
@@ -591,7 +641,8 @@ class Cluster:
         said = self._uses_said if rows.uses_key(self._me.instance) in self._seen.values else {}
         for key, use in uses.items():
             before = said.get(key, Use())
-            if (use.waiting and not before.waiting) or (use.used and not before.used):
+            came = use.waiting > 0 and before.waiting == 0
+            if came or use.used > before.used or use.yielded > before.yielded:
                 return True
         return uses != said and self._awake() >= self._uses_at + self._hold.interval
 

@@ -5,6 +5,7 @@
     uses/INSTANCE           what its callers do, with its lease
     loads/UPSTREAM/KEY      a load begun and not seen to end; outlives whoever began it
     states/UPSTREAM         what the holder knows and no listing shows; outlives it, too
+    yields/UPSTREAM/KEY     about to be unloaded: nobody is to give it to a caller any more, and each says so in `uses`
     wishes/UPSTREAM/KEY     what a person has asked for, until that is spent
 
 Values are JSON objects with `v`, the version of their format. A newer member may add fields, and what is not known is
@@ -72,6 +73,7 @@ class Intent:
 class Use:
     waiting: int = 0
     used: bool = False
+    yielded: bool = False  # given to nobody any more
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,7 @@ class Picture:
     loads: Mapping[ModelId, Intent] = field(default_factory=lambda: NONE)
     states: Mapping[str, Mapping[ModelId, Told]] = field(default_factory=lambda: NONE)
     wishes: Mapping[ModelId, Wish] = field(default_factory=lambda: NONE)
+    yields: frozenset[ModelId] = frozenset()
     values: Mapping[str, bytes] = field(default_factory=lambda: NONE)  # by key, as they were written
     unreadable: tuple[str, ...] = ()
 
@@ -144,6 +147,10 @@ def load_key(model: ModelId) -> str:
 
 def states_key(upstream: str) -> str:
     return f"states/{upstream}"
+
+
+def yield_key(model: ModelId) -> str:
+    return f"yields/{model.upstream}/{fold_key(model.key)}"
 
 
 def wish_key(model: ModelId) -> str:
@@ -189,7 +196,11 @@ def load_row(intent: Intent) -> bytes:
 def uses_row(uses: Mapping[ModelId, Use]) -> bytes:
     rows: dict[str, dict[str, Any]] = {}
     for model, use in uses.items():
-        rows.setdefault(model.upstream, {})[fold_key(model.key)] = {"waiting": use.waiting, "used": use.used}
+        rows.setdefault(model.upstream, {})[fold_key(model.key)] = {
+            "waiting": use.waiting,
+            "used": use.used,
+            "yielded": use.yielded,
+        }
     return written({"uses": rows})
 
 
@@ -225,6 +236,7 @@ def picture(rows: Iterable[Row]) -> Picture:
     loads: dict[ModelId, Intent] = {}
     states: dict[str, Mapping[ModelId, Told]] = {}
     wishes: dict[ModelId, Wish] = {}
+    yields: set[ModelId] = set()
     values: dict[str, bytes] = {}
     unreadable: list[str] = []
     for row in rows:
@@ -258,11 +270,15 @@ def picture(rows: Iterable[Row]) -> Picture:
                 )
             case "states":
                 states[rest] = _states(rest, said)
+            case "yields" if key:
+                yields.add(ModelId(upstream, key))
             case "wishes" if key:
                 wishes[ModelId(upstream, key)] = Wish(
                     said.get("warm") is True, _text(said, "life"), row.created
                 )
-    return Picture(members, holders, uses, loads, states, wishes, values, tuple(unreadable))
+    return Picture(
+        members, holders, uses, loads, states, wishes, frozenset(yields), values, tuple(unreadable)
+    )
 
 
 Json = Mapping[str, Any]
@@ -297,7 +313,9 @@ def _member(instance: str, said: Json) -> Member:
 
 def _uses(said: Json) -> Mapping[ModelId, Use]:
     return {
-        ModelId(upstream, fold_key(key)): Use(int(_number(use, "waiting", 1e6) or 0), use.get("used") is True)
+        ModelId(upstream, fold_key(key)): Use(
+            int(_number(use, "waiting", 1e6) or 0), use.get("used") is True, use.get("yielded") is True
+        )
         for upstream, models in _tables(said, "uses")
         for key, use in models.items()
         if isinstance(use, dict)

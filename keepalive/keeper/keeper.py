@@ -94,6 +94,7 @@ MEANINGS_REMEMBERED = 256
 # What is kept of its own accord once it is asked for, where the config says so.
 ADOPTED = ("llm", "embedding")
 FORGONE = "which daemon acts here was not sure at the moment when its load was to begin"
+USED_ELSEWHERE = "another daemon may just be giving it to a caller"
 ADOPTED_REASON = "it has just been asked for the first time"
 
 
@@ -167,6 +168,9 @@ class Hand(Protocol):
     async def begin(self, model: Model, /) -> bool:
         """Let the others know of a load before LM Studio does; False: it must not begin."""
 
+    async def clear(self, model: Model, /) -> bool:
+        """See that nobody else gives it to a caller any more; False: somebody uses it, or may."""
+
     def hopeless(self, upstream: str, /) -> tuple[str, float | None] | None:
         """Why nobody acts there, where that will last, and in how many seconds to ask again."""
 
@@ -178,6 +182,9 @@ class Alone:
         return True
 
     async def begin(self, model: Model, /) -> bool:
+        return True
+
+    async def clear(self, model: Model, /) -> bool:
         return True
 
     def hopeless(self, upstream: str, /) -> tuple[str, float | None] | None:
@@ -924,11 +931,17 @@ class Keeper:
         self._record_of(client, ended)
 
     async def _unload(self, client: Client, model: ModelId, target: str, tier: Tier) -> None:
-        message, in_use = None, False
+        message, in_use, known = None, False, self._known(model)
+        if known is not None and not await self._hand.clear(known):
+            self._record_of(client, UnloadEnded(self._clock(), model, target, USED_ELSEWHERE, in_use=True))
+            return
         try:
             await client.unload(target, tier=tier, timeout=UNLOAD_TIMEOUT)
         except UpstreamError as error:
-            message, in_use = str(error), isinstance(error, Refused) and error.reason is Reason.IN_USE
+            message = str(error)
+            in_use = isinstance(error, Forgone) or (
+                isinstance(error, Refused) and error.reason is Reason.IN_USE
+            )
         self._record_of(client, UnloadEnded(self._clock(), model, target, message, in_use))
 
     def _kind(self, keep: Keep) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from keepalive.cluster.etcd import Access, Etcd, put
+from keepalive.core.facts import DrainStarted
 from keepalive.service.daemon import Daemon
 from keepalive.simulator.models import SimModel
 from keepalive.simulator.server import Server
@@ -62,8 +63,8 @@ async def warm(*running: Daemon) -> None:
     await until(lambda: all(model(one, "gemma")["state"] == "warm" for one in running), "it is warm for all")
 
 
-async def chat(running: Daemon) -> tuple[int, str]:
-    body = {"model": "gemma", "messages": [{"role": "user", "content": "hello"}]}
+async def chat(running: Daemon, key: str = "gemma") -> tuple[int, str]:
+    body = {"model": key, "messages": [{"role": "user", "content": "hello"}]}
     status, _, text = await asked(f"{running.url}/v1/chat/completions", "POST", body)
     return status, text
 
@@ -148,6 +149,43 @@ async def test_what_is_used_through_one_is_not_let_go_by_another(server: kit.Etc
         await until(lambda: model(first, "gemma")["instances"] == 0, "it is let go")
         await until(lambda: model(other, "gemma")["state"] == "cold", "which the other sees")
         assert model(other, "gemma")["evictions"] == 0
+
+
+async def test_before_room_is_made_all_others_have_said_that_they_give_it_to_nobody(server: kit.Etcd):
+    rival = SimModel("rival", size_bytes=2_000_000_000, load_seconds=0.3)
+    tables = (AUTO, AUTO.replace("gemma", "rival"))
+    async with simulator(GEMMA, rival, token_seconds=0.01) as studio, contextlib.AsyncExitStack() as stack:
+        texts = [
+            settings(studio.url, *tables, upstream='memory = "3GB"') + member(server.url, "room", name, "3s")
+            for name in ("a", "b")
+        ]
+        running = [await stack.enter_async_context(daemon(text)) for text in texts]
+        first, other = await holder(running)
+        yielded = Yielded()
+        other.keeper._observers = (*other.keeper._observers, yielded)
+        assert (await chat(other))[0] == 200
+        # One takes it from the other, who comes for it again and again at whichever daemon.
+        answers = await asyncio.gather(chat(first, "rival"), again(other, "gemma"), again(other, "rival"))
+
+        statuses = [answers[0][0], *(status for some in answers[1:] for status, _ in some)]
+        unloaded = [event for event in studio.studio.log(0) if event["kind"] == "unloaded"]
+        assert set(statuses) == {200}
+        assert unloaded
+        assert all(not event["generating"] for event in unloaded)
+        assert yielded.seen
+
+
+class Yielded:
+    """Sees that a model is given to nobody any more."""
+
+    seen = False
+
+    def observe(self, fact: Any, before: Any, after: Any) -> None:
+        self.seen = self.seen or isinstance(fact, DrainStarted)
+
+
+async def again(running: Daemon, key: str) -> list[tuple[int, str]]:
+    return [await chat(running, key) for _ in range(2)]
 
 
 async def test_without_etcd_what_is_warm_is_served_and_nothing_is_loaded_and_with_it_all_goes_on(

@@ -40,6 +40,7 @@ def test_uses_and_states_and_wishes_are_read_as_they_were_written():
     told = Told(True, frozenset({"gemma:2"}), "it is ill", "no", 3, 4.5, (1.0, 2.0))
 
     assert seen("uses/b", rows.uses_row({GEMMA: Use(2, True)})).uses == {"b": {FOLDED: Use(2, True)}}
+    assert seen("yields/local/google/gemma", rows.holder_row("a", "5f")).yields == {FOLDED}
     assert seen("states/local", rows.states_row({GEMMA: told})).states == {"local": {FOLDED: told}}
     assert seen(rows.wish_key(GEMMA), rows.wish_row("5f", "1", warm=True)).wishes == {
         FOLDED: Wish(True, "5f", 7)
