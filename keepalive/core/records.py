@@ -174,7 +174,8 @@ class Model:
     survived: float = 0.0  # the longest idleness that what is listed now has outlived
     idle_since: float | None = None  # since when each look of the socket has shown it without work
     seen_by: Sight = NO_SIGHT  # the socket, as of the newest listing that counted
-    suspected: Cause | None = None  # what would explain its loss, should the next listing show it missing
+    # What would explain its loss, should the next listing show it missing; UNKNOWN: nobody could reach the server.
+    suspected: Cause | None = None
 
     # what we are doing
     claim: int | None = None  # what its load makes of the memory that models take, in bytes
