@@ -11,7 +11,7 @@ TESTABLE := $(VENV)/.installed-test
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check collected mutants simulation test-timely chaos test-setup test-setup-llama test-setup-container pictures bench bench-short bench-setup schema man clean python
+.PHONY: help demo demo-cluster test check collected mutants simulation test-timely chaos test-setup test-setup-llama test-setup-container pictures bench bench-short bench-setup schema man clean python
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-22s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ simulation: $(TESTABLE)  ## A thousand hours of everything going wrong, not the 
 
 test-timely: $(TESTABLE)  ## Run the tests that depend most on time 20 times, while busy loops take all cores
 	@$(BIN)/python tests/kit/timely.py
+
+demo-cluster: $(TESTABLE)  ## Two daemons as one on this machine, and what to kill; Ctrl-C ends it
+	@$(BIN)/python tests/kit/demo_cluster.py
 
 chaos: $(TESTABLE)  ## Kill and stop who acts of three daemons 500 times under traffic, and see that nothing is loaded twice (an hour)
 	@$(BIN)/python tests/chaos.py
