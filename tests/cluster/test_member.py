@@ -223,6 +223,21 @@ async def test_without_etcd_what_is_warm_is_served_and_nothing_is_loaded_and_wit
             assert loads(studio.studio) == 3
 
 
+async def test_of_three_members_of_etcd_the_leader_may_be_killed(tmp_path: Path):
+    with kit.three(tmp_path) as engines:
+        urls = ", ".join(one.url for one in engines)
+        async with simulator(GEMMA) as studio, members(studio, urls, "three", "a", "b", ttl="20s") as running:
+            await warm(*running)
+            first, _ = await holder(running)
+            next(one for one in engines if one.leads()).kill()
+            studio.studio.evict("gemma")
+            await until(lambda: loads(studio.studio) == 2, "it is loaded anew")
+            await warm(*running)
+
+            assert holds(first)
+            assert all(one.status()["cluster"]["engine"]["up"] for one in running)
+
+
 def metrics(running: Daemon) -> list[str]:
     lines = running.metrics("")[0].decode().splitlines()
     return [line for line in lines if line.startswith("keepalive_cluster")]

@@ -1,6 +1,7 @@
-"""A real etcd of one member, in the folder of a test; where there is none on this machine, the test is skipped."""
+"""A real etcd, of one member or of three, in the folder of a test, which is skipped where this machine has none."""
 
 import contextlib
+import json
 import shutil
 import signal
 import subprocess
@@ -20,31 +21,37 @@ needs_etcd = pytest.mark.skipif(ETCD is None, reason="needs etcd (Debian: etcd-s
 class Etcd:
     """`url`; the process may be stopped, killed and started again with what it knew."""
 
-    def __init__(self, folder: Path, client: int, peer: int) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, client: int, peer: int, name: str = "one", cluster: str = "") -> None:
+        self.folder, self.name = folder, name
         self.url = f"http://127.0.0.1:{client}"
         self._peer = f"http://127.0.0.1:{peer}"
-        self.start()
+        self._cluster = cluster or f"{name}={self._peer}"
 
-    def start(self) -> None:
+    def start(self, *, wait: bool = True) -> None:
         assert ETCD is not None
         words = [
             ETCD,
-            "--data-dir", str(self.folder / "etcd"),
+            "--name", self.name,
+            "--data-dir", str(self.folder / self.name),
             "--listen-client-urls", self.url,
             "--advertise-client-urls", self.url,
             "--listen-peer-urls", self._peer,
             "--initial-advertise-peer-urls", self._peer,
-            "--initial-cluster", f"default={self._peer}",
+            "--initial-cluster", self._cluster,
             "--unsafe-no-fsync",
         ]  # fmt: skip
         if "unsafe-no-fsync" not in subprocess.run([ETCD, "--help"], capture_output=True, text=True).stdout:
             words.pop()
         with (self.folder / "etcd.log").open("a") as log:
             self.process = subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-        wait_until(self._answers, "etcd answers")
+        if wait:
+            wait_until(self.answers, "etcd answers")
 
-    def _answers(self) -> bool:
+    def leads(self) -> bool:
+        said = json.loads(ask(f"{self.url}/v3/maintenance/status", "POST", {})[2])
+        return bool(said["leader"] == said["header"]["member_id"])
+
+    def answers(self) -> bool:
         with contextlib.suppress(OSError):
             return ask(f"{self.url}/health")[0] == 200
         return False
@@ -62,6 +69,20 @@ def etcd(folder: Path) -> Iterator[Etcd]:
     with reserved(2) as (client, peer):
         running = Etcd(folder, client, peer)
         try:
+            running.start()
             yield running
         finally:
             running.kill()
+
+
+@contextlib.contextmanager
+def three(folder: Path) -> Iterator[list[Etcd]]:
+    """One cluster of three."""
+    with reserved(6) as ports, contextlib.ExitStack() as stack:
+        cluster = ",".join(f"n{n}=http://127.0.0.1:{ports[2 * n + 1]}" for n in range(3))
+        members = [Etcd(folder, *ports[2 * n : 2 * n + 2], f"n{n}", cluster) for n in range(3)]
+        for one in members:
+            one.start(wait=False)
+            stack.callback(one.kill)
+        wait_until(lambda: all(one.answers() for one in members), "all three answer")
+        yield members

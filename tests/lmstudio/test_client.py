@@ -12,6 +12,7 @@ import pytest
 
 from keepalive.core.errors import (
     Cut,
+    Forgone,
     Reason,
     Refused,
     TimedOut,
@@ -114,6 +115,25 @@ async def test_a_load_a_ping_and_an_unload_are_seen_by_the_server_as_meant():
         assert listing.entries["acme/a"].instances == (Instance("acme/a", 4096),)
         assert other is None
         assert after.entries["acme/a"].instances == ()
+
+
+@pytest.mark.parametrize("sdk", [False, True], ids=["over HTTP", "by the socket"])
+async def test_who_may_no_longer_act_sends_nothing_though_the_connection_is_open_already(sdk: bool):
+    # Once when it is about to connect, and once more when it is about to speak.
+    words = iter([True, False] if not sdk else [False])
+    async with studio() as server, client(server.url, sdk=sdk, acts=lambda: next(words, False)) as lm:
+        await lm.listing()
+        for act in (
+            lm.load("gemma", {}, timeout=30),
+            lm.ping("gemma", ["gemma"], kind="llm", tier=Tier.V1, timeout=30),
+            lm.unload("gemma", tier=Tier.V1, timeout=30),
+        ):
+            with pytest.raises(Forgone):
+                await act
+        await lm.listing()
+
+        assert {e["method"] for e in server.studio.log(0) if e["kind"] == "request"} == {"GET"}
+        assert live.loads(server.studio) == 0
 
 
 async def test_an_embedding_model_is_pinged_by_its_own_route():
