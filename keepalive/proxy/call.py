@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Final, Protocol
 
 from keepalive.core.callers import Begun, Outcome, Seen
@@ -55,12 +55,13 @@ class Owner(Protocol):
 
 
 class Call:
-    """One request. `close` every reply that `ask` returned, and `end` it in any case."""
+    """One request. `relay` or `close` every reply that `ask` returned, and `end` it in any case."""
 
     __slots__ = (
         "_first",
         "_forwarded",
         "_knows_lost",
+        "_next",
         "_owner",
         "_patience",
         "_to_note",
@@ -97,6 +98,18 @@ class Call:
         self._knows_lost = False  # the keeper does, of this answer
         self._watch: Watch | None = None
         self._to_note = b""
+        self._next: Coroutine[object, object, None] | None = None
+
+    def then(self, step: Coroutine[object, object, None]) -> None:
+        """What is to be done next, once the present step is over.
+
+        None waits inside another: a stream goes on for long, and keeps nothing of the steps before it.
+        """
+        self._next = step
+
+    def next_step(self) -> Coroutine[object, object, None] | None:
+        step, self._next = self._next, None
+        return step
 
     # --- to the upstream --------------------------------------------------------------------------
 
@@ -166,17 +179,19 @@ class Call:
         return reply
 
     def _listen(self, reply: Reply) -> None:
-        owner, answer, model = self._owner, self.answer, self.account.model
+        owner, model = self._owner, self.account.model
         timeout = owner.settings.stall_timeout if model is None else owner.keeping.view(model).stall_timeout
+        self.answer.silence = Silence(reply, self, timeout, owner.ticker)
+        self.answer.silence.begin(self.account.now())
 
-        def came() -> int:
-            return reply.kept_bytes if answer.passed is None else answer.passed.bytes
+    def passed_bytes(self) -> int | None:
+        """Of the answer, once it passes."""
+        return None if self.answer.passed is None else self.answer.passed.bytes
 
-        def resting() -> tuple[float, float] | None:
-            return None if model is None else owner.keeping.view(model).resting
-
-        answer.silence = Silence(reply, self.caller, came, timeout, resting, owner.ticker)
-        answer.silence.begin(self.account.now())
+    def resting(self) -> tuple[float, float] | None:
+        """For how long the model has been seen to rest, and how long ago that was."""
+        model = self.account.model
+        return None if model is None else self._owner.keeping.view(model).resting
 
     async def read_refusal(self, reply: Reply, *, ahead: bool) -> Lost | None:
         """Whether this answer says that the model went away; then the keeper knows it too.
@@ -240,23 +255,27 @@ class Call:
     # --- back to the caller -----------------------------------------------------------------------
 
     async def relay(self, reply: Reply) -> None:
-        """The upstream's answer becomes ours, byte for byte."""
+        """The upstream's answer becomes ours, byte for byte; `reply` is closed in the end."""
         caller, head = self.caller, reply.head
-        self._note_later(head.status)
-        self.body.release()
-        if self._stalled():
-            return None
-        stream = head.stream and head.status == 200 and caller.head.method != b"HEAD"
-        if self.answer.promised and not stream:
-            return await self._explain(reply)
-        self.answer.begin(head, stream=stream)
-        readable = head.status == 200 and not head.values(b"content-encoding")
-        words = Words(self.route.protocol) if readable and not stream else None
-        caller.head.headers = head.headers = []  # a stream goes on for long
-        if caller.paused:
-            await caller.drained()
-        caller.on_pause, caller.on_resume = reply.pause, reply.resume
-        return await (self._relay_events(reply) if stream else self._relay_whole(reply, words))
+        try:
+            self._note_later(head.status)
+            self.body.release()
+            self.asked = NOTHING_ASKED  # what it asked goes no further: a stream goes on for long
+            if self._stalled():
+                return None
+            stream = head.stream and head.status == 200 and caller.head.method != b"HEAD"
+            if self.answer.promised and not stream:
+                return await self._explain(reply)
+            self.answer.begin(head, stream=stream)
+            readable = head.status == 200 and not head.values(b"content-encoding")
+            words = Words(self.route.protocol) if readable and not stream else None
+            caller.head.headers = head.headers = []
+            if caller.paused:
+                await caller.drained()
+            caller.on_pause, caller.on_resume = reply.pause, reply.resume
+            return await (self._relay_events(reply) if stream else self._relay_whole(reply, words))
+        finally:
+            self.close(reply)
 
     def _note_later(self, status: int) -> None:
         """What the request begins with is looked at once the first bytes of its answer are on their way."""

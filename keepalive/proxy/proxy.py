@@ -86,7 +86,9 @@ class Proxy:
             if self.stopping is not None:
                 call.answer.fail(503, self.stopping, "shutting_down", retry_after=5)
             else:
-                await self._serve(call)
+                call.then(self._serve(call))
+                while (step := call.next_step()) is not None:
+                    await step
         except asyncio.CancelledError:
             if caller.gone:
                 call.account.outcome = Outcome.CLIENT_GONE
@@ -115,9 +117,9 @@ class Proxy:
         if call.mode is not None and call.mode not in set(Heartbeat):
             return answer.fail(404, no_heartbeat(call.mode), "unknown_heartbeat", outcome=Outcome.REJECTED)
         if head.upgrade is not None and head.upgrade.lower() == b"websocket":
-            return await self._tunnel(call)
+            return call.then(self._tunnel(call))
         if not (call.route.names and head.method == b"POST"):
-            return await self._show(call)
+            return call.then(self._show(call))
         packed = codings(head.values(b"content-encoding"))
         if packed is None:
             # LM Studio might unpack it and find the model that we did not see.
@@ -136,24 +138,24 @@ class Proxy:
         if asked is None:
             return answer.fail(503, "too many requests are waiting", "overloaded", retry_after=1)
         call.asked = asked
-        return await self._ask(call)
+        return call.then(self._ask(call))
 
     async def _ask(self, call: Call) -> None:
         """For whoever is meant by the body."""
         asked, route = call.asked, call.route
         if route.name == "unload":
-            return await self._unload(call)
+            return call.then(self._unload(call))
         if asked.misnamed:
             why = "model is no name: write the key of a model, as text"
             return call.answer.fail(400, why, "invalid_model", outcome=Outcome.REJECTED)
         if not asked.readable:
-            return await self._pass(call, self.upstreams.default)  # LM Studio says what is wrong with it
+            return call.then(self._pass(call, self.upstreams.default))  # LM Studio says what is wrong with it
         meaning = await self.keeping.meaning(asked.model, default=route.inference)
         call.meaning, models, upstream = meaning, meaning.models, meaning.upstream
         if route.name == "load" and models and self.settings.join_loads:
-            return await self._join(call, models)
+            return call.then(self._join(call, models))
         if not route.inference:
-            return await self._pass(call, upstream)
+            return call.then(self._pass(call, upstream))
         home = await self._home(call, asked.previous) if asked.previous and route.stores else None
         if meaning.renamed and home not in (None, *(model.upstream for model in models)):
             # Who names nobody goes on from an answer where that is: the default model has no answers there.
@@ -161,22 +163,24 @@ class Proxy:
             if not stays.known:
                 call.meaning, meaning, models = stays, stays, ()
         if models:
-            return await self._hold(call, self._at(home, models))
+            return call.then(self._hold(call, self._at(home, models)))
         upstream = home or upstream
         perhaps = meaning.perhaps if meaning.known else self.keeping.present(upstream, route.kind)
-        return await self._pass(call, upstream, perhaps)
+        return call.then(self._pass(call, upstream, perhaps))
 
     async def _show(self, call: Call) -> None:
         """What no body names a model for."""
         head, route, upstream = call.caller.head, call.route, self.upstreams.default
         if route.rows and head.method == b"GET":
             if len(self.upstreams.pools) > 1 or self.keeping.rows(upstream):
-                return await answer_listing(call, self.upstreams, self.keeping, self.settings.list_timeout)
+                return call.then(
+                    answer_listing(call, self.upstreams, self.keeping, self.settings.list_timeout)
+                )
         elif route.one:
             upstream = await self._whereabouts(call)
         elif route.stored and (ident := stored_in(head.target)) is not None:
             upstream = await self._home(call, ident) or upstream
-        return await self._pass(call, upstream)
+        return call.then(self._pass(call, upstream))
 
     async def _whereabouts(self, call: Call) -> str:
         """The upstream of the model that a path names, by the name that is known there."""
@@ -222,11 +226,13 @@ class Proxy:
                 return call.answer.broken(error)
             try:
                 lost = await call.read_refusal(reply, ahead=again)
-                if not (again and lost is not None and lost.retryable):
-                    return await call.relay(reply)
-                again = False
-            finally:
+            except BaseException:
                 call.close(reply)
+                raise
+            if not (again and lost is not None and lost.retryable):
+                return call.then(call.relay(reply))
+            call.close(reply)
+            again = False
 
     async def _warm(self, call: Call, models: Sequence[ModelId]) -> ModelId:
         """The model to ask, once it is warm: where the conversation was last, while that is still good."""
@@ -283,7 +289,6 @@ class Proxy:
         try:
             return await call.relay(reply)
         finally:
-            call.close(reply)
             if call.route.changes:
                 self.keeping.record(ModelsChanged(call.account.now(), upstream))
 

@@ -4,8 +4,7 @@ The wait for its first byte is not counted, and neither is the time in which the
 itself says that the model rests, nothing more will come: then `RESTING` is long enough.
 """
 
-from collections.abc import Callable
-from typing import Final
+from typing import Final, Protocol
 
 from keepalive.http1 import Caller, Reply, Ticker
 
@@ -14,22 +13,27 @@ LONGEST_TURN: Final = 5.0
 #: Of a silence, how much has to be seen to be rest.
 RESTING: Final = 30.0
 
-Resting = Callable[[], tuple[float, float] | None]
+
+class Call(Protocol):
+    """Whose answer it is."""
+
+    caller: Caller
+
+    def passed_bytes(self) -> int | None:
+        """Of the answer, once it passes."""
+
+    def resting(self) -> tuple[float, float] | None:
+        """For how long the model has been seen to rest, and how long ago that was."""
 
 
 class Silence:
-    """Listens to one answer, from `begin` to `stop`; `came` is how many bytes of it have come.
-
-    `resting`: for how long the model has been seen to rest, and how long ago that was.
-    """
+    """Listens to one answer, from `begin` to `stop`."""
 
     __slots__ = (
         "_bytes",
-        "_caller",
-        "_came",
+        "_call",
         "_reply",
         "_rested",
-        "_resting",
         "_seconds",
         "_ticker",
         "_timeout",
@@ -38,20 +42,10 @@ class Silence:
         "stalled",
     )
 
-    def __init__(
-        self,
-        reply: Reply,
-        caller: Caller,
-        came: Callable[[], int],
-        timeout: float | None,
-        resting: Resting,
-        ticker: Ticker,
-    ) -> None:
+    def __init__(self, reply: Reply, call: Call, timeout: float | None, ticker: Ticker) -> None:
         self._reply = reply
-        self._caller = caller
-        self._came = came
+        self._call = call
         self._timeout = timeout
-        self._resting = resting
         self._rested = False
         self._ticker = ticker
         self._bytes = 0
@@ -84,10 +78,11 @@ class Silence:
         passed = min(now - self._turned, LONGEST_TURN)
         self._turned = now
         # Looked at here, so that the hot path has nothing to say to us.
-        came = self._came()
+        taken = self._call.passed_bytes()
+        came = self._reply.kept_bytes if taken is None else taken
         if came != self._bytes:
             self._bytes, self._seconds, self.begun = came, 0.0, True
-        elif self.begun and not self._caller.paused:
+        elif self.begun and not self._call.caller.paused:
             self._seconds += passed
             if self._timeout is None:
                 return
@@ -98,7 +93,7 @@ class Silence:
                 self._reply.end(complete=False)
 
     def _rests(self) -> bool:
-        seen = self._resting()
+        seen = self._call.resting()
         if seen is None:
             return False
         rest, ago = seen

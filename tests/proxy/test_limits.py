@@ -29,6 +29,7 @@ from tests.kit.fronted import (
     fronted,
     get,
     post,
+    says,
 )
 
 TWO_HOURS = 7200.0
@@ -198,6 +199,22 @@ async def test_any_number_of_small_frames_pass_a_tunnel_in_order():
 
 
 # --- many -------------------------------------------------------------------------------------------
+
+
+async def test_a_stream_keeps_nothing_of_the_steps_that_led_to_it():
+    async with fronted(says(SSE_HEAD + chunk(delta("Hel"))), keep=warm()) as (front, _):
+        reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+        writer.write(chat())
+        await reader.readuntil(b"Hel")
+        (call,) = front.proxy.calls
+        waiting, step = [], call.task.get_coro()
+        while hasattr(step, "cr_await"):
+            waiting.append(step.__qualname__)
+            step = step.cr_await
+        writer.close()
+
+        assert waiting[-2:] == ["Call._relay_events", "Reply.ended"]
+        assert not any(name in step for step in waiting for name in ("_serve", "_ask", "_hold"))
 
 
 @pytest.mark.clock_jumps
