@@ -147,6 +147,8 @@ async def test_no_request_is_lost_for_a_model_that_is_taken_again_and_again() ->
 
 async def test_a_caller_says_how_long_it_would_wait_and_is_told_when_to_come_again() -> None:
     async with front(SimModel(KEY, load_seconds=600.0)) as (running, _):
+        # On a busy machine the first look at LM Studio takes longer than this caller waits.
+        await until(lambda: model(running, KEY)["state"] == "loading", "it is loaded")
         status, headers, text = await asked(
             f"{running.url}/v1/chat/completions", "POST", chat(stream=False), Prefer="wait=1"
         )
