@@ -8,7 +8,7 @@ import aiohttp
 
 from keepalive.simulator.models import SimModel
 from tests.kit import live
-from tests.kit.live import daemon, let_it_load, model, settings, simulator, until
+from tests.kit.live import asked, daemon, let_it_load, model, settings, simulator, until
 
 GEMMA = SimModel("gemma", load_seconds=600.0, size_bytes=8_000_000_000)
 CHAT = {"model": "gemma", "messages": [{"role": "user", "content": "x"}], "stream": True}
@@ -32,8 +32,11 @@ def listings(server):
 
 async def test_the_first_load_of_all_shows_how_far_it_is_and_how_long_it_will_take_wherever_somebody_looks():
     async with simulator(GEMMA) as server:
-        text = settings(server.url, "gemma", server='heartbeat = "50ms"')
+        # On demand: a load that begins before the socket is there shows nothing.
+        text = settings(server.url, 'key = "gemma"\nkeep = "auto"', server='heartbeat = "50ms"')
         async with daemon(text + PROMPT) as running:
+            await until(lambda: running.status()["upstreams"][0]["sdk"] == "up", "the socket is there")
+            await asked(f"{running.admin_url}/api/models/gemma/warm", "POST")
             await until(lambda: server.studio.memory.loads, "a load has begun")
             server.studio.advance(300)
             await until(lambda: (model(running, "gemma")["load"] or {}).get("progress"), "its progress shows")
