@@ -324,6 +324,16 @@ class Client:
         return None
 
     async def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> wire.Json:
+        while True:
+            token = self._token
+            try:
+                return await self._call_once(method, path, body)
+            except Unauthorized:
+                # Another was given meanwhile: what was refused was never done, and the new one may be right.
+                if token == self._token:
+                    raise
+
+    async def _call_once(self, method: str, path: str, body: Mapping[str, Any] | None) -> wire.Json:
         what = f"{method} {path}"
         try:
             # What is only read is anybody's to ask.

@@ -520,6 +520,25 @@ async def test_no_compression_is_asked_for():
         assert all(b"accept-encoding: identity\r\n" in head.lower() for head in server.heads)
 
 
+async def test_what_was_refused_with_the_token_of_before_is_asked_again_with_the_new_one():
+    refused = http(b"{}", "401 Unauthorized")
+    heads: list[bytes] = []
+
+    async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append(await reader.readuntil(b"\r\n\r\n"))
+        if len(heads) == 1:
+            # Under way while the token changes, and refused only then.
+            upstream.configure(token="new", connect_timeout=1.0, list_timeout=2.0)
+        good = GREETING if b"greeting" in heads[-1] else WHOLE
+        writer.write(good if b"Bearer new" in heads[-1] else refused)
+        await writer.drain()
+
+    async with raw(play=play) as server, client(server.url, token="old") as upstream:
+        assert (await upstream.listing()).entries
+
+    assert [b"Bearer old" in head for head in heads[:2]] == [True, False]
+
+
 async def test_an_error_that_quotes_the_token_is_not_passed_on():
     body = json.dumps({"error": f"you said {TOKEN}"}).encode()
     async with raw(GREETING, http(body, "500 Oops")) as server:
