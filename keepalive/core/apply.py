@@ -16,6 +16,7 @@ from keepalive.core.facts import (
     DrainEnded,
     DrainStarted,
     Fact,
+    HandLost,
     HandTaken,
     HolderTold,
     InstanceLost,
@@ -179,6 +180,8 @@ CHANGES: Mapping[type[Fact], Callable[..., Model]] = {
     UsedElsewhere: _used_elsewhere,
     # Another may have acted here until now: no listing from before counts for what we do.
     HandTaken: lambda model, fact: replace(model, touched_at=fact.at, ill=None, alone=False),
+    # We meant to let it go: whether the other one does, only he can say.
+    HandLost: lambda model, _: replace(model, draining=False),
     OursRecalled: lambda model, fact: replace(model, recalled=(fact.instance_ids, fact.until)),
     LoadsRecalled: lambda model, fact: replace(
         model, recent_loads=(*fact.seconds, *model.recent_loads)[-LOADS_REMEMBERED:]

@@ -71,7 +71,7 @@ def load_progressed(model: Model, fact: LoadProgressed) -> Model:
 
 
 def load_forgone(model: Model, fact: LoadForgone) -> Model:
-    model = replace(model, load_started=None, progress=None, alone=False, touched_at=fact.at)
+    model = replace(model, load_started=None, progress=None, giving_up=False, alone=False, touched_at=fact.at)
     return absent(model, fact.at, fact.message)
 
 

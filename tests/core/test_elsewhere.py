@@ -5,12 +5,14 @@ from dataclasses import replace as changed
 from keepalive.core.actions import Load, Refresh, SendPing
 from keepalive.core.explain import eta
 from keepalive.core.facts import (
+    DrainStarted,
     Fact,
     HandLost,
     HandTaken,
     HolderTold,
     Listed,
     LoadForgone,
+    LoadGivenUp,
     LoadOutcome,
     LoadProgressed,
     LoadRemembered,
@@ -26,7 +28,7 @@ from keepalive.core.records import Upstream
 from keepalive.core.room import is_in_use
 from keepalive.core.states import State
 from keepalive.core.upstreams import apply_upstream
-from tests.kit.models import GEMMA, a_model, after, box, cold, entry, listed, load_ended, ours, warm
+from tests.kit.models import GEMMA, Box, a_model, after, box, cold, entry, listed, load_ended, ours, warm
 
 
 def trusted(at: float, *ids: str, loading: bool | None = None) -> Listed:
@@ -51,6 +53,27 @@ def test_where_another_one_acts_nothing_is_loaded_or_pinged():
     assert plan(elsewhere(look), [after(state, look)], 1.1) == []
     assert plan(elsewhere(look), [warm(ping_at=1.0)], 1.2) == []
     assert plan(elsewhere(look), [after(state, look)], 20.0) == [Refresh("local", loading=True)]
+
+
+def test_whoever_meant_to_let_it_go_and_may_not_act_any_more_gives_it_to_callers_again():
+    state = Box(warm()).see(DrainStarted(21, GEMMA))
+    assert not state[GEMMA].given
+
+    state.see(HandLost(22, "local"))
+
+    assert state[GEMMA].given
+
+
+def test_a_load_that_was_to_be_given_up_and_never_began_leaves_nothing_of_that_to_the_next():
+    forgone = after(
+        a_model(GEMMA),
+        listed(1, entry("gemma")),
+        LoadStarted(1.1, GEMMA, True),
+        LoadGivenUp(1.2, GEMMA),
+        LoadForgone(1.3, GEMMA, "etcd is away"),
+    )
+
+    assert not after(forgone, LoadStarted(9, GEMMA, True)).giving_up
 
 
 def test_whoever_takes_over_looks_before_anything_else():
