@@ -14,7 +14,7 @@ never the truth.
 
 import asyncio
 import base64
-import binascii
+import contextlib
 import json
 import math
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -64,6 +64,16 @@ def created(key: str, revision: int) -> Json:
     }
 
 
+def unchanged(key: str, revision: int) -> Json:
+    """That the key was last written at that revision."""
+    return {
+        "key": _coded(key.encode()),
+        "target": "MOD",
+        "result": "EQUAL",
+        "mod_revision": str(revision),
+    }
+
+
 class Etcd:
     """`addresses` of one etcd cluster. `timeout` bounds each call."""
 
@@ -98,9 +108,11 @@ class Etcd:
         """All keys below `prefix`, without it, as the majority has them now."""
         answer = await self._call("/v3/kv/range", _below(prefix))
         found = []
-        for kv in answer.get("kvs") or ():
-            key = _decoded(kv["key"]).decode(errors="replace").removeprefix(prefix)
-            found.append(Row(key, _decoded(kv.get("value") or ""), _number(kv["create_revision"])))
+        for kv in _list(answer.get("kvs") or []):
+            key = _decoded(kv.get("key")).decode(errors="replace").removeprefix(prefix)
+            value = _decoded(kv.get("value") or "")
+            made, written = _number(kv.get("create_revision")), _number(kv.get("mod_revision"))
+            found.append(Row(key, value, made, written))
         return found
 
     async def commit(self, compare: Sequence[Json], changes: Sequence[Json]) -> bool:
@@ -226,15 +238,22 @@ def _coded(content: bytes) -> str:
     return base64.b64encode(content).decode()
 
 
-def _decoded(text: str) -> bytes:
+def _decoded(text: object) -> bytes:
     try:
-        return base64.b64decode(text)
-    except (binascii.Error, ValueError) as error:
+        return base64.b64decode(text)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
         raise EngineError("etcd sent what is not base64") from error
+
+
+def _list(value: object) -> list[Json]:
+    if isinstance(value, list) and all(isinstance(one, dict) for one in value):
+        return value
+    raise EngineError("etcd sent no keys where they belong")
 
 
 def _number(value: object) -> int:
     """64-bit numbers stand as text in it."""
     if isinstance(value, str | int):
-        return int(value)
+        with contextlib.suppress(ValueError):
+            return int(value)
     raise EngineError("etcd sent no number where one belongs")

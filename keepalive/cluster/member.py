@@ -22,7 +22,7 @@ from math import inf
 from typing import Protocol
 
 from keepalive.cluster import rows
-from keepalive.cluster.etcd import EngineError, Etcd, Json, created, delete, put
+from keepalive.cluster.etcd import EngineError, Etcd, Json, created, delete, put, unchanged
 from keepalive.cluster.hold import Hold
 from keepalive.cluster.rows import Intent, Member, Picture, Told, Use, folded
 from keepalive.core.facts import (
@@ -398,7 +398,8 @@ class Cluster:
         for model, intent in new.loads.items():
             if model in ids and intent.life != self._life:
                 self._see_load(ids[model], intent, old.loads.get(model), held)
-        for model in old.loads.keys() - new.loads.keys():
+        # What is gone is told by what was seen, though what is kept here has changed since.
+        for model in self._seen.loads.keys() - new.loads.keys():
             if model in ids and model.upstream not in held:
                 keeping.record(LoadResolved(self._clock(), ids[model]))
         for upstream, states in new.states.items():
@@ -407,10 +408,11 @@ class Cluster:
                 if upstream not in held and model in ids and told != before.get(model):
                     keeping.record(self._told(ids[model], told))
         self._see_uses(new, ids)
-        for model in new.yields ^ old.yields:
-            if model in ids and model.upstream not in held:
-                fact = DrainStarted if model in new.yields else DrainEnded
-                keeping.record(fact(self._clock(), ids[model]))
+        for known in snapshot.models:
+            model = folded(known.id)
+            if model.upstream not in held and known.draining is not (model in new.yields):
+                fact = DrainEnded if known.draining else DrainStarted
+                keeping.record(fact(self._clock(), known.id))
         for model, wish in new.wishes.items():
             key, others = rows.wish_key(model), wish.life != self._life
             if model in ids and others and new.values[key] != old.values.get(key):
@@ -580,26 +582,34 @@ class Cluster:
                 for key, (one, again) in states.items()
             }
             changes[rows.states_key(upstream)] = rows.states_row(told)
+        guards = [created(self._key(rows.holder_key(upstream)), since)]
+        for name, value in self._spent(upstream, models):
+            # Each only as it was seen there: another load may have begun meanwhile, or a person asked anew.
+            # What we have written ourselves since waits for the next picture.
+            if name not in self._written:
+                changes[name] = value
+                guards.append(unchanged(self._key(name), self._seen.modified.get(name, 0)))
+        if changes and await self._write(guards, changes) and rows.states_key(upstream) in changes:
+            self._states_said[upstream] = states
+
+    def _spent(self, upstream: str, models: Mapping[ModelId, Model]) -> Iterable[tuple[str, bytes | None]]:
+        """What has come of loads, unloads and wishes there, by its key."""
         for key, intent in self._seen.loads.items():
             model = models.get(key)
             if key.upstream != upstream or model is None:
                 continue
             if not is_loading(model):
-                changes[rows.load_key(key)] = None
+                yield rows.load_key(key), None
             elif model.progress is not None and self._is_due(key):
-                told_intent = changed(intent, progress=round(model.progress, 3))
-                changes[rows.load_key(key)] = rows.load_row(told_intent)
+                yield rows.load_key(key), rows.load_row(changed(intent, progress=round(model.progress, 3)))
         for key in self._seen.yields:
             model = models.get(key)
             if key.upstream == upstream and (model is None or not model.unloading):
-                changes[rows.yield_key(key)] = None
+                yield rows.yield_key(key), None
         for key in self._seen.wishes:
             model = models.get(key)
             if model is not None and model.asked_for is None:
-                changes[rows.wish_key(key)] = None
-        guard = created(self._key(rows.holder_key(upstream)), since)
-        if changes and await self._write([guard], changes) and rows.states_key(upstream) in changes:
-            self._states_said[upstream] = states
+                yield rows.wish_key(key), None
 
     def _is_due(self, model: ModelId) -> bool:
         now = self._awake()

@@ -34,6 +34,7 @@ class Row(NamedTuple):
     key: str
     value: bytes
     created: int  # revision
+    modified: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +112,7 @@ class Picture:
     wishes: Mapping[ModelId, Wish] = field(default_factory=lambda: NONE)
     yields: frozenset[ModelId] = frozenset()
     values: Mapping[str, bytes] = field(default_factory=lambda: NONE)  # by key, as they were written
+    modified: Mapping[str, int] = field(default_factory=lambda: NONE)  # by key, at which revision
     unreadable: tuple[str, ...] = ()
 
     def uses_elsewhere(self, instance: str) -> Mapping[ModelId, Use]:
@@ -238,9 +240,10 @@ def picture(rows: Iterable[Row]) -> Picture:
     wishes: dict[ModelId, Wish] = {}
     yields: set[ModelId] = set()
     values: dict[str, bytes] = {}
+    modified: dict[str, int] = {}
     unreadable: list[str] = []
     for row in rows:
-        values[row.key] = row.value
+        values[row.key], modified[row.key] = row.value, row.modified
         kind, _, rest = row.key.partition("/")
         upstream, _, key = rest.partition("/")
         said = _object(row.value)
@@ -277,7 +280,7 @@ def picture(rows: Iterable[Row]) -> Picture:
                     said.get("warm") is True, _text(said, "life"), row.created
                 )
     return Picture(
-        members, holders, uses, loads, states, wishes, frozenset(yields), values, tuple(unreadable)
+        members, holders, uses, loads, states, wishes, frozenset(yields), values, modified, tuple(unreadable)
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from keepalive.cluster.etcd import Access, EngineError, Etcd, created, delete, put
+from keepalive.cluster.etcd import Access, EngineError, Etcd, created, delete, put, unchanged
 from tests.kit import etcd as kit
 from tests.kit.etcd import needs_etcd
 from tests.kit.live import reserved_port, until
@@ -43,6 +43,18 @@ async def test_of_two_who_create_a_key_one_does(engine: Etcd):
     assert row.key == "a"
     assert await engine.commit([created(PREFIX + "a", row.created)], [delete(PREFIX + "a")])
     assert not await engine.commit([created(PREFIX + "a", row.created)], [put(PREFIX + "b", b"")])
+
+
+@needs_etcd
+async def test_what_was_written_again_since_it_was_seen_is_not_taken_away(engine: Etcd):
+    await engine.commit([], [put(PREFIX + "a", b"x")])
+    [seen] = await engine.rows(PREFIX)
+    await engine.commit([], [put(PREFIX + "a", b"x")])
+    [again] = await engine.rows(PREFIX)
+
+    assert seen.created == again.created
+    assert not await engine.commit([unchanged(PREFIX + "a", seen.modified)], [delete(PREFIX + "a")])
+    assert await engine.commit([unchanged(PREFIX + "a", again.modified)], [delete(PREFIX + "a")])
 
 
 @needs_etcd
@@ -141,6 +153,11 @@ async def test_nobody_there_is_said_in_a_sentence():
         (200, b"[]"),
         (200, b"\xff\xfe"),
         (200, b'{"ID": []}'),
+        (200, b'{"ID": "seven"}'),
+        (200, b'{"kvs": "none"}'),
+        (200, b'{"kvs": [{}]}'),
+        (200, b'{"kvs": [{"key": "AA==", "value": 7}]}'),
+        (200, b'{"kvs": [{"key": "AA==", "create_revision": "first"}]}'),
     ],
 )
 async def test_what_is_no_etcd_is_said_in_a_sentence(status: int, body: bytes):
@@ -155,7 +172,7 @@ async def test_what_is_no_etcd_is_said_in_a_sentence(status: int, body: bytes):
     engine = Etcd([f"http://{host}:{port}"], Access(), timeout=20)
     try:
         with pytest.raises(EngineError):
-            await engine.grant(5)
+            await (engine.rows(PREFIX) if b"kvs" in body else engine.grant(5))
     finally:
         await engine.close()
         await runner.cleanup()
