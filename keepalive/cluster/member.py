@@ -222,7 +222,7 @@ class Cluster:
             or before.ours != after.ours
             or (before.waiting > 0) is not (after.waiting > 0)
             or is_loading(before) is not is_loading(after)
-            or before.failures != after.failures
+            or (before.failures, before.contested) != (after.failures, after.contested)
             or before.asked_for is not after.asked_for
             or before.draining is not after.draining
             or before.unloading is not after.unloading
@@ -457,6 +457,7 @@ class Cluster:
             failure=told.failure,
             failures=told.failures,
             retry_at=None if told.retry_in is None else now + told.retry_in,
+            contested=told.contested,
             loads=told.loads,
         )
 
@@ -629,6 +630,7 @@ class Cluster:
                 ill=ill,
                 failure=model.failure,
                 failures=model.failures,
+                contested=model.contested,
                 loads=tuple(round(s, 3) for s in model.recent_loads),
             ),
             again,

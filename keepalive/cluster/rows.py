@@ -88,6 +88,7 @@ class Told:
     failures: int = 0
     retry_in: float | None = None
     loads: tuple[float, ...] = ()
+    contested: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +218,7 @@ def states_row(states: Mapping[ModelId, Told]) -> bytes:
                     "failure": told.failure,
                     "failures": told.failures,
                     "retry_in": told.retry_in,
+                    "contested": told.contested,
                     "loads": list(told.loads),
                 }
                 for model, told in states.items()
@@ -340,6 +342,7 @@ def _told(said: Json) -> Told:
         failure=_text(said, "failure") or None,
         failures=int(_number(said, "failures", 1e6) or 0),
         retry_in=_seconds(said, "retry_in"),
+        contested=said.get("contested") is True,
         loads=tuple(s for s in loads if _is_number(s, SECONDS_MAX)) if isinstance(loads, list) else (),
     )
 

@@ -152,7 +152,7 @@ def _answered(model: Model, at: float) -> Model:
 
 def _instance_lost(model: Model, fact: InstanceLost) -> Model:
     # It was a call as well as one of ours: no listing from before it may lead to a ping, which would load it.
-    model = replace(model, touched_at=fact.at)
+    model = replace(model, touched_at=fact.at, contested=False)
     if fact.why is Reason.CRASHED:
         # Where no ping will find it out, the user's word has to do.
         model = replace(model, suspected=Cause.CRASH, crashed=model.crashed or not model.policy.pinged)

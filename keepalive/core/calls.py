@@ -118,6 +118,7 @@ def holder_told(model: Model, fact: HolderTold) -> Model:
         failures=fact.failures,
         failure=fact.failure,
         retry_at=fact.retry_at,
+        contested=fact.contested,
         ill=fact.ill,
     )
     if model.blind and fact.warm is not (model.state is State.WARM) and model.load_started is None:
@@ -131,7 +132,8 @@ def holder_told(model: Model, fact: HolderTold) -> Model:
 
 def load_ended(model: Model, fact: LoadEnded) -> Model:
     started = model.load_started if model.load_started is not None else fact.at
-    model = replace(model, load_started=None, progress=None, giving_up=False, alone=False, touched_at=fact.at)
+    model = replace(model, load_started=None, progress=None, giving_up=False, alone=False)
+    model = replace(model, touched_at=fact.at, contested=False)
     if fact.outcome is LoadOutcome.OK:
         return _loaded(model, fact, started)
     if fact.outcome is LoadOutcome.GIVEN_UP:
@@ -200,7 +202,9 @@ def ping_ended(model: Model, fact: PingEnded) -> Model:
         last = at if model.in_use or model.engaged else model.active_at
         return replace(model, ping_at=last + policy.ping_interval, vouched_at=model.active_at)
     ping = Ping(at, fact.outcome, fact.seconds)
-    model = replace(model, pinging=False, touched_at=at, used_at=at, last_ping=ping, busy=False)
+    model = replace(
+        model, pinging=False, touched_at=at, used_at=at, last_ping=ping, busy=False, contested=False
+    )
     if fact.outcome is PingOutcome.OK:
         return proved(replace(model, pinged_at=at, refused=None), at)
     if fact.outcome is PingOutcome.REFUSED:
@@ -242,7 +246,7 @@ def unload_started(model: Model, fact: UnloadStarted) -> Model:
 
 
 def unload_ended(model: Model, fact: UnloadEnded) -> Model:
-    model = replace(model, unloading=False, touched_at=fact.at)
+    model = replace(model, unloading=False, touched_at=fact.at, contested=False)
     if fact.in_use:
         # By whom is not seen: others go before it, and it is asked again soon.
         again = fact.at + IN_USE_POLL

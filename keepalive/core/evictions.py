@@ -118,7 +118,8 @@ def count_eviction(model: Model, at: float, cause: Cause | None) -> Model:
     # The first loss is mended at once; when it does not hold, somebody is fighting us for the memory.
     retry_at = at + backoff(failures - 1) if failures > 1 else None
     failure = f"it went missing {failures} times in a row without holding {STABLE:.0f} s"
-    return replace(model, failure=failure, retry_at=retry_at, warm_since=None)
+    contested = cause is not Cause.CRASH
+    return replace(model, failure=failure, retry_at=retry_at, warm_since=None, contested=contested)
 
 
 def _idle(model: Model, at: float) -> float:

@@ -285,6 +285,7 @@ class HolderTold(ModelFact):
     failures: int = 0
     retry_at: float | None = None
     loads: tuple[float, ...] = ()  # seconds that its last ones took
+    contested: bool = False  # it was taken: that holds off nobody who waits for it
 
 
 @dataclass(frozen=True, slots=True)

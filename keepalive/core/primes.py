@@ -160,7 +160,7 @@ def started(model: Model, fact: PrimeStarted) -> Model:
 def ended(model: Model, fact: PrimeEnded) -> Model:
     was_read = any(primed.opening == fact.opening for primed in model.priming.done)
     priming = replace(model.priming, under_way=None)
-    model = replace(model, touched_at=fact.at, used_at=fact.at, priming=priming)
+    model = replace(model, touched_at=fact.at, used_at=fact.at, priming=priming, contested=False)
     match fact.outcome:
         case PrimeOutcome.OK:
             return _done(model, fact)

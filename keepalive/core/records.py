@@ -210,6 +210,8 @@ class Model:
     warm_since: float | None = None
     failures: int = 0
     taken: int = 0  # of these, the last so many times that it was taken from us
+    # It was taken from us, and no call of ours has ended since: what holds it off is no failure of its own.
+    contested: bool = False
     failure: str | None = None  # what went wrong last
     retry_at: float | None = None
     ping_at: float | None = None  # when the next ping is due
@@ -338,12 +340,6 @@ class Model:
             return self.ping_at
         margin = min(ttl / 2, 2 * self.policy.refresh_interval + TIMER_MARGIN)
         return min(self.ping_at, max(goes_at - margin, self.touched_at + TIMER_LEAST))
-
-    @property
-    def contested(self) -> bool:
-        """It was taken from us, and no call of ours has ended since: what holds it off is no failure of its own."""
-        lost = self.last_eviction
-        return lost is not None and lost.cause is not Cause.CRASH and self.touched_at <= lost.at
 
     @property
     def instance_id(self) -> str | None:

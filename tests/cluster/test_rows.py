@@ -37,7 +37,7 @@ def test_a_load_is_found_in_whatever_case_the_key_is_written():
 
 
 def test_uses_and_states_and_wishes_are_read_as_they_were_written():
-    told = Told(True, frozenset({"gemma:2"}), "it is ill", "no", 3, 4.5, (1.0, 2.0))
+    told = Told(True, frozenset({"gemma:2"}), "it is ill", "no", 3, 4.5, (1.0, 2.0), contested=True)
 
     assert seen("uses/b", rows.uses_row({GEMMA: Use(2, True)})).uses == {"b": {FOLDED: Use(2, True)}}
     assert seen("yields/local/google/gemma", rows.holder_row("a", "5f")).yields == {FOLDED}

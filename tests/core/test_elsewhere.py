@@ -181,6 +181,30 @@ def test_how_long_the_holder_holds_off_is_known_here():
     assert (held_off.state, held_off.reason, held_off.retry_at) == (State.BACKOFF, "no memory", 50.0)
 
 
+def test_what_was_taken_from_the_holder_is_waited_for_here_and_loaded_for_whoever_waits_by_its_successor():
+    told = HolderTold(2, GEMMA, failure="it went missing 3 times", failures=3, retry_at=50.0, contested=True)
+    state = box(trusted(1))
+    state.see(HandLost(1.1, "local"), told, WaitStarted(3, GEMMA))
+    held_off = state[GEMMA]
+    state.see(HandTaken(4, "local"), listed(5, entry("gemma"), asked=4.5))
+
+    assert (held_off.state, held_off.contested) == (State.BACKOFF, True)
+    assert Load(GEMMA) in state.plan(5.1)
+    state.see(WaitEnded(5.2, GEMMA, 2.0, False), listed(5.3, entry("gemma")))
+    assert Load(GEMMA) not in state.plan(5.4)
+
+
+def test_whoever_held_it_when_it_was_taken_still_knows_that_when_it_holds_it_again():
+    state = box(listed(0.1, entry("gemma")))
+    for at in (1.0, 2.0, 3.0):
+        state.see(listed(at, entry("gemma", "gemma")), listed(at + 0.5, entry("gemma")))
+    state.see(HandLost(4, "local"), HandTaken(5, "local"), WaitStarted(5.1, GEMMA))
+    state.see(listed(5.3, entry("gemma"), asked=5.2))
+
+    assert state[GEMMA].retry_at == 13.5
+    assert Load(GEMMA) in state.plan(5.4)
+
+
 def test_callers_elsewhere_are_reason_to_load_and_no_longer_when_they_have_gone():
     idle = cold(policy=changed(a_model(GEMMA).policy, auto=True))
     asked = after(idle, UsedElsewhere(5, GEMMA, 2, False))

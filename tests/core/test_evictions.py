@@ -17,6 +17,7 @@ from keepalive.core.facts import (
     Instance,
     InstanceLost,
     Listed,
+    LoadOutcome,
     LoadStarted,
     PingEnded,
     PingOutcome,
@@ -496,7 +497,19 @@ def test_an_eviction_is_counted_and_the_first_is_mended_at_once():
         "failure": "it went missing 1 times in a row without holding 300 s",
         "retry_at": None,
         "warm_since": None,
+        "contested": True,
     }
+
+
+def test_what_was_taken_is_contested_until_a_call_of_ours_has_ended_and_what_crashed_is_not():
+    gone = listed(50, entry("gemma"))
+    lost = after(warm(), gone)
+
+    assert (warm().contested, lost.contested) == (False, True)
+    assert after(lost, LoadStarted(51, GEMMA)).contested
+    assert not after(lost, LoadStarted(51, GEMMA), load_ended(52, LoadOutcome.FAILED)).contested
+    assert not after(warm(), PingStarted(49, GEMMA), gone, PingEnded(51, GEMMA, PingOutcome.ERROR)).contested
+    assert not after(replace(warm(), suspected=Cause.CRASH), gone).contested
 
 
 def test_what_made_room_on_demand_is_unloaded_and_held_off_by_nothing():

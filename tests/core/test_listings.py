@@ -485,6 +485,7 @@ def test_somebody_elses_load_may_take_the_place_of_what_was_there():
         "taken": 1,
         "failure": "it went missing 3 times in a row without holding 300 s",
         "retry_at": 60.0,
+        "contested": True,
     }
 
 

@@ -30,7 +30,7 @@ from keepalive.core.facts import (
     WindowOpened,
 )
 from keepalive.core.plan import blocked_by, plan
-from keepalive.core.records import Cause, Eviction, Model, Pending, Ping, Upstream, UpstreamState
+from keepalive.core.records import Model, Pending, Ping, Upstream, UpstreamState
 from keepalive.core.states import State
 from keepalive.core.upstreams import apply_upstream
 from tests.kit.models import (
@@ -468,7 +468,7 @@ def test_only_what_is_wanted_absent_and_held_off_by_nothing_is_loaded(
 
 
 def test_only_who_waits_may_fight_for_what_was_taken():
-    taken = absent(retry_at=99.0, last_eviction=Eviction(45.0, Cause.BY_HAND, 0.0))
+    taken = absent(retry_at=99.0, contested=True)
 
     assert plan(up(), [taken], 50.5) == []
     assert plan(up(), [replace(taken, waiting=1)], 50.5) == [Load(GEMMA)]

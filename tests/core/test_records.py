@@ -8,7 +8,6 @@ import pytest
 from keepalive.core.facts import NO_SIGHT, Instance, ModelId
 from keepalive.core.records import (
     Cause,
-    Eviction,
     Model,
     Pending,
     Policy,
@@ -167,16 +166,6 @@ def test_a_load_is_expected_to_take_what_the_middle_one_of_the_last_took():
 
 
 # --- what has become of it ------------------------------------------------------------------------
-
-
-def test_what_was_taken_is_contested_until_a_call_of_ours_has_ended():
-    taken = Eviction(at=50.0, cause=Cause.DISPLACED, idle_seconds=0.0)
-    crashed = Eviction(at=50.0, cause=Cause.CRASH, idle_seconds=0.0)
-
-    assert a_model(last_eviction=taken, touched_at=50.0).contested
-    assert not a_model(last_eviction=taken, touched_at=50.1).contested
-    assert not a_model(last_eviction=crashed, touched_at=40.0).contested
-    assert not a_model().contested
 
 
 def test_the_instance_that_is_addressed_is_ours_or_else_the_oldest():
