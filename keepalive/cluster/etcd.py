@@ -129,7 +129,12 @@ class Etcd:
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._timeout)
             session = self._session()
             async with session.post(
-                address + "/v3/watch", json=body, headers=headers, timeout=timeout, ssl=self._tls
+                address + "/v3/watch",
+                json=body,
+                headers=headers,
+                timeout=timeout,
+                ssl=self._tls,
+                allow_redirects=False,
             ) as answer:
                 if answer.status != 200:
                     raise _refused(await _read(answer, address), address)
@@ -181,7 +186,9 @@ class Etcd:
     async def _post(
         self, address: str, path: str, body: Json, headers: Mapping[str, str]
     ) -> tuple[int, Json]:
-        async with self._session().post(address + path, json=body, headers=headers, ssl=self._tls) as answer:
+        async with self._session().post(
+            address + path, json=body, headers=headers, ssl=self._tls, allow_redirects=False
+        ) as answer:
             return answer.status, await _read(answer, address)
 
     @property

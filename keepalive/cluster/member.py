@@ -122,7 +122,8 @@ class Cluster:
         self._written: dict[str, bytes | None] = {}  # since the picture
         self._wake = asyncio.Event()
         self._pictured = asyncio.Event()  # another one each time
-        self._stale = self._unsaid = False
+        self._stale = False
+        self._refused: tuple[float, str] | None = None  # since when etcd does nothing else for us, and why
         self._used_told: Mapping[ModelId, UsedElsewhere] = {}
         self._uses_said: Mapping[ModelId, Use] = {}
         self._uses_at = -inf
@@ -316,9 +317,8 @@ class Cluster:
             except EngineError as error:
                 self._is_down(str(error))
             else:
-                self._is_up()
+                self._is_answered()
                 self._look_again()
-            self._unsaid = True
             await asyncio.sleep(max(self._hold.interval - (self._awake() - asked), self._hold.interval / 10))
 
     async def _watching(self) -> None:
@@ -338,18 +338,21 @@ class Cluster:
         while True:
             await self._wake.wait()
             await asyncio.sleep(GATHER)
-            stale, self._stale, self._unsaid = self._stale, False, False
+            stale, self._stale = self._stale, False
             self._wake.clear()
             try:
                 if stale or not self._saw:
                     self._see(rows.picture(await self._engine.rows(self._prefix)))
                     await self._stand()
                 await self._publish()
+                self._refused = None
             except EngineError as error:
                 self._keeping().tick()
                 # The next renewal finds out whether it is down; until then nothing is lost.
-                if self._down_since is None:
+                if self._down_since is None and self._refused is None:
                     self._tell("cluster.row_failed", well=False, reason=str(error))
+                since = self._awake() if self._refused is None else self._refused[0]
+                self._refused = since, str(error)
                 await asyncio.sleep(self._hold.interval)
 
     def _look_again(self) -> None:
@@ -357,8 +360,14 @@ class Cluster:
         self._wake.set()
 
     def _say(self) -> None:
-        self._unsaid = True
         self._wake.set()
+
+    def _is_answered(self) -> None:
+        """Our lease was renewed. An etcd that does that and nothing else, as for want of rights, is of no more use."""
+        if self._refused is not None and self._awake() - self._refused[0] > self._hold.ttl:
+            self._is_down(self._refused[1])
+        else:
+            self._is_up()
 
     def _is_up(self) -> None:
         if self._down_since is not None and self._said_down:

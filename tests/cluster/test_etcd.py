@@ -176,3 +176,24 @@ async def test_what_is_no_etcd_is_said_in_a_sentence(status: int, body: bytes):
     finally:
         await engine.close()
         await runner.cleanup()
+
+
+async def test_a_password_goes_nowhere_else_though_etcd_should_say_that_it_is_elsewhere():
+    heard: list[str] = []
+
+    async def answer(request: web.BaseRequest) -> web.Response:
+        heard.append(request.path)
+        return web.Response(status=307, headers={"Location": "/elsewhere"})
+
+    runner = web.ServerRunner(web.Server(answer))
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    host, port = runner.addresses[0][:2]
+    engine = Etcd([f"http://{host}:{port}"], Access("keepalive", "secret"), timeout=20)
+    try:
+        with pytest.raises(EngineError):
+            await engine.grant(5)
+    finally:
+        await engine.close()
+        await runner.cleanup()
+    assert heard == ["/v3/auth/authenticate"]

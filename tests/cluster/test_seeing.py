@@ -1,7 +1,11 @@
-"""What a member makes of a picture, no etcd asked."""
+"""What a member makes of what it is told, no real etcd asked."""
 
+import asyncio
+import time
 from dataclasses import replace
 from typing import Any
+
+from aiohttp import web
 
 from keepalive.cluster import rows
 from keepalive.cluster.etcd import Access, Etcd
@@ -9,6 +13,7 @@ from keepalive.cluster.member import Cluster, Self
 from keepalive.core.apply import apply
 from keepalive.core.facts import ModelId
 from keepalive.core.records import Model, Snapshot
+from tests.kit.live import until
 from tests.kit.models import GEMMA, a_model, warm
 
 HELD = rows.Row(rows.holder_key("local"), rows.holder_row("b", "life"), 1)
@@ -32,15 +37,16 @@ class Records:
     def reconsider(self) -> None: ...
 
 
-def a_member(keeping: Records) -> Cluster:
+def a_member(keeping: Records, url: str = "", *, told: list[str] | None = None, ttl: float = 10.0) -> Cluster:
+    told = [] if told is None else told
     return Cluster(
-        Etcd([], Access(), 1.0),
+        Etcd([url], Access(), 5.0),
         Self("ward", "a", "host", "1"),
-        10.0,
+        ttl,
         lambda: keeping,
-        lambda: 50.0,
-        lambda: 50.0,
-        lambda event, *, well, **fields: None,
+        time.monotonic,
+        time.monotonic,
+        lambda event, *, well, **fields: told.append(event),
     )
 
 
@@ -55,3 +61,30 @@ def test_what_is_let_go_no_more_is_given_again_though_the_config_was_read_anew_j
     cluster._see(rows.picture([HELD]))
 
     assert keeping.models[GEMMA].given
+
+
+async def test_an_etcd_that_renews_a_lease_and_shows_nothing_counts_as_away_and_is_not_told_again_and_again():
+    async def answer(request: web.BaseRequest) -> web.Response:
+        if request.path == "/v3/lease/grant":
+            return web.json_response({"ID": "7"})
+        if request.path == "/v3/lease/keepalive":
+            return web.json_response({"result": {"TTL": "5"}})
+        return web.json_response({"error": "etcdserver: permission denied", "code": 7}, status=403)
+
+    runner = web.ServerRunner(web.Server(answer))
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    host, port = runner.addresses[0][:2]
+    told: list[str] = []
+    cluster = a_member(Records(warm()), f"http://{host}:{port}", told=told, ttl=0.3)
+    running = asyncio.create_task(cluster.run())
+    try:
+        why, _ = await until(lambda: cluster.hopeless("local"), "callers are told that there is no hope")
+        assert why.endswith("says: permission denied")
+        assert not cluster.engine_up
+        assert sorted(told) == ["cluster.engine_down", "cluster.row_failed"]
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+        await cluster.close()
+        await runner.cleanup()
