@@ -216,7 +216,12 @@ def _daemon(seen: Evidence) -> Iterator[Finding]:
             "systemctl restart keepalive" if seen.host.unit else "end keepalive run, and start it again",
         )
     ours = {(kept.upstream, kept.key) for kept in seen.config.kept}
-    theirs = {(model["upstream"], model["key"]) for model in status["models"]}
+    # What was asked for and no file names is kept there as well, where that is wanted.
+    adopts = seen.config.server.unlisted == "auto" and status["config"].get("unlisted") == "auto"
+    known = [
+        m for m in status["models"] if not adopts or (m["upstream"], m["key"]) in ours or m["keep"] != "auto"
+    ]
+    theirs = {(model["upstream"], model["key"]) for model in known}
     if ours != theirs and not status["config"]["mistakes"]:
         parts = [
             f"{verb} {', '.join(key for _, key in sorted(models))}"

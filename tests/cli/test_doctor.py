@@ -99,6 +99,21 @@ async def test_a_config_that_the_daemon_has_not_read_is_found() -> None:
     assert found[0].do.startswith("kill -HUP its process")
 
 
+async def test_what_was_asked_for_and_no_file_names_is_no_disagreement_where_it_is_kept() -> None:
+    async with simulator(SimModel("gemma", load_seconds=0.05), SimModel("qwen", load_seconds=0.05)) as server:
+        text = settings(server.url, "gemma", server='unlisted = "auto"')
+        async with daemon(text) as running:
+            await warm(running, "gemma")
+            await asked(f"{running.url}/v1/chat/completions", "POST", {"model": "qwen", "messages": []})
+            await until(lambda: len(running.status()["models"]) == 2, "it is kept")
+
+            found = await examine(text, running)
+            other = await examine(text.replace('"auto"', '"pass"'), running)
+
+    assert found == []
+    assert [finding.what for finding in other] == ["the daemon and config.toml disagree: it still keeps qwen"]
+
+
 async def test_a_rejected_config_is_found_with_its_mistakes(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     async with simulator(SimModel("gemma", load_seconds=0.05)) as server:
