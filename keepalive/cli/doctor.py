@@ -189,6 +189,7 @@ def findings(seen: Evidence) -> list[Finding]:
         *(finding for upstream in seen.config.upstreams for finding in _upstream(seen, upstream)),
         *(finding for kept in seen.config.kept for finding in _model(seen, kept)),
         *_without_room(seen),
+        *_cluster(seen),
         *_listeners(seen),
         *_clock(seen),
         *_unit(seen),
@@ -534,6 +535,25 @@ def _unload(upstream: Json, key: str) -> str:
 def _log(seen: Evidence, kept: Kept) -> str:
     upstream = seen.upstream_status(kept.upstream) or {}
     return "the log of llama-server" if upstream.get("tier") == Tier.LLAMA else "lms log stream"
+
+
+def _cluster(seen: Evidence) -> Iterator[Finding]:
+    cluster = (seen.status or {}).get("cluster")
+    if cluster is None:
+        return
+    if not cluster["engine"]["up"]:
+        yield Finding(
+            f"this daemon of cluster {cluster['name']!r} has no etcd: {cluster['engine']['error']}",
+            "it serves what is warm, and loads and unloads nothing; where all of them say so, nobody does",
+            f"etcdctl --endpoints={','.join(seen.config.cluster.etcd)} endpoint health",
+        )
+    for difference in cluster["differences"]:
+        yield Finding(
+            f"the daemons of cluster {cluster['name']!r} differ: {difference}",
+            "whichever of them acts decides: with the next one all may be loaded otherwise, or another server be meant",
+            "the same [[upstreams]] and [[models]] for each of them, and an instance name of its own in [cluster]; "
+            "then restart the one that was mended",
+        )
 
 
 def _copies(kept: Kept, entry: Entry, status: Json | None) -> Iterator[Finding]:

@@ -138,6 +138,7 @@ class Cluster:
         self.trouble: str | None = "etcd has not been asked yet"
         self.addresses = ("", "")  # of the admin and the client listener
         self.config: Mapping[str, str] = {}
+        self.places: Mapping[str, str] = {}
         self.handovers: dict[str, int] = {}
         self._ever: dict[str, None] = {}
         self._last_holders: dict[str, str] = {}
@@ -263,6 +264,11 @@ class Cluster:
         for instance, member in sorted(self._seen.members.items()):
             if instance == self._me.instance:
                 continue
+            found += [
+                f"{instance} reaches {upstream} at {member.places[upstream]}, {self._me.instance} at {place}"
+                for upstream, place in sorted(self.places.items())
+                if member.places.get(upstream, place) != place
+            ]
             mine, theirs = self.config, member.config
             found += [f"only {self._me.instance} keeps {m}" for m in sorted(mine.keys() - theirs.keys())]
             found += [f"only {instance} keeps {m}" for m in sorted(theirs.keys() - mine.keys())]
@@ -681,6 +687,7 @@ class Cluster:
                 sees=frozenset(u.name for u in snapshot.upstreams if u.state is UpstreamState.UP),
                 ready=all(m.state is State.WARM for m in snapshot.models if m.wanted),
                 config=self.config,
+                places=self.places,
             )
         )
 

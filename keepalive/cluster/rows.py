@@ -49,6 +49,8 @@ class Member:
     ready: bool = False
     # How it would load each model, as far as that shows: what differs between members is a mistake.
     config: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    # Where it finds each upstream: one name is to mean one server.
+    places: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +178,7 @@ def member_row(member: Member) -> bytes:
             "sees": sorted(member.sees),
             "ready": member.ready,
             "config": dict(member.config),
+            "places": dict(member.places),
         }
     )
 
@@ -300,7 +303,7 @@ def _object(value: bytes) -> Json | None:
 
 
 def _member(instance: str, said: Json) -> Member:
-    sees, config = said.get("sees"), said.get("config")
+    sees = said.get("sees")
     return Member(
         instance,
         _text(said, "life"),
@@ -312,7 +315,8 @@ def _member(instance: str, said: Json) -> Member:
         if isinstance(sees, list)
         else frozenset(),
         ready=said.get("ready") is True,
-        config={k: v for k, v in config.items() if isinstance(v, str)} if isinstance(config, dict) else NONE,
+        config=_texts(said, "config"),
+        places=_texts(said, "places"),
     )
 
 
@@ -350,6 +354,11 @@ def _told(said: Json) -> Told:
 def _tables(said: Json, name: str) -> Iterable[tuple[str, Json]]:
     found = said.get(name)
     return [(k, v) for k, v in found.items() if isinstance(v, dict)] if isinstance(found, dict) else []
+
+
+def _texts(said: Json, name: str) -> Mapping[str, str]:
+    found = said.get(name)
+    return {key: _text(found, key) for key in found if key.isprintable()} if isinstance(found, dict) else NONE
 
 
 def _text(said: Json, name: str) -> str:

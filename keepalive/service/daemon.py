@@ -382,6 +382,7 @@ class Daemon:
         if self.cluster is not None:
             self.cluster.addresses = (self.admin_url, self.url)
             self.cluster.config = membership.settings_of(self._kept.values())
+            self.cluster.places = membership.places_of(self._config.upstreams)
 
     def _lets_us_in(self, upstream: str, lm_tokens: Mapping[str, str | None]) -> bool:
         """Whether a new token may mend what is wrong: then how long we meant to hold off no longer counts."""

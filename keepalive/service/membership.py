@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from keepalive import __version__
-from keepalive.config import Config, Kept
+from keepalive.config import Config, Kept, Upstream
 from keepalive.core.errors import KeepaliveError
 from keepalive.core.facts import fold_key
 from keepalive.observers import logs
 from keepalive.service import platform, tokens
+from keepalive.service.front import is_loopback
 
 if TYPE_CHECKING:
     from keepalive.cluster.member import Cluster, Keeping
@@ -54,6 +55,16 @@ def settings_of(kept: Iterable[Kept]) -> Mapping[str, str]:
         words = ", ".join(['keep "auto"' if one.auto else 'keep "always"', *fields])
         found[f"{fold_key(one.key)} on {one.upstream}"] = words
     return found
+
+
+def places_of(upstreams: Iterable[Upstream]) -> Mapping[str, str]:
+    """Where each server is, as it can be compared with what another host says: 127.0.0.1 is another one there."""
+    return {
+        upstream.name: f"{upstream.url} of {socket.gethostname()}"
+        if is_loopback(urlsplit(upstream.url).hostname or "")
+        else upstream.url
+        for upstream in upstreams
+    }
 
 
 def document(cluster: "Cluster") -> Mapping[str, Any]:

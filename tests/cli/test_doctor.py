@@ -423,6 +423,24 @@ def test_a_listener_without_keys_that_the_network_reaches_is_found(
 WINDOW = '[[models]]\nkey = "gemma"\nwindow = "Mon-Fri 08:00-19:00"\n'
 
 
+def test_an_etcd_that_is_away_and_what_differs_between_the_daemons_of_a_cluster_is_found() -> None:
+    text = '[cluster]\netcd = ["http://10.0.0.1:2379", "http://10.0.0.2:2379"]\nname = "ward"\n'
+    engine: dict[str, object] = {"up": True, "error": None}
+    cluster = {"name": "ward", "engine": engine, "differences": ["only a keeps gemma on local"]}
+    differ = at_rest(text, {"cluster": cluster})
+    away = {"up": False, "error": "etcd at http://10.0.0.1:2379 says: no"}
+    down = at_rest(text, {"cluster": {**cluster, "engine": away, "differences": []}})
+
+    assert [f.what for f in differ] == ["the daemons of cluster 'ward' differ: only a keeps gemma on local"]
+    assert [(f.what, f.do) for f in down] == [
+        (
+            "this daemon of cluster 'ward' has no etcd: etcd at http://10.0.0.1:2379 says: no",
+            "etcdctl --endpoints=http://10.0.0.1:2379,http://10.0.0.2:2379 endpoint health",
+        )
+    ]
+    assert at_rest(text, {"cluster": {**cluster, "differences": []}}) == []
+
+
 def test_windows_that_are_read_in_utc_by_accident_are_found() -> None:
     utc = Host(NOW, ZoneInfo("UTC"))
 

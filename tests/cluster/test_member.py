@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import socket
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -246,9 +247,9 @@ def metrics(running: Daemon) -> list[str]:
 async def test_each_of_them_shows_all_of_them(server: kit.Etcd):
     async with simulator(GEMMA) as studio:
         texts = [
-            settings(studio.url, f'key = "gemma"\ncontext_length = {length}')
+            settings(studio.url.replace("127.0.0.1", host), f'key = "gemma"\ncontext_length = {length}')
             + member(server.url, "shows", name)
-            for name, length in (("a", 4096), ("b", 8192))
+            for name, length, host in (("a", 4096, "127.0.0.1"), ("b", 8192, "localhost"))
         ]
         async with daemon(texts[0]) as a, daemon(texts[1]) as b:
             await warm(a, b)
@@ -260,9 +261,11 @@ async def test_each_of_them_shows_all_of_them(server: kit.Etcd):
             found = json.loads((await asked(f"{a.admin_url}/api/targets"))[2])
 
             assert shown["holders"] == {"local": first.status()["cluster"]["instance"]}
+            here = f"{studio.url.rpartition(':')[2]} of {socket.gethostname()}"
             assert shown["differences"] == [
+                f"a reaches local at http://127.0.0.1:{here}, b at http://localhost:{here}",
                 'a loads gemma on local with keep "always", context_length 4096, '
-                'b with keep "always", context_length 8192'
+                'b with keep "always", context_length 8192',
             ]
             assert [(one["targets"], one["labels"]["__meta_keepalive_instance"]) for one in found] == [
                 ([a.admin_url.removeprefix("http://")], "a"),

@@ -20,7 +20,16 @@ def seen(key: str, value: bytes, created: int = 7) -> Picture:
 
 def test_a_member_is_read_as_it_was_written():
     member = Member(
-        "a", "5f", "vm", "1.1", "http://a:9235", "http://a:1235", frozenset({"local"}), True, {"local/x": "0"}
+        "a",
+        "5f",
+        "vm",
+        "1.1",
+        "http://a:9235",
+        "http://a:1235",
+        frozenset({"local"}),
+        True,
+        {"local/x": "0"},
+        {"local": "http://x"},
     )
 
     assert seen(rows.member_key("a"), rows.member_row(member)).members == {"a": member}
@@ -117,6 +126,7 @@ def test_no_bytes_under_our_prefix_raise(value: bytes):
 
 
 def test_what_could_move_a_cursor_is_not_passed_on():
-    value = json.dumps({"v": 1, "life": "5f", "host": "\x1b[2J"}).encode()
+    value = json.dumps({"v": 1, "life": "5f", "host": "\x1b[2J", "config": {"x": "\x1b[2J"}}).encode()
+    member = seen("members/a", value).members["a"]
 
-    assert seen("members/a", value).members["a"].host == ""
+    assert (member.host, member.config) == ("", {"x": ""})
