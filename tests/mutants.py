@@ -2,6 +2,7 @@
 
     python tests/mutants.py                                     every fault in the core, by its own tests
     python tests/mutants.py --file keepalive/core/plan.py
+    python tests/mutants.py --since main                        those in lines that have changed since a commit
     python tests/mutants.py --file keepalive/keeper/keeper.py --sample 100 --seed 7
 
 A file is judged by the test file that bears its name (`TESTS` names the exceptions), and by no other: that one has to
@@ -23,6 +24,7 @@ import io
 import os
 import random
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -214,8 +216,10 @@ def is_none(value: ast.expr | None) -> bool:
     return value is None or (isinstance(value, ast.Constant) and value.value is None)
 
 
-def mutants(path: str) -> list[Mutant]:
-    source = (PROJECT / path).read_bytes()
+def mutants(path: str, source: bytes | None = None) -> list[Mutant]:
+    """Those of the file as it is, or of another text in its place."""
+    if source is None:
+        source = (PROJECT / path).read_bytes()
     lines, found, seen = source.decode().split("\n"), [], set()
     planter = Planter(source.decode())
     for inside, start, end, new in planter.changes(planter.tree):
@@ -234,6 +238,12 @@ def mutants(path: str) -> list[Mutant]:
             Mutant(path, first + 1, inside or "(module)", changed, stripped(removed), stripped(added))
         )
     return found
+
+
+def known(path: str, revision: str) -> set[object]:
+    """By what they are, those that were there in an earlier commit."""
+    shown = subprocess.run(["git", "show", f"{revision}:{path}"], capture_output=True, cwd=PROJECT)
+    return {mutant.key for mutant in mutants(path, shown.stdout)} if shown.returncode == 0 else set()
 
 
 def stripped(lines: Sequence[str]) -> tuple[str, ...]:
@@ -360,6 +370,7 @@ def main() -> int:
         description="Plant faults in the product and see which the tests do not see."
     )
     options.add_argument("--file", action="append", help="one of keepalive/ (default: all of the core)")
+    options.add_argument("--since", metavar="REVISION", help="only faults that this commit did not have")
     options.add_argument("--sample", type=int, metavar="N", help="this many faults of each file, not all")
     options.add_argument("--seed", type=int, default=0, help="which ones (default: 0)")
     options.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="how many at once")
@@ -371,16 +382,17 @@ def main() -> int:
     files = chosen.file or sorted(map(str, Path("keepalive/core").glob("[!_]*.py")))
     for path in files:
         every = mutants(path)
-        tried = every
-        if chosen.sample is not None and chosen.sample < len(every):
-            tried = random.Random(chosen.seed).sample(every, chosen.sample)
+        before = known(path, chosen.since) if chosen.since else set()
+        tried = [mutant for mutant in every if mutant.key not in before or mutant.key in reasons]
+        if chosen.sample is not None and chosen.sample < len(tried):
+            tried = random.Random(chosen.seed).sample(tried, chosen.sample)
         alive = survivors(path, tried, chosen.jobs)
-        keys, known = {m.key for m in every}, {m.key for m in alive}
+        keys, unfound = {m.key for m in every}, {m.key for m in alive}
         unseen = [m for m in alive if m.key not in reasons]
         for mutant in unseen:
             print(f"\n{mutant.path}:{mutant.line} {mutant.inside}: not seen\n{mutant}")
         stale = [key for key in reasons if key[0] == path and key not in keys]
-        stale += [m.key for m in tried if m.key in reasons and m.key not in known]
+        stale += [m.key for m in tried if m.key in reasons and m.key not in unfound]
         for key in stale:
             print(f"\n{EXPLAINED.name}: found, or no longer there: {key[0]} {key[1]} {key[2]} {key[3]}")
         odd += len(unseen) + len(stale)
