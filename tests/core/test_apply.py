@@ -304,6 +304,7 @@ def test_a_window_that_opens_counts_as_if_somebody_had_just_asked_for_what_is_lo
     assert changed(before, opened) == {"window_open": True, "use_at": 50, "asks": 2.5, "asks_at": 50}
     assert changed(opened, apply(opened, WindowOpened(60, GEMMA))) == {}
     assert changed(opened, apply(opened, WindowClosed(60, GEMMA))) == {"window_open": False}
+    assert changed(before, apply(before, WindowClosed(60, GEMMA))) == {}
 
 
 def test_what_is_loaded_on_demand_is_wanted_by_hand_until_it_is_there():
