@@ -42,11 +42,16 @@ TESTS: Mapping[str, Sequence[str]] = {
     # What the socket shows is one matter in several files.
     "keepalive/core/calls.py": ("tests/core/test_calls.py", "tests/core/test_sight.py"),
     "keepalive/core/evictions.py": ("tests/core/test_evictions.py", "tests/core/test_sight.py"),
-    "keepalive/core/explain.py": ("tests/core/test_explain.py", "tests/core/test_sight.py"),
+    "keepalive/core/explain.py": (
+        "tests/core/test_explain.py",
+        "tests/core/test_sight.py",
+        "tests/core/test_room.py",
+    ),
     "keepalive/core/listings.py": ("tests/core/test_listings.py", "tests/core/test_sight.py"),
     # A plan is made of what room and openings come to, and their tests look at it.
     "keepalive/core/plan.py": (
         "tests/core/test_plan.py",
+        "tests/core/test_explain.py",
         "tests/core/test_room.py",
         "tests/core/test_primes.py",
     ),

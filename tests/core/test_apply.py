@@ -329,9 +329,11 @@ def test_a_request_is_demand_and_ends_that_the_model_is_there_for_nobody():
     one = apply(before, RequestStarted(50, GEMMA))
     many = apply(before, RequestsCounted(50, GEMMA, 3, 0))
     ended = apply(before, RequestsCounted(60, GEMMA, 0, 1, ended_at=55))
+    later = apply(before, RequestsCounted(50 + 4 * 3600, GEMMA, 1, 9))
 
     assert (one.ahead, one.asks, one.asks_at) == (False, 2.0, 50)
     assert (many.ahead, many.asks, many.asks_at, many.used_at) == (False, 4.0, 50, before.used_at)
+    assert (later.asks, later.asks_at, later.in_flight) == (1.5, 50 + 4 * 3600, 0)
     assert (ended.ahead, ended.asks, ended.asks_at, ended.used_at, ended.use_at) == (True, 1.0, 50.0, 55, 60)
 
 
@@ -340,6 +342,7 @@ def test_what_was_asked_for_in_earlier_lives_counts_by_how_long_ago_that_was():
     recalled = DemandRecalled(50_000.0, GEMMA, ((14_400.0, 4), (500.0, 0), (28_800.0, 4)))
 
     assert changed(before, apply(before, recalled)) == {"asks": 4.0, "use_at": 49_500.0}
+    assert apply(cold(), recalled).asks_at == 50_000.0
     assert apply(before, DemandRecalled(50_000.0, GEMMA, ((1001.0, 0),))).use_at == 49_000.0
     assert changed(before, apply(before, DemandRecalled(50_000.0, GEMMA, ()))) == {}
 

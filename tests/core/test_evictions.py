@@ -631,3 +631,25 @@ def test_a_model_that_fell_asleep_is_missing_and_loaded_again():
     assert (state[GEMMA].state, state[GEMMA].evictions) == (State.COLD, 1)
     assert state[GEMMA].last_eviction == Eviction(20, Cause.TIMER, state[GEMMA].last_eviction.idle_seconds)  # type: ignore[union-attr]
     assert state[GEMMA].size_bytes == 7  # llama-server says it of loaded models alone
+
+
+def test_a_socket_that_lm_studio_ended_tells_of_a_restart_whatever_else_would_explain_the_loss():
+    ended = {"sight": line(2, 1)}
+
+    for came in ((), (entry("phi", "phi"),)):
+        assert why_missing(foreign(seen_by=line(1)), listed(200, *came, **ended), told=True) is Cause.RESTART
+
+
+def test_a_lease_of_ours_may_have_been_cut_short_while_nobody_could_look():
+    assert why_missing(own(suspected=Cause.UNKNOWN), listed(300, tier=Tier.V0), told=True) is Cause.UNKNOWN
+
+
+def test_a_router_that_does_not_list_it_or_had_all_its_places_taken_before_has_pushed_out_nothing():
+    both = replace(ours(), beside=frozenset({"gemma", "qwen"}))
+
+    assert why_missing(both, routed(QWEN_IS_THERE), told=True) is Cause.BY_HAND
+    assert why_missing(both, routed(Entry("gemma"), QWEN_IS_THERE, places=1), told=True) is Cause.BY_HAND
+
+
+def test_what_held_five_minutes_was_not_taken_again_and_again():
+    assert count_eviction(tried(State.WARM, warm_since=3.0, taken=2), 303.0, Cause.DISPLACED).taken == 0

@@ -859,3 +859,16 @@ def test_what_works_for_somebody_is_warm_unless_it_has_crashed():
         model = after(tried(state, crashed=False, pending=None), works)
         assert (model.state, model.ping_at) == (State.WARM, 350.0)
     assert after(tried(State.UNKNOWN, pending=None), works).state is State.UNKNOWN
+
+
+def test_a_size_that_was_told_once_is_known_while_a_listing_tells_none():
+    known = after(cold(), listed(2, entry("gemma", size=7)))
+
+    assert after(known, listed(3, entry("gemma"))).size_bytes == 7
+    assert after(known, listed(3, entry("gemma", size=9))).size_bytes == 9
+
+
+def test_what_made_room_for_our_own_load_on_demand_says_so():
+    model = after(replace(ours(), draining=True), listed(20, entry("gemma"), tier=Tier.V0))
+
+    assert (model.state, model.reason, model.made_way) == (State.COLD, "it made room for another", 1)

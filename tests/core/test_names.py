@@ -350,3 +350,9 @@ def test_a_copy_is_listed_as_a_key_where_any_upstream_lists_it_so():
 
     assert made.find("coder:7") == ()
     assert made.meaning("coder:7") == Meaning("b")
+
+
+def test_all_that_any_upstream_lists_can_be_looked_through():
+    made = names(LOADED, row("idle"), upstreams=("a", "b"), b=[row("other")])
+
+    assert list(dict.fromkeys(entry.key for entry in made.entries())) == ["acme/tiny-4b", "idle", "other"]

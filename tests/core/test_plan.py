@@ -756,3 +756,21 @@ def test_what_is_skipped_and_what_is_done_come_before_what_is_asked():
         SendPing(LLAMA, "llama"),
         Refresh("local", loading=True),
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "asks"),
+    [
+        ({"busy": True, "touched_at": 100.0}, True),
+        ({"busy": True, "touched_at": 99.9}, False),
+        ({"busy": True, "touched_at": 100.0, "instances": (replace(ONE, busy=True),)}, False),
+        ({"touched_at": 100.0}, False),
+    ],
+)
+def test_who_left_a_ping_unanswered_is_looked_at_unless_it_is_seen_to_work(
+    changes: dict[str, object], asks: bool
+):
+    model = there(**{"ping_at": 999.0, **changes})
+    planned = plan(up(asked=100.0, answered_at=100.0, due_at=115.0), [model], 100.5)
+
+    assert planned == ([Refresh("local")] if asks else [])

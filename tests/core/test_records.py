@@ -100,6 +100,7 @@ def test_what_is_not_to_be_pinged_is_not_because_of_its_timer():
 
     assert a_model(**timed).ping_due_at is None
     assert a_model(**timed, ping_at=900.0).ping_due_at == 130.0
+    assert a_model(**{**timed, "state": State.LOADING}, ping_at=900.0).ping_due_at == 900.0
 
 
 def test_only_what_is_warm_and_not_about_to_go_is_given_to_anybody():

@@ -1230,7 +1230,7 @@ def test_of_what_is_always_kept_who_is_waited_for_comes_first_and_then_the_order
 
     assert first(two, one, third) == [one.id]
     assert first(two, one, replace(third, waiting=2, waiting_since=NOW)) == [third.id]
-    assert first(asked("d", rank=9), two, one) == [one.id]
+    assert first(asked("d", rank=9, since=-5.0), two, one) == [one.id]
 
 
 def test_of_what_is_loaded_on_demand_the_first_that_came_is_first_whether_he_waits_or_wants_it_by_hand():
@@ -1294,7 +1294,7 @@ def test_it_is_so_until_a_listing_has_shown_what_became_of_it():
 def test_nothing_is_pushed_out_that_is_not_there_or_not_ours_or_on_its_way_itself():
     loads = absent("b", load_started=NOW - 5, waiting=1)
 
-    assert drained(old(), loads, absent("a", touched_at=0.0)) == []
+    assert drained(old(), loads, absent("a", touched_at=0.0, ours=frozenset({"a"}))) == []
     assert drained(old(), loads, there("a", ours=frozenset())) == []
     assert drained(old(), there("b", load_started=NOW - 5)) == []
     assert drained(old(), there("a")) == []
@@ -1344,3 +1344,54 @@ def test_a_crash_soon_after_a_load_tells_what_it_was_beside():
     )
     dropped = apply(never_listed, listing(Entry("a", loading=False), Entry("b", instances=(Instance("b"),))))
     assert (dropped.state, dropped.crowd) == (State.BACKOFF, (frozenset({"b"}), NOW))
+
+
+# --- what is weighed, and put back -----------------------------------------------------------------
+
+
+def test_what_is_there_is_not_said_to_have_no_place_though_there_are_too_many():
+    assert arrangement(router(1), always(there("a", None)), always(there("b", None, rank=1))).never == {}
+
+
+def test_what_lies_idle_is_not_counted_out_twice_when_others_are_drained():
+    busy = [there(key, 10, in_flight=1) for key in "bc"]
+
+    assert planned(occupied(30, 5), there("i", 5), *busy, asked("d", 20, since=NOW - 120)) == [
+        Drain(ident("b")),
+        Drain(ident("c")),
+    ]
+
+
+def test_loads_ahead_are_given_up_once_and_no_more_than_are_in_the_way():
+    two = asked("b", 25, since=NOW - 20), asked("c", 25)
+
+    assert planned(up(max_loading=3), coming("a"), *two) == [GiveUpLoad(ident("a"))]
+    assert planned(up(max_loading=3), coming("a"), coming("e"), asked("b", 20)) == [GiveUpLoad(ident("a"))]
+    assert planned(up(None, max_loading=3), coming("a"), *two) == [GiveUpLoad(ident("a"))]
+    assert planned(up(max_loading=2), coming("a"), there("i"), asked("b", 30)) == [GiveUpLoad(ident("a"))]
+
+
+def test_a_superfluous_copy_has_one_place():
+    twice = always(copied("a", None, "a:2"))
+    theirs = listing(Entry("x", instances=(Instance("x"),)))
+
+    assert planned(router(2), twice, asked("b", None)) == [Unload(ident("a"), "a:2", ROOM)]
+    assert planned(router(2, occupants=theirs.occupants), twice, asked("b", None)) == []
+
+
+def test_what_never_comes_waits_by_the_same_words():
+    room = arrangement(occupied(30, 25), asked("a"))
+
+    assert room.waits == room.never
+    assert list(room.never) == [ident("a")]
+
+
+def test_there_is_hope_by_what_is_wanted_by_hand_and_by_a_place_that_is_ours():
+    assert arrangement(up(), asked("a", 20), there("b", 20, asked_for=True)).never == {}
+    assert arrangement(router(1), asked("a", None), there("b", None, in_flight=1)).never == {}
+
+
+def test_on_an_old_server_what_nobody_wants_any_more_stays_and_gives_no_hope():
+    kept = always(there("a", asked_for=False))
+
+    assert list(arrangement(old(), asked("b"), kept).never) == [ident("b")]
