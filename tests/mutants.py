@@ -37,30 +37,26 @@ import pytest
 
 PROJECT = Path(__file__).parent.parent
 EXPLAINED = Path(__file__).with_suffix(".txt")
+# What the socket shows, and what other daemons do, is each one matter in several files.
+SHARED = ("tests/core/test_sight.py", "tests/core/test_elsewhere.py")
 # Where the name of the test file does not say it, or not all of it.
 TESTS: Mapping[str, Sequence[str]] = {
-    # What the socket shows is one matter in several files.
-    "keepalive/core/calls.py": ("tests/core/test_calls.py", "tests/core/test_sight.py"),
-    "keepalive/core/evictions.py": ("tests/core/test_evictions.py", "tests/core/test_sight.py"),
-    "keepalive/core/explain.py": (
-        "tests/core/test_explain.py",
-        "tests/core/test_sight.py",
-        "tests/core/test_room.py",
-    ),
-    "keepalive/core/listings.py": ("tests/core/test_listings.py", "tests/core/test_sight.py"),
-    # A plan is made of what room and openings come to, and their tests look at it.
+    **{
+        f"keepalive/core/{name}.py": (f"tests/core/test_{name}.py", *SHARED)
+        for name in ("apply", "calls", "evictions", "facts", "listings", "moves", "primes", "upstreams")
+    },
+    # What is said of a model, and what is done, is made of what room and openings come to.
+    "keepalive/core/explain.py": ("tests/core/test_explain.py", "tests/core/test_room.py", *SHARED),
     "keepalive/core/plan.py": (
         "tests/core/test_plan.py",
         "tests/core/test_explain.py",
         "tests/core/test_room.py",
         "tests/core/test_primes.py",
+        *SHARED,
     ),
-    # And two of its figures are what the records are given by.
-    "keepalive/core/records.py": (
-        "tests/core/test_records.py",
-        "tests/core/test_calls.py",
-        "tests/core/test_sight.py",
-    ),
+    "keepalive/core/room.py": ("tests/core/test_room.py", *SHARED),
+    # Two of its figures are what the records are given by.
+    "keepalive/core/records.py": ("tests/core/test_records.py", "tests/core/test_calls.py", *SHARED),
     # The diagram stands in README, and nowhere else.
     "keepalive/core/states.py": (
         "tests/core/test_states.py",
