@@ -27,7 +27,6 @@ from keepalive.core.facts import (
 from keepalive.core.plan import arranged, plan
 from keepalive.core.records import Cause, Claim, Eviction, Model, Pending, Policy, Upstream, UpstreamState
 from keepalive.core.room import (
-    CROWD_HOLDS,
     Arrangement,
     is_in_use,
     limit,
@@ -43,7 +42,7 @@ from keepalive.core.states import State
 
 GB = 10**9
 NOW = 1000.0
-SETTLE, REFUSAL_HOLDS, AHEAD_AFTER = 3.0, 300.0, 300.0
+SETTLE, REFUSAL_HOLDS, AHEAD_AFTER, CROWD_HOLDS = 3.0, 300.0, 300.0, 3600.0
 ROOM = UnloadCause.ROOM
 
 
@@ -1395,3 +1394,14 @@ def test_on_an_old_server_what_nobody_wants_any_more_stays_and_gives_no_hope():
     kept = always(there("a", asked_for=False))
 
     assert list(arrangement(old(), asked("b"), kept).never) == [ident("b")]
+
+
+def test_what_it_crashed_beside_is_there_as_long_as_all_of_it_is_and_goes_one_by_one():
+    a, b, other = there("a", 5, use_at=200.0), there("b", 5, use_at=300.0), there("d", 5, use_at=50.0)
+    rows = listing(*(Entry(key, instances=(Instance(key),)) for key in "abd")).occupants
+    theirs = (Occupant("x", 1, None),)
+
+    assert planned(up(occupants=rows), crashed("c", "a", "b"), a, b, other) == [Unload(a.id, "a", ROOM)]
+    assert planned(up(occupants=theirs), crashed("c", "a", "x"), a) == [Unload(a.id, "a", ROOM)]
+    assert planned(up(), crashed("c", "a"), absent("a", 5)) == [Load(ident("c"), claim=5 * GB)]
+    assert planned(up(), crashed("c", "a"), always(a), other) == [Load(ident("c"), claim=15 * GB)]
