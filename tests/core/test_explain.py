@@ -9,7 +9,7 @@ import pytest
 from keepalive.core.apply import apply
 from keepalive.core.explain import eta, explain, next_try, ready_in
 from keepalive.core.facts import Fact, Instance, LoadRemembered, LoadStarted, ModelId, RequestEnded, Tier
-from keepalive.core.records import Model, Pending, Upstream, UpstreamState
+from keepalive.core.records import Model, Pending, Policy, Upstream, UpstreamState
 from keepalive.core.states import IllegalMove, State
 from tests.kit.models import (
     GEMMA,
@@ -247,4 +247,22 @@ def test_what_somebody_waits_behind_says_whether_anybody_wants_it():
     assert said(loads) == f"{turn}, which nobody waits for, but LM Studio takes no word to end that"
     assert said(replace(loads, giving_up=True)) == (
         f"{turn}, which nobody waits for, and LM Studio is asked to end that"
+    )
+
+
+def test_what_is_drained_says_that_it_makes_room():
+    model = warm(draining=True)
+
+    assert explain(UP, [model], model, 50.0) == (
+        "makes room: it is given to nobody until another one has been there"
+    )
+
+
+def test_what_nobody_asks_for_may_be_as_large_as_the_budget_and_no_larger():
+    known = {"state": State.COLD, "policy": Policy(auto=True, memory=10**9)}
+    model = a_model(**known)
+
+    assert explain(replace(UP, memory=10**9), [model], model, 50.0) == "loaded when somebody asks for it"
+    assert explain(replace(UP, memory=10**9 - 1), [model], model, 50.0) == (
+        "it never fits: it takes 1.0 GB, and the budget is 1.0 GB"
     )
