@@ -247,3 +247,15 @@ def test_what_a_person_takes_upon_him_is_loaded_once_whoever_acts():
     assert plan(upstream, [after(cold(), WarmAsked(1.2, GEMMA))], 1.5) == []
     failed = after(asked, LoadStarted(2, GEMMA), load_ended(2.4, LoadOutcome.FAILED), fresh)
     assert plan(apply_upstream(upstream, fresh), [failed], 100) == [Refresh("local", loading=True)]
+
+
+def test_what_a_person_takes_upon_him_rests_on_a_fresh_look_at_what_is_being_loaded():
+    upstream = elsewhere(listed(1, entry("gemma")))
+    asked = after(cold(), WarmAsked(1.2, GEMMA, alone=True))
+    look = [Refresh("local", loading=True)]
+
+    assert plan(upstream, [changed(asked, asked_for=False)], 1.5) == []
+    assert plan(upstream, [asked], 2.5) == look
+    assert plan(changed(upstream, sees_loading=False), [asked], 1.5) == look
+    assert plan(upstream, [cold(), warm(ping_at=1e9)], 20.0) == look
+    assert plan(changed(upstream, listing=True), [cold()], 20.0) == []

@@ -266,3 +266,9 @@ def test_what_nobody_asks_for_may_be_as_large_as_the_budget_and_no_larger():
     assert explain(replace(UP, memory=10**9 - 1), [model], model, 50.0) == (
         "it never fits: it takes 1.0 GB, and the budget is 1.0 GB"
     )
+
+
+def test_where_memory_is_no_matter_all_who_are_wanted_are_in_the_line():
+    first, second = waits("b", 1, 10.0), waits("c", 2, 5.0)
+
+    assert ready_in(replace(UP, tier=Tier.V0), [first, second], second, 50.0) == 15.0
