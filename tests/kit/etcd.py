@@ -58,6 +58,13 @@ class Etcd:
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
+        if number is signal.SIGSTOP:
+            # A signal is sent before it is obeyed, and each thread stops by itself.
+            wait_until(self._is_stopped, "etcd has stopped")
+
+    def _is_stopped(self) -> bool:
+        stats = Path(f"/proc/{self.process.pid}/task").glob("*/stat")
+        return all(stat.read_text().rpartition(")")[2].split()[0] == "T" for stat in stats)
 
     def kill(self) -> None:
         self.process.kill()
