@@ -33,6 +33,7 @@ from keepalive.core.facts import (
     LoadProgressed,
     LoadRemembered,
     LoadResolved,
+    LoadStarted,
     ModelFact,
     ModelId,
     ReleaseAsked,
@@ -130,6 +131,8 @@ class Cluster:
         self._states_said: dict[str, Mapping[ModelId, tuple[Told, float | None]]] = {}
         self._progress_at: dict[ModelId, float] = {}
         self._wishes: dict[ModelId, bool] = {}  # not yet written
+        self._alone: set[ModelId] = set()  # loads begun by a person's word while nobody could be told
+        self._quiet_until = -inf  # until then others may still have to say what they have so begun
         self._blind_since: dict[str, float] = {}
         self._others_since: float | None = None  # since when another one goes by our name
         self._down_since: float | None = awake()
@@ -148,7 +151,8 @@ class Cluster:
 
     def acts(self, upstream: str, /) -> bool:
         now = self._awake()
-        return upstream in self._held and self._hold.good(now) and now >= self._shy.get(upstream, -inf)
+        quiet_until = max(self._quiet_until, self._shy.get(upstream, -inf))
+        return upstream in self._held and self._hold.good(now) and now >= quiet_until
 
     async def begin(self, model: Model, /) -> bool:
         upstream = model.id.upstream
@@ -219,6 +223,8 @@ class Cluster:
             use = self._uses_said.get(folded(after.id))
             if use is None or not use.used:
                 self._say()
+        elif isinstance(fact, LoadStarted) and after.alone:
+            self._alone.add(after.id)
         elif (
             before.state is not after.state
             or before.ours != after.ours
@@ -312,9 +318,11 @@ class Cluster:
                 if self._lease is None:
                     lease = await self._engine.grant(self._hold.ttl)
                     self._lease, self._life = lease, secrets.token_hex(8)
-                    self._hold = Hold(self._hold.ttl, asked)
+                    await self._tell_loads()
+                    self._may_act(Hold(self._hold.ttl, asked))
                 elif await self._engine.renew(self._lease):
-                    self._hold = self._hold.renewed(asked)
+                    await self._tell_loads()
+                    self._may_act(self._hold.renewed(asked))
                 else:
                     # It ran out while we were stopped, cut off or late: whatever we held is another's to take.
                     self._lease, self._held, self._hold = None, frozenset(), Hold(self._hold.ttl)
@@ -326,6 +334,23 @@ class Cluster:
                 self._is_answered()
                 self._look_again()
             await asyncio.sleep(max(self._hold.interval - (self._awake() - asked), self._hold.interval / 10))
+
+    def _may_act(self, hold: Hold) -> None:
+        now = self._awake()
+        if self._said_down and not self._hold.good(now):
+            # Nobody could act for a while, so that a person may have had to. Whoever was told so is back as soon as we
+            # are, give or take its next renewal and an address or two that hangs.
+            self._quiet_until = now + hold.ttl
+        self._hold = hold
+
+    async def _tell_loads(self) -> None:
+        """Before anything else is done with an etcd that is back: whoever acts is to know what goes on already."""
+        for model in self._keeping().snapshot().models if self._alone else ():
+            if model.id in self._alone and is_loading(model):
+                intent = Intent(self._me.instance, self._life, 0, model.expected_load, model.tells_loading)
+                key = rows.load_key(model.id)
+                await self._commit([created(self._key(key), 0)], {key: rows.load_row(intent)})
+        self._alone.clear()
 
     async def _watching(self) -> None:
         while True:
@@ -508,12 +533,6 @@ class Cluster:
             return
         self._others_since = None
         snapshot = self._keeping().snapshot()
-        for model in snapshot.models:
-            if model.alone and is_loading(model):
-                # Begun by a person's word while nobody could be told.
-                intent = Intent(self._me.instance, self._life, 0, model.expected_load, model.tells_loading)
-                key = rows.load_key(model.id)
-                await self._commit([created(self._key(key), 0)], {key: rows.load_row(intent)})
         for upstream in snapshot.upstreams:
             await self._stand_for(upstream)
 

@@ -1,4 +1,4 @@
-"""Who holds an upstream is killed, or stopped and wakes again, during a load that callers wait for: as processes, as run.
+"""Who holds an upstream is killed, or stopped and wakes again, during a load that callers wait for: as processes.
 
 LM Studio's own log is the judge.
 """

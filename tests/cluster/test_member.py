@@ -17,7 +17,7 @@ from keepalive.simulator.models import SimModel
 from keepalive.simulator.server import Server
 from tests.kit import etcd as kit
 from tests.kit.etcd import needs_etcd
-from tests.kit.live import asked, daemon, loads, model, reserved_port, settings, simulator, until
+from tests.kit.live import asked, daemon, let_it_load, loads, model, reserved_port, settings, simulator, until
 
 GEMMA = SimModel("gemma", size_bytes=2_000_000_000, load_seconds=0.3)
 SLOW = SimModel("gemma", size_bytes=2_000_000_000, load_seconds=600.0)
@@ -194,9 +194,11 @@ async def test_without_etcd_what_is_warm_is_served_and_nothing_is_loaded_and_wit
 ):
     with kit.etcd(tmp_path) as server:
         async with (
-            simulator(GEMMA) as studio,
+            simulator(SLOW) as studio,
             members(studio, server.url, "away", "a", "b", ttl="3s") as running,
         ):
+            first, other = await holder(running)
+            await let_it_load(studio.studio)
             await warm(*running)
             server.kill()
             await until(lambda: not any(map(holds, running)), "nobody may act by his own clock")
@@ -210,18 +212,22 @@ async def test_without_etcd_what_is_warm_is_served_and_nothing_is_loaded_and_wit
             assert "nothing is loaded or unloaded, because etcd at " in text
             assert loads(studio.studio) == 1
             assert running[0].status()["cluster"]["engine"]["up"] is False
-            # A person knows that no other loads it.
-            warmed = f"{running[1].admin_url}/api/models/gemma/warm?without_engine=1"
+            # A person knows that no other loads it; whoever acts when etcd is back hears of that before it does.
+            warmed = f"{other.admin_url}/api/models/gemma/warm?without_engine=1"
             assert (await asked(warmed, "POST"))[0] == 202
+            await until(lambda: loads(studio.studio) == 2, "it is loaded, whoever acts")
+            server.start()
+            await until(lambda: any(map(holds, running)), "somebody acts again")
+            assert [model(one, "gemma")["state"] for one in running] == ["loading", "loading"]
+            await let_it_load(studio.studio)
             await warm(*running)
             assert loads(studio.studio) == 2
             studio.studio.evict("gemma")
-            await until(
-                lambda: all(model(one, "gemma")["state"] == "cold" for one in running), "it is lost again"
-            )
-            server.start()
+            await until(lambda: loads(studio.studio) == 3, "it is lost again, and loaded")
+            await let_it_load(studio.studio)
             await warm(*running)
-            assert loads(studio.studio) == 3
+            assert first.cluster is not None
+            await until(lambda: not first.cluster.picture.loads, "no load is left")
 
 
 async def test_of_three_members_of_etcd_the_leader_may_be_killed(tmp_path: Path):
