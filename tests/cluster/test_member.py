@@ -218,6 +218,10 @@ async def test_without_etcd_what_is_warm_is_served_and_nothing_is_loaded_and_wit
             await until(lambda: loads(studio.studio) == 2, "it is loaded, whoever acts")
             server.start()
             await until(lambda: any(map(holds, running)), "somebody acts again")
+            assert first.cluster is not None
+            assert other.cluster is not None
+            known = first.cluster.picture.loads.values()
+            assert [intent.instance for intent in known] == [other.cluster.instance]
             assert [model(one, "gemma")["state"] for one in running] == ["loading", "loading"]
             await let_it_load(studio.studio)
             await warm(*running)
@@ -226,7 +230,6 @@ async def test_without_etcd_what_is_warm_is_served_and_nothing_is_loaded_and_wit
             await until(lambda: loads(studio.studio) == 3, "it is lost again, and loaded")
             await let_it_load(studio.studio)
             await warm(*running)
-            assert first.cluster is not None
             await until(lambda: not first.cluster.picture.loads, "no load is left")
 
 
