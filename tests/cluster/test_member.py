@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from keepalive.cluster import rows
 from keepalive.cluster.etcd import Access, Etcd, put
 from keepalive.core.facts import DrainStarted
 from keepalive.service.daemon import Daemon
@@ -174,6 +175,34 @@ async def test_before_room_is_made_all_others_have_said_that_they_give_it_to_nob
         assert unloaded
         assert all(not event["generating"] for event in unloaded)
         assert yielded.seen
+
+
+@pytest.mark.parametrize(
+    ("use", "may_go"),
+    [
+        (rows.Use(yielded=True), True),
+        (rows.Use(used=True, yielded=True), False),
+        (rows.Use(waiting=1, yielded=True), False),
+    ],
+)
+async def test_what_another_gives_to_nobody_stays_while_somebody_there_has_it_still(
+    server: kit.Etcd, use: rows.Use, may_go: bool
+):
+    cluster = f"clear-{use.used:d}{use.waiting:d}"
+    engine = Etcd([server.url], Access(), timeout=20)
+    async with simulator(GEMMA) as studio, members(studio, server.url, cluster, "a") as (running,):
+        assert running.cluster is not None
+        await warm(running)
+        model_there = running.keeper.snapshot().models[0]
+        prefix = f"/keepalive/{cluster}/"
+        other = {
+            rows.member_key("b"): rows.member_row(rows.Member("b", "life")),
+            rows.uses_key("b"): rows.uses_row({model_there.id: use}),
+        }
+        await engine.commit([], [put(prefix + key, value) for key, value in other.items()])
+
+        assert await running.cluster.clear(model_there) is may_go
+    await engine.close()
 
 
 class Yielded:

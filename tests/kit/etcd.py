@@ -64,7 +64,9 @@ class Etcd:
 
     def _is_stopped(self) -> bool:
         stats = Path(f"/proc/{self.process.pid}/task").glob("*/stat")
-        return all(stat.read_text().rpartition(")")[2].split()[0] == "T" for stat in stats)
+        with contextlib.suppress(OSError):  # a thread that has ended meanwhile
+            return all(stat.read_text().rpartition(")")[2].split()[0] == "T" for stat in stats)
+        return False
 
     def kill(self) -> None:
         self.process.kill()
