@@ -327,7 +327,7 @@ ANSWERS = {
 
 async def test_the_answer_is_one_line(browser: Browser) -> None:
     """Of each picture, whichever was there before."""
-    async with served(Written()) as world, opened(browser, world.url) as shown:
+    async with served(Written()) as world, opened(browser, world.url, clock=NOW) as shown:
         for text, models in ANSWERS.items():
             world.becomes(*models)
             await expect(answer(shown.page)).to_have_text(text)
@@ -389,13 +389,16 @@ async def test_what_the_rows_say(browser: Browser) -> None:
         "waits": {"requests": 4, "seconds": 240.0},
         "pings": {"ok": 280, "wrong_model": 1},
     }
-    async with served(world), opened(browser, world.url) as shown:
+    async with served(world), opened(browser, world.url, clock=NOW) as shown:
         page, first = shown.page, row(shown.page, "a")
+        await expect(page.locator("footer")).to_contain_text("metrics last read 7 s ago")
+        # A model's history is asked for a moment later.
+        await page.clock.run_for(3_000)
         for text in (
             "warm for 2 h",
             "8,192 tokens",
             "1 waiting, 2 in flight",
-            "next ping in 3 min",
+            "next ping in 2 min",
             "evicted 60 min ago: another model took its place",
             "last load 62 s",
         ):
@@ -407,7 +410,6 @@ async def test_what_the_rows_say(browser: Browser) -> None:
         await expect(row(page, "c")).to_contain_text("warm, busy")
         await expect(row(page, "c")).to_contain_text("ping 3 min ago: timeout")
         await expect(page.locator("header #figures")).to_contain_text("4 min in 4 requests")
-        await expect(page.locator("footer")).to_contain_text("metrics last read 7 s ago")
 
         await first.get_by_text("Details").click()
         for text in ("a, loaded by keepalive", "280 ok, 1 wrong model", "3.0 s, failed"):

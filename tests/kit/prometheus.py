@@ -87,8 +87,9 @@ class Prometheus(_Listening):
             time.sleep(0.25)
 
     def over(self, expression: str, start: float, end: float, step: float = 1.0) -> list[tuple[float, float]]:
-        """Time and value of every number that it had, of any series."""
-        query = {"query": expression, "start": f"{start}", "end": f"{end}", "step": f"{step}"}
+        """Time and value of every number that it had, of any series, `end` included: what came up last counts too."""
+        steps = math.ceil((end - start) / step)
+        query = {"query": expression, "start": f"{end - steps * step}", "end": f"{end}", "step": f"{step}"}
         points = [
             (float(at), float(value))
             for series in self._get("query_range", **query)["result"]
