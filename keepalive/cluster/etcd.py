@@ -18,9 +18,10 @@ import contextlib
 import json
 import math
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from ssl import SSLContext
-from typing import Any
+from typing import Any, Protocol
 
 import aiohttp
 
@@ -44,6 +45,50 @@ class Access:
     user: str | None = None
     password: str | None = None
     tls: SSLContext | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    status: int
+    chunks: AsyncIterator[bytes]
+
+
+class Transport(Protocol):
+    """How a request gets to an address of etcd, and what comes back. OSError, ValueError: it did not."""
+
+    def post(
+        self, url: str, body: Json, headers: Mapping[str, str], connect: float, /
+    ) -> AbstractAsyncContextManager[Answer]:
+        """`connect`: the seconds that a connection may take."""
+
+    async def close(self) -> None: ...
+
+
+class Http:
+    """By aiohttp, whose session may be made only where a loop runs."""
+
+    def __init__(self, tls: SSLContext | None) -> None:
+        self._tls: SSLContext | bool = tls or True
+        self._session: aiohttp.ClientSession | None = None
+
+    @asynccontextmanager
+    async def post(
+        self, url: str, body: Json, headers: Mapping[str, str], connect: float, /
+    ) -> AsyncIterator[Answer]:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(trust_env=False)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect)
+        try:
+            async with self._session.post(
+                url, json=body, headers=headers, timeout=timeout, ssl=self._tls, allow_redirects=False
+            ) as answer:
+                yield Answer(answer.status, answer.content.iter_any())
+        except aiohttp.ClientError as error:
+            raise OSError(_words(error)) from error
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
 
 
 def put(key: str, value: bytes, lease: int = 0) -> Json:
@@ -77,17 +122,18 @@ def unchanged(key: str, revision: int) -> Json:
 class Etcd:
     """`addresses` of one etcd cluster. `timeout` bounds each call."""
 
-    def __init__(self, addresses: Sequence[str], access: Access, timeout: float) -> None:
+    def __init__(
+        self, addresses: Sequence[str], access: Access, timeout: float, transport: Transport | None = None
+    ) -> None:
         self._addresses = tuple(address.rstrip("/") for address in addresses)
         self._access = access
         self._timeout = timeout
         self._place = 0
         self._token: str | None = None
-        self._http: aiohttp.ClientSession | None = None
+        self._transport = transport or Http(access.tls)
 
     async def close(self) -> None:
-        if self._http is not None:
-            await self._http.close()
+        await self._transport.close()
 
     # --- the calls ----------------------------------------------------------------------------------
 
@@ -126,21 +172,12 @@ class Etcd:
         body = {"create_request": _below(prefix)}
         try:
             headers = await self._headers(address)
-            timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._timeout)
-            session = self._session()
-            async with session.post(
-                address + "/v3/watch",
-                json=body,
-                headers=headers,
-                timeout=timeout,
-                ssl=self._tls,
-                allow_redirects=False,
-            ) as answer:
+            async with self._transport.post(address + "/v3/watch", body, headers, self._timeout) as answer:
                 if answer.status != 200:
                     raise _refused(await _read(answer, address), address)
-                async for _ in answer.content.iter_any():
+                async for _ in answer.chunks:
                     yield
-        except (aiohttp.ClientError, OSError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise EngineError(f"etcd at {address}: {_words(error)}") from error
 
     # --- how they go --------------------------------------------------------------------------------
@@ -165,7 +202,7 @@ class Etcd:
                     status, answer = await self._post(address, path, body, await self._headers(address))
         except TimeoutError:
             raise EngineError(f"etcd at {address} did not answer within {self._timeout:.3g} s") from None
-        except (aiohttp.ClientError, OSError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise EngineError(f"etcd at {address}: {_words(error)}") from error
         if status != 200:
             raise _refused(answer, address)
@@ -186,25 +223,13 @@ class Etcd:
     async def _post(
         self, address: str, path: str, body: Json, headers: Mapping[str, str]
     ) -> tuple[int, Json]:
-        async with self._session().post(
-            address + path, json=body, headers=headers, ssl=self._tls, allow_redirects=False
-        ) as answer:
+        async with self._transport.post(address + path, body, headers, self._timeout) as answer:
             return answer.status, await _read(answer, address)
 
-    @property
-    def _tls(self) -> SSLContext | bool:
-        return self._access.tls or True
 
-    def _session(self) -> aiohttp.ClientSession:
-        if self._http is None:
-            timeout = aiohttp.ClientTimeout(total=None)
-            self._http = aiohttp.ClientSession(timeout=timeout, trust_env=False)
-        return self._http
-
-
-async def _read(answer: aiohttp.ClientResponse, address: str) -> Json:
+async def _read(answer: Answer, address: str) -> Json:
     content = bytearray()
-    async for chunk in answer.content.iter_any():
+    async for chunk in answer.chunks:
         content += chunk
         if len(content) > ANSWER_MAX:
             raise EngineError(f"etcd at {address} answered with more than {ANSWER_MAX >> 20} MiB")
