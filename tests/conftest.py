@@ -76,7 +76,21 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish(session):
-    """What tests hold no more is looked for (`gc.collect`) among what they made, not in all that is loaded here."""
+    _look_no_more_at_what_stays()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown():
+    result = yield
+    _look_no_more_at_what_stays()
+    return result
+
+
+def _look_no_more_at_what_stays():
+    """What a test holds no more is looked for (`gc.collect`) among what it made, not in all that was loaded before.
+
+    That is no small thing: to look through the official clients once takes longer than most tests.
+    """
     gc.collect()
     gc.freeze()
 

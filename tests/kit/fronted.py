@@ -284,7 +284,6 @@ async def fronted(
     **settings: object,
 ) -> AsyncIterator[tuple[Front, Upstream]]:
     """A proxy in front of `script`. Afterwards: a normal request works, and nothing is left over."""
-    gc.collect()
     before = asyncio.all_tasks()
     fds = count_fds()
     upstream = Upstream(script or answer_ok)
