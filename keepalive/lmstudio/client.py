@@ -12,7 +12,6 @@ import asyncio
 import json
 import re
 import socket
-import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
@@ -37,7 +36,7 @@ from keepalive.core.errors import (
 from keepalive.core.facts import NO_SIGHT, Entry, Sight, Tier
 from keepalive.lmstudio import llama, wire
 from keepalive.lmstudio.eyes import Eyes
-from keepalive.lmstudio.line import Dial, Web
+from keepalive.lmstudio.line import Dial, Web, trusting
 from keepalive.lmstudio.router import Router
 
 # A listing of a thousand models is about 1 MB. More than this is not a listing.
@@ -95,7 +94,7 @@ class Client:
             },
             trust_env=False,
             follow_redirects=False,
-            transport=transport or _transport(socket_options),
+            transport=transport or _transport(url, socket_options),
         )
         self.configure(token=token, connect_timeout=connect_timeout, list_timeout=list_timeout, sdk=sdk)
 
@@ -414,14 +413,14 @@ class Client:
         return Unreachable(f"no connection to {self.url}: {wire.clean(str(causes[0] if causes else error))}")
 
 
-def _transport(socket_options: Sequence[tuple[int, int, int]]) -> httpx.AsyncBaseTransport:
+def _transport(url: str, socket_options: Sequence[tuple[int, int, int]]) -> httpx.AsyncBaseTransport:
     return httpx.AsyncHTTPTransport(
         # A connection for each call. Servers close theirs unannounced, after an error or a stream, and a
         # call on such a one is cut: a listing that fails, or a load of which nobody knows the end.
         limits=httpx.Limits(max_keepalive_connections=0),
         trust_env=False,
         # Not httpx's own list of issuers: what the proxy trusts, the listings have to trust too.
-        verify=ssl.create_default_context(),
+        verify=trusting(url),
         socket_options=socket_options,
     )
 

@@ -266,6 +266,16 @@ def _number(message: Mapping[str, Any], name: str) -> int:
 # --- over the network -------------------------------------------------------------------------------
 
 
+def trusting(url: str) -> ssl.SSLContext:
+    """Whom to believe that it is the server of `url`: whom this system believes; without TLS, nobody.
+
+    Reading all issuers of the world takes a twentieth of a second, and most servers are asked without TLS.
+    """
+    if url.startswith(("https:", "wss:")):
+        return ssl.create_default_context()
+    return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+
 class Web:
     """WebSockets of the server at `url`, by aiohttp. `close` it in the end."""
 
@@ -281,7 +291,7 @@ class Web:
             headers["authorization"] = f"Bearer {self.token}"  # for whatever stands in front of LM Studio
         if self._session is None:
             connector = aiohttp.TCPConnector(
-                ssl=ssl.create_default_context(), force_close=True, socket_factory=self._socket
+                ssl=trusting(self._url), force_close=True, socket_factory=self._socket
             )
             elsewhere = aiohttp.TraceConfig()
             elsewhere.on_request_redirect.append(_redirected)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import ssl
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -23,6 +24,7 @@ from keepalive.core.errors import (
 )
 from keepalive.core.facts import Instance, Tier
 from keepalive.lmstudio.client import Client
+from keepalive.lmstudio.line import trusting
 from keepalive.simulator.models import SimModel
 from keepalive.simulator.server import Server, serve
 from keepalive.simulator.studio import Studio
@@ -579,3 +581,19 @@ async def test_a_refusal_in_words_of_the_opening_is_told_without_them():
             await upstream.prime(opening, "acme/a", ["acme/a"], tier=Tier.V1, timeout=5)
 
         assert (str(caught.value), caught.value.status) == ("HTTP 400, in words of the opening", 400)
+
+
+@pytest.mark.parametrize("scheme", ["http", "ws"])
+def test_who_is_asked_without_tls_costs_no_reading_of_all_issuers_and_none_is_trusted(scheme: str):
+    trust = trusting(f"{scheme}://127.0.0.1:1234")
+
+    assert trust.cert_store_stats()["x509"] == 0
+    assert trust.verify_mode is ssl.CERT_REQUIRED
+
+
+@pytest.mark.parametrize("scheme", ["https", "wss"])
+def test_with_tls_whom_this_system_trusts_is_trusted(scheme: str, monkeypatch: pytest.MonkeyPatch):
+    taken = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    monkeypatch.setattr(ssl, "create_default_context", lambda: taken)
+
+    assert trusting(f"{scheme}://llm.example.org") is taken
