@@ -4,7 +4,7 @@ Each check yields where a mistake stands and what to say. `wrong` holds the plac
 what is wrong by itself is not compared with others.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import TypeVar
 from urllib.parse import urlsplit
@@ -15,6 +15,7 @@ from keepalive.config.tables import AccessKey, Config, Defaults, Model, Table, U
 from keepalive.config.values import written
 
 T = TypeVar("T", bound=Table)
+V = TypeVar("V")
 Found = Iterator[tuple[Key, str]]
 
 
@@ -80,13 +81,17 @@ class Checks:
         taken: dict[tuple[str, str], int] = {}
         for number, model in enumerate(self.config.models):
             place, key = ("models", number, "upstream"), ("models", number, "key")
-            if place in self.wrong or not sound:
+            if place in self.wrong:
                 continue
             if not model.upstream and len(set(names)) > 1:
-                yield place, f"is missing, and there are several; write {one_of(names)}, or a list of them"
+                if sound:
+                    yield (
+                        place,
+                        f"is missing, and there are several; write {one_of(names)}, or a list of them",
+                    )
                 continue
-            for name in model.upstream or names[:1]:
-                if name not in names:
+            for _, name in self._sound(place, model.upstream or names[:1]):
+                if sound and name not in names:  # else it may be the one that is meant
                     near = nearest(name, names)
                     advice = shown(near) if near else one_of(names)
                     yield place, f"{shown(name)} is no upstream; write {advice}"
@@ -96,6 +101,10 @@ class Checks:
                 if first != number:
                     kept = f"{shown(model.key)} is already kept on {shown(name)} by models[{first}]"
                     yield key, f"{kept}; leave one of them out"
+
+    def _sound(self, place: Key, values: Sequence[V]) -> list[tuple[int, V]]:
+        """What a list says, each with its position; where one is wrong something else stands in its place."""
+        return [(n, value) for n, value in enumerate(values) if (*place, n) not in self.wrong]
 
     def _upstream_names(self) -> tuple[list[str], bool]:
         """And whether they are all sound."""
@@ -111,10 +120,9 @@ class Checks:
         for number, model in enumerate(self.config.models):
             own: set[str] = set()
             homes = self._homes(number, model) if model.aliases else ()
-            for position, alias in enumerate(model.aliases):
-                place, name, said = ("models", number, "aliases", position), alias.lower(), shown(alias)
-                if place in self.wrong:
-                    continue
+            every_alias: Key = ("models", number, "aliases")
+            for position, alias in self._sound(every_alias, model.aliases):
+                place, name, said = (*every_alias, position), alias.lower(), shown(alias)
                 if (number, name) in own_key:
                     yield place, f"{said} is its key, by which it is found already; leave it out"
                 elif name in keys:
@@ -135,35 +143,48 @@ class Checks:
             place = ("models", number, "prime")
             if model.prime and model.kind not in (None, "llm") and place[:2] not in self.wrong:
                 yield place, f"is for models that chat, and kind is {shown(model.kind)}; leave it out"
-            for position, name in enumerate(model.prime):
-                if name in model.prime[:position]:
+            seen: set[str] = set()
+            for position, name in self._sound(place, model.prime):
+                if name in seen:
                     yield (*place, position), f"{shown(name)} stands there twice; leave one of them out"
+                seen.add(name)
 
     def _keys(self) -> list[tuple[int, str]]:
         """The keys that are sound, in the letter case in which they are compared."""
         models = enumerate(self.config.models)
         return [(n, model.key.lower()) for n, model in models if ("models", n, "key") not in self.wrong]
 
+    def _called(self) -> Iterator[tuple[str, str]]:
+        """Each alias, with the key of its model."""
+        for number, model in enumerate(self.config.models):
+            for _, alias in self._sound(("models", number, "aliases"), model.aliases):
+                yield alias, model.key
+
     def _homes(self, number: int, model: Model) -> list[str]:
         """The upstreams that keep it, as far as that is known."""
         names, sound = self._upstream_names()
-        if not sound or ("models", number, "upstream") in self.wrong:
+        place = ("models", number, "upstream")
+        if place in self.wrong:
             return []
         if not model.upstream:
             return names if len(names) == 1 else []
-        return [name for name in model.upstream if name in names]
+        return [name for _, name in self._sound(place, model.upstream) if name in names or not sound]
 
     def _default_model(self) -> Found:
         name, place = self.config.server.default_model, ("server", "default_model")
         models = self.config.models
         keys = {key for _, key in self._keys()}
-        aliases = {alias.lower() for model in models for alias in model.aliases}
+        aliases = {alias.lower() for alias, _ in self._called()}
         if name is None or place in self.wrong or name.lower() in keys | aliases:
             return
         key, _, variant = name.lower().rpartition("@")
         if variant and key in keys:
             return
-        known = [n for model in models for n in (model.key, *model.aliases) if n.lower() in keys | aliases]
+        known = [
+            n
+            for n in (*(m.key for m in models), *(a for a, _ in self._called()))
+            if n.lower() in keys | aliases
+        ]
         near = nearest(name, known) or nearest(name.rpartition("@")[0], known)
         # A model whose key or aliases are wrong may be the one that is meant.
         torn = any(key[:1] == ("models",) and key[2:3] in ((), ("key",), ("aliases",)) for key in self.wrong)
@@ -216,7 +237,7 @@ class Checks:
         yield from self._repeated(("prompts",), "id", self.config.prompts)
         models = enumerate(self.config.models)
         keys = [model.key for number, model in models if ("models", number, "key") not in self.wrong]
-        called = {alias.lower(): model.key for model in self.config.models for alias in model.aliases}
+        called = {alias.lower(): key for alias, key in self._called()}
         for number, prompt in enumerate(self.config.prompts):
             key = ("prompts", number, "model")
             if prompt.model in keys or key in self.wrong:
@@ -240,22 +261,20 @@ class Checks:
 
     def _notify(self) -> Found:
         notify, place = self.config.notify, ("notify", "urls_env")
-        if any(key[:1] == ("notify",) for key in self.wrong):
-            return
+        wrong = {key[1] for key in self.wrong if key[:1] == ("notify",) and len(key) > 1}
         places = [name for name in ("urls_env", "urls_file", "urls_credential") if getattr(notify, name)]
         if len(places) > 1:
             message = f"stands beside {places[0]}, and addresses have one place; leave one of them out"
             yield ("notify", places[1]), message
-        elif notify.model_fields_set and not notify.on:
+        elif (notify.model_fields_set or wrong) and not notify.on and wrong <= {"events", "after", "pause"}:
+            # Else what is wrong may be meant as the address.
             yield place, 'is missing; write urls_env = "KEEPALIVE_TELL", the variable that holds where to'
 
     def _cluster(self) -> Found:
         cluster = self.config.cluster
         given = cluster.model_fields_set
-        if not cluster.on:
-            if given and ("cluster", "etcd") not in self.wrong:
-                yield ("cluster",), 'etcd is missing; write etcd = ["http://10.0.0.1:2379"], where it listens'
-            return
+        if given and not cluster.on and ("cluster", "etcd") not in self.wrong:
+            yield ("cluster",), 'etcd is missing; write etcd = ["http://10.0.0.1:2379"], where it listens'
         if cluster.password_env and cluster.password_file:
             message = "stands beside password_env, and a password has one place; leave one of them out"
             yield ("cluster", "password_file"), message
@@ -274,7 +293,9 @@ class Checks:
                     ("cluster", one),
                     f'is of no use without {other}; write {other} = "/etc/keepalive/etcd.pem"',
                 )
-        plain = [url for url in cluster.etcd if not url.startswith("https://")]
+        plain = [
+            url for _, url in self._sound(("cluster", "etcd"), cluster.etcd) if not url.startswith("https://")
+        ]
         for name in ("ca", "cert"):
             if plain and getattr(cluster, name):
                 yield ("cluster", name), f"is of no use with {shown(plain[0])}; write https://… for etcd"

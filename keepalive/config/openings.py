@@ -69,7 +69,12 @@ def with_openings(error: ConfigError, path: Path | None) -> ConfigError:
     torn = {
         at for at, _, name in (m.key.partition(".") for m in error.mistakes) if name[:3] in ("key", "ali")
     }
-    found = [m for m in read_openings(error.rest, path)[1] if m.key.partition(".")[0] not in torn]
+    told = {mistake.key for mistake in error.mistakes}
+    found = [
+        m
+        for m in read_openings(error.rest, path)[1]
+        if m.key.partition(".")[0] not in torn and m.key not in told
+    ]
     every = sorted((*error.mistakes, *found), key=lambda mistake: (mistake.line is None, mistake.line or 0))
     return ConfigError(every)
 

@@ -29,7 +29,7 @@ from keepalive.config.mistakes import (
     short,
     shown,
 )
-from keepalive.config.tables import SECTIONS, Config, Table
+from keepalive.config.tables import SECTIONS, Config, Table, one_or_many
 
 NO_FILE = "environment"
 """What mistakes are attributed to when there is no file."""
@@ -210,11 +210,8 @@ class _Reading:
 
     def _repair(self, key: Key) -> None:
         """Puts something sound in the place of what is wrong, so that the rest can be compared."""
-        if key[:1] + key[2:3] == ("models", "aliases") and len(key) == 4:
-            aliases = self.data["models"][key[1]].get("aliases")
-            if isinstance(aliases, list):  # in which the others are still compared, each at its place
-                aliases[int(key[3])] = f"alias {key[3]} of models[{key[1]}]"
-                return
+        if self._stands_in(key):
+            return
         while len(key) > 1 and not _header(key[:-1] if isinstance(key[-1], str) else key):
             key = key[:-1]  # a piece of a value, such as one text of a list: the value goes
             self.wrong.add(key)
@@ -231,6 +228,22 @@ class _Reading:
             here[last] = examples[last]
         else:
             here.pop(last, None)
+
+    def _stands_in(self, key: Key) -> bool:
+        """Whether it is one text of a list, of which the others can now be compared, each at its place."""
+        if len(key) < 2 or not isinstance(key[-1], int) or _header(key[:-1]):
+            return False
+        *path, name, position = key
+        info = _table_at(tuple(path)).model_fields.get(str(name))
+        if info is None or not info.examples:
+            return False
+        here: Any = self.data
+        for part in path:
+            here = here[part]
+        values: Any = one_or_many(here[name])
+        here[name] = list(values)
+        here[name][position] = info.examples[0]
+        return True
 
 
 # What begins like a section, and is no variable of another program or one that the config names.

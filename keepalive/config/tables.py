@@ -36,7 +36,7 @@ def _secret_place(what: str, pattern: str, example: str) -> PlainValidator:
     return PlainValidator(partial(values.read_secret_place, what=what, pattern=pattern, example=example))
 
 
-def _one_or_many(value: object) -> object:
+def one_or_many(value: object) -> object:
     """Text is a list too, with commas between: that is how a variable says it."""
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
@@ -93,7 +93,7 @@ T = TypeVar("T")
 Many = Annotated[
     tuple[T, ...],
     Field(strict=False),
-    BeforeValidator(_one_or_many),
+    BeforeValidator(one_or_many),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
 ]
 Tables = Annotated[tuple[T, ...], Field(strict=False)]

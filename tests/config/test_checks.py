@@ -112,6 +112,61 @@ def test_an_alias_that_is_none_does_not_hide_what_is_wrong_with_the_others() -> 
     assert places == [f"models[{n}].aliases[{m}]" for n, m in ((0, 0), (1, 1), (1, 0), (1, 2))]
 
 
+def places(text: str, environ: dict[str, str] | None = None) -> set[str]:
+    """Where something is wrong."""
+    return {said.split(": ")[1] for said in mistakes(text, environ or {})}
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        (
+            TWO + model("gemma", upstream="a") + '[[models]]\nkey = "Gemma"\nupstream = ["a", "?", "c"]\n',
+            {"models[1].upstream[1]", "models[1].key", "models[1].upstream"},
+        ),
+        (
+            TWO.replace('"b"', '"?"') + model("gemma", "x", upstream="a") + model("qwen", "x", upstream="a"),
+            {"upstreams[1].name", "models[1].aliases[0]"},
+        ),
+        (
+            TWO.replace('"b"', '"?"') + model("gemma", upstream="a") + model("gemma", upstream="a, b"),
+            {"upstreams[1].name", "models[1].key"},
+        ),
+        (
+            MODEL + 'prime = ["x", " ", "x", "learn", "prompts/agent.json"]\n',
+            {f"models[0].prime[{n}]" for n in (1, 2)},
+        ),
+        (
+            MODEL + '[notify]\nurls_env = "A"\nurls_file = "/b"\nevents = ["fails"]\n',
+            {"notify.events[0]", "notify.urls_file"},
+        ),
+        (MODEL + '[notify]\nafter = "soon"\n', {"notify.after", "notify.urls_env"}),
+        (
+            MODEL
+            + '[cluster]\netcd = ["https://e:2379", "e"]\nca = "/ca.pem"\ncert = "/c.pem"\nuser = "k"\n',
+            {"cluster.etcd[1]", "cluster.cert", "cluster.user"},
+        ),
+        (MODEL + '[cluster]\netcd = 1\nuser = "k"\n', {"cluster.etcd", "cluster.user"}),
+        (MODEL + '[cluster]\nuser = "k"\n', {"cluster", "cluster.user"}),
+    ],
+)
+def test_what_is_wrong_in_a_list_hides_nothing_that_is_wrong_elsewhere(text: str, wrong: set[str]) -> None:
+    assert places(text) == wrong
+
+
+def test_what_is_wrong_in_the_list_of_a_variable_hides_nothing_else_in_it() -> None:
+    variable = {"KEEPALIVE_MODELS__0__ALIASES": "chat, , gemma"}
+
+    assert places(MODEL, variable) == {"models[0].aliases[1]", "models[0].aliases[2]"}
+
+
+def test_what_stands_in_for_a_wrong_alias_is_nobodys_name() -> None:
+    text = '[server]\ndefault_model = "gpt-4o-mini"\n' + MODEL + "aliases = [1]\n"
+    prompt = '[[prompts]]\nid = 1\ntitle = "t"\nmodel = "gpt-4o-mini"\ncontent = "c"\n'
+
+    assert places(text + prompt) == {"models[0].aliases[0]", "prompts[0].model"}
+
+
 def test_advice_names_each_choice_once_and_only_where_the_value_could_stand() -> None:
     upstreams = "".join(f'[[upstreams]]\nname = "{n}"\nurl = "http://h:{p}"\n' for n, p in ("a1", "a2", "c3"))
     said = mistakes(upstreams + MODEL + '[history]\nkeep = "90d"\n')

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from keepalive.config import ConfigError, Mistake, Opening, read_openings
+from keepalive.config import ConfigError, Mistake, Opening, read_openings, with_openings
 from keepalive.config.openings import LARGEST
 from tests.kit.configs import MODEL, mistakes, parse
 
@@ -220,3 +220,14 @@ def test_without_a_file_the_environment_is_to_blame() -> None:
     assert str(mistake) == ('environment: models[0].prime[0]: "gone" cannot be read: there is no such file')
     with pytest.raises(ConfigError, match="gone"):
         raise ConfigError([mistake])
+
+
+def test_a_name_that_is_none_hides_no_other_file_and_is_told_once(tmp_path: Path) -> None:
+    text = MODEL + 'prime = ["gone.json", " ", "learn"]\n'
+    with pytest.raises(ConfigError) as wrong:
+        parse(text)
+
+    assert [mistake.key for mistake in with_openings(wrong.value, tmp_path / "config.toml").mistakes] == [
+        "models[0].prime[1]",
+        "models[0].prime[0]",
+    ]
