@@ -364,15 +364,17 @@ class _Arranging:
         for other in self.leaving:
             self._take_out(other)
         if not self._lacks(model):
-            self.waits[model.id] = f"waits for room: {_names(self.leaving)} is being unloaded"
+            self.waits[model.id] = (
+                f"waits for room: {_names(self.leaving)} {_verb(self.leaving, 'is', 'are')} being unloaded"
+            )
             self.leaving = []
             return True
         left = self._room()
         idle = self.idle if self._can_empty() else []
         chosen = self._choose(model, idle)
         if chosen is not None:
-            names = _names([*chosen, *[m for m, _ in self.spare]])
-            self.waits[model.id] = f"waits for room: {names} makes room"
+            going = [*chosen, *[m for m, _ in self.spare]]
+            self.waits[model.id] = f"waits for room: {_names(going)} {_verb(going, 'makes', 'make')} room"
             self._go(chosen)
             self.leaving = []
             return True
@@ -529,12 +531,19 @@ class _Arranging:
             lack = f"{self._size(model)}, and {gigabytes(free)} are free"
         if not self._could_ever(model):
             foreign = strangers(self.upstream, self.models)
-            whose = f"; {', '.join(foreign[:3])} was loaded by somebody else" if foreign else ""
+            was = "was" if len(foreign[:3]) == 1 else "were"
+            whose = f"; {', '.join(foreign[:3])} {was} loaded by somebody else" if foreign else ""
             self.never[model.id] = f"there is no room for it: {lack}{whose}"
             return self.never[model.id]
         if busy:
-            verb = "makes" if any(m.id in self.drains for m in busy) else "is in use; it makes"
-            return f"waits for room: {lack}; {_names(busy[:3])} {verb} room when its answers have ended"
+            some = busy[:3]
+            if any(m.id in self.drains for m in busy):
+                verb = _verb(some, "makes room when its", "make room when their")
+            else:
+                verb = _verb(
+                    some, "is in use; it makes room when its", "are in use; they make room when their"
+                )
+            return f"waits for room: {lack}; {_names(some)} {verb} answers have ended"
         return f"waits for room: {lack}"
 
     def _size(self, model: Model) -> str:
@@ -566,6 +575,10 @@ class _Arranging:
 
 def _names(models: Iterable[Model]) -> str:
     return ", ".join(dict.fromkeys(m.id.key for m in models))
+
+
+def _verb(models: Iterable[Model], one: str, many: str) -> str:
+    return one if len({m.id.key for m in models}) == 1 else many
 
 
 def gigabytes(bytes_: float) -> str:

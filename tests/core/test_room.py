@@ -971,11 +971,11 @@ def test_all_copies_of_a_model_count_when_it_is_weighed_whether_it_may_stay():
     ]
     assert (
         arrangement(up(35), first, second, asked("c", 20)).waits[ident("c")]
-        == "waits for room: b, a makes room"
+        == "waits for room: b, a make room"
     )
     assert (
         arrangement(up(35), first, second, asked("c", 28)).waits[ident("c")]
-        == "waits for room: a, b makes room"
+        == "waits for room: a, b make room"
     )
 
 
@@ -1089,7 +1089,7 @@ def test_there_is_hope_while_what_is_in_the_way_is_ours_and(in_the_way: Model):
 
 def test_what_it_waits_for_names_those_who_answer_and_not_what_lies_idle():
     idle, busy = there("i", 5), [there(key, 12, in_flight=1) for key in "bc"]
-    end = "b, c is in use; it makes room when its answers have ended"
+    end = "b, c are in use; they make room when their answers have ended"
     fresh = there("b", 20, waiting=4, waiting_since=NOW - 60)
     waits = asked("a", 25)
 
@@ -1104,7 +1104,7 @@ def test_what_it_waits_for_tells_once_room_is_being_made():
     busy = [there(key, 15, in_flight=1, recent_loads=(took,)) for key, took in (("b", 90.0), ("c", 9.0))]
 
     assert why(up(), asked("a", 15, since=NOW - 120), *busy) == (
-        "waits for room: it takes 15.0 GB, and 0.0 GB are free; c, b makes room when its answers have ended"
+        "waits for room: it takes 15.0 GB, and 0.0 GB are free; c, b make room when their answers have ended"
     )
 
 
