@@ -432,11 +432,14 @@ def doctor(url: UrlOption = None, path: ConfigOption = None) -> None:
     except config.ConfigError as error:
         _fail(f"{error}\nA daemon does not start with this config. Mend it, then ask again.", 1)
     address, status, silence = _admin_url(url, path), None, ""
+    requests: list[dict[str, Any]] = []
     try:
         status = _fetch(address)
     except _NoAnswer as error:
         silence = str(error)
-    seen = asyncio.run(practice.gather(settings, found, _environ(), address, status, silence))
+    with contextlib.suppress(_NoAnswer):  # a daemon before 1.1 does not tell them
+        requests = _fetch(address, "/api/requests", holds="requests")["requests"] if status else []
+    seen = asyncio.run(practice.gather(settings, found, _environ(), address, status, silence, requests))
     findings = practice.findings(seen)
     console = _console()
     for finding in findings:
@@ -571,7 +574,12 @@ class _NoAnswer(KeepaliveError):
 
 
 def _fetch(
-    address: str, route: str = "/api/status", *, method: str = "GET", timeout: float = ANSWER_TIMEOUT
+    address: str,
+    route: str = "/api/status",
+    *,
+    method: str = "GET",
+    timeout: float = ANSWER_TIMEOUT,
+    holds: str = "models",
 ) -> Any:
     # No proxy: the daemon is near, and a proxy would not be.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -591,7 +599,7 @@ def _fetch(
         reason = getattr(reason, "strerror", None) or reason
         where = "Another address: --url or KEEPALIVE_ADMIN_URL."
         raise _NoAnswer(f"no daemon at {address} ({reason}). Is it running? {where}") from error
-    if not isinstance(document, dict) or "models" not in document:
+    if not isinstance(document, dict) or holds not in document:
         raise _NoAnswer(f"what answers at {address} is not keepalive", final=True)
     return document
 

@@ -8,7 +8,8 @@ import asyncio
 import importlib.util
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, tzinfo
@@ -22,6 +23,7 @@ from zoneinfo import ZoneInfoNotFoundError
 from keepalive import __version__
 from keepalive.admin.words import span
 from keepalive.config import Config, Kept, Upstream, overbooked, written
+from keepalive.core.callers import Outcome
 from keepalive.core.errors import KeepaliveError, TimedOut, Unauthorized, Unexpected, Unreachable
 from keepalive.core.explain import RIVAL
 from keepalive.core.facts import Entry, Tier, fold_key
@@ -42,6 +44,10 @@ SKEW_MAX = 60.0
 SUGGESTED_FROM = 1000
 # A question to systemd that takes longer will not be answered.
 SYSTEM_TIMEOUT = 5.0
+# As the alerts have it: who generates a tool call may well say nothing for some minutes.
+SILENT_FOR = 300.0
+# An answer without a word happens. Not to half of those who ask, nor so often in a quarter of an hour.
+EMPTY_LEAST, EMPTY_MANY = 2, 5
 # Less than this between two pings would be work for LM Studio rather than a sign of life.
 PING_LEAST = 1.0
 
@@ -86,6 +92,7 @@ class Evidence:
     silence: str
     host: Host
     probes: Mapping[str, Probe] = field(default_factory=dict)
+    requests: Sequence[Json] = ()  # those of the last minutes
 
     def upstream_status(self, name: str) -> Json | None:
         return next((u for u in (self.status or {}).get("upstreams", ()) if u["name"] == name), None)
@@ -106,6 +113,7 @@ async def gather(
     address: str,
     status: Json | None,
     silence: str = "",
+    requests: Sequence[Json] = (),
 ) -> Evidence:
     """Ask every upstream and this machine. Bounded by the longest `list_timeout`, three times."""
     probes = await asyncio.gather(*(_probe(config, upstream, environ) for upstream in config.upstreams))
@@ -116,7 +124,8 @@ async def gather(
         clock = await _said("timedatectl", "show", "--property=NTPSynchronized", "--value")
         unit = await _said("systemctl", "is-enabled", "keepalive.service")
         host = replace(host, synchronized={"yes": True, "no": False}.get(clock or ""), unit=unit)
-    return Evidence(config, path, address, status, silence, host, dict(zip(names, probes, strict=True)))
+    probed = dict(zip(names, probes, strict=True))
+    return Evidence(config, path, address, status, silence, host, probed, requests)
 
 
 async def _probe(config: Config, upstream: Upstream, environ: Mapping[str, str]) -> Probe:
@@ -189,6 +198,7 @@ def findings(seen: Evidence) -> list[Finding]:
         *(finding for upstream in seen.config.upstreams for finding in _upstream(seen, upstream)),
         *(finding for kept in seen.config.kept for finding in _model(seen, kept)),
         *_without_room(seen),
+        *_answers(seen),
         *_cluster(seen),
         *_listeners(seen),
         *_clock(seen),
@@ -488,6 +498,32 @@ def _unlisted(seen: Evidence, kept: Kept, entries: Mapping[str, Entry]) -> Findi
     )
 
 
+def _answers(seen: Evidence) -> Iterator[Finding]:
+    """Answers that began and say nothing more, and those that never said a word."""
+    for model in (seen.status or {}).get("models", ()):
+        name = f"{model['key']} on {model['upstream']}"
+        silent = model.get("silent_seconds") or 0.0
+        if silent >= SILENT_FOR:
+            yield Finding(
+                f"an answer of {name} has been silent for {span(silent)}",
+                "a long tool call is generated in silence; else the model hangs, and its caller waits until "
+                "stall_timeout ends it",
+                f"lms ps; where it does nothing: lms unload {model.get('instance_id') or model['key']}, and keepalive "
+                "loads it again",
+            )
+        asked = [r for r in seen.requests if (r["upstream"], r["model"]) == (model["upstream"], model["key"])]
+        ends = Counter(request["outcome"] for request in asked)
+        empty, answers = ends[Outcome.EMPTY], ends[Outcome.EMPTY] + ends[Outcome.OK]
+        if empty >= EMPTY_MANY or (empty >= EMPTY_LEAST and 2 * empty >= answers):
+            yield Finding(
+                f"{empty} of the last {answers} answers of {name} were empty",
+                "they were whole and well formed, and said nothing: often a chat template that does not fit the "
+                "model, or a stop word of the callers",
+                "ask it in LM Studio's own chat window: silent there, too, load another build of it; else look at "
+                "what the callers send",
+            )
+
+
 def _without_room(seen: Evidence) -> Iterator[Finding]:
     """Models for which there is no room: by what the file says, and by what the daemon says now."""
     models = (seen.status or {}).get("models", ())
@@ -511,10 +547,11 @@ def _without_room(seen: Evidence) -> Iterator[Finding]:
             and (model["upstream"], model["key"]) not in told
             and (model["reason"] or "").startswith(("waits for room", "there is no room"))
         ]
+        were = "was" if len(strangers) == 1 else "were"
         if short and strangers:
             yield Finding(
                 f"{short[0]['key']} on {upstream['name']} {short[0]['reason']}",
-                f"{', '.join(strangers)} was loaded by somebody else, and keepalive never unloads that",
+                f"{', '.join(strangers)} {were} loaded by somebody else, and keepalive never unloads that",
                 "; ".join(_unload(upstream, key) for key in strangers),
             )
         if memory.get("source") == "refusal":

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -33,20 +34,32 @@ STATUS = {
 async def examine(text: str, running: Daemon | None, **environ: str) -> list[Finding]:
     """What doctor finds with this config beside this daemon; nothing about the machine that runs the test."""
     status = json.loads((await asked(f"{running.admin_url}/api/status"))[2]) if running else None
+    requests = (
+        json.loads((await asked(f"{running.admin_url}/api/requests"))[2])["requests"] if running else []
+    )
     address = running.admin_url if running else "http://127.0.0.1:9235"
     parsed = config.parse(text, "config.toml", environ)
-    seen = await doctor.gather(parsed, Path("config.toml"), environ, address, status, "no daemon answers")
+    seen = await doctor.gather(
+        parsed, Path("config.toml"), environ, address, status, "no daemon answers", requests
+    )
     return findings(replace(seen, host=Host(datetime.now(UTC), ZoneInfo("Europe/Lisbon"))))
 
 
-def at_rest(text: str, status: dict[str, object] | None = None, host: Host | None = None) -> list[Finding]:
+def at_rest(
+    text: str,
+    status: dict[str, object] | None = None,
+    host: Host | None = None,
+    requests: Sequence[dict[str, object]] = (),
+) -> list[Finding]:
     """What is found without asking any LM Studio."""
     text = text if "[[models]]" in text else f'{text}\n[[models]]\nkey = "gemma"\n'
     parsed = config.parse(text, "config.toml", {})
     host = host or Host(NOW, ZoneInfo("Europe/Lisbon"))
     status = {**STATUS, "models": [{"upstream": k.upstream, "key": k.key, "state": "warm"} for k in parsed.kept],
               **(status or {})}  # fmt: skip
-    return findings(Evidence(parsed, Path("config.toml"), "http://10.0.0.9:9235", status, "", host))
+    return findings(
+        Evidence(parsed, Path("config.toml"), "http://10.0.0.9:9235", status, "", host, requests=requests)
+    )
 
 
 async def warm(running: Daemon, *keys: str) -> None:
@@ -135,6 +148,52 @@ def test_another_version_of_the_daemon_is_found() -> None:
 
     assert found[0].what == f"the daemon is version 0.0.1, and this command {__version__}"
     assert found[0].do == "systemctl restart keepalive"
+
+
+# --- answers ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("seconds", "count"), [(None, 0), (299, 0), (312, 1)])
+def test_an_answer_that_has_been_silent_for_minutes_is_found(seconds: int | None, count: int) -> None:
+    gemma = {"upstream": "local", "key": "gemma", "state": "warm", "instance_id": "gemma:2"}
+
+    found = at_rest("", {"models": [{**gemma, "silent_seconds": seconds}]})
+
+    assert [finding.what for finding in found] == [
+        "an answer of gemma on local has been silent for 5 min"
+    ] * count
+    assert all("lms unload gemma:2" in finding.do for finding in found)
+
+
+@pytest.mark.parametrize(
+    ("empty", "good", "count"), [(1, 0, 0), (2, 0, 1), (2, 2, 1), (2, 3, 0), (4, 5, 0), (5, 40, 1)]
+)
+def test_answers_without_a_word_are_found_where_they_are_no_exception(
+    empty: int, good: int, count: int
+) -> None:
+    of_gemma = {"model": "gemma", "upstream": "local"}
+    requests = [{**of_gemma, "outcome": "empty"}] * empty + [{**of_gemma, "outcome": "ok"}] * good
+    others = [{"model": None, "upstream": None, "outcome": "empty"}] * 9
+
+    found = at_rest("", requests=[*requests, *others])
+
+    assert [finding.what for finding in found] == [
+        f"{empty} of the last {empty + good} answers of gemma on local were empty"
+    ] * count
+
+
+async def test_a_model_that_says_nothing_is_found_by_what_an_operator_types(tmp_path: Path) -> None:
+    async with simulator(SimModel("gemma", load_seconds=0.05), answer_tokens=0) as server:
+        text = settings(server.url, "gemma")
+        (tmp_path / "config.toml").write_text(text)
+        async with daemon(text) as running:
+            await warm(running, "gemma")
+            for stream in (True, False):
+                body = {"model": "gemma", "messages": [{"role": "user", "content": "hi"}], "stream": stream}
+                await asked(f"{running.url}/v1/chat/completions", "POST", body)
+            typed = await asyncio.to_thread(command, "doctor", "--url", running.admin_url, cwd=tmp_path)
+
+    assert "✗ 2 of the last 2 answers of gemma on local were empty" in typed.stdout
 
 
 # --- LM Studio ----------------------------------------------------------------------------------------
