@@ -11,6 +11,7 @@ that of a request, whose fields are always the same, is put together here: what 
 line would cost a small request as much as passing it on.
 """
 
+import errno
 import json
 import logging
 import os
@@ -56,6 +57,9 @@ LINES_WAITING = 10_000
 GATHER = 0.1
 # A longer write might still be under way when the end no longer waits for it.
 WRITE_BYTES = 65_536
+# There may be room again: somebody clears the disk, or cuts the file.
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FULL_RETRY = 1.0
 # Longer than this the end does not wait for somebody to take the last lines.
 LAST_WORDS = 1.0
 # One library can repeat itself 2,000 times in a second, as when no file can be opened any more.
@@ -69,8 +73,8 @@ class _Output(logging.Handler):
     """Renders where the line was written, and writes in a thread that nobody has to wait for.
 
     The thread takes no lock that others need: not this handler's, which the interpreter takes when it ends,
-    and not that of `sys.stderr`. Lines that do not fit are dropped, since the alternative is to wait; once there is
-    room again, a line says how many they were.
+    and not that of `sys.stderr`. While a disk is full lines wait for room on it. Those that do not fit are dropped,
+    since the alternative is to have callers wait; once there is room again, a line says how many they were.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -129,14 +133,18 @@ class _Output(logging.Handler):
         return b"\n".join(lines) + b"\n"
 
     def _write(self, batch: bytes) -> None:
-        # Nobody is there to be told: a terminal that was closed, a full disk.
-        with suppress(OSError):
-            while batch and not self._over:
-                try:
-                    batch = batch[os.write(self._file, batch) :]
-                except BlockingIOError:
-                    # Somebody who shares the terminal has made it non-blocking.
-                    select.select([], [self._file], [])
+        while batch and not self._over:
+            try:
+                batch = batch[os.write(self._file, batch) :]
+            except BlockingIOError:
+                # Somebody who shares the terminal has made it non-blocking.
+                select.select([], [self._file], [])
+            except OSError as error:
+                if error.errno not in FULL:
+                    return  # nobody is there to be told: a terminal that was closed, a reader who left
+                if not self._ending.wait(FULL_RETRY):
+                    continue
+                time.sleep(GATHER)  # the end waits for this thread, and not for long
 
 
 class _Prioritized(structlog.stdlib.ProcessorFormatter):

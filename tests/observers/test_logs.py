@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,8 @@ from tests.kit.live import PATIENCE, environment, wait_until
 
 GEMMA = ModelId("local", "gemma")
 CANARY = "sk-canary-4711"
+FULL_DISK = Path("/dev/full")
+full_disk = pytest.mark.skipif(not FULL_DISK.exists(), reason="this system has no disk that is always full")
 
 
 @contextmanager
@@ -582,6 +585,67 @@ def test_a_request_that_went_well_is_said_at_info(tmp_path: Path, level: str, ou
             logs.request(seen)
 
     assert [json.loads(line)["outcome"] for line in (tmp_path / "log").read_text().splitlines()] == outcomes
+
+
+@contextmanager
+def log_to_a_full_disk(path: Path) -> Iterator[Callable[[], object]]:
+    """A log for which there is no room, until the caller says so; from then on it is in this file."""
+    with FULL_DISK.open("w") as stream, path.open("w") as file:
+        stop = logs.start(level="info", as_json=True, stream=stream)
+        try:
+            yield partial(os.dup2, file.fileno(), stream.fileno())
+        finally:
+            stop()
+
+
+def rows_in(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@full_disk
+def test_what_is_said_while_the_disk_is_full_is_written_once_there_is_room(tmp_path: Path) -> None:
+    path, log = tmp_path / "log", logs.logger()
+    with log_to_a_full_disk(path) as is_cleared:
+        for number in range(300):
+            log.info("line", number=number)
+        wait_until(lambda: logging.getLogger().handlers[0].idle, "it was tried")
+        log.info("line", number=300)
+        is_cleared()
+        wait_until(lambda: path.read_text().count("\n") == 301, "all of it is written")
+
+    assert [row["number"] for row in rows_in(path)] == list(range(301))
+
+
+@full_disk
+def test_what_did_not_fit_while_the_disk_was_full_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "LINES_WAITING", 20)
+    path, log = tmp_path / "log", logs.logger()
+    with log_to_a_full_disk(path) as is_cleared:
+        log.info("line", number=0)
+        wait_until(lambda: logging.getLogger().handlers[0].idle, "it was tried")
+        for number in range(1, 31):
+            log.info("line", number=number)
+        is_cleared()
+        wait_until(lambda: path.read_text().count("\n") == 21, "what fitted is written")
+        log.info("line", number=31)
+
+    rows = rows_in(path)
+    assert [row.get("number") for row in rows] == [*range(21), None, 31]
+    assert (rows[21]["event"], rows[21]["lines"]) == ("log.lines_lost", 10)
+
+
+@full_disk
+def test_a_full_disk_holds_up_nobodys_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "LAST_WORDS", 0.05)
+    with FULL_DISK.open("w") as stream:
+        stop = logs.start(level="info", as_json=True, stream=stream)
+        output = logging.getLogger().handlers[0]
+        logs.logger().info("line")
+        wait_until(lambda: output.idle, "it was tried")  # type: ignore[attr-defined]
+        stop()
+        wait_until(lambda: not output._thread.is_alive(), "nobody tries any more")  # type: ignore[attr-defined]
 
 
 def test_how_many_lines_were_lost_is_said_once_there_is_room_again() -> None:
