@@ -59,6 +59,8 @@ BLIND_AFTER = 15.0
 PATIENCE = 3.0
 # Whoever has another config altogether is told enough by so many.
 DIFFERENCES_TOLD = 20
+# Who has left is shown as such for so long: names may be those of hosts that come and go.
+FORGOTTEN_AFTER = 3600.0
 # A last word to etcd at the end.
 LAST_WORD = 2.0
 
@@ -119,7 +121,7 @@ class Cluster:
         self._seen = Picture()
         self._saw = False  # any picture yet
         self._seeing = False  # what is recorded now was another's word
-        self._known: frozenset[ModelId] = frozenset()
+        self._known: frozenset[ModelId] = frozenset()  # what was kept here when the picture was seen
         self._written: dict[str, bytes | None] = {}  # since the picture
         self._wake = asyncio.Event()
         self._pictured = asyncio.Event()  # another one each time
@@ -143,7 +145,9 @@ class Cluster:
         self.config: Mapping[str, str] = {}
         self.places: Mapping[str, str] = {}
         self.handovers: dict[str, int] = {}
-        self._ever: dict[str, None] = {}
+        self._name = me.instance  # under which we are there
+        self._last_there: dict[str, float] = {}  # when each was last seen, of those who are not forgotten
+        self._newer: set[str] = set()  # members whose format is newer than ours, as was said
         self._last_holders: dict[str, str] = {}
         self.leaving = False
 
@@ -194,12 +198,12 @@ class Cluster:
                         return False
         except (EngineError, TimeoutError):
             return False
-        use = self._seen.uses_elsewhere(self._me.instance).get(key, Use())
+        use = self._seen.uses_elsewhere(self._name).get(key, Use())
         return yielded and not use.used and not use.waiting and self.acts(upstream)
 
     def _is_yielded(self, key: ModelId) -> bool:
         """Whether all others have said so. Who has just come has seen it before it has served anybody."""
-        others = self._seen.members.keys() - {self._me.instance}
+        others = self._seen.members.keys() - {self._name}
         uses = self._seen.uses
         return key in self._seen.yields and all(uses.get(o, {}).get(key, Use()).yielded for o in others)
 
@@ -251,7 +255,7 @@ class Cluster:
 
     @property
     def instance(self) -> str:
-        return self._me.instance
+        return self._name if self.doubled else self._me.instance
 
     @property
     def name(self) -> str:
@@ -259,31 +263,52 @@ class Cluster:
 
     @property
     def instances(self) -> Mapping[str, bool]:
-        return {instance: instance in self._seen.members for instance in self._ever}
+        there = self.members
+        return dict.fromkeys(there, True) | {name: False for name in self._last_there if name not in there}
+
+    @property
+    def members(self) -> Mapping[str, Member]:
+        """Those who are there. Whoever only waits for its own last life to be forgotten is not another one."""
+        found = sorted(self._seen.members.items())
+        return {name: m for name, m in found if m.doubled or rows.named(name) == name}
 
     @property
     def differences(self) -> list[str]:
         """What is not as it should be between members, in sentences."""
         found = []
-        if self.doubled:
-            found.append(f"another daemon goes by the name {self._me.instance!r}, too")
-        for instance, member in sorted(self._seen.members.items()):
-            if instance == self._me.instance:
+        members = self._seen.members
+        for name, member in sorted(members.items()):
+            other = members.get(rows.named(name))
+            if member.doubled and other is not None:
+                where = f"on {member.host or 'some host'} and on {other.host or 'some host'}"
+                found.append(f"two daemons go by the name {rows.named(name)!r}, {where}")
+            if member.format > rows.VERSION:
+                found.append(
+                    f"{name} ({member.version}) writes format {member.format} of what daemons tell each other, "
+                    f"{self._me.instance} ({self._me.version}) knows {rows.VERSION}: upgrade {self._me.instance}, too"
+                )
+        me = self.instance
+        for instance, member in self.members.items():
+            if instance == me:
                 continue
             found += [
-                f"{instance} reaches {upstream} at {member.places[upstream]}, {self._me.instance} at {place}"
+                f"{instance} reaches {upstream} at {member.places[upstream]}, {me} at {place}"
                 for upstream, place in sorted(self.places.items())
                 if member.places.get(upstream, place) != place
             ]
             mine, theirs = self.config, member.config
-            found += [f"only {self._me.instance} keeps {m}" for m in sorted(mine.keys() - theirs.keys())]
+            found += [f"only {me} keeps {m}" for m in sorted(mine.keys() - theirs.keys())]
             found += [f"only {instance} keeps {m}" for m in sorted(theirs.keys() - mine.keys())]
             found += [
-                f"{instance} loads {m} with {theirs[m]}, {self._me.instance} with {mine[m]}"
+                f"{instance} loads {m} with {theirs[m]}, {me} with {mine[m]}"
                 for m in sorted(mine.keys() & theirs.keys())
                 if mine[m] != theirs[m]
             ]
         return found[:DIFFERENCES_TOLD]
+
+    def kept(self, models: Iterable[ModelId]) -> None:
+        """A config was read: what it no longer names is told anew when a later one does."""
+        self._known &= frozenset(map(folded, models))
 
     @property
     def picture(self) -> Picture:
@@ -428,34 +453,39 @@ class Cluster:
         keeping = self._keeping()
         snapshot = keeping.snapshot()
         ids = {folded(model.id): model.id for model in snapshot.models}
-        old = self._seen if self._known == ids.keys() and self._saw else Picture()
+        # What is kept only since a reload has not been told anything yet; the others are told what is news.
+        old, known = self._seen, self._known
         for key in new.unreadable:
-            if new.values[key] != self._seen.values.get(key):
+            if new.values[key] != old.values.get(key):
                 self._tell("cluster.row_unreadable", well=False, key=(self._prefix + key)[:200])
+        self._tell_newer(new)
         held = frozenset(
             u for u, h in new.holders.items() if self._lease is not None and h.life == self._life
         )
         for model, intent in new.loads.items():
             if model in ids and intent.life != self._life:
-                self._see_load(ids[model], intent, old.loads.get(model), held)
+                self._see_load(ids[model], intent, old.loads.get(model) if model in known else None, held)
         # What is gone is told by what was seen, though what is kept here has changed since.
-        for model in self._seen.loads.keys() - new.loads.keys():
+        for model in old.loads.keys() - new.loads.keys():
             if model in ids and model.upstream not in held:
                 keeping.record(LoadResolved(self._clock(), ids[model]))
         for upstream, states in new.states.items():
             before = old.states.get(upstream, {})
             for model, told in states.items():
-                if upstream not in held and model in ids and told != before.get(model):
+                if upstream in held or model not in ids:
+                    continue
+                if model not in known or told != before.get(model):
                     keeping.record(self._told(ids[model], told))
         self._see_uses(new, ids)
-        for known in snapshot.models:
-            model = folded(known.id)
-            if model.upstream not in held and known.draining is not (model in new.yields):
-                fact = DrainEnded if known.draining else DrainStarted
-                keeping.record(fact(self._clock(), known.id))
+        for one in snapshot.models:
+            model = folded(one.id)
+            if model.upstream not in held and one.draining is not (model in new.yields):
+                fact = DrainEnded if one.draining else DrainStarted
+                keeping.record(fact(self._clock(), one.id))
         for model, wish in new.wishes.items():
-            key, others = rows.wish_key(model), wish.life != self._life
-            if model in ids and others and new.values[key] != old.values.get(key):
+            key = rows.wish_key(model)
+            news = model not in known or new.values[key] != old.values.get(key)
+            if model in ids and wish.life != self._life and news:
                 asked = WarmAsked if wish.warm else ReleaseAsked
                 self._seeing = True
                 keeping.record(asked(self._clock(), ids[model]))
@@ -464,8 +494,11 @@ class Cluster:
             if self._last_holders.get(upstream, holder.life) != holder.life:
                 self.handovers[upstream] = self.handovers.get(upstream, 0) + 1
             self._last_holders[upstream] = holder.life
-        self._ever |= dict.fromkeys(new.members)
         self._seen, self._saw, self._known, self._written = new, True, frozenset(ids), {}
+        now = self._awake()
+        there = dict.fromkeys(self.members, now)
+        left = {name: at for name, at in self._last_there.items() if now - at < FORGOTTEN_AFTER}
+        self._last_there = left | there
         self._pictured.set()
         self._pictured = asyncio.Event()
         if held != self._held:
@@ -473,6 +506,14 @@ class Cluster:
             # What others have written there meanwhile is not ours.
             self._states_said = {u: said for u, said in self._states_said.items() if u in held}
             keeping.tick()
+
+    def _tell_newer(self, new: Picture) -> None:
+        """Once of each: members are upgraded one by one, and until the last one is it must not be forgotten."""
+        newer = {name for name, member in new.members.items() if member.format > rows.VERSION}
+        for name in newer - self._newer:
+            reason = f"it writes format {new.members[name].format}, and this one knows {rows.VERSION}"
+            self._tell("cluster.member_newer", well=False, instance=name, reason=reason)
+        self._newer = newer
 
     def _see_load(self, model: ModelId, intent: Intent, before: Intent | None, held: frozenset[str]) -> None:
         keeping, now = self._keeping(), self._clock()
@@ -502,7 +543,7 @@ class Cluster:
         )
 
     def _see_uses(self, new: Picture, ids: Mapping[ModelId, ModelId]) -> None:
-        uses, told = new.uses_elsewhere(self._me.instance), {}
+        uses, told = new.uses_elsewhere(self._name), {}
         for key, model in ids.items():
             use, before = uses.get(key, Use()), self._used_told.get(key)
             fact = UsedElsewhere(self._clock(), model, use.waiting, use.used)
@@ -519,24 +560,31 @@ class Cluster:
         """Be there, hold what nobody holds, and let go of what another one can serve and we cannot."""
         if self._lease is None:
             return
-        there = self._seen.members.get(self._me.instance)
-        if there is None:
+        name = self._me.instance
+        other = self._seen.members.get(name)
+        if other is not None and other.life != self._life:
+            name = rows.stand_in(name, self._life)
+            self._is_doubled(other, name)
+        else:
             self._others_since = None
-            key = self._key(rows.member_key(self._me.instance))
-            await self._commit(
-                [created(key, 0)], {rows.member_key(self._me.instance): self._row()}, leased=True
-            )
-            self._look_again()
-            return
-        if there.life != self._life:
-            self._is_doubled(there)
-            return
-        self._others_since = None
-        snapshot = self._keeping().snapshot()
-        for upstream in snapshot.upstreams:
-            await self._stand_for(upstream)
+        there = self._seen.members.get(name)
+        if there is None:
+            await self._join(name)
+        elif there.life == self._life:
+            self._name = name
+            for upstream in self._keeping().snapshot().upstreams:
+                await self._stand_for(upstream)
 
-    def _is_doubled(self, other: Member) -> None:
+    async def _join(self, name: str) -> None:
+        """Be there under that name, and no longer under the one that stood in for it."""
+        key = rows.member_key(name)
+        changes: dict[str, bytes | None] = {key: self._row()}
+        if name == self._me.instance and self._name != name:
+            changes |= {rows.member_key(self._name): None, rows.uses_key(self._name): None}
+        await self._commit([created(self._key(key), 0)], changes, leased=True)
+        self._look_again()
+
+    def _is_doubled(self, other: Member, name: str) -> None:
         """Our last life is found there until its lease runs out. What stays longer is another daemon."""
         now = self._awake()
         if self._others_since is None:
@@ -548,14 +596,14 @@ class Cluster:
                 well=False,
                 instance=self._me.instance,
                 reason=f"another daemon of cluster {self._me.cluster!r}, on {other.host or 'some host'}, goes by that "
-                "name, too; give one of them another cluster.instance. Until then this one only serves what is warm",
+                f"name, too; give one of them another cluster.instance. Until then this one goes by {name!r}",
             )
 
     async def _stand_for(self, upstream: Upstream) -> None:
         name, now = upstream.name, self._awake()
         holder = self._seen.holders.get(name)
         up = upstream.state is UpstreamState.UP
-        seen = any(name in m.sees for i, m in self._seen.members.items() if i != self._me.instance)
+        seen = any(name in m.sees for m in self._seen.members.values() if m.life != self._life)
         if up or name not in self._held:
             self._blind_since.pop(name, None)
         if holder is None:
@@ -583,15 +631,16 @@ class Cluster:
 
     async def _publish(self) -> None:
         """Write what is not yet there of what others have to know."""
-        there = self._seen.members.get(self._me.instance)
+        there = self._seen.members.get(self._name)
         if self._lease is None or there is None or there.life != self._life:
             return
         snapshot = self._keeping().snapshot()
-        own = {rows.member_key(self._me.instance): self._row(snapshot)}
+        mine = rows.uses_key(self._name)
+        own = {rows.member_key(self._name): self._row(snapshot)}
         uses = self._uses(snapshot)
         if self._is_news(uses):
-            own[rows.uses_key(self._me.instance)] = rows.uses_row(uses)
-        if await self._write([], own, leased=True) and rows.uses_key(self._me.instance) in own:
+            own[mine] = rows.uses_row(uses)
+        if await self._write([], own, leased=True) and mine in own:
             self._uses_said, self._uses_at = uses, self._awake()
         wishes = {
             rows.wish_key(m): rows.wish_row(self._life, secrets.token_hex(4), warm=warm)
@@ -684,7 +733,7 @@ class Cluster:
 
     def _is_news(self, uses: Mapping[ModelId, Use]) -> bool:
         """Whether it cannot wait that somebody came; that they left can, for an interval."""
-        said = self._uses_said if rows.uses_key(self._me.instance) in self._seen.values else {}
+        said = self._uses_said if rows.uses_key(self._name) in self._seen.values else {}
         for key, use in uses.items():
             before = said.get(key, Use())
             came = use.waiting > 0 and before.waiting == 0
@@ -707,6 +756,7 @@ class Cluster:
                 ready=all(m.state is State.WARM for m in snapshot.models if m.wanted),
                 config=self.config,
                 places=self.places,
+                doubled=self.doubled,
             )
         )
 

@@ -9,8 +9,12 @@
     wishes/UPSTREAM/KEY     what a person has asked for, until that is spent
 
 Values are JSON objects with `v`, the version of their format. A newer member may add fields, and what is not known is
-passed over; whatever cannot be read counts as not there, but for a holder's row: that somebody holds it is plain from
-its being there. Keys of models are folded. Nothing here is a time of day: no two clocks are compared.
+passed over; of a newer format as much is read as is known, and who writes it is named. Whatever cannot be read counts
+as not there, but for a load and a holder: that there is one is plain from its row being there. Keys of models are
+folded. Nothing here is a time of day: no two clocks are compared.
+
+INSTANCE is unique among those who are there. Whoever finds its own taken, by its last life or by another daemon, goes
+by another one meanwhile, so that what its callers do is known from the start.
 """
 
 import json
@@ -26,6 +30,7 @@ VERSION = 1
 # Of a hundred models a holder writes some 30 kB. What is far larger was not written by one of us.
 VALUE_MAX = 512 * 1024
 SECONDS_MAX = 86_400.0
+STANDS_IN = "~"
 
 
 class Row(NamedTuple):
@@ -51,6 +56,8 @@ class Member:
     config: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     # Where it finds each upstream: one name is to mean one server.
     places: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    doubled: bool = False  # it has found that another daemon has its name
+    format: int = VERSION
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +124,7 @@ class Picture:
     values: Mapping[str, bytes] = field(default_factory=lambda: NONE)  # by key, as they were written
     modified: Mapping[str, int] = field(default_factory=lambda: NONE)  # by key, at which revision
     unreadable: tuple[str, ...] = ()
+    newer: tuple[str, ...] = ()  # keys of rows in a format that is newer than ours
 
     def uses_elsewhere(self, instance: str) -> Mapping[ModelId, Use]:
         """What callers of all others do, taken together."""
@@ -136,6 +144,16 @@ def folded(model: ModelId) -> ModelId:
 
 def member_key(instance: str) -> str:
     return f"members/{instance}"
+
+
+def stand_in(instance: str, life: str) -> str:
+    """What a member goes by while its name is taken; no config can name anybody so."""
+    return f"{instance}{STANDS_IN}{life[:8]}"
+
+
+def named(member: str) -> str:
+    """What its config calls it."""
+    return member.partition(STANDS_IN)[0]
 
 
 def holder_key(upstream: str) -> str:
@@ -179,6 +197,7 @@ def member_row(member: Member) -> bytes:
             "ready": member.ready,
             "config": dict(member.config),
             "places": dict(member.places),
+            "doubled": member.doubled,
         }
     )
 
@@ -247,6 +266,7 @@ def picture(rows: Iterable[Row]) -> Picture:
     values: dict[str, bytes] = {}
     modified: dict[str, int] = {}
     unreadable: list[str] = []
+    newer: list[str] = []
     for row in rows:
         values[row.key], modified[row.key] = row.value, row.modified
         kind, _, rest = row.key.partition("/")
@@ -260,6 +280,8 @@ def picture(rows: Iterable[Row]) -> Picture:
                 # Whatever it was to say: somebody may be loading that.
                 loads[ModelId(upstream, key)] = Intent("somebody", "", row.created)
             continue
+        if said["v"] > VERSION:
+            newer.append(row.key)
         match kind:
             case "members":
                 members[rest] = _member(rest, said)
@@ -280,12 +302,20 @@ def picture(rows: Iterable[Row]) -> Picture:
                 states[rest] = _states(rest, said)
             case "yields" if key:
                 yields.add(ModelId(upstream, key))
-            case "wishes" if key:
-                wishes[ModelId(upstream, key)] = Wish(
-                    said.get("warm") is True, _text(said, "life"), row.created
-                )
+            case "wishes" if key and isinstance(said.get("warm"), bool):
+                wishes[ModelId(upstream, key)] = Wish(said["warm"], _text(said, "life"), row.created)
     return Picture(
-        members, holders, uses, loads, states, wishes, frozenset(yields), values, modified, tuple(unreadable)
+        members,
+        holders,
+        uses,
+        loads,
+        states,
+        wishes,
+        frozenset(yields),
+        values,
+        modified,
+        tuple(unreadable),
+        tuple(newer),
     )
 
 
@@ -299,7 +329,7 @@ def _object(value: bytes) -> Json | None:
         said = json.loads(value)
     except (ValueError, RecursionError):
         return None
-    return said if isinstance(said, dict) and isinstance(said.get("v"), int) else None
+    return said if isinstance(said, dict) and type(said.get("v")) is int else None
 
 
 def _member(instance: str, said: Json) -> Member:
@@ -317,6 +347,8 @@ def _member(instance: str, said: Json) -> Member:
         ready=said.get("ready") is True,
         config=_texts(said, "config"),
         places=_texts(said, "places"),
+        doubled=said.get("doubled") is True,
+        format=said["v"],
     )
 
 

@@ -56,6 +56,8 @@ def load_started(model: Model, fact: LoadStarted) -> Model:
     return replace(
         model,
         load_started=fact.at,
+        # How far it is is told anew; of a load by another daemon it may be known to have been further.
+        progress=None,
         retry_at=None,
         claim=fact.claim,
         ahead=fact.ahead,

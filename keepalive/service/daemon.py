@@ -380,6 +380,7 @@ class Daemon:
     def _introduce(self) -> None:
         """Let the other daemons of the cluster know where this one is, and how it would load."""
         if self.cluster is not None:
+            self.cluster.kept(self._kept)
             self.cluster.addresses = (self.admin_url, self.url)
             self.cluster.config = membership.settings_of(self._kept.values())
             self.cluster.places = membership.places_of(self._config.upstreams)

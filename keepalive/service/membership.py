@@ -69,7 +69,9 @@ def places_of(upstreams: Iterable[Upstream]) -> Mapping[str, str]:
 
 def document(cluster: "Cluster") -> Mapping[str, Any]:
     """What the status says of it."""
-    picture = cluster.picture
+    members = cluster.members
+    names = {member.life: name for name, member in members.items()}
+    holders = sorted(cluster.picture.holders.items())
     return {
         "name": cluster.name,
         "instance": cluster.instance,
@@ -84,9 +86,9 @@ def document(cluster: "Cluster") -> Mapping[str, Any]:
                 "ready": member.ready,
                 "sees": sorted(member.sees),
             }
-            for name, member in sorted(picture.members.items())
+            for name, member in members.items()
         ],
-        "holders": {upstream: holder.instance for upstream, holder in sorted(picture.holders.items())},
+        "holders": {upstream: names.get(holder.life, holder.instance) for upstream, holder in holders},
         "differences": cluster.differences,
     }
 
@@ -95,8 +97,8 @@ def targets(cluster: "Cluster | None", own: str) -> list[Mapping[str, Any]]:
     """Where Prometheus finds the metrics of all daemons, as its `http_sd` takes it."""
     if cluster is None:
         return [{"targets": [urlsplit(own).netloc], "labels": {}}]
-    members = {name: (member.admin, member.host) for name, member in cluster.picture.members.items()}
-    members = {cluster.instance: (own, socket.gethostname()), **members}
+    members = {name: (member.admin, member.host) for name, member in cluster.members.items()}
+    members = {**members, cluster.instance: (own, socket.gethostname())}
     return [
         {
             "targets": [_reachable(admin, host)],

@@ -5,23 +5,27 @@ import contextlib
 import json
 import socket
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from keepalive.cluster import rows
-from keepalive.cluster.etcd import Access, Etcd, put
-from keepalive.core.facts import DrainStarted
+from keepalive.cluster.etcd import Access, Etcd, delete, put
+from keepalive.core.facts import DrainStarted, LoadProgressed, LoadStarted, ModelId
 from keepalive.service.daemon import Daemon
 from keepalive.simulator.models import SimModel
 from keepalive.simulator.server import Server
+from tests.cluster.test_seeing import Records, a_member
 from tests.kit import etcd as kit
 from tests.kit.etcd import needs_etcd
 from tests.kit.live import asked, daemon, let_it_load, loads, model, reserved_port, settings, simulator, until
+from tests.kit.models import after, cold
 
 GEMMA = SimModel("gemma", size_bytes=2_000_000_000, load_seconds=0.3)
 SLOW = SimModel("gemma", size_bytes=2_000_000_000, load_seconds=600.0)
+GEMMA_THERE = ModelId("local", "gemma")
 AUTO = 'key = "gemma"\nkeep = "auto"'
 
 pytestmark = [needs_etcd, pytest.mark.xdist_group("etcd")]
@@ -205,6 +209,34 @@ async def test_what_another_gives_to_nobody_stays_while_somebody_there_has_it_st
     await engine.close()
 
 
+async def test_what_was_written_since_the_last_look_keeps_nothing_else_from_being_written(server: kit.Etcd):
+    now = 100.0
+    half = after(cold(), LoadStarted(10, GEMMA_THERE), LoadProgressed(20, GEMMA_THERE, 0.2))
+    keeping = Records(half)
+    engine = Etcd([server.url], Access(), timeout=20)
+    holding = a_member(keeping, server.url, cluster="since", awake=lambda: now)
+    holding._lease, holding._life = await engine.grant(60), "life"
+    prefix = "/keepalive/since/"
+    begun = {
+        rows.holder_key("local"): rows.holder_row("a", "life"),
+        rows.load_key(GEMMA_THERE): rows.load_row(rows.Intent("a", "life", 0)),
+    }
+    await engine.commit([], [put(prefix + key, value) for key, value in begun.items()])
+    holding._see(rows.picture(await engine.rows(prefix)))
+    since = holding.picture.holders["local"].created
+    await holding._publish_state("local", since, keeping.snapshot())
+    # It is further before it was looked at again; and something has failed meanwhile.
+    now = 110.0
+    keeping.models[GEMMA_THERE] = replace(half, progress=0.4, failures=7)
+    await holding._publish_state("local", since, keeping.snapshot())
+
+    found = rows.picture(await engine.rows(prefix))
+    assert found.states["local"][GEMMA_THERE].failures == 7
+    assert found.loads[GEMMA_THERE].progress == 0.2
+    await engine.close()
+    await holding.close()
+
+
 class Yielded:
     """Sees that a model is given to nobody any more."""
 
@@ -328,15 +360,54 @@ async def test_a_lone_daemon_shows_nothing_of_a_cluster_and_is_a_target_of_its_o
         assert metrics(running) == []
 
 
-async def test_two_of_one_name_are_told_so_and_one_acts(server: kit.Etcd, capsys: Any):
+async def test_two_of_one_name_are_told_so_and_what_the_callers_of_both_use_is_known(server: kit.Etcd):
     async with (
         simulator(GEMMA) as studio,
         members(studio, server.url, "twins", "a", "a", ttl="3s") as running,
     ):
         await warm(*running)
+        first, other = await holder(running)
+        assert first.cluster is not None
+        assert other.cluster is not None
         await until(lambda: any(one.cluster and one.cluster.doubled for one in running), "one is told")
+        await until(lambda: all(one.status()["cluster"]["differences"] for one in running), "all say so")
+        here = socket.gethostname()
 
+        said = f"two daemons go by the name 'a', on {here} and on {here}"
+        assert [one.status()["cluster"]["differences"] for one in running] == [[said]] * 2
+        assert len(first.status()["cluster"]["members"]) == 2
+        assert len(json.loads((await asked(f"{first.admin_url}/api/targets"))[2])) == 2
+        # Whoever acts is to know what the other one's callers use.
+        seen = first.cluster
+        while not seen.picture.uses_elsewhere(seen._name).get(GEMMA_THERE, rows.Use()).used:
+            assert (await chat(other))[0] == 200
         assert loads(studio.studio) == 1
+
+
+async def test_whoever_starts_again_while_its_last_life_is_not_forgotten_takes_part_at_once(server: kit.Etcd):
+    engine = Etcd([server.url], Access(), timeout=20)
+    last = "/keepalive/again/" + rows.member_key("a")
+    await engine.commit([], [put(last, rows.member_row(rows.Member("a", "last life", "vm")))])
+    async with (
+        simulator(GEMMA) as studio,
+        members(studio, server.url, "again", "a", "b") as (running, other),
+    ):
+        await warm(running, other)
+        assert running.cluster is not None
+        assert other.cluster is not None
+        assert (await chat(running))[0] == 200
+        seen = other.cluster
+        await until(
+            lambda: seen.picture.uses_elsewhere("b").get(GEMMA_THERE, rows.Use()).used, "its callers are seen"
+        )
+        names = [member["instance"] for member in other.status()["cluster"]["members"]]
+        await engine.commit([], [delete(last)])
+        await until(lambda: sorted(seen.picture.members) == ["a", "b"], "it has its name")
+
+        assert names == ["a", "b"]
+        assert not running.cluster.doubled
+        assert seen.picture.members["a"].life == running.cluster._life
+    await engine.close()
 
 
 async def test_garbage_under_our_prefix_hurts_nobody(server: kit.Etcd):

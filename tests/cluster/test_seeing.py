@@ -1,7 +1,9 @@
 """What a member makes of what it is told, no real etcd asked."""
 
 import asyncio
+import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +18,7 @@ from keepalive.core.records import Model, Snapshot
 from tests.kit.live import until
 from tests.kit.models import GEMMA, a_model, warm
 
+QWEN = ModelId("local", "qwen")
 HELD = rows.Row(rows.holder_key("local"), rows.holder_row("b", "life"), 1)
 YIELD = rows.Row(rows.yield_key(GEMMA), rows.holder_row("b", "life"), 2)
 
@@ -37,15 +40,23 @@ class Records:
     def reconsider(self) -> None: ...
 
 
-def a_member(keeping: Records, url: str = "", *, told: list[str] | None = None, ttl: float = 10.0) -> Cluster:
+def a_member(
+    keeping: Records,
+    url: str = "",
+    *,
+    told: list[str] | None = None,
+    ttl: float = 10.0,
+    awake: Callable[[], float] = time.monotonic,
+    cluster: str = "ward",
+) -> Cluster:
     told = [] if told is None else told
     return Cluster(
         Etcd([url], Access(), 5.0),
-        Self("ward", "a", "host", "1"),
+        Self(cluster, "a", "host", "1"),
         ttl,
         lambda: keeping,
         time.monotonic,
-        time.monotonic,
+        awake,
         lambda event, *, well, **fields: told.append(event),
     )
 
@@ -56,11 +67,94 @@ def test_what_is_let_go_no_more_is_given_again_though_the_config_was_read_anew_j
     cluster._see(rows.picture([HELD, YIELD]))
     assert not keeping.models[GEMMA].given
 
-    qwen = ModelId("local", "qwen")
-    keeping.models[qwen] = replace(a_model(), id=qwen)
+    keeping.models[QWEN] = replace(a_model(), id=QWEN)
     cluster._see(rows.picture([HELD]))
 
     assert keeping.models[GEMMA].given
+
+
+RELEASED = rows.Row(rows.wish_key(GEMMA), rows.wish_row("life", "1", warm=False), 3)
+QWEN_RELEASED = rows.Row(rows.wish_key(QWEN), rows.wish_row("life", "2", warm=False), 4)
+
+
+def test_a_wish_that_is_known_is_not_wished_again_because_the_config_was_read_anew():
+    keeping = Records(warm())
+    cluster = a_member(keeping)
+    standing = rows.picture([HELD, RELEASED, QWEN_RELEASED])
+    cluster._see(standing)
+    assert keeping.models[GEMMA].asked_for is False
+    # It is spent here: that the holder has yet to take it away is no reason to begin anew.
+    keeping.models[GEMMA] = replace(keeping.models[GEMMA], asked_for=None)
+
+    keeping.models[QWEN] = replace(a_model(), id=QWEN)
+    cluster.kept([GEMMA, QWEN])
+    cluster._see(standing)
+
+    assert keeping.models[GEMMA].asked_for is None
+    assert keeping.models[QWEN].asked_for is False
+
+
+def test_what_others_load_is_known_again_of_a_model_that_the_config_names_again():
+    loading = rows.picture(
+        [HELD, rows.Row(rows.load_key(QWEN), rows.load_row(rows.Intent("b", "life", 0)), 5)]
+    )
+    new = replace(a_model(), id=QWEN)
+    keeping = Records(new)
+    cluster = a_member(keeping)
+    cluster._see(loading)
+    assert keeping.models[QWEN].pending
+
+    # Twice within an instant: no picture is seen in between.
+    cluster.kept([])
+    keeping.models[QWEN] = new
+    cluster.kept([QWEN])
+    cluster._see(loading)
+
+    assert keeping.models[QWEN].pending
+
+
+def member_row(name: str, **more: Any) -> rows.Row:
+    return rows.Row(rows.member_key(name), rows.member_row(rows.Member(name, f"life of {name}", **more)), 1)
+
+
+def test_who_has_left_is_shown_for_an_hour_and_then_forgotten():
+    now = 0.0
+    cluster = a_member(Records(), awake=lambda: now)
+    for n in range(100):
+        now = 60.0 * n
+        cluster._see(rows.picture([member_row("b"), member_row(f"pod-{n}")]))
+
+    assert list(cluster.instances.items())[:3] == [("b", True), ("pod-99", True), ("pod-40", False)]
+    assert len(cluster.instances) == 61
+
+    now = 3600.0 * 3
+    cluster._see(rows.picture([member_row("b")]))
+    assert cluster.instances == {"b": True}
+
+
+def test_whoever_waits_for_its_last_life_to_be_forgotten_is_not_shown_as_another_one():
+    cluster = a_member(Records())
+    waits = rows.stand_in("b", "5f5f5f5f")
+    cluster._see(rows.picture([member_row("b"), member_row(waits)]))
+    assert cluster.instances == {"b": True}
+    assert cluster.differences == []
+
+    cluster._see(rows.picture([member_row("b", host="h1"), member_row(waits, host="h2", doubled=True)]))
+    assert cluster.instances == {"b": True, waits: True}
+    assert cluster.differences == ["two daemons go by the name 'b', on h2 and on h1"]
+
+
+def test_whoever_writes_a_newer_format_is_named_once():
+    told: list[str] = []
+    cluster = a_member(Records(), told=told)
+    newer = json.dumps({"v": 2, "instance": "b", "life": "5f", "version": "3.0"}).encode()
+    for value in (newer, newer + b" "):
+        cluster._see(rows.picture([rows.Row(rows.member_key("b"), value, 1)]))
+
+    assert told == ["cluster.member_newer"]
+    assert cluster.differences == [
+        "b (3.0) writes format 2 of what daemons tell each other, a (1) knows 1: upgrade a, too"
+    ]
 
 
 async def test_an_etcd_that_renews_a_lease_and_shows_nothing_counts_as_away_and_is_not_told_again_and_again():

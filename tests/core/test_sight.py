@@ -13,6 +13,7 @@ from keepalive.core.facts import (
     Instance,
     LoadOutcome,
     LoadProgressed,
+    LoadRemembered,
     LoadStarted,
     PingEnded,
     PingOutcome,
@@ -255,6 +256,15 @@ def test_progress_is_that_of_the_load_under_way_and_never_goes_back():
     assert after(half, load_ended(30)).progress is None
     assert after(half, load_ended(30, LoadOutcome.UNKNOWN)).progress is None
     assert after(cold(), LoadProgressed(20, GEMMA, 0.5)).progress is None
+
+
+def test_how_far_another_daemons_load_was_says_nothing_of_ours():
+    theirs = after(cold(), LoadRemembered(10, GEMMA, 10, 30.0, by="b"), LoadProgressed(20, GEMMA, 0.8))
+    lost = after(theirs, listed(30, entry("gemma", "gemma")), listed(40, entry("gemma")))
+    loading = after(lost, LoadStarted(50, GEMMA))
+
+    assert (theirs.progress, loading.progress) == (0.8, None)
+    assert after(loading, LoadProgressed(60, GEMMA, 0.1)).progress == 0.1
 
 
 def test_the_first_load_of_all_is_estimated_by_its_progress():
