@@ -81,8 +81,8 @@ man: $(INSTALLED)  ## Write docs/keepalive.1 anew, after a change of the command
 	@$(BIN)/python -m keepalive.cli.manual > $(VENV)/man
 	@mv $(VENV)/man docs/keepalive.1
 
-pictures: $(TESTABLE)  ## Make the pictures of the page in docs/ anew (Chromium; a minute)
-	KEEPALIVE_SCREENSHOTS=1 $(BIN)/pytest --quiet tests/admin/test_page.py -k a_day_with_its_troubles
+pictures: $(TESTABLE)  ## Make the pictures in docs/ anew (Chromium; a minute)
+	KEEPALIVE_SCREENSHOTS=1 $(BIN)/pytest --quiet tests/admin/test_page.py tests/cli/test_view.py -k 'a_day_with_its_troubles or picture'
 
 clean:  ## Remove the environment and everything else that was generated
 	rm -rf $(VENV) benchmarks/.peers .mypy_cache .pytest_cache .ruff_cache .hypothesis dist

@@ -1,15 +1,20 @@
 """What a person sees, at the widths that terminals have."""
 
+import html
 import io
+import os
+import re
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from freezegun import freeze_time
 from rich.console import Console
+from rich.text import Text
 
 from keepalive.admin import words
 from keepalive.cli import view
+from tests.kit import PROJECT
 
 NOW = datetime(2026, 11, 22, 12, 0, 0, tzinfo=UTC)
 
@@ -333,3 +338,40 @@ def test_memory_says_who_has_it_who_goes_next_and_who_waits() -> None:
     )
     assert words.memory({**upstream(), "memory": None}, models) is None
     assert words.memory(upstream(), models) is None
+
+
+# --- the picture in the documentation -----------------------------------------------------------------
+
+PICTURE = PROJECT / "docs/status.svg"
+
+
+def picture(page: dict[str, Any]) -> str:
+    """What is shown on a terminal, as a picture that asks nobody for its letters."""
+    console = Console(
+        file=io.StringIO(),
+        width=100,
+        force_terminal=True,
+        color_system="truecolor",
+        record=True,
+        highlight=False,
+    )
+    with freeze_time(NOW):
+        console.print(Text("$ keepalive status", style="bold"), view.table(page))
+    drawn = console.export_svg(title="keepalive status", unique_id="status")
+    drawn = re.sub(r"<!--.*?-->\s*|@font-face \{.*?\}\s*", "", drawn, flags=re.DOTALL)
+    return drawn.replace("Fira Code, monospace", "ui-monospace, Menlo, Consolas, monospace")
+
+
+def said(svg: str) -> list[str]:
+    words = " ".join(re.findall(r"<text[^>]*>(.*?)</text>", svg))
+    return html.unescape(words).replace("\xa0", " ").split()
+
+
+def test_the_picture_in_the_documentation_is_what_is_drawn() -> None:
+    """`KEEPALIVE_SCREENSHOTS=1` draws it anew (`make pictures`)."""
+    drawn = picture(status(LOADING, WARM))
+    if os.environ.get("KEEPALIVE_SCREENSHOTS"):
+        PICTURE.write_text(drawn)
+
+    assert said(PICTURE.read_text()) == said(drawn)
+    assert "http" not in PICTURE.read_text().replace("http://www.w3.org/", "")
