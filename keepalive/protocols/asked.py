@@ -46,6 +46,8 @@ class Asked:
 
 
 NOTHING_ASKED: Final = Asked()
+#: LM Studio's parser takes it for an empty object, so whatever is loaded may answer.
+NO_BODY: Final = Asked(readable=True)
 
 
 class ModelFinder:

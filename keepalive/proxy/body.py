@@ -4,7 +4,7 @@ import asyncio
 from typing import Final
 
 from keepalive.http1 import BadHead, Caller
-from keepalive.protocols.asked import Asked, ModelFinder, read_body
+from keepalive.protocols.asked import NO_BODY, Asked, ModelFinder, read_body
 from keepalive.protocols.encodings import BadEncoding, Unpacker, unpacked
 from keepalive.protocols.renamed import renamed
 
@@ -51,7 +51,7 @@ class Body:
             pieces.append(data)
             await finder.feed(data, last=caller.body_ended)
         self.data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        return finder.finish() if pieces else Asked()
+        return finder.finish() if pieces else NO_BODY
 
     @property
     def packed(self) -> bool:

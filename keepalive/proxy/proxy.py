@@ -25,6 +25,7 @@ from keepalive.http1 import (
     end_to_end,
     plain_refusal,
 )
+from keepalive.protocols.asked import NO_BODY
 from keepalive.protocols.encodings import codings
 from keepalive.protocols.joined import joined
 from keepalive.protocols.routes import Heartbeat, Route, heartbeat_in, named_in, route_of, stored_in
@@ -150,7 +151,8 @@ class Proxy:
             return call.answer.fail(400, why, "invalid_model", outcome=Outcome.REJECTED)
         if not asked.readable:
             return call.then(self._pass(call, self.upstreams.default))  # LM Studio says what is wrong with it
-        meaning = await self.keeping.meaning(asked.model, default=route.inference)
+        # In a body that is not there the default could not be named.
+        meaning = await self.keeping.meaning(asked.model, default=route.inference and asked is not NO_BODY)
         call.meaning, models, upstream = meaning, meaning.models, meaning.upstream
         if route.name == "load" and models and self.settings.join_loads:
             return call.then(self._join(call, models))

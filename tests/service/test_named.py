@@ -166,18 +166,28 @@ async def test_what_is_nobodys_name_is_refused_in_the_words_of_the_route(bad: An
         assert all(event.get("asked") in (None, KEY) for event in inference)
 
 
-@pytest.mark.parametrize("name", [None, "local-model-of-nobody"])
-async def test_a_request_whose_model_lm_studio_chooses_protects_it(name: str | None) -> None:
-    async with named(token_seconds=0.02, kept=f'key = "{KEY}"') as (running, studio):
+@pytest.mark.parametrize(
+    ("body", "server"),
+    [
+        ({**said(CHAT, None, stream=True), "max_tokens": 200}, ""),
+        ({**said(CHAT, "local-model-of-nobody", stream=True), "max_tokens": 200}, ""),
+        (None, ""),
+        (None, f'default_model = "{KEY}"'),
+    ],
+    ids=["none", "nobody", "no body", "no body, and a default"],
+)
+async def test_a_request_whose_model_lm_studio_chooses_protects_it(
+    body: dict[str, Any] | None, server: str
+) -> None:
+    async with named(token_seconds=0.02, kept=f'key = "{KEY}"', server=server) as (running, studio):
         await warm(running)
-        body = {**said(CHAT, name, stream=True), "max_tokens": 200}
         asking = asyncio.create_task(post(running, CHAT, body))
         await until(lambda: model(running, KEY)["in_flight"] == 1, "it counts as use")
         await asked(f"{running.admin_url}/api/models/{KEY}/release", "POST")
         status, text = await asking
 
         assert status == 200
-        assert "data: [DONE]" in text
+        assert ("data: [DONE]" if body else "chatcmpl-") in str(text)
         assert [e for e in studio.log(0) if e["kind"] == "unloaded"] == []
         page = (await asked(f"{running.admin_url}/metrics"))[2]
         assert 'keepalive_proxy_requests_total{model="other",outcome="ok",route="chat"} 1.0' in page
