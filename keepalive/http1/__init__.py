@@ -17,6 +17,7 @@
     reply       its answer, complete or cut
     tunnel      two connections that have become one
 
+    outbox      what is written in one turn of the loop leaves together
     ticker      one coarse clock for all of them
 
 Decisions about models are made in `proxy`; here it is decided what may go over the wire.

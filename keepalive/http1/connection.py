@@ -10,7 +10,7 @@ import logging
 import socket
 import struct
 from collections.abc import Awaitable
-from typing import Protocol, cast
+from typing import Protocol
 
 from keepalive.http1.bodies import Chunks
 from keepalive.http1.exchange import REASONS, Exchange
@@ -26,6 +26,7 @@ from keepalive.http1.heads import (
     write_head,
 )
 from keepalive.http1.limits import Limits
+from keepalive.http1.outbox import Outbox, Sender
 from keepalive.http1.reply import Reply
 from keepalive.http1.ticker import Ticker
 from keepalive.http1.tunnel import Between, Tunnel, pause, resume
@@ -60,6 +61,7 @@ class Owner(Protocol):
     loop: asyncio.AbstractEventLoop
     limits: Limits
     ticker: Ticker
+    outbox: Outbox
     watch: Watch
     connections: "set[Connection]"
     closing: bool  # what is under way may end, and nothing begins
@@ -68,7 +70,7 @@ class Owner(Protocol):
     def forget(self, connection: "Connection", /) -> None: ...
 
 
-class Connection(asyncio.Protocol):
+class Connection(Sender):
     """One caller's connection: heads and bodies in, bytes out, and who is let go when."""
 
     __slots__ = (
@@ -91,13 +93,11 @@ class Connection(asyncio.Protocol):
         "ending",
         "listener",
         "task",
-        "transport",
         "write_paused",
     )
 
-    transport: asyncio.Transport
-
     def __init__(self, listener: Owner) -> None:
+        super().__init__(listener.outbox)
         self.listener = listener
         self.write_paused = False
         self.ending = False  # this exchange is the last one on this connection
@@ -122,7 +122,7 @@ class Connection(asyncio.Protocol):
     # --- from the transport -----------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast("asyncio.Transport", transport)
+        super().connection_made(transport)
         self.listener.connections.add(self)
         self.listener.ticker.add(self)
         self._await_head()
@@ -264,7 +264,7 @@ class Connection(asyncio.Protocol):
         self._window_bytes = 0
         self._window_ends = self.listener.loop.time() + self.listener.limits.body_window
         if exchange.head.expects and not exchange.kept_bytes and not exchange.started:
-            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _stop_reading(self) -> None:
         if not self._unread and not self.transport.is_closing():
@@ -337,7 +337,7 @@ class Connection(asyncio.Protocol):
         headers, body = self.listener.refusal(bad.status, bad.text, head)
         headers = [*headers, (b"Content-Length", b"%d" % len(body)), (b"Connection", b"close")]
         line = b"HTTP/1.1 %d %b" % (bad.status, REASONS.get(bad.status, b""))
-        self.transport.write(write_head(line, headers) + body)
+        self.write(write_head(line, headers) + body)
         self.listener.refusals += 1
         self._part(unfinished=True)
 
@@ -349,9 +349,11 @@ class Connection(asyncio.Protocol):
         self._rest = b""
         self._deadline = self.listener.loop.time() + self.listener.limits.linger
         if not (unfinished or self._left or self._chunks is not None or self._unread):
+            self.flush()
             self.transport.close()
             return
         self.read_on()
+        self.flush()
         with contextlib.suppress(OSError):  # the caller may be gone already
             self.transport.write_eof()
 
@@ -382,6 +384,7 @@ class Connection(asyncio.Protocol):
             self._interrupt(exchange)
 
     def reset(self) -> None:
+        self.flush()
         sock = self.transport.get_extra_info("socket")
         if sock is not None and not self.transport.is_closing():
             # Without it an HTTP/1.0 caller, for whom the end of the connection is the end of the body, would
@@ -392,6 +395,7 @@ class Connection(asyncio.Protocol):
     async def join(self, reply: Reply, between: Between | None) -> None:
         """Tunnels until both directions have ended."""
         rest, self._rest = self._rest, b""
+        self.flush()  # a tunnel writes to the transport itself
         tunnel = reply.hand_over(self.transport, between)
         self._tunnel = tunnel
         self.ending = True
@@ -413,4 +417,5 @@ class Connection(asyncio.Protocol):
         if self._fresh or (self._reader is not None and self._reader.begun):
             self._deadline = min(self._deadline, self.listener.loop.time() + LAST_REQUESTS)
         else:
+            self.flush()
             self.transport.close()

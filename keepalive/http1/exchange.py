@@ -52,10 +52,10 @@ class Caller(Protocol):
 class Connection(Protocol):
     """What the exchange stands on."""
 
-    transport: asyncio.Transport
     ending: bool  # this exchange is the last one on it
     write_paused: bool
 
+    def write(self, data: bytes, /) -> None: ...
     def invite(self) -> None:
         """Somebody waits for the body."""
 
@@ -179,7 +179,7 @@ class Exchange:
         if self._head:
             data = self._head + data
             self._head = b""
-        self._connection.transport.write(data)
+        self._connection.write(data)
 
     async def write(self, data: bytes) -> None:
         """Writes bytes of the body and waits while the caller reads too slowly."""
@@ -196,12 +196,12 @@ class Exchange:
     def flush(self) -> None:
         """Sends the head if no byte of the body has taken it along."""
         if self._head and not self.gone:
-            self._connection.transport.write(self._head)
+            self._connection.write(self._head)
             self._head = b""
 
     def chunk_writer(self) -> Callable[[bytes], None] | None:
         """Once the head has left. Bytes written to a caller who has left since go nowhere."""
-        return self._connection.transport.write if self._chunked and not self._head else None
+        return self._connection.write if self._chunked and not self._head else None
 
     def finish(self) -> None:
         """The answer is complete."""
@@ -211,7 +211,7 @@ class Exchange:
         if self.gone:
             return
         if self._chunked:
-            self._connection.transport.write(self._head + b"0\r\n\r\n")
+            self._connection.write(self._head + b"0\r\n\r\n")
             self._head = b""
         else:
             self.flush()
@@ -232,7 +232,7 @@ class Exchange:
         """Answers 101 and joins both connections until both directions have ended. No limits of any kind."""
         assert not self.started
         self.started = True
-        self._connection.transport.write(write_head(b"HTTP/1.1 101 Switching Protocols", headers))
+        self._connection.write(write_head(b"HTTP/1.1 101 Switching Protocols", headers))
         await self._connection.join(reply, between)
         self.finished = True
 

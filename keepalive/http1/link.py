@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import errno
 import socket
-from typing import Protocol, cast
+from typing import Protocol
 
 from keepalive.core.errors import Cut, TimedOut, Unexpected
 from keepalive.http1.bodies import Chunks
@@ -18,6 +18,7 @@ from keepalive.http1.heads import (
     reply_reader,
 )
 from keepalive.http1.limits import Limits
+from keepalive.http1.outbox import Outbox, Sender
 from keepalive.http1.reply import Reply
 from keepalive.http1.ticker import Ticker
 from keepalive.http1.tunnel import Between, Tunnel, resume
@@ -31,6 +32,7 @@ class Owner(Protocol):
     limits: Limits
     loop: asyncio.AbstractEventLoop
     ticker: Ticker
+    outbox: Outbox
     links: "set[Link]"
 
     def keeps(self, head: ReplyHead, /) -> bool:
@@ -40,7 +42,7 @@ class Owner(Protocol):
     def forget(self, link: "Link", /) -> None: ...
 
 
-class Link(asyncio.Protocol):
+class Link(Sender):
     """One connection to an upstream."""
 
     __slots__ = (
@@ -62,13 +64,11 @@ class Link(asyncio.Protocol):
         "lost",
         "reused",
         "streamed",
-        "transport",
         "upload",
     )
 
-    transport: asyncio.Transport
-
     def __init__(self, pool: Owner) -> None:
+        super().__init__(pool.outbox)
         self._owner = pool
         self.lost = False
         self.reused = False
@@ -94,7 +94,7 @@ class Link(asyncio.Protocol):
     # --- one request ------------------------------------------------------------------------------
 
     def ask(self, method: bytes, *, upgrade: bool) -> asyncio.Future[Reply]:
-        """Expects one answer; the caller then writes the request to `transport`."""
+        """Expects one answer; the caller then writes the request."""
         self._method = method
         self._asked_upgrade = upgrade
         self._reader = reply_reader(self._owner.limits.head_bytes)
@@ -144,6 +144,7 @@ class Link(asyncio.Protocol):
         return False
 
     def tunnel_to(self, client: asyncio.Transport, first: bytes, between: Between | None) -> Tunnel:
+        self.flush()
         self._tunnel = Tunnel(client, self.transport, between)
         if first:
             self._tunnel.from_upstream(first)
@@ -152,7 +153,7 @@ class Link(asyncio.Protocol):
     # --- from the transport -----------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast("asyncio.Transport", transport)
+        super().connection_made(transport)
         self._owner.links.add(self)
 
     def data_received(self, data: bytes) -> None:

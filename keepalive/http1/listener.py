@@ -7,6 +7,7 @@ import socket
 from keepalive.http1.connection import Connection, Handler, Refusal
 from keepalive.http1.heads import Headers, RequestHead
 from keepalive.http1.limits import Limits
+from keepalive.http1.outbox import Outbox
 from keepalive.http1.ticker import Ticker
 from keepalive.http1.vanished import notice_vanished
 from keepalive.http1.watch import Watch
@@ -38,6 +39,7 @@ class Listener:
         self.refusal = refusal
         self.loop = asyncio.get_running_loop()
         self.ticker = Ticker(limits.tick)
+        self.outbox = Outbox(self.loop)
         self.watch = Watch()
         self.connections: set[Connection] = set()
         self.closing = False

@@ -15,6 +15,7 @@ from keepalive.http1.dial import dial, explained, literal, race
 from keepalive.http1.heads import CHUNKED, UNTIL_CLOSE, Headers, ReplyHead, write_head
 from keepalive.http1.limits import Limits
 from keepalive.http1.link import Link
+from keepalive.http1.outbox import Outbox
 from keepalive.http1.reply import Reply
 from keepalive.http1.ticker import Ticker
 
@@ -55,6 +56,7 @@ class Pool:
         self.limits = limits or Limits()
         self.loop = asyncio.get_running_loop()
         self.ticker = Ticker(self.limits.tick)
+        self.outbox = Outbox(self.loop)
         self.links: set[Link] = set()
         self._ssl = ssl_context or (ssl.create_default_context() if parts.scheme == "https" else None)
         self._idle: deque[Link] = deque()
@@ -99,10 +101,10 @@ class Pool:
             asked_at = self.loop.time()
             try:
                 if len(body) < COPIED_BYTES:
-                    link.transport.write(head + body)
+                    link.write(head + body)
                 else:
-                    link.transport.write(head)
-                    link.transport.write(body)
+                    link.write(head)
+                    link.write(body)
                 if more is not None:
                     link.upload = self.loop.create_task(_upload(link, more, chunked=framing == CHUNKED))
                 return await answered
@@ -187,10 +189,10 @@ async def _upload(link: Link, more: Callable[[], Awaitable[bytes]], *, chunked: 
     while data := await more():
         if link.lost:
             return
-        link.transport.write(_chunk(data) if chunked else data)
+        link.write(_chunk(data) if chunked else data)
         await link.drained()
     if chunked and not link.lost:
-        link.transport.write(b"0\r\n\r\n")
+        link.write(b"0\r\n\r\n")
 
 
 def _chunk(data: bytes) -> bytes:

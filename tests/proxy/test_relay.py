@@ -5,6 +5,7 @@ import pytest
 
 from keepalive.http1 import Limits, Ticker
 from keepalive.http1.link import Link
+from keepalive.http1.outbox import Outbox
 from keepalive.protocols.meter import Meter
 from keepalive.protocols.routes import Protocol
 from keepalive.proxy.relay import FIRST_BYTES, HELD_BACK_BYTES, Events, Whole, first_error
@@ -130,6 +131,7 @@ class Pool:
     def __init__(self, loop):
         self.loop = loop
         self.ticker = Ticker(1.0)
+        self.outbox = Outbox(loop)
         self.links = set()
 
 
