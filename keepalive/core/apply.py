@@ -179,7 +179,9 @@ CHANGES: Mapping[type[Fact], Callable[..., Model]] = {
     HolderTold: calls.holder_told,
     UsedElsewhere: _used_elsewhere,
     # Another may have acted here until now: no listing from before counts for what we do.
-    HandTaken: lambda model, fact: replace(model, touched_at=fact.at, ill=None, alone=False),
+    HandTaken: lambda model, fact: replace(
+        model, touched_at=fact.at, ill=None, alone=False, proved_elsewhere=False
+    ),
     # We meant to let it go: whether the other one does, only he can say.
     HandLost: lambda model, _: replace(model, draining=False),
     OursRecalled: lambda model, fact: replace(model, recalled=(fact.instance_ids, fact.until)),

@@ -26,6 +26,7 @@ from keepalive.core.moves import (
     TOKEN_RETRY,
     absent,
     backoff,
+    believed,
     crashes_beside,
     failed,
     fails_again,
@@ -115,6 +116,7 @@ def holder_told(model: Model, fact: HolderTold) -> Model:
     model = replace(
         model,
         told=fact.instance_ids,
+        proved_elsewhere=fact.warm,
         ours=model.ours | (fact.instance_ids & known),
         recent_loads=fact.loads or model.recent_loads,
         failures=fact.failures,
@@ -124,7 +126,7 @@ def holder_told(model: Model, fact: HolderTold) -> Model:
         ill=fact.ill,
     )
     if model.blind and fact.warm is not (model.state is State.WARM) and model.load_started is None:
-        return proved(model, fact.at) if fact.warm else absent(model, fact.at, fact.failure)
+        return believed(model, fact.at) if fact.warm else absent(model, fact.at, fact.failure)
     if model.instances and fact.ill is not None:
         return move(model, Sign.DISPROVED, fact.at, fact.ill)
     if model.state is State.COLD and fact.retry_at is not None and fact.retry_at > fact.at:

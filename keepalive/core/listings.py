@@ -91,8 +91,8 @@ def _listed_blind(model: Model, fact: Listed) -> Model:
         return model
     if model.pending is not None:
         return _missing(model, fact.at, Cause.UNKNOWN, told=False)
-    if fact.trusted and model.ill is None and model.state is State.WARM:
-        return replace(model, seen_at=fact.at)  # whoever acts here pings it
+    if fact.trusted and (model.proved_elsewhere or model.state is State.WARM):
+        return believed(model, fact.at)  # whoever acts here pings it
     if model.needed and not model.policy.pinged:
         # No ping will ever show it; that the server answers has to do.
         return believed(model, fact.at)

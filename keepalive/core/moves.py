@@ -82,7 +82,7 @@ def refusal(model: Model) -> str | None:
 
 
 def believed(model: Model, at: float) -> Model:
-    """Nobody is to ping it: warm because it is listed."""
+    """We are not to ping it: warm because it is listed, or because another daemon says so."""
     if model.state is not State.WARM:
         # What is cold has to come into memory first, where that can be seen.
         model = move(model, Sign.SEEN_LOADING, at, None) if model.state is State.COLD else model

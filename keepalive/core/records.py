@@ -200,6 +200,7 @@ class Model:
     told: frozenset[str] = (
         frozenset()
     )  # ids of instances that one of us loaded, whether or not they are there
+    proved_elsewhere: bool = False  # whoever acts here has it warm, by its last word
     alone: bool = False  # to be loaded by us whoever acts: a person has decided so
     ill: str | None = None  # why it is not trusted though it is listed
 
@@ -333,7 +334,7 @@ class Model:
     def ping_due_at(self) -> float | None:
         """When the next ping is due: by its interval, or before an idle timer lets go what is to be kept."""
         ttl = self.ttl
-        if self.ping_at is None or self.state is not State.WARM or ttl is None or ttl == inf:
+        if self.ping_at is None or self.state is not State.WARM or ttl is None:
             return self.ping_at
         goes_at = self.goes_at
         if goes_at is None:

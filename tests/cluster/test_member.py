@@ -88,6 +88,21 @@ async def test_three_that_start_at_once_load_it_once_and_all_serve_it(server: ki
         assert loads(studio.studio) == 1
 
 
+async def test_where_nobody_sees_what_is_loaded_all_serve_what_the_holder_has_proved_also_who_comes_later(
+    server: kit.Etcd,
+):
+    async with simulator(GEMMA) as studio:
+        studio.studio.set_tier("openai")
+        async with members(studio, server.url, "unseen", "a") as first:
+            await warm(*first)
+            async with members(studio, server.url, "unseen", "b") as later:
+                await warm(*later)
+
+                assert (await chat(later[0]))[0] == 200
+                assert (holds(first[0]), holds(later[0])) == (True, False)
+                assert loads(studio.studio) == 1
+
+
 async def test_who_does_not_hold_it_has_it_loaded_by_who_does_and_its_caller_notices_nothing(
     server: kit.Etcd,
 ):

@@ -3,7 +3,8 @@
 from typing import get_args
 
 from keepalive.core import actions
-from keepalive.core.actions import Action, Refresh
+from keepalive.core.actions import Action, Load, Refresh
+from tests.kit.models import GEMMA
 
 
 def test_an_action_is_any_of_what_can_be_done():
@@ -14,3 +15,7 @@ def test_an_action_is_any_of_what_can_be_done():
 
 def test_a_refresh_does_not_ask_for_more_than_somebody_needs():
     assert Refresh("local") == Refresh(upstream="local", loading=False)
+
+
+def test_a_load_is_asked_for_by_somebody_and_claims_what_is_not_known():
+    assert Load(GEMMA) == Load(model=GEMMA, ahead=False, claim=None)

@@ -15,6 +15,8 @@ from keepalive.core.facts import (
     DrainEnded,
     DrainStarted,
     Fact,
+    HandLost,
+    HandTaken,
     InstanceLost,
     LoadGivenUp,
     LoadOutcome,
@@ -26,6 +28,7 @@ from keepalive.core.facts import (
     RequestEnded,
     RequestsCounted,
     RequestStarted,
+    UsedElsewhere,
     WaitEnded,
     WaitStarted,
     WarmAsked,
@@ -262,6 +265,7 @@ def test_what_a_request_lost_is_not_warm_and_is_asked_at_once():
         "since": 50,
         "reason": "Model unloaded.",
         "touched_at": 50,
+        "contested": False,
         "ping_at": 50,
     }
 
@@ -271,6 +275,7 @@ def test_what_a_request_was_told_of_a_model_that_is_not_warm_is_only_remembered(
 
     assert changed(before, apply(before, InstanceLost(50, GEMMA, "crashed", Reason.CRASHED))) == {
         "touched_at": 50,
+        "contested": False,
         "suspected": Cause.CRASH,
     }
 
@@ -373,3 +378,64 @@ def test_a_load_that_is_given_up_is_one_that_is_under_way():
 
     assert changed(loads, apply(loads, LoadGivenUp(50, GEMMA))) == {"giving_up": True}
     assert apply(cold(), LoadGivenUp(50, GEMMA)) == cold()
+
+
+# --- what other daemons do ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("before", "told", "used"),
+    [
+        ((0, False), (0, True), True),
+        ((0, False), (1, False), True),
+        ((0, True), (0, False), True),  # until now
+        ((1, False), (0, False), True),
+        ((0, False), (0, False), False),
+    ],
+)
+def test_what_callers_elsewhere_want_is_in_use_until_it_is_told_that_they_have_gone(
+    before: tuple[int, bool], told: tuple[int, bool], used: bool
+):
+    fact = UsedElsewhere(50, GEMMA, *told)
+    model = warm(callers_elsewhere=before[0], used_elsewhere=before[1], elsewhere_at=20.0, ahead=True)
+    known, asked_for = apply(model, fact), apply(replace(model, ahead=False), fact)
+
+    assert (known.callers_elsewhere, known.used_elsewhere) == told
+    assert known.elsewhere_at == (50 if used else 20.0)
+    assert (known.ahead, asked_for.ahead) == (not used, False)
+
+
+@pytest.mark.parametrize(
+    ("here", "since", "elsewhere", "then"),
+    [(0, None, 1, 50), (0, 30.0, 2, 30.0), (1, 30.0, 0, 30.0), (0, 30.0, 0, None)],
+)
+def test_the_line_goes_on_while_anybody_waits_here_or_elsewhere(
+    here: int, since: float | None, elsewhere: int, then: float | None
+):
+    model = apply(cold(waiting=here, waiting_since=since), UsedElsewhere(50, GEMMA, elsewhere, False))
+
+    assert model.waiting_since == then
+
+
+def test_who_takes_over_trusts_its_own_eyes_and_who_has_lost_it_lets_nothing_go():
+    told = {"ill": "it does not answer", "proved_elsewhere": True}
+    before = replace(warm(alone=True, draining=True), **told)
+
+    assert changed(before, apply(before, HandTaken(50, "local"))) == {
+        "touched_at": 50,
+        "ill": None,
+        "alone": False,
+        "proved_elsewhere": False,
+    }
+    assert changed(before, apply(before, HandLost(50, "local"))) == {"draining": False}
+
+
+@pytest.mark.parametrize(
+    ("was", "says", "is_"), [(False, False, False), (True, False, True), (False, True, True)]
+)
+def test_what_a_person_has_taken_upon_him_is_so_until_it_is_released(was: bool, says: bool, is_: bool):
+    asked = apply(cold(alone=was), WarmAsked(50, GEMMA, alone=says))
+    released = apply(replace(asked, alone=True), ReleaseAsked(60, GEMMA))
+
+    assert (asked.alone, asked.asked_for) == (is_, True)
+    assert (released.alone, released.asked_for) == (False, False)

@@ -11,11 +11,14 @@ from keepalive.core.apply import apply
 from keepalive.core.errors import Reason
 from keepalive.core.explain import eta
 from keepalive.core.facts import (
+    HolderTold,
     Instance,
     InstanceLost,
+    LoadForgone,
     LoadOutcome,
     LoadProgressed,
     LoadRemembered,
+    LoadResolved,
     LoadStarted,
     PingEnded,
     PingOutcome,
@@ -256,6 +259,7 @@ def test_a_load_that_ended_well_is_ours_and_has_still_to_be_listed():
         "reason": "loaded in 7.9 s; waiting for LM Studio to list it",
         "load_started": None,
         "touched_at": 50,
+        "contested": False,
         "loads": 8,
         "recent_loads": (2.0, 3.0, 4.0, 5.0, 7.94),
         "ours": {"gemma", "gemma:2"},
@@ -293,6 +297,7 @@ def test_a_load_without_an_answer_may_go_on_and_counts_as_a_failure():
         "reason": f"{UNSEEN}, because its end was not seen: it was cut",
         "load_started": None,
         "touched_at": 50,
+        "contested": False,
         "pending": Pending(30.0, 30.0 + 240.0 + 45.0, alive_at=50, why="its end was not seen: it was cut"),
         "failures": 3,
         "failure": "it was cut",
@@ -333,6 +338,7 @@ def test_a_load_that_failed_says_why_and_is_tried_again():
         "reason": "no such file",
         "load_started": None,
         "touched_at": 50,
+        "contested": False,
         "failures": 3,
         "failure": "no such file",
         "retry_at": 70.0,
@@ -360,8 +366,30 @@ def test_progress_that_stands_still_keeps_the_time_at_which_it_came():
 
 
 @pytest.mark.parametrize("outcome", LoadOutcome)
-def test_whatever_it_came_to_a_load_that_has_ended_is_given_up_no_more(outcome: LoadOutcome):
-    assert not apply(loading(giving_up=True), load_ended(50, outcome)).giving_up
+def test_whatever_it_came_to_a_load_that_has_ended_leaves_nothing_of_its_own(outcome: LoadOutcome):
+    model = apply(loading(giving_up=True, progress=0.5, alone=True), load_ended(50, outcome))
+
+    assert (model.load_started, model.giving_up, model.progress, model.alone) == (None, False, None, False)
+
+
+def test_a_load_that_was_not_begun_after_all_leaves_nothing_but_a_look():
+    before = loading(giving_up=True, progress=0.5, alone=True, retry_at=None, ahead=True)
+
+    assert changed(before, apply(before, LoadForgone(50, GEMMA, "another one acts"))) == {
+        "state": State.COLD,
+        "since": 50,
+        "reason": "another one acts",
+        "load_started": None,
+        "giving_up": False,
+        "progress": None,
+        "alone": False,
+        "touched_at": 50,
+        "ours": frozenset(),
+        "ping_at": None,
+        "busy": False,
+        "crashed": False,
+        "ahead": False,
+    }
 
 
 def test_a_load_that_was_given_up_leaves_nothing_and_is_no_failure():
@@ -374,6 +402,7 @@ def test_a_load_that_was_given_up_leaves_nothing_and_is_no_failure():
         "load_started": None,
         "giving_up": False,
         "touched_at": 50,
+        "contested": False,
         "ours": frozenset(),
         "ping_at": None,
         "busy": False,
@@ -443,6 +472,7 @@ def test_a_ping_that_was_answered_proves_the_model():
         "reason": None,
         "pinging": False,
         "touched_at": 50,
+        "contested": False,
         "used_at": 50,
         "seen_at": 50,
         "last_ping": Ping(50, PingOutcome.OK, 0.2),
@@ -462,6 +492,7 @@ def test_a_ping_without_an_answer_leaves_all_but_the_question():
         "reason": "no answer in 60 s",
         "pinging": False,
         "touched_at": 50,
+        "contested": False,
         "used_at": 50,
         "last_ping": Ping(50, PingOutcome.TIMEOUT, 60.0),
         "ping_at": 110.0,
@@ -489,6 +520,7 @@ def test_a_ping_whose_connection_broke_is_repeated_after_the_next_listing():
         "reason": "it broke off",
         "pinging": False,
         "touched_at": 50,
+        "contested": False,
         "used_at": 50,
         "last_ping": Ping(50, PingOutcome.ERROR, 1.0),
         "ping_at": 65.0,
@@ -510,6 +542,7 @@ def test_an_answer_that_is_none_disproves_the_model():
         "ping_at": 70.0,
         "pinging": False,
         "touched_at": 50,
+        "contested": False,
         "used_at": 50,
         "last_ping": Ping(50, PingOutcome.WRONG_MODEL, 1.0),
         "busy": False,
@@ -530,6 +563,22 @@ def test_a_ping_that_tells_of_a_crash_makes_it_a_suspect():
     )
 
     assert (model.crashed, model.suspected, model.retry_at) == (True, Cause.CRASH, 70.0)
+
+
+@pytest.mark.parametrize(
+    ("why", "warm_since", "crowd"),
+    [
+        (Reason.CRASHED, None, (frozenset({"qwen"}), 50)),
+        (Reason.CRASHED, 3.0, None),  # it has answered: there was room for it
+        (Reason.OTHER, None, None),
+    ],
+)
+def test_what_crashes_before_it_ever_answered_may_have_had_too_little_room_beside_the_others(
+    why: Reason, warm_since: float | None, crowd: object
+):
+    before = pinging(State.LOADING, warm_since=warm_since, beside=frozenset({"gemma", "qwen"}))
+
+    assert apply(before, PingEnded(50, GEMMA, PingOutcome.ERROR, why=why)).crowd == crowd
 
 
 def test_an_unload_is_under_way_from_its_beginning():
@@ -556,6 +605,7 @@ def test_what_is_unloaded_is_gone_at_once():
         "reason": None,
         "unloading": False,
         "touched_at": 50,
+        "contested": False,
         "instances": (),
         "ours": frozenset(),
         "warm_since": None,
@@ -574,6 +624,7 @@ def test_another_copy_stays_when_one_is_unloaded():
         "unloading": False,
         "draining": False,
         "touched_at": 50,
+        "contested": False,
         "instances": (Instance("gemma:2"),),
         "ours": {"gemma:2"},
         "warm_since": None,
@@ -587,6 +638,7 @@ def test_an_unload_that_failed_leaves_it_there_and_is_tried_again():
         "reason": "could not unload it: HTTP 500",
         "unloading": False,
         "touched_at": 50,
+        "contested": False,
         "failures": 3,
         "failure": "could not unload it: HTTP 500",
         "retry_at": 70.0,
@@ -600,6 +652,7 @@ def test_what_is_found_to_answer_somebody_stays_and_goes_after_what_is_idle():
         "reason": "it answers",
         "unloading": False,
         "touched_at": 50,
+        "contested": False,
         "use_at": 50,
         "used_at": 50,
         "retry_at": 55.0,
@@ -702,3 +755,147 @@ def test_what_crashed_and_is_ours_is_not_believed_but_loaded_anew():
     assert state[GEMMA].state is State.BACKOFF
     assert state.plan(21.1) == [Unload(GEMMA, "gemma")]
     assert (elsewhere[GEMMA].state, elsewhere.plan(21.1)) == (State.WARM, [])
+
+
+# --- what another daemon did ------------------------------------------------------------------------
+
+
+def begun_elsewhere(**told: object) -> LoadRemembered:
+    return LoadRemembered(50, GEMMA, started=40.0, expected=30.0, by="a", **told)  # type: ignore[arg-type]
+
+
+def test_a_load_that_another_daemon_began_is_waited_for_like_one_of_ours():
+    before = cold(progress=0.5)
+
+    assert changed(before, apply(before, begun_elsewhere(tells_loading=True))) == {
+        "state": State.LOADING,
+        "since": 50,
+        "reason": "a loads it",
+        "progress": None,
+        "tells_loading": True,
+        "pending": Pending(since=40.0, until=145.0, alive_at=50, expected=30.0, why="a began it"),
+    }
+    assert apply(replace(before, tells_loading=True), begun_elsewhere()).tells_loading
+    assert not apply(before, begun_elsewhere()).tells_loading
+
+
+STRANGERS = Pending(since=1.0, until=99.0, alive_at=2.0, ours=False)
+
+
+@pytest.mark.parametrize(
+    ("known", "better"),
+    [
+        ({"load_started": 30.0}, True),
+        ({"instances": (Instance("gemma"),)}, True),
+        ({"pending": replace(STRANGERS, ours=True)}, True),
+        ({"pending": STRANGERS}, False),
+        ({"blind": True, "state": State.WARM}, False),
+    ],
+    ids=["our load", "a copy", "a load of ours", "a load of nobody we know", "an old answer"],
+)
+def test_of_what_we_began_or_see_we_know_better_than_another_daemon(known: dict[str, object], better: bool):
+    before = a_model(**known)
+    model = apply(before, begun_elsewhere())
+
+    assert (model == before) is better
+    assert better or model.state is State.LOADING
+
+
+@pytest.mark.parametrize(
+    ("changes", "over"),
+    [
+        ({}, True),
+        ({"load_started": 30.0}, False),
+        ({"pending": STRANGERS}, False),
+        ({"pending": None}, False),
+        ({"instances": (Instance("gemma"),)}, False),
+    ],
+    ids=["one that was told of", "our load", "a load of nobody we know", "none", "a copy"],
+)
+def test_a_load_that_another_daemon_saw_end_is_over_here_too(changes: dict[str, object], over: bool):
+    told_of = {"state": State.LOADING, "progress": 0.5, "pending": replace(STRANGERS, ours=True)}
+    before = a_model(**{**told_of, **changes})
+
+    then = changed(before, apply(before, LoadResolved(50, GEMMA)))
+
+    assert then == ({"pending": None, "progress": None} if over else {})
+
+
+def test_what_the_daemon_that_acts_tells_of_a_model_counts_here():
+    copies = (Instance("gemma"), Instance("gemma:2"))
+    before = tried(State.WARM, instances=copies, recent_loads=(9.0,))
+    told = HolderTold(
+        50,
+        GEMMA,
+        frozenset({"gemma:2", "gemma:3"}),
+        failure="no memory",
+        failures=5,
+        retry_at=70.0,
+        loads=(3.0, 4.0),
+    )
+
+    assert changed(before, apply(before, told)) == {
+        "told": {"gemma:2", "gemma:3"},
+        "ours": {"gemma", "gemma:2"},
+        "recent_loads": (3.0, 4.0),
+        "failure": "no memory",
+        "failures": 5,
+        "retry_at": 70.0,
+        "contested": False,
+    }
+    assert apply(before, HolderTold(50, GEMMA)).recent_loads == (9.0,)
+    alone = replace(before, alone=True)
+    assert apply(alone, told) is alone  # he tells of what was before our load
+
+
+def test_what_the_daemon_that_acts_finds_ill_is_ill_here_where_it_is_listed():
+    told = HolderTold(50, GEMMA, ill="it does not answer")
+    there, gone = tried(State.WARM), tried(State.COLD, instances=())
+
+    ill = apply(there, told)
+
+    assert (ill.state, ill.reason, ill.ill) == (State.BACKOFF, "it does not answer", "it does not answer")
+    assert (apply(gone, told).state, apply(gone, told).ill) == (State.COLD, "it does not answer")
+    assert apply(replace(there, ill="it was"), HolderTold(50, GEMMA)).ill is None
+
+
+@pytest.mark.parametrize(
+    ("state", "retry_at", "then"),
+    [
+        (State.COLD, 50.1, State.BACKOFF),
+        (State.COLD, 50, State.COLD),
+        (State.COLD, None, State.COLD),
+        (State.UNKNOWN, 50.1, State.UNKNOWN),
+    ],
+)
+def test_what_the_daemon_that_acts_holds_off_is_held_off_here(
+    state: State, retry_at: float | None, then: State
+):
+    before = tried(state, instances=(), reason=None)
+    model = apply(before, HolderTold(50, GEMMA, failure="no memory", retry_at=retry_at))
+
+    assert (model.state, model.reason) == (then, "no memory" if then is State.BACKOFF else None)
+
+
+@pytest.mark.parametrize(
+    ("state", "changes", "warm", "then"),
+    [
+        (State.COLD, {}, True, State.WARM),
+        (State.WARM, {}, False, State.COLD),
+        (State.WARM, {}, True, None),
+        (State.COLD, {}, False, None),
+        (State.COLD, {"load_started": 30.0}, True, None),
+        (State.COLD, {"blind": False}, True, None),
+    ],
+)
+def test_where_nothing_is_listed_the_daemon_that_acts_says_what_is_warm(
+    state: State, changes: dict[str, object], warm: bool, then: State | None
+):
+    before = replace(tried(state, instances=(), blind=True), **changes)  # type: ignore[arg-type]
+    model = apply(before, HolderTold(50, GEMMA, warm=warm, failure="it is gone"))
+    told = {"failures": 0, "failure": "it is gone", "retry_at": None, "contested": False}
+
+    if then is None:
+        assert changed(before, model) == (told | {"proved_elsewhere": True} if warm else told)
+    else:
+        assert (model.state, model.reason) == (then, None if warm else "it is gone")

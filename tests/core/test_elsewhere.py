@@ -2,6 +2,8 @@
 
 from dataclasses import replace as changed
 
+import pytest
+
 from keepalive.core.actions import Load, Refresh, SendPing
 from keepalive.core.explain import eta
 from keepalive.core.facts import (
@@ -18,6 +20,7 @@ from keepalive.core.facts import (
     LoadRemembered,
     LoadResolved,
     LoadStarted,
+    Tier,
     UsedElsewhere,
     WaitEnded,
     WaitStarted,
@@ -167,6 +170,23 @@ def test_what_one_of_us_loaded_is_ours_whichever_comes_first_its_word_or_the_lis
     later = after(a_model(GEMMA), told, listed(3, entry("gemma")), listed(4, entry("gemma", "gemma")))
     assert later.ours == {"gemma"}
     assert later.told == frozenset()
+
+
+@pytest.mark.parametrize("first", ["its word", "the listing"])
+def test_where_nothing_is_listed_what_the_holder_has_warm_is_warm_here_whenever_that_is_heard(first: str):
+    look = changed(listed(1, entry("gemma"), tier=Tier.OPENAI), trusted=True)
+    told = HolderTold(1, GEMMA, warm=True)
+    facts = (told, look) if first == "its word" else (look, told)
+    state = box(*facts)
+
+    assert state[GEMMA].given
+    later = changed(look, at=5000.0, asked=4999.0)
+    assert state.see(later)[GEMMA].given
+    assert not state.see(HolderTold(5001, GEMMA), changed(look, at=5002.0, asked=5001.5))[GEMMA].given
+    # Whoever takes over goes by what it hears itself.
+    state = box(*facts).see(HandLost(2, "local"), HandTaken(3, "local"))
+    state.see(changed(look, at=4.0, asked=3.5, trusted=False))
+    assert state.plan(4.1) == [SendPing(GEMMA, "gemma")]
 
 
 def test_what_the_holder_let_go_is_no_eviction_here():

@@ -483,7 +483,7 @@ def test_where_its_timer_is_told_that_is_what_took_it_or_did_not(
 
 
 def test_an_eviction_is_counted_and_the_first_is_mended_at_once():
-    before = tried(State.WARM, failures=0, warm_since=48.0, evictions=4, used_at=40.0)
+    before = tried(State.WARM, failures=0, contested=False, warm_since=48.0, evictions=4, used_at=40.0)
 
     assert changed(before, count_eviction(before, 50.0, Cause.BY_HAND)) == {
         "evictions": 5,

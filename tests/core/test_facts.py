@@ -7,6 +7,7 @@ import pytest
 from keepalive.core.facts import (
     NO_SIGHT,
     Entry,
+    HolderTold,
     Instance,
     Listed,
     LoadEnded,
@@ -28,6 +29,7 @@ from keepalive.core.facts import (
     UnloadCause,
     UnloadEnded,
     UnloadStarted,
+    WarmAsked,
     fold_key,
 )
 from tests.kit.models import GEMMA, entry, listed
@@ -102,7 +104,7 @@ def test_what_is_not_said_is_not_known():
     assert Need(7) == Need(memory_bytes=7, passes_guardrails=None, sure=False)
     assert NO_SIGHT == Sight() == Sight(sdk=Sdk.OFF, why=None, session=0, hung_up=0, late=False, clock=None)
     plain = Listed(1.0, "local", 0.5, Tier.V1, {})
-    assert (plain.loading, plain.sight, plain.places) == (True, NO_SIGHT, None)
+    assert (plain.loading, plain.sight, plain.places, plain.trusted) == (True, NO_SIGHT, None, False)
     assert LoadStarted(1.0, GEMMA) == LoadStarted(at=1.0, model=GEMMA, ahead=False, claim=None)
     assert LoadEnded(1.0, GEMMA, LoadOutcome.OK, 2.0) == LoadEnded(
         at=1.0,
@@ -115,6 +117,19 @@ def test_what_is_not_said_is_not_known():
         message=None,
     )
     assert LoadRemembered(1.0, GEMMA, 0.0, None).tells_loading is False
+    assert HolderTold(1.0, GEMMA) == HolderTold(
+        at=1.0,
+        model=GEMMA,
+        instance_ids=frozenset(),
+        warm=False,
+        ill=None,
+        failure=None,
+        failures=0,
+        retry_at=None,
+        loads=(),
+        contested=False,
+    )
+    assert WarmAsked(1.0, GEMMA) == WarmAsked(at=1.0, model=GEMMA, alone=False)
     assert PingEnded(1.0, GEMMA, PingOutcome.OK) == PingEnded(
         at=1.0, model=GEMMA, outcome=PingOutcome.OK, seconds=0.0, message=None, why=None
     )

@@ -12,6 +12,7 @@ from keepalive.core.facts import (
     ClockJumped,
     Entry,
     Instance,
+    Listed,
     LoadOutcome,
     LoadRemembered,
     LoadStarted,
@@ -485,7 +486,6 @@ def test_somebody_elses_load_may_take_the_place_of_what_was_there():
         "taken": 1,
         "failure": "it went missing 3 times in a row without holding 300 s",
         "retry_at": 60.0,
-        "contested": True,
     }
 
 
@@ -635,13 +635,71 @@ def test_on_a_server_that_shows_nothing_a_load_is_waited_for():
     assert blindly(a_model(pending=PENDING, state=State.LOADING), at=99).state is State.COLD
 
 
+# --- where another daemon proves what is there ------------------------------------------------------
+
+
+def trusted(*entries: Entry, tier: Tier = Tier.V1) -> Listed:
+    return replace(listed(50, *entries, asked=49, tier=tier), trusted=True)
+
+
+@pytest.mark.parametrize("entries", [(), (entry("gemma"),)], ids=["no such key", "not loaded"])
+def test_what_is_gone_where_another_one_acts_is_gone_for_a_reason_that_he_knows(entries: tuple[Entry, ...]):
+    before = tried(State.WARM, pending=None, retry_at=None)
+    during = tried(State.LOADING, pending=None, load_started=30.0)
+
+    model, still = apply(before, trusted(*entries)), apply(during, trusted(*entries))
+
+    assert (model.state, model.evictions, model.failures, model.instances) == (State.COLD, 0, 2, ())
+    assert (still.instances, still.ours, still.busy) == ((), frozenset(), False)
+    assert (still.state, still.load_started) == (State.LOADING, 30.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "then"),
+    [
+        ({}, State.WARM),
+        ({"crashed": True}, State.BACKOFF),
+        ({"ill": "it does not answer"}, State.BACKOFF),
+        ({"load_started": 30.0}, State.BACKOFF),
+    ],
+)
+def test_what_is_listed_where_another_one_acts_is_warm_unless_somebody_knows_better(
+    changes: dict[str, object], then: State
+):
+    before = tried(State.BACKOFF, **{"crashed": False, **changes})
+
+    assert apply(before, trusted(entry("gemma", "gemma"))).state is then
+
+
+@pytest.mark.parametrize(
+    ("state", "proved", "seen_at", "then"),
+    [
+        (State.WARM, False, 50, State.WARM),  # until he says otherwise
+        (State.WARM, True, 50, State.WARM),
+        (State.UNKNOWN, True, 50, State.WARM),
+        (State.COLD, True, 50, State.WARM),
+        (State.UNKNOWN, False, -900.0, State.COLD),
+        (State.COLD, False, -900.0, State.COLD),
+    ],
+)
+def test_where_nothing_is_listed_the_word_of_the_one_who_acts_is_proof(
+    state: State, proved: bool, seen_at: float, then: State
+):
+    before = tried(state, pending=None, retry_at=None, proved_elsewhere=proved, seen_at=-900.0)
+    model = apply(before, trusted(entry("gemma"), tier=Tier.OPENAI))
+
+    assert (model.state, model.seen_at) == (then, seen_at)
+    assert blindly(replace(before, state=State.UNKNOWN)).state is State.COLD  # once we act ourselves
+
+
 # --- none at all ----------------------------------------------------------------------------------
 
 
 def test_a_program_that_is_gone_took_its_loads_and_its_instances_with_it():
     recalled = (frozenset({"gemma"}), 99.0)
     claims = {"refused_claim": Claim(9, 1.0), "granted_claim": Claim(8, 2.0)}
-    before = tried(State.WARM, suspected=None, recalled=recalled, **claims)
+    crowd = (frozenset({"qwen"}), 3.0)
+    before = tried(State.WARM, suspected=None, recalled=recalled, crowd=crowd, **claims)
 
     assert changed(before, apply(before, failed(50, Trouble.REFUSED, "nothing listens"))) == {
         "state": State.UNKNOWN,
@@ -653,6 +711,7 @@ def test_a_program_that_is_gone_took_its_loads_and_its_instances_with_it():
         "recalled": None,
         "refused_claim": None,
         "granted_claim": None,
+        "crowd": None,
         "busy": False,
         "ping_at": -inf,
     }

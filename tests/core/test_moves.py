@@ -6,8 +6,17 @@ from math import inf
 import pytest
 
 from keepalive.core.errors import Reason
-from keepalive.core.facts import PingEnded, PingOutcome, PingStarted
-from keepalive.core.moves import absent, backoff, failed, fails_again, move, proved, says_that_it_loads
+from keepalive.core.facts import ModelId, PingEnded, PingOutcome, PingStarted
+from keepalive.core.moves import (
+    absent,
+    backoff,
+    crashes_beside,
+    failed,
+    fails_again,
+    move,
+    proved,
+    says_that_it_loads,
+)
 from keepalive.core.records import Cause, Pending, Primed, Priming
 from keepalive.core.states import IllegalMove, Sign, State
 from tests.kit.models import GEMMA, POLICY, a_model, after, changed, cold, ours, tried, warm
@@ -177,6 +186,16 @@ def test_a_failed_load_is_one_failure_more_and_says_when_it_is_tried_again():
         "retry_at": 70.0,
         "warm_since": None,
     }
+
+
+@pytest.mark.parametrize("key", ["Acme/Gemma@q4", "acme/gemma"])
+def test_what_it_crashed_beside_are_all_others_and_no_variant_of_its_own(key: str):
+    beside = frozenset({"acme/gemma", "acme/gemma@q4", "qwen"} if "@" in key else {"acme/gemma", "qwen"})
+    crowded = a_model(ModelId("local", key), beside=beside)
+    alone = replace(crowded, beside=beside - {"qwen"})
+
+    assert changed(crowded, crashes_beside(crowded, 50.0)) == {"crowd": (frozenset({"qwen"}), 50.0)}
+    assert crashes_beside(alone, 50.0) == alone
 
 
 # --- it is not there ------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ from keepalive.core.explain import explain
 from keepalive.core.facts import (
     ClockJumped,
     Fact,
+    HandLost,
+    HandTaken,
     InstanceLost,
     ListingStarted,
     LoadOutcome,
@@ -286,6 +288,17 @@ def test_after_a_clock_jump_no_answer_counts():
         "answered_at": -inf,
         "due_at": -inf,
     }
+
+
+def test_who_takes_over_looks_first_and_who_has_lost_it_goes_on_looking():
+    ours, anothers = asked_long_ago(), asked_long_ago(acts=False)
+
+    assert changed(anothers, apply_upstream(anothers, HandTaken(50, "local"))) == {
+        "acts": True,
+        "answered_at": -inf,
+        "due_at": -inf,
+    }
+    assert changed(ours, apply_upstream(ours, HandLost(50, "local"))) == {"acts": False}
 
 
 @pytest.mark.parametrize(

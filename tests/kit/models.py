@@ -140,6 +140,7 @@ def tried(state: State, **changes: object) -> Model:
         "suspected": Cause.CRASH,
         "pending": Pending(since=1.0, until=99.0, alive_at=2.0),
         "warm_since": 3.0,
+        "contested": True,
         "reason": "it went wrong",
     }
     there = {"instances": (Instance("gemma"),), "ours": frozenset({"gemma"}), "state": state, "since": 20.0}
