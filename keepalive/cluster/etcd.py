@@ -7,7 +7,7 @@ everything else here together. The gateway serves the six calls that are needed 
 already, with TLS. So these are they.
 
 Every call has a deadline, and whatever goes wrong is an `EngineError` with a sentence. Who is asked is whoever
-answered last; the next one is tried when that one fails. A watch tells no more than *that* something has changed:
+answered last; the next one is tried when that one fails, or hangs. A watch tells no more than *that* something has changed:
 whoever is told reads all of it, so that a watch that broke, was compacted away or lost a change costs a moment and
 never the truth.
 """
@@ -129,6 +129,7 @@ class Etcd:
         self._access = access
         self._timeout = timeout
         self._place = 0
+        self.revision = 0  # of all that etcd holds, as of the last `rows`; it only ever grows
         self._token: str | None = None
         self._transport = transport or Http(access.tls)
 
@@ -153,6 +154,8 @@ class Etcd:
     async def rows(self, prefix: str) -> list[Row]:
         """All keys below `prefix`, without it, as the majority has them now."""
         answer = await self._call("/v3/kv/range", _below(prefix))
+        header = answer.get("header")
+        self.revision = _number(header.get("revision") or 0) if isinstance(header, dict) else 0
         found = []
         for kv in _list(answer.get("kvs") or []):
             key = _decoded(kv.get("key")).decode(errors="replace").removeprefix(prefix)
@@ -183,18 +186,37 @@ class Etcd:
     # --- how they go --------------------------------------------------------------------------------
 
     async def _call(self, path: str, body: Json) -> Json:
+        """One address after the other; an address of which nothing comes for its share of the time goes on being waited
+        for while the next is asked, since one that is cut off does not even refuse a connection."""
+        end = asyncio.get_running_loop().time() + self._timeout
+        asked: dict[asyncio.Task[Json], int] = {}
+        left = [(self._place + n) % len(self._addresses) for n in range(len(self._addresses))]
         first: EngineError | None = None
-        for _ in self._addresses:
-            try:
-                return await self._ask(self._addresses[self._place], path, body)
-            except EngineError as error:
-                first = first or error
-                self._place = (self._place + 1) % len(self._addresses)
+        try:
+            while left or asked:
+                if left:
+                    place = left.pop(0)
+                    asked[asyncio.create_task(self._ask(self._addresses[place], path, body, end))] = place
+                share = self._timeout / len(self._addresses) if left else None
+                done, _ = await asyncio.wait(asked, timeout=share, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    place = asked.pop(task)
+                    try:
+                        answer = task.result()
+                    except EngineError as error:
+                        first = first or error
+                    else:
+                        self._place = place
+                        return answer
+        finally:
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
         raise first or EngineError("no address of etcd is known")
 
-    async def _ask(self, address: str, path: str, body: Json) -> Json:
+    async def _ask(self, address: str, path: str, body: Json, end: float) -> Json:
         try:
-            async with asyncio.timeout(self._timeout):
+            async with asyncio.timeout_at(end):
                 status, answer = await self._post(address, path, body, await self._headers(address))
                 if self._access.user is not None and _is_stale(answer):
                     # A token lives for minutes, and not longer than the member that gave it.

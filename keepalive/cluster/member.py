@@ -24,7 +24,7 @@ from typing import Protocol
 from keepalive.cluster import rows
 from keepalive.cluster.etcd import EngineError, Etcd, Json, created, delete, put, unchanged
 from keepalive.cluster.hold import Hold
-from keepalive.cluster.rows import Intent, Member, Picture, Told, Use, folded
+from keepalive.cluster.rows import Intent, Member, Picture, Row, Told, Use, folded
 from keepalive.core.facts import (
     DrainEnded,
     DrainStarted,
@@ -120,6 +120,7 @@ class Cluster:
         self._shy: dict[str, float] = {}  # when we act again where an intent could not be written
         self._seen = Picture()
         self._saw = False  # any picture yet
+        self._revision = 0  # of the picture
         self._seeing = False  # what is recorded now was another's word
         self._known: frozenset[ModelId] = frozenset()  # what was kept here when the picture was seen
         self._written: dict[str, bytes | None] = {}  # since the picture
@@ -133,7 +134,7 @@ class Cluster:
         self._states_said: dict[str, Mapping[ModelId, tuple[Told, float | None]]] = {}
         self._progress_at: dict[ModelId, float] = {}
         self._wishes: dict[ModelId, bool] = {}  # not yet written
-        self._alone: set[ModelId] = set()  # loads begun by a person's word while nobody could be told
+        self._untold: set[ModelId] = set()  # loads that are known of here and that etcd may not have
         self._quiet_until = -inf  # until then others may still have to say what they have so begun
         self._blind_since: dict[str, float] = {}
         self._others_since: float | None = None  # since when another one goes by our name
@@ -228,7 +229,7 @@ class Cluster:
             if use is None or not use.used:
                 self._say()
         elif isinstance(fact, LoadStarted) and after.alone:
-            self._alone.add(after.id)
+            self._untold.add(after.id)
         elif (
             before.state is not after.state
             or before.ours != after.ours
@@ -370,12 +371,13 @@ class Cluster:
 
     async def _tell_loads(self) -> None:
         """Before anything else is done with an etcd that is back: whoever acts is to know what goes on already."""
-        for model in self._keeping().snapshot().models if self._alone else ():
-            if model.id in self._alone and is_loading(model):
+        for model in self._keeping().snapshot().models if self._untold else ():
+            if model.id in self._untold and is_loading(model):
                 intent = Intent(self._me.instance, self._life, 0, model.expected_load, model.tells_loading)
+                intent = self._seen.loads.get(folded(model.id), intent)
                 key = rows.load_key(model.id)
                 await self._commit([created(self._key(key), 0)], {key: rows.load_row(intent)})
-        self._alone.clear()
+        self._untold.clear()
 
     async def _watching(self) -> None:
         while True:
@@ -398,7 +400,7 @@ class Cluster:
             self._wake.clear()
             try:
                 if stale or not self._saw:
-                    self._see(rows.picture(await self._engine.rows(self._prefix)))
+                    self._see(rows.picture(await self._rows()))
                     await self._stand()
                 await self._publish()
                 self._refused = None
@@ -410,6 +412,21 @@ class Cluster:
                 since = self._awake() if self._refused is None else self._refused[0]
                 self._refused = since, str(error)
                 await asyncio.sleep(self._hold.interval)
+
+    async def _rows(self) -> Iterable[Row]:
+        found = await self._engine.rows(self._prefix)
+        if self._engine.revision < self._revision:
+            # Another etcd, or an older copy of it, has taken its place. What all of us know is in none of it, so that
+            # each writes what it knows, and has time to, before anybody acts.
+            self._held, self._quiet_until = frozenset(), self._awake() + self._hold.ttl
+            self._tell("cluster.engine_replaced", well=False, reason="etcd knows less than it did before")
+            models = self._keeping().snapshot().models
+            self._untold |= {model.id for model in models if is_loading(model)}
+            self._wishes = {m.id: m.asked_for for m in models if m.asked_for is not None} | self._wishes
+            await self._tell_loads()
+            found = await self._engine.rows(self._prefix)
+        self._revision = self._engine.revision
+        return found
 
     def _look_again(self) -> None:
         self._stale = True
@@ -562,6 +579,8 @@ class Cluster:
             return
         name = self._me.instance
         other = self._seen.members.get(name)
+        if other is None and rows.member_key(name) in self._seen.values:
+            other = Member(name, "")  # whatever it was to say
         if other is not None and other.life != self._life:
             name = rows.stand_in(name, self._life)
             self._is_doubled(other, name)

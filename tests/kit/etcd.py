@@ -5,7 +5,7 @@ import json
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -21,9 +21,17 @@ needs_etcd = pytest.mark.skipif(ETCD is None, reason="needs etcd (Debian: etcd-s
 class Etcd:
     """`url`; the process may be stopped, killed and started again with what it knew."""
 
-    def __init__(self, folder: Path, client: int, peer: int, name: str = "one", cluster: str = "") -> None:
-        self.folder, self.name = folder, name
-        self.url = f"http://127.0.0.1:{client}"
+    def __init__(
+        self,
+        folder: Path,
+        client: int,
+        peer: int,
+        name: str = "one",
+        cluster: str = "",
+        host: str = "127.0.0.1",
+    ) -> None:
+        self.folder, self.name, self.host = folder, name, host
+        self.url = f"http://{host}:{client}"
         self._peer = f"http://127.0.0.1:{peer}"
         self._cluster = cluster or f"{name}={self._peer}"
 
@@ -85,11 +93,11 @@ def etcd(folder: Path) -> Iterator[Etcd]:
 
 
 @contextlib.contextmanager
-def three(folder: Path) -> Iterator[list[Etcd]]:
-    """One cluster of three."""
+def three(folder: Path, hosts: Sequence[str] = ("127.0.0.1",) * 3) -> Iterator[list[Etcd]]:
+    """One cluster of three; `hosts` are the addresses at which they serve."""
     with reserved(6) as ports, contextlib.ExitStack() as stack:
         cluster = ",".join(f"n{n}=http://127.0.0.1:{ports[2 * n + 1]}" for n in range(3))
-        members = [Etcd(folder, *ports[2 * n : 2 * n + 2], f"n{n}", cluster) for n in range(3)]
+        members = [Etcd(folder, *ports[2 * n : 2 * n + 2], f"n{n}", cluster, hosts[n]) for n in range(3)]
         for one in members:
             one.start(wait=False)
             stack.callback(one.kill)

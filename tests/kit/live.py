@@ -15,7 +15,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -256,15 +256,15 @@ class Running:
 
 
 class SimulatorProcess(Running):
-    def __init__(self, folder: Path, *models: str, port: int = 0) -> None:
-        options = [word for model in models for word in ("--model", model)]
+    def __init__(self, folder: Path, *models: str, port: int = 0, host: str = "127.0.0.1") -> None:
+        options = ["--host", host, *(word for model in models for word in ("--model", model))]
         super().__init__([*KEEPALIVE, "simulate", "--port", str(port), *options], folder, "simulator")
         with self.begun():
             first = wait_until(lambda: self.out.read_text().partition("\n")[0], "the simulator listens")
         self.url = first.rpartition(" ")[2]
 
-    def log(self) -> list[dict[str, Any]]:
-        return list(json.loads(ask(f"{self.url}/simulator/log")[2])["events"])
+    def log(self, since: int = 0) -> list[dict[str, Any]]:
+        return list(json.loads(ask(f"{self.url}/simulator/log?since={since}")[2])["events"])
 
     def happened(self, kind: str, key: str) -> int:
         """How often this happened to a model."""
@@ -290,14 +290,20 @@ class SimulatorProcess(Running):
 
 
 class DaemonProcess(Running):
-    """`keepalive run`, with its config in the folder."""
+    """`keepalive run`, with its config in the folder; `on` are the words that run it on another machine."""
 
     def __init__(
-        self, folder: Path, text: str, name: str = "daemon", stderr: Any = None, **environ: str
+        self,
+        folder: Path,
+        text: str,
+        name: str = "daemon",
+        stderr: Any = None,
+        on: Sequence[str] = (),
+        **environ: str,
     ) -> None:
         self.config = folder / f"{name}.toml"
         self.config.write_text(text)
-        words = [*KEEPALIVE, "run", "-c", str(self.config)]
+        words = [*on, *KEEPALIVE, "run", "-c", str(self.config)]
         super().__init__(words, folder, name, stderr, **environ)
         if stderr is None:
             with self.begun():

@@ -1,11 +1,13 @@
-"""Another machine, by a cable: a network namespace that can lose its power, so that nobody says goodbye."""
+"""Other machines, each by a cable: network namespaces that can lose their power, or lose sight of an address, so that
+nobody says goodbye."""
 
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,15 +19,18 @@ def ip(*words: str) -> str:
     return subprocess.run(["ip", *words], check=True, capture_output=True, text=True, timeout=60).stdout
 
 
+_numbers = itertools.count()
+
+
 class Machine:
     """`here` is our address on the cable, `there` its own."""
 
     def __init__(self, folder: Path) -> None:
-        number = os.getpid()
-        self.name = f"keepalive-{number}"
-        self._ours, self._theirs = f"ka{number}a", f"ka{number}b"
-        net = f"10.{200 + number % 50}.{number // 50 % 250}"
-        self.here, self.there = f"{net}.1", f"{net}.2"
+        process, number = os.getpid(), next(_numbers) % 60
+        self.name = f"keepalive-{process}-{number}"
+        self._ours, self._theirs = f"ka{process}.{number}a", f"ka{process}.{number}b"
+        net = f"10.{200 + process % 50}.{process // 50 % 250}"
+        self.here, self.there = f"{net}.{4 * number + 1}", f"{net}.{4 * number + 2}"
         self._folder = folder
         self._running: list[Running] = []
 
@@ -37,6 +42,21 @@ class Machine:
         ip("-n", self.name, "addr", "add", f"{self.there}/30", "dev", self._theirs)
         ip("-n", self.name, "link", "set", "lo", "up")
         ip("-n", self.name, "link", "set", self._theirs, "up")
+        ip("-n", self.name, "route", "add", "default", "via", self.here)
+
+    def loses_sight_of(self, *addresses: str, sends: bool = False) -> None:
+        """Nothing comes from them any more; with `sends`, what is sent to them still arrives."""
+        for address in addresses:
+            self._filter("-A", "INPUT", "-s", address, "-j", "DROP")
+            if not sends:
+                self._filter("-A", "OUTPUT", "-d", address, "-j", "DROP")
+
+    def sees_all(self) -> None:
+        self._filter("-F")
+
+    def _filter(self, *words: str) -> None:
+        enter = ["ip", "netns", "exec", self.name, "iptables", "-w"]
+        subprocess.run([*enter, *words], check=True, capture_output=True, text=True, timeout=60)
 
     def run(self, *words: str, name: str) -> Running:
         """A program on it, once it has said its first word."""
@@ -60,6 +80,16 @@ class Machine:
         # A namespace lives as long as connections that nobody answers any more, so its cable is cut by hand.
         ip("link", "del", self._ours)
         ip("netns", "del", self.name)
+
+
+@contextmanager
+def addresses(*wanted: str) -> Iterator[None]:
+    """Addresses of ours, that all of these machines can tell apart."""
+    with ExitStack() as stack:
+        for address in wanted:
+            ip("addr", "add", f"{address}/32", "dev", "lo")
+            stack.callback(ip, "addr", "del", f"{address}/32", "dev", "lo")
+        yield
 
 
 @contextmanager
