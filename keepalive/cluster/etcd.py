@@ -7,9 +7,9 @@ everything else here together. The gateway serves the six calls that are needed 
 already, with TLS. So these are they.
 
 Every call has a deadline, and whatever goes wrong is an `EngineError` with a sentence. Who is asked is whoever
-answered last; the next one is tried when that one fails, or hangs. A watch tells no more than *that* something has changed:
-whoever is told reads all of it, so that a watch that broke, was compacted away or lost a change costs a moment and
-never the truth.
+answered last; the next one is tried when that one fails, or hangs. A watch tells no more than *that* something has
+changed: whoever is told reads all of it, so that a watch that broke, was compacted away or lost a change costs a moment
+and never the truth.
 """
 
 import asyncio
@@ -17,10 +17,11 @@ import base64
 import contextlib
 import json
 import math
+import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
-from ssl import SSLContext
+from ssl import SSLCertVerificationError, SSLContext, SSLError
 from typing import Any, Protocol
 
 import aiohttp
@@ -84,7 +85,7 @@ class Http:
             ) as answer:
                 yield Answer(answer.status, answer.content.iter_any())
         except aiohttp.ClientError as error:
-            raise OSError(_words(error)) from error
+            raise OSError(_why(error, url)) from error
 
     async def close(self) -> None:
         if self._session is not None:
@@ -275,6 +276,32 @@ def _refused(answer: Json, address: str) -> EngineError:
     words = str(said).removeprefix("etcdserver: ") if said else "no"
     words = "".join(c for c in words if c.isprintable())[:200]
     return EngineError(f"etcd at {address} says: {words}")
+
+
+def _why(error: aiohttp.ClientError, url: str) -> str:
+    """What is wrong, with TLS as a rule."""
+    if isinstance(error, aiohttp.ServerDisconnectedError) and url.startswith("http:"):
+        return "it hung up without an answer; where it speaks TLS, write https://"
+    cause: BaseException | None = error.__cause__
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        cause = error.certificate_error
+    elif isinstance(error, aiohttp.ClientConnectorError):
+        cause = error.os_error
+    match cause:
+        case SSLCertVerificationError():
+            return f"its certificate is not accepted: {cause.verify_message} (cluster.ca names who has signed it)"
+        case SSLError() if "ALERT_" in (cause.reason or ""):
+            alert = (cause.reason or "").partition("ALERT_")[2].replace("_", " ").lower()
+            return (
+                f"it wants a certificate of ours that it accepts ({alert}): see cluster.cert and cluster.key"
+            )
+        case SSLError():
+            return "no TLS is spoken there that we know"
+        case ConnectionError(errno=None) if url.startswith("https:"):
+            return "no TLS is spoken there; write http://"  # it hung up on our first words
+        case OSError(errno=int() as number) if number > 0:
+            return f"Cannot connect: {os.strerror(number)}"
+    return _words(error)
 
 
 def _words(error: BaseException) -> str:

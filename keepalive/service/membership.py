@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from keepalive import __version__
+from keepalive.config import Cluster as Wanted
 from keepalive.config import Config, Kept, Upstream
 from keepalive.core.errors import KeepaliveError
 from keepalive.core.facts import fold_key
@@ -34,7 +35,7 @@ def member(
     from keepalive.cluster.hold import Hold
     from keepalive.cluster.member import Cluster, Self
 
-    access = Access(wanted.user, tokens.of_cluster(wanted, environ), _tls(settings))
+    access = Access(wanted.user, tokens.of_cluster(wanted, environ), tls(wanted))
     # No call may take so long that the next renewal of the lease would come too late.
     engine = Etcd(wanted.etcd, access, Hold(wanted.ttl).interval)
     host = socket.gethostname()
@@ -120,8 +121,8 @@ def _tell(event: str, *, well: bool, **fields: object) -> None:
     (log.info if well else log.warning)(event, **fields)
 
 
-def _tls(settings: Config) -> ssl.SSLContext | None:
-    wanted = settings.cluster
+def tls(wanted: Wanted) -> ssl.SSLContext | None:
+    """By which etcd is known to be itself, and we to it."""
     if not (wanted.ca or wanted.cert):
         return None
     try:

@@ -1,17 +1,22 @@
 """The engine, against a real one; and whatever else may listen there."""
 
 import asyncio
+import shutil
 import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from aiohttp import web
 
 from keepalive.cluster.etcd import Access, EngineError, Etcd, created, delete, put, unchanged
+from keepalive.config import Cluster
+from keepalive.service import membership
 from tests.kit import etcd as kit
 from tests.kit.etcd import needs_etcd
 from tests.kit.live import reserved_port, until
+from tests.kit.raw import Fault, Middleman, never_accepting
 
 PREFIX = "/keepalive/ward/"
 
@@ -134,6 +139,87 @@ async def test_whoever_must_say_who_he_is_does_and_again_when_that_is_forgotten(
         right._token = "forgotten.7"
         assert await right.rows(PREFIX) == []
         await right.close()
+
+
+needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+
+
+def access(ca: Path | None = None, own: tuple[Path, Path] | None = None) -> Access:
+    table = {"etcd": ["https://127.0.0.1:1"]} | ({"ca": str(ca)} if ca else {})
+    if own is not None:
+        table |= {"cert": str(own[0]), "key": str(own[1])}
+    return Access(tls=membership.tls(Cluster.model_validate(table)))
+
+
+async def said(url: str, how: Access) -> str:
+    """What comes of asking it for its rows."""
+    engine = Etcd([url], how, timeout=20)
+    try:
+        return "well" if await engine.rows(PREFIX) == [] else "rows"
+    except EngineError as error:
+        return str(error).removeprefix(f"etcd at {url}: ")
+    finally:
+        await engine.close()
+
+
+@needs_etcd
+@needs_openssl
+async def test_what_is_wrong_with_a_certificate_is_said_in_a_sentence(tmp_path: Path, server: kit.Etcd):
+    ours, others = kit.Authority(tmp_path), kit.Authority(tmp_path, "others")
+    good, client = ours.signs("good"), ours.signs("client")
+    (tmp_path / "expired").mkdir()
+    wants = ("--client-cert-auth", "--trusted-ca-file", ours.ca)
+    with (
+        kit.secured(tmp_path, good, *wants) as strict,
+        kit.secured(tmp_path / "expired", ours.signs("expired", days=-1)) as expired,
+    ):
+        by_name = strict.url.replace("127.0.0.1", "localhost")
+        plain, secret = strict.url.replace("https", "http"), server.url.replace("http", "https")
+
+        assert await said(strict.url, access(ours.ca, client)) == "well"
+        refused = "its certificate is not accepted: "
+        for wrong in (access(others.ca, client), access()):
+            assert (await said(strict.url, wrong)).startswith(
+                refused + "unable to get local issuer certificate"
+            )
+        assert (await said(expired.url, access(ours.ca))).startswith(refused + "certificate has expired")
+        assert "certificate is not valid for 'localhost'" in await said(by_name, access(ours.ca, client))
+        assert (await said(strict.url, access(ours.ca))).startswith(
+            "it wants a certificate of ours that it accepts ("
+        )
+        assert await said(plain, Access()) == (
+            "it hung up without an answer; where it speaks TLS, write https://"
+        )
+        assert await said(secret, access(ours.ca)) == ("no TLS is spoken there; write http://")
+
+
+@needs_etcd
+async def test_addresses_that_are_cut_off_cost_no_more_than_their_share_of_the_time(server: kit.Etcd):
+    with never_accepting() as silent, never_accepting() as another:
+        cut_off = [f"http://127.0.0.1:{port}" for port in (silent, another)]
+        engine = Etcd([*cut_off, server.url], Access(), timeout=3)
+        async with asyncio.timeout(3.5):  # each of them alone could have cost as much
+            assert await engine.rows(PREFIX) == []
+        async with asyncio.timeout(1.0):  # and now it is known who answers
+            assert await engine.rows(PREFIX) == []
+        await engine.close()
+
+        hopeless = Etcd(cut_off, Access(), timeout=0.5)
+        with pytest.raises(EngineError, match="did not answer within"):
+            await hopeless.rows(PREFIX)
+        await hopeless.close()
+
+
+@needs_etcd
+async def test_an_etcd_that_is_slow_answers_though_another_address_was_asked_meanwhile(server: kit.Etcd):
+    with never_accepting() as silent:
+        async with Middleman(urlsplit(server.url).port or 0, down=Fault(delay=0.5)) as slow:
+            engine = Etcd(
+                [f"http://127.0.0.1:{slow.port}", f"http://127.0.0.1:{silent}"], Access(), timeout=0.8
+            )
+
+            assert await engine.rows(PREFIX) == []
+            await engine.close()
 
 
 async def test_nobody_there_is_said_in_a_sentence():

@@ -1,4 +1,5 @@
-"""A real etcd, of one member or of three, in the folder of a test, which is skipped where this machine has none."""
+"""A real etcd, of one member or of three, in the folder of a test, which is skipped where this machine has none; and
+certificates for it, of an authority of our own."""
 
 import contextlib
 import json
@@ -18,8 +19,34 @@ ETCD = shutil.which("etcd")
 needs_etcd = pytest.mark.skipif(ETCD is None, reason="needs etcd (Debian: etcd-server)")
 
 
+class Authority:
+    """Signs certificates for 127.0.0.1; `ca` is its own."""
+
+    def __init__(self, folder: Path, name: str = "ca") -> None:
+        self.folder = folder
+        self.ca, self._key = folder / f"{name}.pem", folder / f"{name}.key"
+        _openssl("req", "-x509", *NEW_KEY, "-keyout", self._key, "-out", self.ca, "-subj", f"/CN={name}")
+
+    def signs(self, name: str, days: int = 2) -> tuple[Path, Path]:
+        """A certificate and its key; with less than no days it has expired."""
+        cert, key = self.folder / f"{name}.pem", self.folder / f"{name}.key"
+        request, more = self.folder / f"{name}.csr", self.folder / f"{name}.ext"
+        more.write_text("subjectAltName=IP:127.0.0.1\n")
+        _openssl("req", "-new", *NEW_KEY, "-keyout", key, "-out", request, "-subj", f"/CN={name}")
+        signer = ("-CA", self.ca, "-CAkey", self._key, "-CAcreateserial")
+        _openssl("x509", "-req", "-in", request, *signer, "-days", f"{days}", "-extfile", more, "-out", cert)
+        return cert, key
+
+
+NEW_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+
+
+def _openssl(*words: str | Path) -> None:
+    subprocess.run(["openssl", *words], check=True, capture_output=True, stdin=subprocess.DEVNULL)
+
+
 class Etcd:
-    """`url`; the process may be stopped, killed and started again with what it knew."""
+    """`url`; the process may be stopped, killed and started again with what it knew. `more` are options of etcd's."""
 
     def __init__(
         self,
@@ -29,9 +56,12 @@ class Etcd:
         name: str = "one",
         cluster: str = "",
         host: str = "127.0.0.1",
+        more: Sequence[str | Path] = (),
     ) -> None:
-        self.folder, self.name, self.host = folder, name, host
-        self.url = f"http://{host}:{client}"
+        self.folder, self.name, self.more = folder, name, more
+        self.url = f"http{'s' if '--cert-file' in more else ''}://{host}:{client}"
+        # Without TLS, whatever the rest has.
+        self.health = next((str(url) for url in more if str(url).startswith("http:")), self.url)
         self._peer = f"http://127.0.0.1:{peer}"
         self._cluster = cluster or f"{name}={self._peer}"
 
@@ -46,6 +76,7 @@ class Etcd:
             "--listen-peer-urls", self._peer,
             "--initial-advertise-peer-urls", self._peer,
             "--initial-cluster", self._cluster,
+            *self.more,
             "--unsafe-no-fsync",
         ]  # fmt: skip
         if "unsafe-no-fsync" not in subprocess.run([ETCD, "--help"], capture_output=True, text=True).stdout:
@@ -61,7 +92,7 @@ class Etcd:
 
     def answers(self) -> bool:
         with contextlib.suppress(OSError):
-            return ask(f"{self.url}/health")[0] == 200
+            return ask(f"{self.health}/health")[0] == 200
         return False
 
     def signal(self, number: signal.Signals) -> None:
@@ -80,16 +111,31 @@ class Etcd:
         self.process.kill()
         self.process.wait()
 
+    def lose_everything(self) -> None:
+        """Another one comes in its place, that knows nothing."""
+        self.kill()
+        shutil.rmtree(self.folder / self.name)
+        self.start()
+
 
 @contextlib.contextmanager
-def etcd(folder: Path) -> Iterator[Etcd]:
+def etcd(folder: Path, *more: str | Path) -> Iterator[Etcd]:
     with reserved(2) as (client, peer):
-        running = Etcd(folder, client, peer)
+        running = Etcd(folder, client, peer, more=more)
         try:
             running.start()
             yield running
         finally:
             running.kill()
+
+
+@contextlib.contextmanager
+def secured(folder: Path, cert: tuple[Path, Path], *more: str | Path) -> Iterator[Etcd]:
+    """One that speaks TLS."""
+    with reserved() as [health]:
+        own = ("--cert-file", cert[0], "--key-file", cert[1])
+        with etcd(folder, *own, "--listen-metrics-urls", f"http://127.0.0.1:{health}", *more) as running:
+            yield running
 
 
 @contextlib.contextmanager

@@ -235,6 +235,8 @@ class Fault:
     #: "cut" ends both connections in order, "rst" aborts both, "stall" passes no further byte.
     then: str = "cut"
     bytes_per_second: float | None = None
+    #: Whatever comes is passed on so many seconds later.
+    delay: float = 0.0
 
 
 PASS = Fault()
@@ -321,6 +323,8 @@ class Middleman:
                 if not data:
                     sink.shutdown(socket.SHUT_WR)
                     return "over"
+                if fault.delay:
+                    await asyncio.sleep(fault.delay)
                 await loop.sock_sendall(sink, data)
                 passed += len(data)
                 setattr(self, counter, getattr(self, counter) + len(data))
