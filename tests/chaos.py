@@ -67,12 +67,12 @@ KINDS = {
     "ended": 2,
     "cut off from etcd": 3,
     "hears nothing of etcd": 2,
-    "cut off from some of etcd": 2,
-    "cut off from LM Studio": 3,
-    "hears nothing of LM Studio": 2,
+    "cut off from some of etcd": 1,
+    "cut off from LM Studio": 2,
+    "hears nothing of LM Studio": 1,
     "cut off from both": 3,
-    "leader of etcd killed": 2,
-    "leader of etcd stopped": 2,
+    "leader of etcd killed": 1,
+    "leader of etcd stopped": 1,
     "all of etcd killed": 1,
     "all of etcd stopped": 1,
     "LM Studio restarted": 1,
@@ -213,10 +213,11 @@ class World:
         [kind] = self.chance.choices(list(kinds), list(kinds.values()))
         during = self.chance.choice(DURING)
         holder = self.held_by()[0]
-        name = holder if holder in NAMES and self.chance.random() < 0.8 else self.chance.choice(NAMES)
-        seconds = self.chance.choice((0.1, TTL / 2, 1.5 * TTL, 1.5 * TTL, 2.5 * TTL))
-        if kind.endswith("LM Studio") and self.chance.random() < 0.3:
+        name = holder if holder in NAMES and self.chance.random() < 0.9 else self.chance.choice(NAMES)
+        seconds = self.chance.choice((0.1, TTL / 2, 1.5 * TTL, 1.5 * TTL, 1.5 * TTL, 2.5 * TTL))
+        if kind.endswith("LM Studio") and self.chance.random() < 0.5:
             seconds = 25.0  # whoever does not see it lets go
+        self.forgive()
         what = f"{name}{' (acts)' if name == holder else ''} {kind} for {seconds:.1f} s, {during}"
         lost = self.chance.choice(MODELS)
         if during == "a model lost before":
@@ -240,6 +241,12 @@ class World:
             total = self.tally.failovers
         self.lease = lease
         print(f"{total:4} world {self.number}: {what}: warm after {took:.1f} s", flush=True)
+
+    def forgive(self) -> None:
+        """As a person would: what is lost so often is left alone for longer and longer."""
+        url = self.daemons[self.chance.choice(NAMES)].url
+        for key in MODELS:
+            ask(f"{url}/api/models/{key}/warm", "POST")
 
     @contextlib.contextmanager
     def befalls(self, kind: str, name: str, seconds: float) -> Iterator[None]:

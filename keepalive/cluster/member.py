@@ -14,7 +14,7 @@
 import asyncio
 import contextlib
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from dataclasses import replace as changed
@@ -127,7 +127,9 @@ class Cluster:
         self._wake = asyncio.Event()
         self._pictured = asyncio.Event()  # another one each time
         self._stale = False
-        self._refused: tuple[float, str] | None = None  # since when etcd does nothing else for us, and why
+        # Since when etcd renews our lease and shows us nothing, or takes nothing from us, and why.
+        self._refused: dict[str, tuple[float, str]] = {}
+        self._useless = False  # that has lasted
         self._used_told: Mapping[ModelId, UsedElsewhere] = {}
         self._uses_said: Mapping[ModelId, Use] = {}
         self._uses_at = -inf
@@ -157,7 +159,7 @@ class Cluster:
     def acts(self, upstream: str, /) -> bool:
         now = self._awake()
         quiet_until = max(self._quiet_until, self._shy.get(upstream, -inf))
-        return upstream in self._held and self._hold.good(now) and now >= quiet_until
+        return upstream in self._held and self._hold.good(now) and now >= quiet_until and not self._useless
 
     async def begin(self, model: Model, /) -> bool:
         upstream = model.id.upstream
@@ -403,18 +405,14 @@ class Cluster:
                     self._see(rows.picture(await self._rows()))
                     await self._stand()
                 await self._publish()
-                self._refused = None
-            except EngineError as error:
-                self._keeping().tick()
+            except EngineError:
                 # The next renewal finds out whether it is down; until then nothing is lost.
-                if self._down_since is None and self._refused is None:
-                    self._tell("cluster.row_failed", well=False, reason=str(error))
-                since = self._awake() if self._refused is None else self._refused[0]
-                self._refused = since, str(error)
+                self._keeping().tick()
                 await asyncio.sleep(self._hold.interval)
 
     async def _rows(self) -> Iterable[Row]:
-        found = await self._engine.rows(self._prefix)
+        with self._asks("rows"):
+            found = await self._engine.rows(self._prefix)
         if self._engine.revision < self._revision:
             # Another etcd, or an older copy of it, has taken its place. What all of us know is in none of it, so that
             # each writes what it knows, and has time to, before anybody acts.
@@ -428,6 +426,18 @@ class Cluster:
         self._revision = self._engine.revision
         return found
 
+    @contextlib.contextmanager
+    def _asks(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except EngineError as error:
+            if self._down_since is None and not self._refused:
+                self._tell("cluster.row_failed", well=False, reason=str(error))
+            since, _ = self._refused.get(what, (self._awake(), ""))
+            self._refused[what] = since, str(error)
+            raise
+        self._refused.pop(what, None)
+
     def _look_again(self) -> None:
         self._stale = True
         self._wake.set()
@@ -436,15 +446,18 @@ class Cluster:
         self._wake.set()
 
     def _is_answered(self) -> None:
-        """Our lease was renewed. An etcd that does that and nothing else, as for want of rights, is of no more use."""
-        if self._refused is not None and self._awake() - self._refused[0] > self._hold.ttl:
-            self._is_down(self._refused[1])
+        """Our lease was renewed. An etcd that does that and no more, for want of rights or of room, is of no use."""
+        since, why = min(self._refused.values(), default=(inf, ""))
+        self._useless = self._awake() - since > self._hold.ttl
+        if self._useless:
+            self._is_down(why)
         else:
             self._is_up()
 
     def _is_up(self) -> None:
         if self._down_since is not None and self._said_down:
             self._tell("cluster.engine_up", well=True, seconds=round(self._awake() - self._down_since, 1))
+            self._keeping().tick()
         self._down_since, self._said_down, self.trouble = None, False, None
         if self._hopeless:
             self._hopeless = False
@@ -656,6 +669,8 @@ class Cluster:
         snapshot = self._keeping().snapshot()
         mine = rows.uses_key(self._name)
         own = {rows.member_key(self._name): self._row(snapshot)}
+        if "writes" in self._refused:
+            await self._commit([], own, leased=True)  # what was to be written may no longer be
         uses = self._uses(snapshot)
         if self._is_news(uses):
             own[mine] = rows.uses_row(uses)
@@ -800,7 +815,10 @@ class Cluster:
             delete(self._key(key)) if value is None else put(self._key(key), value, lease)
             for key, value in changes.items()
         ]
-        return await self._engine.commit(list(compare), writes)
+        if None in changes.values():  # which a full one takes, too
+            return await self._engine.commit(list(compare), writes)
+        with self._asks("writes"):
+            return await self._engine.commit(list(compare), writes)
 
     def _key(self, key: str) -> str:
         return self._prefix + key

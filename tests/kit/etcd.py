@@ -5,6 +5,7 @@ import contextlib
 import json
 import shutil
 import signal
+import ssl
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -36,6 +37,10 @@ class Authority:
         signer = ("-CA", self.ca, "-CAkey", self._key, "-CAcreateserial")
         _openssl("x509", "-req", "-in", request, *signer, "-days", f"{days}", "-extfile", more, "-out", cert)
         return cert, key
+
+
+def trusting(ca: Path) -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=ca)
 
 
 NEW_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")

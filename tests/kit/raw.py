@@ -251,6 +251,7 @@ class Middleman:
         self.down = down
         self.port = 0
         self.connections = 0
+        self.refuses = False
         #: Bytes passed, client to server and back.
         self.passed_up = 0
         self.passed_down = 0
@@ -260,7 +261,8 @@ class Middleman:
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
         self._listener.setblocking(False)
         self.port = self._listener.getsockname()[1]
-        self._tasks.add(asyncio.create_task(self._accept()))
+        self._accepting = asyncio.create_task(self._accept())
+        self._tasks.add(self._accepting)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -274,7 +276,15 @@ class Middleman:
         while True:
             sock, _ = await loop.sock_accept(self._listener)
             self.connections += 1
-            self._tasks.add(asyncio.create_task(self._serve(sock)))
+            if self.refuses:
+                reset(sock)
+            else:
+                self._tasks.add(asyncio.create_task(self._serve(sock)))
+
+    def sever(self) -> None:
+        """End the connections that there are."""
+        for task in self._tasks - {self._accepting}:
+            task.cancel()
 
     async def _serve(self, client: socket.socket) -> None:
         server = socket.socket()
