@@ -46,7 +46,7 @@ test-timely: $(TESTABLE)  ## Run the tests that depend most on time 20 times, wh
 demo-cluster: $(TESTABLE)  ## Two daemons as one on this machine, and what to kill; Ctrl-C ends it
 	@$(BIN)/python tests/kit/demo_cluster.py
 
-chaos: $(TESTABLE)  ## Kill and stop who acts of three daemons 500 times under traffic, and see that nothing is loaded twice (an hour)
+chaos: $(TESTABLE)  ## Kill, stop and cut off who acts of three daemons 500 times under traffic, and see that nothing is loaded twice (an hour)
 	@$(BIN)/python tests/chaos.py
 
 test-setup: python  ## Install the real inference servers that some tests skip without (more than 1 GB)

@@ -136,7 +136,7 @@ class Cluster:
         self._states_said: dict[str, Mapping[ModelId, tuple[Told, float | None]]] = {}
         self._progress_at: dict[ModelId, float] = {}
         self._wishes: dict[ModelId, bool] = {}  # not yet written
-        self._untold: set[ModelId] = set()  # loads that are known of here and that etcd may not have
+        self._alone: set[ModelId] = set()  # loads begun by a person's word while nobody could be told
         self._quiet_until = -inf  # until then others may still have to say what they have so begun
         self._blind_since: dict[str, float] = {}
         self._others_since: float | None = None  # since when another one goes by our name
@@ -166,12 +166,11 @@ class Cluster:
         holder = self._seen.holders.get(upstream)
         if holder is None or not self.acts(upstream):
             return False
-        intent = Intent(self._me.instance, self._life, 0, model.expected_load, model.tells_loading)
         why, done = "another one holds it", False
         try:
             done = await self._commit(
                 [created(self._key(rows.holder_key(upstream)), holder.created)],
-                {rows.load_key(model.id): rows.load_row(intent)},
+                {rows.load_key(model.id): rows.load_row(self._intent(model))},
             )
         except EngineError as error:
             why = str(error)
@@ -231,7 +230,7 @@ class Cluster:
             if use is None or not use.used:
                 self._say()
         elif isinstance(fact, LoadStarted) and after.alone:
-            self._untold.add(after.id)
+            self._alone.add(after.id)
         elif (
             before.state is not after.state
             or before.ours != after.ours
@@ -357,6 +356,7 @@ class Cluster:
                     self._keeping().tick()
                     continue
             except EngineError as error:
+                self._refused.clear()  # who is away refuses nothing
                 self._is_down(str(error))
             else:
                 self._is_answered()
@@ -373,13 +373,24 @@ class Cluster:
 
     async def _tell_loads(self) -> None:
         """Before anything else is done with an etcd that is back: whoever acts is to know what goes on already."""
-        for model in self._keeping().snapshot().models if self._untold else ():
-            if model.id in self._untold and is_loading(model):
-                intent = Intent(self._me.instance, self._life, 0, model.expected_load, model.tells_loading)
-                intent = self._seen.loads.get(folded(model.id), intent)
+        for model in self._keeping().snapshot().models if self._alone else ():
+            if model.id in self._alone and is_loading(model):
+                # It may stand in the place of one of earlier, whose end could not be written.
+                await self._commit([], {rows.load_key(model.id): rows.load_row(self._intent(model))})
+        self._alone.clear()
+
+    async def _remind(self) -> None:
+        """Write what we know of to an etcd that knows less."""
+        models = self._keeping().snapshot().models
+        self._wishes = {m.id: m.asked_for for m in models if m.asked_for is not None} | self._wishes
+        for model in models:
+            if is_loading(model):
+                intent = self._seen.loads.get(folded(model.id), self._intent(model))
                 key = rows.load_key(model.id)
                 await self._commit([created(self._key(key), 0)], {key: rows.load_row(intent)})
-        self._untold.clear()
+
+    def _intent(self, model: Model) -> Intent:
+        return Intent(self._me.instance, self._life, 0, model.expected_load, model.tells_loading)
 
     async def _watching(self) -> None:
         while True:
@@ -418,10 +429,7 @@ class Cluster:
             # each writes what it knows, and has time to, before anybody acts.
             self._held, self._quiet_until = frozenset(), self._awake() + self._hold.ttl
             self._tell("cluster.engine_replaced", well=False, reason="etcd knows less than it did before")
-            models = self._keeping().snapshot().models
-            self._untold |= {model.id for model in models if is_loading(model)}
-            self._wishes = {m.id: m.asked_for for m in models if m.asked_for is not None} | self._wishes
-            await self._tell_loads()
+            await self._remind()
             found = await self._engine.rows(self._prefix)
         self._revision = self._engine.revision
         return found

@@ -25,7 +25,7 @@ from tests.kit.etcd import needs_etcd
 from tests.kit.live import ask, asked, daemon, let_it_load, loads, model, settings, simulator, until
 from tests.kit.raw import PASS, Fault, Middleman
 
-pytestmark = [needs_etcd, pytest.mark.xdist_group("etcd")]
+pytestmark = [needs_etcd, pytest.mark.xdist_group("etcd in trouble")]
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +86,18 @@ async def test_an_emptied_etcd_is_told_of_loads_before_anybody_acts_there(tmp_pa
 
 
 async def fill(engine: Etcd) -> None:
-    for n in range(99):
+    for n in range(9):
         await engine.commit([], [put(f"/other/{n}", b"x" * 400_000)])
+
+
+async def make_room(engine: Etcd) -> None:
+    """As a person does in whose way it is, with etcdctl."""
+    await engine.commit([], [delete(f"/other/{n}") for n in range(9)])
+    await engine.rows("/other/")
+    await engine._call("/v3/kv/compaction", {"revision": str(engine.revision), "physical": True})
+    await engine._call("/v3/maintenance/defragment", {})
+    [alarm] = (await engine._call("/v3/maintenance/alarm", {"action": "GET"}))["alarms"]
+    await engine._call("/v3/maintenance/alarm", {"action": "DEACTIVATE", **alarm})
 
 
 async def test_a_full_etcd_loads_nothing_and_says_so_until_it_has_room(tmp_path: Path):
@@ -113,12 +123,7 @@ async def test_a_full_etcd_loads_nothing_and_says_so_until_it_has_room(tmp_path:
             assert served(server, "Range", "Txn") - before < 30 * seconds
             assert loads(studio.studio) == 1
 
-            for n in range(99):
-                await filler.commit([], [delete(f"/other/{n}")])
-            await filler.rows("/other/")
-            await filler._call("/v3/kv/compaction", {"revision": str(filler.revision), "physical": True})
-            await filler._call("/v3/maintenance/defragment", {})
-            await filler._call("/v3/maintenance/alarm", {"action": "DEACTIVATE", "alarm": "NOSPACE"})
+            await make_room(filler)
             await warm(*running)
             assert loads(studio.studio) == 2
             await until(lambda: [trouble(one) for one in running] == ["None"] * 2, "all is well for both")
@@ -145,9 +150,8 @@ async def test_an_etcd_that_takes_ten_seconds_for_each_answer_costs_nobody_what_
         connections = middle.connections
         assert [status for status, _ in await asyncio.gather(*map(chat, running))] == [200] * 2
         studio.studio.evict("gemma")
-        await until(lambda: all(one.cluster and one.cluster.hopeless("local") for one in running), "no hope")
+        await until(lambda: all("not answer within 1 s" in trouble(one) for one in running), "it is told")
 
-        assert "did not answer within 1 s" in trouble(running[0])
         assert loads(studio.studio) == 1
         # For each a renewal, a watch and a look in a second, more or less.
         assert middle.connections - connections < 200
@@ -159,30 +163,37 @@ async def test_an_etcd_that_takes_ten_seconds_for_each_answer_costs_nobody_what_
 
 
 async def test_what_changed_and_was_compacted_away_while_a_watch_was_cut_is_seen(server: kit.Etcd):
+    prefix = "/keepalive/compacted/"
     async with (
         engine(server) as writer,
         Middleman(urlsplit(server.url).port or 0) as middle,
         simulator(GEMMA) as studio,
-        through(middle, studio, "compacted", "60s") as running,
+        through(middle, studio, "compacted", "12s") as running,
     ):
         _, other = await holder(running)
         assert other.cluster is not None
-        # Their leases outlive this, so that nothing but the watch can tell them.
+        await until(lambda: watchers(server) == 2, "both watch")
         middle.refuses = True
         middle.sever()
-        prefix = "/keepalive/compacted/"
-        await writer.commit([], [put(prefix + "wishes/local/gemma", b'{"v":1,"warm":true,"life":"x"}')])
         for n in range(9):
             await writer.commit([], [put(prefix + "members/x", f'{{"v":1,"life":"{n}"}}'.encode())])
         await writer.rows(prefix)
         await writer._call("/v3/kv/compaction", {"revision": str(writer.revision), "physical": True})
+        await until(lambda: watchers(server) == 0, "nobody watches")
         middle.refuses = False
 
         await until(lambda: "x" in other.cluster.picture.members, "the last of it is seen")
+        await until(lambda: watchers(server) == 2, "both watch again")
         await writer.commit([], [delete(prefix + "members/x")])
-        await until(lambda: "x" not in other.cluster.picture.members, "and what comes after it")
+        await until(lambda: "x" not in other.cluster.picture.members, "and what comes after it is seen")
         assert (await chat(other))[0] == 200
         assert loads(studio.studio) == 1
+
+
+def watchers(server: kit.Etcd) -> int:
+    found = re.search(r"etcd_debugging_mvcc_watcher_total (\d+)", ask(f"{server.url}/metrics")[2])
+    assert found is not None
+    return int(found[1])
 
 
 @pytest.mark.filterwarnings("ignore:Sending a large body")
@@ -209,7 +220,7 @@ async def test_garbage_in_every_place_and_a_megabyte_of_it_is_named_and_makes_no
             assert said.count("cluster.row_unreadable") == 2 * len(keys), said[:3000]
             assert said.count("goes by that name, too") == 1
             await writer.commit([], [delete(prefix + "holders/local")])
-            await until(lambda: holds(b), "the one whose name is its own acts")
+            await until(lambda: any(map(holds, running)), "one of them acts")
 
 
 async def test_a_web_server_in_its_place_costs_nobody_what_is_warm():
