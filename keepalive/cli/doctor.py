@@ -123,6 +123,8 @@ async def gather(
     if _has_systemd():
         clock = await _said("timedatectl", "show", "--property=NTPSynchronized", "--value")
         unit = await _said("systemctl", "is-enabled", "keepalive.service")
+        # Newer ones have a word for a unit that does not exist.
+        unit = None if unit == "not-found" else unit
         host = replace(host, synchronized={"yes": True, "no": False}.get(clock or ""), unit=unit)
     probed = dict(zip(names, probes, strict=True))
     return Evidence(config, path, address, status, silence, host, probed, requests)
@@ -681,6 +683,9 @@ def _scraping(seen: Evidence) -> Iterator[Finding]:
     if seen.status is None or "scraped_at" not in seen.status or seen.config.notify.on:
         return
     last = seen.status["scraped_at"]
+    hosts = (seen.config.server.admin_listen.host, urlsplit(seen.address).hostname or "")
+    if last is None and seen.host.unit is None and all(map(is_loopback, hosts)):
+        return  # somebody's own machine, on which nobody has meant to have a Prometheus
     quiet = (seen.host.now - datetime.fromisoformat(last or seen.status["started_at"])).total_seconds()
     if quiet > UNSCRAPED:
         when = f"for {span(quiet)}" if last else "since the daemon was started"

@@ -561,6 +561,26 @@ def test_metrics_that_nobody_reads_are_found(started: str, scraped: str | None, 
     assert all("10.0.0.9:9235" in f.do for f in found)
 
 
+@pytest.mark.parametrize(
+    ("address", "more", "unit", "count"),
+    [
+        ("http://127.0.0.1:9235", "", None, 0),
+        ("http://127.0.0.1:9235", "", "enabled", 1),
+        ("http://127.0.0.1:9235", '[server]\nadmin_listen = ":9235"\n', None, 1),
+        ("http://10.0.0.9:9235", "", None, 1),
+    ],
+)
+def test_on_ones_own_machine_nobody_has_to_have_a_prometheus(
+    address: str, more: str, unit: str | None, count: int
+) -> None:
+    parsed = config.parse(more + '[[models]]\nkey = "gemma"\n', "config.toml", {})
+    status = {**STATUS, "scraped_at": None, "started_at": "2026-11-22T08:00:00.000Z"}
+    host = Host(NOW, ZoneInfo("Europe/Lisbon"), unit=unit)
+    seen = Evidence(parsed, None, address, status, "", host)
+
+    assert len(list(doctor._scraping(seen))) == count
+
+
 def test_whoever_is_told_by_messages_needs_no_scraping_but_what_sends_them() -> None:
     notify, old = (
         '[notify]\nurls_env = "TELL"\n',
