@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from keepalive.cluster import rows
 from keepalive.cluster.etcd import Access, Etcd, delete, put
 from keepalive.core.facts import DrainStarted, LoadProgressed, LoadStarted, ModelId
+from keepalive.service import platform
 from keepalive.service.daemon import Daemon
 from keepalive.simulator.models import SimModel
 from keepalive.simulator.server import Server
@@ -373,6 +375,35 @@ async def test_a_lone_daemon_shows_nothing_of_a_cluster_and_is_a_target_of_its_o
         assert found == [{"targets": [running.admin_url.removeprefix("http://")], "labels": {}}]
         assert "cluster" not in running.status()
         assert metrics(running) == []
+
+
+@pytest.mark.parametrize("ahead", [pytest.param(3600.0, id="ahead"), pytest.param(-3600.0, id="behind")])
+async def test_clocks_that_differ_by_an_hour_change_nothing(
+    server: kit.Etcd, monkeypatch: pytest.MonkeyPatch, ahead: float
+):
+    awake = platform.awake
+    async with simulator(GEMMA) as studio, contextlib.AsyncExitStack() as stays:
+        cluster = "ahead" if ahead > 0 else "behind"
+        a, b = (settings(studio.url, AUTO) + member(server.url, cluster, name) for name in ("a", "b"))
+        async with daemon(a) as first:
+            await until(lambda: holds(first), "the first one acts")
+            # That of the day, and the one by which it counts its lease.
+            monkeypatch.setattr(platform, "awake", lambda: awake() + ahead)
+            other = await stays.enter_async_context(daemon(b, wall=lambda: time.time() + ahead))
+            assert (await chat(other))[0] == 200
+            await warm(first, other)
+            assert (holds(first), holds(other), loads(studio.studio)) == (True, False, 1)
+        await until(lambda: holds(other), "the other one acts")
+        assert (await chat(other))[0] == 200
+        studio.studio.evict("gemma")
+        await until(lambda: model(other, "gemma")["state"] == "cold", "it is missed")
+        assert (await chat(other))[0] == 200
+
+        assert happened(studio, "load.started", "unloaded", "evicted") == [
+            "load.started",
+            "evicted",
+            "load.started",
+        ]
 
 
 async def test_two_of_one_name_are_told_so_and_what_the_callers_of_both_use_is_known(server: kit.Etcd):
