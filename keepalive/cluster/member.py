@@ -147,6 +147,7 @@ class Cluster:
         self.addresses = ("", "")  # of the admin and the client listener
         self.config: Mapping[str, str] = {}
         self.places: Mapping[str, str] = {}
+        self.renewal = 0.0  # what the last one took
         self.handovers: dict[str, int] = {}
         self._name = me.instance  # under which we are there
         self._last_there: dict[str, float] = {}  # when each was last seen, of those who are not forgotten
@@ -359,6 +360,7 @@ class Cluster:
                 self._refused.clear()  # who is away refuses nothing
                 self._is_down(str(error))
             else:
+                self.renewal = self._awake() - asked
                 self._is_answered()
                 self._look_again()
             await asyncio.sleep(max(self._hold.interval - (self._awake() - asked), self._hold.interval / 10))

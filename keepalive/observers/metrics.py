@@ -112,13 +112,18 @@ class Cluster(Protocol):
     @property
     def engine_up(self) -> bool: ...
     @property
+    def renewal(self) -> float:
+        """Seconds that the last renewal of its lease took."""
+        ...
+
+    @property
     def held(self) -> Collection[str]:
         """The upstreams on which this one acts."""
         ...
 
     @property
     def instances(self) -> Mapping[str, bool]:
-        """All that were ever seen, and whether they were when it last looked."""
+        """All that were seen lately, and whether they were when it last looked."""
         ...
 
     @property
@@ -500,6 +505,12 @@ class _Cluster(Collector):
         up = GaugeMetricFamily("keepalive_cluster_engine_up", "1 while etcd answers as it should.")
         up.add_metric([], cluster.engine_up)
         yield up
+        renewal = GaugeMetricFamily(
+            "keepalive_cluster_engine_renewal_seconds",
+            "What etcd took to renew our lease the last time that it did; what takes a third of ttl counts as away.",
+        )
+        renewal.add_metric([], cluster.renewal)
+        yield renewal
         members = GaugeMetricFamily(
             "keepalive_cluster_member_up",
             "1 for each daemon of the cluster that is there, 0 for those that were.",

@@ -1,5 +1,6 @@
 """What ops copy from monitoring/ works: rules, alerts, runbook and dashboard, against real programs."""
 
+import asyncio
 import contextlib
 import json
 import re
@@ -10,17 +11,21 @@ import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from keepalive.simulator.models import SimModel
 from tests.kit import PROJECT, live
+from tests.kit.etcd import etcd, needs_etcd
 from tests.kit.live import DaemonProcess, SimulatorProcess, ask, ending, wait_until
 from tests.kit.prometheus import PATIENCE, Alertmanager, Json, Prometheus, Receiver, installed, promtool
 
 MONITORING = PROJECT / "monitoring"
 RULES = MONITORING / "prometheus"
+CLUSTER = (PROJECT / "docs" / "cluster.md").read_text()
 RUNBOOK = (PROJECT / "docs" / "runbook.md").read_text()
 DASHBOARD: Json = json.loads((MONITORING / "grafana" / "keepalive.json").read_text())
 
@@ -134,6 +139,7 @@ TEXTS = (
     "README.md",
     "docs/runbook.md",
     "docs/operations.md",
+    "docs/cluster.md",
     "monitoring/README.md",
     "monitoring/prometheus/recording.yml",
     "monitoring/prometheus/alerts.yml",
@@ -176,6 +182,7 @@ def test_every_recorded_series_that_is_named_is_recorded(rules: list[Json]) -> N
 # --- the dashboard ----------------------------------------------------------------------------------
 
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+OF_A_CLUSTER = [panel for panel in PANELS if "keepalive_cluster_" in json.dumps(panel)]
 
 
 def test_panels_have_places_of_their_own() -> None:
@@ -472,6 +479,7 @@ def test_every_query_of_the_dashboard_has_something_to_show(watched: Watched, ch
     queries = {
         (panel["title"], target["refId"]): as_grafana(target["expr"], span, **chosen)
         for panel in PANELS
+        if panel not in OF_A_CLUSTER
         for target in panel["targets"]
     }
     annotations = {
@@ -514,7 +522,7 @@ def test_a_state_timeline_shows_each_state_by_its_number(watched: Watched) -> No
             if float(number) in {value for _, value in points}
         }
         for panel in PANELS
-        if panel["type"] == "state-timeline"
+        if panel["type"] == "state-timeline" and panel not in OF_A_CLUSTER
         for points in [
             watched.prometheus.over(
                 as_grafana(panel["targets"][0]["expr"], 60), watched.began, watched.ended, 0.5
@@ -525,6 +533,54 @@ def test_a_state_timeline_shows_each_state_by_its_number(watched: Watched) -> No
     assert shown["What each model did"] >= {"warm", "loading", "backoff", "unknown"}
     assert shown["LM Studio"] >= {"up", "down", "unauthorized"}
     assert shown["Socket of its SDKs"] >= {"up", "absent"}
+
+
+# --- several daemons as one -------------------------------------------------------------------------
+
+
+@needs_etcd
+async def test_any_daemon_of_a_cluster_tells_where_all_are_and_the_dashboard_shows_who_acts(
+    tmp_path: Path,
+) -> None:
+    installed("prometheus")
+    [scrape] = re.findall(r"```yaml\n(.*?)```", CLUSTER, re.DOTALL)
+    async with (
+        live.simulator(SimModel("a", load_seconds=0.1)) as studio,
+        contextlib.AsyncExitStack() as stack,
+    ):
+        engine = await asyncio.to_thread(stack.enter_context, etcd(tmp_path))
+        texts = [
+            live.settings(studio.url, "a")
+            + f'[cluster]\netcd = "{engine.url}"\ninstance = "{name}"\nttl = "20s"\n'
+            for name in ("first", "other")
+        ]
+        async with live.daemon(texts[0]) as first:
+            await live.until(lambda: live.model(first, "a")["state"] == "warm", "the first one acts")
+            other = await stack.enter_async_context(live.daemon(texts[1]))
+            scrape = scrape.replace("http://10.0.0.1:9235", other.admin_url)
+            scrape = f"global: {{scrape_interval: 1s}}\n{scrape}".replace(
+                "job_name: keepalive\n", "job_name: keepalive\n    scrape_interval: 1s\n"
+            )
+            began = time.time()
+            prometheus = await asyncio.to_thread(Prometheus, tmp_path, scrape)
+            stack.enter_context(ending(prometheus))
+            both = "count(keepalive_cluster_member_up == 1) == 4 and max(keepalive_cluster_holds_lease) == 1"
+            await asyncio.to_thread(prometheus.sees, both, "each is read, and sees both")
+        taken = 'increase(keepalive_cluster_handovers_total{instance="other"}[4s]) > 0'
+        await asyncio.to_thread(prometheus.sees, taken, "the other one took over")
+        acts = 'keepalive_cluster_holds_lease{instance="other"} == 1'
+        await asyncio.to_thread(prometheus.sees, acts, "and acts")
+        queries = [
+            as_grafana(target["expr"], 60, upstream="local")
+            for panel in OF_A_CLUSTER
+            for target in panel["targets"]
+        ]
+        over = partial(prometheus.over, start=began, end=time.time())
+        shown = {query: await asyncio.to_thread(over, query) for query in queries}
+
+    assert [query for query, points in shown.items() if not points] == []
+    assert {value for _, value in shown[queries[0]]} == {0.0, 1.0}
+    assert len(OF_A_CLUSTER) == 4
 
 
 # --- from the daemon to somebody's pager ------------------------------------------------------------
