@@ -65,6 +65,7 @@ bench: $(TESTABLE)  ## Measure what the daemon costs, beside its peers and what 
 	$(BIN)/python benchmarks/page.py || missed=1; \
 	$(BIN)/python benchmarks/prompts.py || missed=1; \
 	$(BIN)/python benchmarks/memory || missed=1; \
+	$(BIN)/python benchmarks/cluster.py || missed=1; \
 	exit $$missed
 
 bench-short: $(TESTABLE)  ## The same in less than three minutes: whole products side by side

@@ -3,6 +3,8 @@
 load.py streams PORT COUNT     COUNT streams at once, to their end
 load.py first PORT COUNT       COUNT streams one after another; time to the first event of each
 load.py requests PORT COUNT SECONDS   COUNT connections, small JSON, as fast as it goes
+load.py paced PORTS COUNT SECONDS RATE MODELS   COUNT connections to each of some ports, with commas between; RATE small
+                               requests a second all in all, of `other-0`, `other-1`, … in turn, MODELS of them
 load.py hold PORT COUNT        COUNT streams that stay open until stdin ends; prints when they are
 load.py crowd PORT COUNT       COUNT streams for a model that is not there yet: prints when all of them wait, and
                                after a line from stdin, which is when it came, how long the last one waited for a word
@@ -14,6 +16,7 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 
 import uvloop
 
@@ -131,6 +134,45 @@ async def requests(port: int, count: int, seconds: float) -> dict[str, float]:
     return {"requests": total, "seconds": seconds, **late}
 
 
+async def paced(
+    ports: Sequence[int], count: int, seconds: float, rate: float, models: int
+) -> dict[str, float]:
+    every = [
+        caller
+        for some in zip(*[await callers(port, count) for port in ports], strict=True)
+        for caller in some
+    ]
+    bodies = [request(0, stream=False).replace(b'"bench"', b'"other-%d"' % n) for n in range(models)]
+    # Another name takes other bytes.
+    length = len(BODY % b"false")
+    bodies = [
+        body.replace(
+            b"Content-Length: %d" % length, b"Content-Length: %d" % len(body.partition(b"\r\n\r\n")[2])
+        )
+        for body in bodies
+    ]
+    began = time.perf_counter()
+    waited: list[float] = []
+
+    async def repeat(first: int, caller: Caller) -> None:
+        caller.end = b'"end":1}'
+        for number in range(first, int(rate * seconds), len(every)):
+            due = began + number / rate
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            caller.done = asyncio.get_running_loop().create_future()
+            caller.ask(bodies[number % models])
+            await caller.done
+            waited.append(time.perf_counter() - caller.sent)
+
+    await asyncio.gather(*(repeat(n, caller) for n, caller in enumerate(every)))
+    return {
+        "requests": len(waited),
+        "seconds": time.perf_counter() - began,
+        "p50": statistics.median(waited),
+        "most": max(waited),
+    }
+
+
 async def hold(port: int, count: int) -> None:
     all_of_them = []
     while len(all_of_them) < count:
@@ -185,6 +227,9 @@ async def main() -> None:
         return
     if what == "requests":
         result = await requests(int(port), int(count), float(rest[0]))
+    elif what == "paced":
+        ports = list(map(int, port.split(",")))
+        result = await paced(ports, int(count), float(rest[0]), float(rest[1]), int(rest[2]))
     else:
         result = await {"streams": streams, "first": first}[what](int(port), int(count))
     print(json.dumps(result), flush=True)

@@ -3,8 +3,8 @@
 `POST` with `"stream":true` streams; any other `POST` answers with a small JSON.
 `GET /pace?rate=50&events=150` sets what streams do from then on: `rate` 0 sends everything at once, and
 `events` 0 sends one and stays open. To those who list and load it is an LM Studio with two models, of which
-`bench` is loaded unless `loaded=0` was set; loads of it then end once `loaded=1` is. `GET /seen` tells when it was
-listed, and when `quiet` was asked anything.
+`bench` is loaded unless `loaded=0` was set; loads of it then end once `loaded=1` is. `others=100` has it list as many
+more, all loaded: `other-0` and so on. `GET /seen` tells when it was listed, and when `quiet` was asked anything.
 """
 
 import asyncio
@@ -53,7 +53,7 @@ END = chunk(LAST) + chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
 GREETING = b'{"lmstudio":true}'
 NO_ROUTE = b'{"error":"Unexpected endpoint or method."}'
 
-pace = {"rate": 50.0, "events": 150.0, "loaded": 1.0}
+pace = {"rate": 50.0, "events": 150.0, "loaded": 1.0, "others": 0.0}
 seen: dict[str, list[float]] = {"listed": [], "pinged": []}
 loading: list[asyncio.Transport] = []
 
@@ -68,8 +68,8 @@ def answer(body: bytes) -> bytes:
 def listing() -> bytes:
     """As much of LM Studio's as says what is loaded."""
     rows = []
-    for key in ("bench", "quiet"):
-        there = key == "quiet" or pace["loaded"]
+    for key in ("bench", "quiet", *(f"other-{n}" for n in range(int(pace["others"])))):
+        there = key != "bench" or pace["loaded"]
         instances = [{"id": key, "config": {"context_length": 4096}}] if there else []
         rows.append({"type": "llm", "key": key, "size_bytes": 1_000_000, "loaded_instances": instances})
     return json.dumps({"models": rows}).encode()
@@ -113,6 +113,9 @@ class Answering(asyncio.Protocol):
         elif b'"quiet"' in body:
             seen["pinged"].append(time.monotonic())
             self.transport.write(answer(JSON.replace(b'"bench"', b'"quiet"')))
+        elif b'"other-' in body:
+            name = b'"other-' + body.partition(b'"other-')[2].partition(b'"')[0] + b'"'
+            self.transport.write(answer(JSON.replace(b'"bench"', name)))
         else:
             self.transport.write(ANSWER)
 
