@@ -20,8 +20,9 @@ from tests.kit.live import PATIENCE, Running, SimulatorProcess, ask, ending, res
 MANUAL = (PROJECT / "docs/containers.md").read_text()
 USER = 10001
 
-# The image is built once, for all who look at it.
+# The image is built once, for all who look at it, and that may take as long as a busy machine wants.
 builds = pytest.mark.xdist_group("container")
+PATIENT = 1800
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ def image() -> Iterator[Image]:
 
 
 @builds
+@pytest.mark.timeout(PATIENT)
 def test_an_image_runs_without_root_read_only_is_healthy_and_ends_as_it_is_told(
     image: Image, tmp_path: Path
 ) -> None:
@@ -105,6 +107,7 @@ def test_an_image_runs_without_root_read_only_is_healthy_and_ends_as_it_is_told(
 
 
 @builds
+@pytest.mark.timeout(PATIENT)
 def test_the_image_says_how_it_is_run(image: Image) -> None:
     said = image.config
 
