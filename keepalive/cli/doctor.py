@@ -702,7 +702,8 @@ def _messages(seen: Evidence) -> Iterator[Finding]:
         yield Finding(
             "[notify] is configured, and apprise, which sends the messages, is not installed",
             "nobody is told of anything",
-            "pip install 'keepalive[notify]', as a service: systemd/install --upgrade --with notify",
+            "pip install 'keepalive[notify]' in its environment; by pipx: pipx inject keepalive apprise; as a "
+            "service: systemd/install --upgrade --with notify",
         )
 
 
