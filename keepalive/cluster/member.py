@@ -129,6 +129,7 @@ class Cluster:
         self._stale = False
         # Since when etcd renews our lease and shows us nothing, or takes nothing from us, and why.
         self._refused: dict[str, tuple[float, str]] = {}
+        self._said_refused = False
         self._useless = False  # that has lasted
         self._used_told: Mapping[ModelId, UsedElsewhere] = {}
         self._uses_said: Mapping[ModelId, Use] = {}
@@ -441,8 +442,6 @@ class Cluster:
         try:
             yield
         except EngineError as error:
-            if self._down_since is None and not self._refused:
-                self._tell("cluster.row_failed", well=False, reason=str(error))
             since, _ = self._refused.get(what, (self._awake(), ""))
             self._refused[what] = since, str(error)
             raise
@@ -458,6 +457,10 @@ class Cluster:
     def _is_answered(self) -> None:
         """Our lease was renewed. An etcd that does that and no more, for want of rights or of room, is of no use."""
         since, why = min(self._refused.values(), default=(inf, ""))
+        if self._refused and not self._said_refused and self._down_since is None:
+            # Not sooner: of an etcd that is away altogether one line is enough.
+            self._tell("cluster.row_failed", well=False, reason=why)
+        self._said_refused = bool(self._refused)
         self._useless = self._awake() - since > self._hold.ttl
         if self._useless:
             self._is_down(why)

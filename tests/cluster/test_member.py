@@ -282,10 +282,12 @@ async def test_without_etcd_what_is_warm_is_served_and_nothing_is_loaded_and_wit
             await until(lambda: not any(map(holds, running)), "nobody may act by his own clock")
 
             assert [status for status, _ in await asyncio.gather(*map(chat, running))] == [200] * 2
+            assert [(await asked(f"{one.admin_url}/readyz"))[0] for one in running] == [200] * 2
             studio.studio.evict("gemma")
             await until(lambda: all(model(one, "gemma")["state"] == "cold" for one in running), "it is lost")
             status, text = await chat(running[0])
 
+            assert [(await asked(f"{one.admin_url}/readyz"))[0] for one in running] == [503] * 2
             assert status == 503
             assert "nothing is loaded or unloaded, because etcd at " in text
             assert loads(studio.studio) == 1

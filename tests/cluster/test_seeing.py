@@ -182,3 +182,33 @@ async def test_an_etcd_that_renews_a_lease_and_shows_nothing_counts_as_away_and_
         await asyncio.wait([running])
         await cluster.close()
         await runner.cleanup()
+
+
+async def test_an_etcd_that_goes_away_is_told_in_one_line_whatever_was_asked_of_it_first():
+    async def answer(request: web.BaseRequest) -> web.Response:
+        match request.path:
+            case "/v3/lease/grant":
+                return web.json_response({"ID": "7"})
+            case "/v3/lease/keepalive":
+                return web.json_response({"result": {"TTL": "5"}})
+            case "/v3/kv/txn":
+                return web.json_response({"succeeded": True})
+        return web.json_response({})
+
+    runner = web.ServerRunner(web.Server(answer))
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    host, port = runner.addresses[0][:2]
+    told: list[str] = []
+    cluster = a_member(Records(warm()), f"http://{host}:{port}", told=told, ttl=1.0)
+    running = asyncio.create_task(cluster.run())
+    try:
+        await until(lambda: cluster.engine_up and cluster._saw, "etcd is there")
+        await runner.cleanup()
+        cluster._look_again()
+        await until(lambda: not cluster.engine_up, "it is missed")
+        assert told == ["cluster.engine_down"]
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+        await cluster.close()
