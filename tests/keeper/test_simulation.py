@@ -1,4 +1,4 @@
-"""A week of everything going wrong, judged by the invariants; `world.py` says how.
+"""Five days of everything going wrong, judged by the invariants; `world.py` says how.
 
 KEEPALIVE_SEED=n chooses the base seed, KEEPALIVE_SEED=random draws it, KEEPALIVE_HOURS=n says the hours in all
 (`make simulation`: a thousand). A failure names its seed, and `world.live(seed, hours, calm=…)` shows it again.
@@ -44,11 +44,12 @@ from tests.kit.world import (
 
 CHOSEN = os.environ.get("KEEPALIVE_SEED", "20261122")
 SEED = random.SystemRandom().randrange(10**9) if CHOSEN == "random" else int(CHOSEN)
-HOURS = float(os.environ.get("KEEPALIVE_HOURS", "160"))
+HOURS = float(os.environ.get("KEEPALIVE_HOURS", "120"))
 # In pieces that several workers share; in each some worlds of dense trouble, and one that is calm and longer than the
-# day that a lease lasts. Four of them meet each kind of fault several times.
+# day that a lease lasts. Four of them meet each kind of fault several times: what finds more is another world, not more
+# hours in one.
 PIECES = max(4, round(HOURS / 40))
-DENSE, DENSE_HOURS = 3, 3.0
+DENSE, DENSE_HOURS = 3, 1.5 if HOURS < 500 else 3.0
 CALM_HOURS = max(HOURS / PIECES - DENSE * DENSE_HOURS, 1.0)
 
 
@@ -68,7 +69,7 @@ def test_days_of_every_trouble_break_no_invariant_and_always_end_warm(piece: int
     print(f"{injected.total()} faults: {dict(injected)}")
     print(f"told apart from mistakes of ours: {dict(happened)}")
 
-    assert injected.total() > 100
+    assert injected.total() > 50
     assert happened["evicted: unknown, seen by the socket"] == 0
     (run_folder / f"trouble-{piece}").write_text("\n".join(injected) + "\n")
     told = sorted(run_folder.glob("trouble-*"))
@@ -109,8 +110,8 @@ class Raises:
 
 
 def test_observers_that_raise_change_nothing():
-    plain, _ = live(SEED, 1.0)
-    watched, world = live(SEED, 1.0, observers=[Raises()])
+    plain, _ = live(SEED, 0.5)
+    watched, world = live(SEED, 0.5, observers=[Raises()])
 
     assert watched == plain
     assert len(world.reported) > 100
@@ -359,11 +360,11 @@ def test_a_planted_bug_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ):
     plant(monkeypatch)
-    changes: dict[str, Any] = {"kinds": kinds, "pace": 120.0}
+    changes: dict[str, Any] = {"kinds": kinds, "pace": 60.0}
     if plant is forgets_its_load_in_a_restart:
         changes["remembers"] = False
     # What never ends is seen at the end, for which everybody is given an hour.
-    hours = 0.3 if invariant == "I15" else 1.0
+    hours = 0.3 if invariant == "I15" else 0.5
     found = None
     for seed in range(SEED, SEED + 20):
         try:
