@@ -75,6 +75,7 @@ KINDS = {
     "leader of etcd stopped": 1,
     "all of etcd killed": 1,
     "all of etcd stopped": 1,
+    "all of etcd emptied": 1,
     "LM Studio restarted": 1,
 }
 CUTS = {kind for kind in KINDS if kind.startswith(("cut", "hears"))}
@@ -272,7 +273,7 @@ class World:
                 leader.kill()
             case "leader of etcd stopped":
                 leader.signal(signal.SIGSTOP)
-            case "all of etcd killed":
+            case "all of etcd killed" | "all of etcd emptied":
                 for one in self.etcd:
                     one.kill()
             case "all of etcd stopped":
@@ -294,8 +295,10 @@ class World:
                 leader.start(wait=False)
             case "leader of etcd stopped":
                 leader.signal(signal.SIGCONT)
-            case "all of etcd killed":
+            case "all of etcd killed" | "all of etcd emptied":
                 for one in self.etcd:
+                    if kind.endswith("emptied"):
+                        one.empty()
                     one.start(wait=False)
             case "all of etcd stopped":
                 for one in self.etcd:

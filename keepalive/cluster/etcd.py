@@ -281,7 +281,7 @@ def _refused(answer: Json, address: str) -> EngineError:
 def _why(error: aiohttp.ClientError, url: str) -> str:
     """What is wrong, with TLS as a rule."""
     if isinstance(error, aiohttp.ServerDisconnectedError) and url.startswith("http:"):
-        return "it hung up without an answer; where it speaks TLS, write https://"
+        return "it hung up without an answer, as one does that wants https://"
     cause: BaseException | None = error.__cause__
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         cause = error.certificate_error

@@ -21,6 +21,9 @@ INTERVAL_SECONDS = 10
 PROBES = 4
 # What was written must be acknowledged, or refused for want of room, within so long.
 UNACKNOWLEDGED_SECONDS = 60
+# The same of what we ask for ourselves. A load that a cable holds up must not arrive when it has been given up and
+# begun anew, by us or by another daemon: nobody gives up one that does not show in less than 45 s.
+ASKED_SECONDS = 30
 # How often somebody who writes looks whether that is so.
 LOOK_SECONDS = 5.0
 
@@ -38,7 +41,7 @@ def notice_vanished(sock: socket.socket) -> None:
 
     What this system does not know is left out, and so is everything on a socket that is not TCP.
     """
-    for option in _wishes():
+    for option in _wishes(UNACKNOWLEDGED_SECONDS):
         with suppress(OSError):
             sock.setsockopt(*option)
     if sys.platform == "win32" and not hasattr(socket, "TCP_KEEPIDLE"):
@@ -85,13 +88,14 @@ class Lookout:
 
 def socket_options() -> list[tuple[int, int, int]]:
     """The same for somebody who opens sockets out of our sight, and writes no more than any reader has room for."""
-    options = _wishes()
+    seconds = min(ASKED_SECONDS, UNACKNOWLEDGED_SECONDS)
+    options = _wishes(seconds)
     if hasattr(socket, "TCP_USER_TIMEOUT"):
-        options.append((socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_SECONDS * 1000))
+        options.append((socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, seconds * 1000))
     return [option for option in options if _is_known(option)]
 
 
-def _wishes() -> list[tuple[int, int, int]]:
+def _wishes(unacknowledged: int) -> list[tuple[int, int, int]]:
     wishes = (
         ("TCP_KEEPIDLE", IDLE_SECONDS),
         ("TCP_KEEPALIVE", IDLE_SECONDS),  # the same on macOS
@@ -103,7 +107,7 @@ def _wishes() -> list[tuple[int, int, int]]:
         (socket.IPPROTO_TCP, getattr(socket, name), value) for name, value in wishes if hasattr(socket, name)
     ]
     if sys.platform == "darwin":
-        options.append((socket.IPPROTO_TCP, _MACOS_DROP, UNACKNOWLEDGED_SECONDS))
+        options.append((socket.IPPROTO_TCP, _MACOS_DROP, unacknowledged))
     return options
 
 

@@ -188,7 +188,7 @@ async def test_what_is_wrong_with_a_certificate_is_said_in_a_sentence(tmp_path: 
             "it wants a certificate of ours that it accepts ("
         )
         assert await said(plain, Access()) == (
-            "it hung up without an answer; where it speaks TLS, write https://"
+            "it hung up without an answer, as one does that wants https://"
         )
         assert await said(secret, access(ours.ca)) == ("no TLS is spoken there; write http://")
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
+from keepalive.core.records import LISTING_LAG
 from keepalive.http1 import vanished
 from keepalive.http1.vanished import has_vanished, notice_vanished, socket_options
 from tests.kit.live import wait_until
@@ -220,7 +221,11 @@ def test_what_a_system_refuses_does_not_keep_the_rest_from_it(monkeypatch: pytes
 def test_who_opens_sockets_himself_is_told_what_this_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "TCP_KEEPINTVL", 9999)  # a name that it does not know
 
-    assert socket_options() == [ON, (TCP, 4, 20), (TCP, 6, 4), (TCP, 18, 60_000)]
+    assert socket_options() == [ON, (TCP, 4, 20), (TCP, 6, 4), (TCP, 18, 30_000)]
+
+
+def test_what_a_cable_holds_up_does_not_arrive_when_a_load_that_does_not_show_has_been_given_up() -> None:
+    assert vanished.ASKED_SECONDS < LISTING_LAG
 
 
 @pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="there are no such sockets")

@@ -119,8 +119,11 @@ class Etcd:
     def lose_everything(self) -> None:
         """Another one comes in its place, that knows nothing."""
         self.kill()
-        shutil.rmtree(self.folder / self.name)
+        self.empty()
         self.start()
+
+    def empty(self) -> None:
+        shutil.rmtree(self.folder / self.name)
 
 
 @contextlib.contextmanager
