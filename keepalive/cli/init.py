@@ -231,10 +231,10 @@ def _numbers(answer: str, most: int) -> tuple[int, ...]:
 def _rows(found: Found, entries: Sequence[Entry], width: int) -> list[str]:
     """A line for each, or two where both do not fit beside each other."""
     count = f"{len(found.entries)} model{'s' if len(found.entries) != 1 else ''}"
-    rows = [
-        *wrap(f"{_sentence(_server(found.tier))} at {found.upstream.url} has {count}:", max(20, width)),
-        "",
-    ]
+    head = f"{_sentence(_server(found.tier))} at {found.upstream.url} has {count}:"
+    if len(entries) < len(found.entries):
+        head = f"Of these {count} {len(entries)} have that in their name:"
+    rows = [*wrap(head, max(20, width)), ""]
     places = {entry.key: number for number, entry in enumerate(found.entries, 1)}
     margin = len(str(len(found.entries)))
     for entry in entries[:SHOWN]:

@@ -180,6 +180,7 @@ def test_part_of_a_name_shows_fewer_with_the_numbers_that_they_had() -> None:
     said, _ = typed("small-1b no", "acme", "2")
 
     assert said[1] == "There is no 'small-1b no' among them."
+    assert said[2].startswith("Of these 3 models 2 have that in their name:\n")
     assert "2  acme/small-1b  1.3 GB, context up to 40960" in said[2]
     assert "text-embedding-tiny" not in said[2]
 
