@@ -201,6 +201,15 @@ def no_heartbeat(mode: str) -> str:
     )
 
 
+# Whoever sits in front of a chat program knows none of our states, and "unknown" sounds like the end of it.
+_TO_PEOPLE: Final = {
+    "unknown": "being looked for",
+    "cold": "waiting to be loaded",
+    "backoff": "waiting to be tried again",
+    "warm": "at work",
+}
+
+
 def heartbeat_reasoning(
     route: Route, model: str, state: str, elapsed: float, eta: float | None, progress: float | None = None
 ) -> bytes:
@@ -213,7 +222,7 @@ def heartbeat_reasoning(
         return heartbeat_comment(model, state, elapsed, eta, progress=progress)
     to_go = "" if eta is None else f", about {eta:.0f} s to go"
     done = "" if progress is None else f", {progress:.0%} done"
-    text = f"{model} is {state}: {elapsed:.0f} s so far{done}{to_go}.\n"
+    text = f"{model} is {_TO_PEOPLE.get(state, state)}: {elapsed:.0f} s so far{done}{to_go}.\n"
     chunk = {
         "id": "chatcmpl-keepalive",
         "object": "chat.completion.chunk",

@@ -293,6 +293,22 @@ async def test_the_official_client_skips_heartbeats(name):
     assert len(held) >= 4
 
 
+@pytest.mark.parametrize(
+    ("state", "told"),
+    [
+        ("unknown", "tiny is being looked for: 5 s so far.\n"),
+        ("cold", "tiny is waiting to be loaded: 5 s so far.\n"),
+        ("loading", "tiny is loading: 5 s so far.\n"),
+        ("warm", "tiny is at work: 5 s so far.\n"),
+        ("backoff", "tiny is waiting to be tried again: 5 s so far.\n"),
+    ],
+)
+def test_visible_heartbeats_say_in_peoples_words_what_is_waited_for(state: str, told: str):
+    (event,) = Decoder().feed(heartbeat_reasoning(ROUTES["chat"], "tiny", state, 5, None))
+
+    assert json.loads(event.data)["choices"][0]["delta"] == {"reasoning_content": told}
+
+
 async def test_the_official_client_reads_visible_heartbeats_as_reasoning():
     beat = heartbeat_reasoning(ROUTES["chat"], "m", "loading", 1, 2)
     body = (DATA / "chat.sse").read_bytes()
