@@ -8,6 +8,7 @@
     listener    callers: who is accepted, and how that ends
     connection  one caller's connection: its requests, one at a time
     exchange    one request and the answer to it
+    turns       how many requests begin at once
     watch       callers that leave while their socket is not read
     vanished    whoever is gone without a word
 

@@ -30,6 +30,7 @@ from keepalive.http1.outbox import Outbox, Sender
 from keepalive.http1.reply import Reply
 from keepalive.http1.ticker import Ticker
 from keepalive.http1.tunnel import Between, Tunnel, pause, resume
+from keepalive.http1.turns import Turns
 from keepalive.http1.vanished import Lookout
 from keepalive.http1.watch import Watch
 
@@ -62,6 +63,7 @@ class Owner(Protocol):
     limits: Limits
     ticker: Ticker
     outbox: Outbox
+    turns: Turns
     watch: Watch
     connections: "set[Connection]"
     closing: bool  # what is under way may end, and nothing begins
@@ -217,8 +219,8 @@ class Connection(Sender):
         self._chunks = Chunks() if head.body == CHUNKED else None
         self._wire_bytes = 0
         self._invited = False
-        exchange = self._exchange = Exchange(self, head)
-        self.task = self.listener.loop.create_task(self._run(exchange))
+        self._exchange = Exchange(self, head)
+        self.listener.turns.begin(self._begin)
         if rest:
             self.data_received(rest)
 
@@ -290,6 +292,10 @@ class Connection(Sender):
                 self._window_ends = self.listener.loop.time() + self.listener.limits.body_window
 
     # --- the exchange -----------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        if self._exchange is not None:
+            self.task = self.listener.loop.create_task(self._run(self._exchange))
 
     async def _run(self, exchange: Exchange) -> None:
         self._running = True

@@ -9,6 +9,7 @@ from keepalive.http1.heads import Headers, RequestHead
 from keepalive.http1.limits import Limits
 from keepalive.http1.outbox import Outbox
 from keepalive.http1.ticker import Ticker
+from keepalive.http1.turns import Turns
 from keepalive.http1.vanished import notice_vanished
 from keepalive.http1.watch import Watch
 
@@ -40,6 +41,7 @@ class Listener:
         self.loop = asyncio.get_running_loop()
         self.ticker = Ticker(limits.tick)
         self.outbox = Outbox(self.loop)
+        self.turns = Turns(self.loop)
         self.watch = Watch()
         self.connections: set[Connection] = set()
         self.closing = False
