@@ -257,6 +257,12 @@ def test_the_load_waits_until_the_room_is_there():
     assert why(up(), asked("b", 20), going) == "waits for room: a is being unloaded"
 
 
+def test_several_that_are_being_unloaded_are_told_so():
+    going = [there(key, 15, unloading=True) for key in "ac"]
+
+    assert why(up(), asked("b", 20), *going) == "waits for room: a, c are being unloaded"
+
+
 @pytest.mark.parametrize(
     "left_alone",
     [
@@ -381,6 +387,14 @@ def test_a_stranger_in_the_way_is_named_and_left_alone():
     assert room.never[ident("a")] == (
         "there is no room for it: it takes 25.0 GB, and 10.0 GB are free; b was loaded by somebody else"
     )
+
+
+def test_no_more_than_three_strangers_in_the_way_are_named():
+    theirs = [there(key, 7, ours=frozenset()) for key in "bcde"]
+    end = "were loaded by somebody else"
+
+    assert str(why(up(), asked("a", 25), *theirs)).endswith(f"2.0 GB are free; b, c, d {end}")
+    assert str(why(up(), asked("a", 25), *theirs[:2])).endswith(f"16.0 GB are free; b, c {end}")
 
 
 def test_after_patience_what_costs_least_to_load_again_is_drained():
