@@ -30,6 +30,7 @@ from keepalive.core.facts import (
     DrainStarted,
     Fact,
     HolderTold,
+    LoadForgone,
     LoadProgressed,
     LoadRemembered,
     LoadResolved,
@@ -137,6 +138,8 @@ class Cluster:
         self._states_said: dict[str, Mapping[ModelId, tuple[Told, float | None]]] = {}
         self._progress_at: dict[ModelId, float] = {}
         self._wishes: dict[ModelId, bool] = {}  # not yet written
+        self._begun: dict[ModelId, str] = {}  # in which life an intent was last written, if it was
+        self._unsent: dict[ModelId, str] = {}  # the same of loads that never went out
         self._alone: set[ModelId] = set()  # loads begun by a person's word while nobody could be told
         self._quiet_until = -inf  # until then others may still have to say what they have so begun
         self._blind_since: dict[str, float] = {}
@@ -169,6 +172,8 @@ class Cluster:
         if holder is None or not self.acts(upstream):
             return False
         why, done = "another one holds it", False
+        self._begun[folded(model.id)] = self._life
+        self._unsent.pop(folded(model.id), None)
         try:
             done = await self._commit(
                 [created(self._key(rows.holder_key(upstream)), holder.created)],
@@ -233,6 +238,11 @@ class Cluster:
                 self._say()
         elif isinstance(fact, LoadStarted) and after.alone:
             self._alone.add(after.id)
+        elif isinstance(fact, LoadForgone):
+            # What was written of it, if it was, is for nobody to wait for.
+            if life := self._begun.pop(folded(after.id), None):
+                self._unsent[folded(after.id)] = life
+            self._say()
         elif (
             before.state is not after.state
             or before.ours != after.ours
@@ -344,6 +354,10 @@ class Cluster:
         while True:
             asked = self._awake()
             try:
+                if self._lease is not None and not self._hold.good(asked):
+                    # Renewals that arrive and of which we hear nothing would keep others from acting for ever.
+                    await self._engine.rows(self._key(rows.member_key(self._me.instance)))
+                    asked = self._awake()
                 if self._lease is None:
                     lease = await self._engine.grant(self._hold.ttl)
                     self._lease, self._life = lease, secrets.token_hex(8)
@@ -506,11 +520,11 @@ class Cluster:
             u for u, h in new.holders.items() if self._lease is not None and h.life == self._life
         )
         for model, intent in new.loads.items():
-            if model in ids and intent.life != self._life:
+            if model in ids and intent.life not in (self._life, self._unsent.get(model)):
                 self._see_load(ids[model], intent, old.loads.get(model) if model in known else None, held)
         # What is gone is told by what was seen, though what is kept here has changed since.
         for model in old.loads.keys() - new.loads.keys():
-            if model in ids and model.upstream not in held:
+            if model in ids and (model.upstream not in held or old.loads[model].life != self._life):
                 keeping.record(LoadResolved(self._clock(), ids[model]))
         for upstream, states in new.states.items():
             before = old.states.get(upstream, {})
@@ -697,6 +711,11 @@ class Cluster:
             asked = dict(self._wishes)
             await self._write([], wishes)
             self._wishes = {m: w for m, w in self._wishes.items() if asked.get(m) is not w}
+        for model, life in self._unsent.items():
+            key, intent = rows.load_key(model), self._seen.loads.get(model)
+            if intent is not None and intent.life == life:
+                seen = unchanged(self._key(key), self._seen.modified.get(key, 0))
+                await self._write([seen], {key: None})
         for upstream in snapshot.upstreams:
             holder = self._seen.holders.get(upstream.name)
             if holder is not None and upstream.name in self._held:

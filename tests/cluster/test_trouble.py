@@ -162,6 +162,33 @@ async def test_an_etcd_that_takes_ten_seconds_for_each_answer_costs_nobody_what_
         assert loads(studio.studio) == 2
 
 
+async def test_a_load_that_was_written_down_and_never_sent_is_waited_for_by_nobody(server: kit.Etcd):
+    async with Middleman(urlsplit(server.url).port or 0) as middle, simulator(GEMMA) as studio:
+        texts = [
+            settings(studio.url, AUTO) + member(url, "unsent", name, "9s")
+            for name, url in (("a", f"http://127.0.0.1:{middle.port}"), ("b", server.url))
+        ]
+        async with daemon(texts[0]) as a:
+            await until(lambda: holds(a), "the first acts")
+            async with daemon(texts[1]) as b:
+                assert b.cluster is not None
+                await until(lambda: len(b.cluster.picture.members) == 2, "the other is there")
+                # What it writes arrives, and what etcd says of it does not.
+                middle.down = Fault(delay=600.0)
+                middle.sever()
+                caller = asyncio.create_task(chat(a))
+                await until(lambda: b.cluster.picture.loads, "the load is written down")
+                await until(lambda: holds(b), "the other acts")
+                assert model(b, "gemma")["state"] == "loading"
+                middle.down = PASS
+                middle.sever()
+
+                # It would be believed in for two minutes by whoever knows no better.
+                assert (await caller)[0] == 200
+                assert loads(studio.studio) == 1
+                await until(lambda: not b.cluster.picture.loads, "nothing is left of it")
+
+
 async def test_what_changed_and_was_compacted_away_while_a_watch_was_cut_is_seen(server: kit.Etcd):
     prefix = "/keepalive/compacted/"
     async with (
