@@ -221,6 +221,9 @@ def test_visible_heartbeats_are_reasoning_where_the_route_has_it_and_no_token_of
 
 # --- the official clients ----------------------------------------------------------------------------
 
+# To import them takes seconds: one worker does it, and `tests/proxy/test_clients.py` is there, too.
+official = pytest.mark.xdist_group("official clients")
+
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 BEGUN = {
     "chat": b'data: {"id":"1","object":"chat.completion.chunk","created":1,"model":"m","choices":[{"index":0,'
@@ -268,6 +271,7 @@ def api_error(name: str) -> type[Exception]:
     return error
 
 
+@official
 @pytest.mark.parametrize("begun", [False, True], ids=["while_waiting", "in_the_answer"])
 @pytest.mark.parametrize("name", ["chat", "completions", "responses", "messages"])
 async def test_the_official_client_raises_on_a_stream_that_failed(name, begun):
@@ -279,6 +283,7 @@ async def test_the_official_client_raises_on_a_stream_that_failed(name, begun):
             await streamed(name, server.port)
 
 
+@official
 @pytest.mark.parametrize("name", ["chat", "completions", "responses", "messages"])
 async def test_the_official_client_skips_heartbeats(name):
     beat = heartbeat_comment("m", "loading", 1, 2)
@@ -309,6 +314,7 @@ def test_visible_heartbeats_say_in_peoples_words_what_is_waited_for(state: str, 
     assert json.loads(event.data)["choices"][0]["delta"] == {"reasoning_content": told}
 
 
+@official
 async def test_the_official_client_reads_visible_heartbeats_as_reasoning():
     beat = heartbeat_reasoning(ROUTES["chat"], "m", "loading", 1, 2)
     body = (DATA / "chat.sse").read_bytes()
@@ -324,6 +330,7 @@ async def test_the_official_client_reads_visible_heartbeats_as_reasoning():
     assert "".join(delta.content or "" for delta in deltas).startswith(" mamo garala")
 
 
+@official
 @pytest.mark.parametrize("name", ["chat", "completions", "responses", "messages"])
 async def test_the_official_client_raises_on_a_refusal_and_shows_its_message(name):
     body = error_body(ROUTES[name], 503, "it is loading", "model_not_ready")
