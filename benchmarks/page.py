@@ -147,23 +147,23 @@ async def measure_browser(report: Report, url: str) -> None:
 
     report.section("in a browser")
     if CHROMIUM is None:
-        print("  no Chromium here: apt install chromium")
+        print("  no Chromium here: apt install chromium-headless-shell")
         return
     async with chromium() as browser:
         bare, painted, shown = [], [], []
         for _ in range(5):
-            async with tab(browser) as one:
+            async with tab(browser, motion="no-preference") as one:
                 await one.page.goto(f"{url}/livez")
                 await asyncio.sleep(0.5)
                 bare.append(await one.page.evaluate(PAINTED))
-            async with tab(browser) as one:
+            async with tab(browser, motion="no-preference") as one:
                 await one.page.add_init_script(FIRST_ROW)
                 await one.page.goto(url)
                 while not await one.page.evaluate("window.firstRow"):
                     await asyncio.sleep(0.02)
                 painted.append(await one.page.evaluate(PAINTED))
                 shown.append(await one.page.evaluate("window.firstRow"))
-        async with tab(browser) as one:
+        async with tab(browser, motion="no-preference") as one:
             await one.page.goto(url)
             await one.page.locator(".timeline").nth(99).wait_for()
             session = await one.page.context.new_cdp_session(one.page)
