@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,12 +96,12 @@ def counted(port: int) -> dict[str, float]:
 
 
 def team(
-    stack: ExitStack, folder: Path, name: str, upstreams: Sequence[int], engine: int | None = None
+    stack: ExitStack, folder: Path, name: str, upstream: int, count: int, engine: int | None = None
 ) -> Team:
-    """One daemon for each upstream, all warm."""
+    """So many daemons, all warm."""
     models = "".join(f'[[models]]\nkey = "other-{n}"\n' for n in range(MODELS))
     begun: list[tuple[Path, int, Start]] = []
-    for number, upstream in enumerate(upstreams):
+    for number in range(count):
         directory, port, more = folder / f"{name}{number}", free_port(), models
         directory.mkdir()
         if engine is not None:
@@ -126,17 +126,15 @@ def ratio(ours: Team, base: Team) -> float:
 def measured(folder: Path, rounds: int, seconds: float) -> list[Row]:
     with ExitStack() as stack:
         engine, _ = stack.enter_context(etcd(folder))
-        upstreams = []
-        for number in range(MEMBERS):
-            upstreams.append(free_port())
-            serving = [sys.executable, str(HERE / "upstream.py"), str(upstreams[-1])]
-            stack.enter_context(running(serving, upstreams[-1], folder / f"upstream{number}.log"))
-            set_pace(upstreams[-1], rate=0, events=1, others=MODELS)
-        # Each of the members means the same server; of the others each has one of its own.
+        upstream = free_port()
+        serving = [sys.executable, str(HERE / "upstream.py"), str(upstream)]
+        stack.enter_context(running(serving, upstream, folder / "upstream.log"))
+        set_pace(upstream, rate=0, events=1, others=MODELS)
+        # All before the same server: how its answers come, each alone or some at once, is part of what they cost.
         teams = {
-            "members": team(stack, folder, "member", [upstreams[0]] * MEMBERS, engine),
-            "apart": team(stack, folder, "apart", upstreams),
-            "alone": team(stack, folder, "alone", upstreams[:1]),
+            "members": team(stack, folder, "member", upstream, MEMBERS, engine),
+            "apart": team(stack, folder, "apart", upstream, MEMBERS),
+            "alone": team(stack, folder, "alone", upstream, 1),
         }
         time.sleep(SETTLE_SECONDS)
         before, began = counted(engine), time.monotonic()
