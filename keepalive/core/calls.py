@@ -89,21 +89,20 @@ def load_remembered(model: Model, fact: LoadRemembered) -> Model:
 
 
 def _load_elsewhere(model: Model, fact: LoadRemembered, until: float) -> Model:
-    if (
-        model.load_started is not None
-        or model.instances
-        or (model.pending is not None and model.pending.ours)
-    ):
-        return model  # what we have begun ourselves, or see already, we know better
+    if model.load_started is not None or (model.pending is not None and model.pending.ours):
+        return model  # what we have begun ourselves we know better
     why = f"{fact.by} began it"
     pending = Pending(fact.started, until, alive_at=fact.at, expected=fact.expected, why=why)
     tells = model.tells_loading or fact.tells_loading
-    model = replace(model, pending=pending, tells_loading=tells, progress=None)
+    # Whoever began it has seen it missing: what we have seen so far is of before, and so is an answer under way.
+    model = replace(model, pending=pending, tells_loading=tells, progress=None, touched_at=fact.at)
+    if model.instances:
+        return model  # the next look takes it for gone, or for loaded
     return move(model, Sign.SEEN_LOADING, fact.at, f"{fact.by} loads it")
 
 
 def load_resolved(model: Model, fact: LoadResolved) -> Model:
-    if model.load_started is not None or model.pending is None or not model.pending.ours or model.instances:
+    if model.load_started is not None or model.pending is None or not model.pending.ours:
         return model
     # What came of it the next listing shows. We are not the one who would load it again.
     return replace(model, pending=None, progress=None)

@@ -16,6 +16,7 @@ from keepalive.core.facts import (
     LoadEnded,
     LoadForgone,
     LoadOutcome,
+    LoadRemembered,
     LoadResolved,
     LoadStarted,
     ModelsChanged,
@@ -65,7 +66,7 @@ def apply_upstream(upstream: Upstream, fact: Fact) -> Upstream:
             return replace(upstream, acts=True, answered_at=-inf, due_at=-inf)
         case HandLost():
             return replace(upstream, acts=False)
-        case LoadForgone() | LoadResolved() | HolderTold():
+        case LoadForgone() | LoadResolved() | HolderTold() | LoadRemembered():
             return replace(upstream, due_at=min(upstream.due_at, fact.at))
         case LoadEnded():
             trial = upstream.on_trial if fact.outcome is LoadOutcome.OK else frozenset[str]()

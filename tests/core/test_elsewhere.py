@@ -135,11 +135,24 @@ def test_how_far_that_load_is_tells_when_it_is_done():
     assert eta(loading, [], 12) == 10
 
 
-def test_what_we_see_or_do_ourselves_we_know_better():
+def test_what_we_do_ourselves_we_know_better():
     begun = after(cold(), LoadStarted(2, GEMMA))
 
     assert after(begun, remembered(3)) == begun
-    assert after(warm(), remembered(4)) == warm()
+
+
+def test_a_load_of_another_is_known_of_though_its_model_was_seen_to_be_there_before():
+    # It was lost meanwhile, which the other one has seen and we have not.
+    state = box(trusted(20, "gemma")).see(HandLost(21, "local"), remembered(25))
+    assert state.upstream.due_at <= 25
+
+    state.see(changed(listed(26, entry("gemma", "gemma"), asked=24), trusted=True))
+    assert state[GEMMA].given
+    state.see(HandTaken(27, "local"), listed(28, entry("gemma"), asked=27.5))
+
+    assert state[GEMMA].state is State.LOADING
+    assert Load(GEMMA) not in state.plan(28.1)
+    assert state.see(trusted(29, "gemma"))[GEMMA].pending is None
 
 
 def test_once_the_holder_knows_what_came_of_it_the_next_listing_tells():

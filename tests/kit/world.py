@@ -104,9 +104,11 @@ def all_stacks() -> str:
     return "\n".join(lines)
 
 
-def run_virtually(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+def run_virtually(
+    make: Callable[[], Coroutine[Any, Any, T]], make_loop: Callable[[], VirtualLoop] = VirtualLoop
+) -> T:
     """Run to the end on a virtual clock; exceptions that nobody awaited are failures, too."""
-    loop = VirtualLoop()
+    loop = make_loop()
     lost: list[dict[str, Any]] = []
     loop.set_exception_handler(lambda loop, context: lost.append(context))
     with asyncio.Runner(loop_factory=lambda: loop) as runner:

@@ -1,0 +1,1093 @@
+"""The world of `world.py` with several daemons as one in it, and an etcd of its own.
+
+Each member is the real keeper with its real client and the real code of `keepalive/cluster`, which asks the simulated
+etcd through the same seam as a real one. A member is a process that may be stopped, suspended, killed and started
+again, cut off from etcd, from a server, or from both; what it sends may come late, or come and its answer be lost.
+
+Judged by the log of each LM Studio, whoever did it: no load beside another one of ours or beside an instance; no
+unload of what a member's callers use; nothing begun by one while another holds that upstream. Where nothing is wrong
+with LM Studio itself (`sound`), besides: every caller of what is warm there is answered soon, by every member that
+reaches it, whatever etcd does; nobody is sent away but for want of etcd; and after each trouble all is warm everywhere
+within `ttl`, the loads and 15 s.
+
+Not judged, because nobody could know better:
+- what callers use through a member whose lease in etcd has run out: the holder does not know of it, unless LM Studio's
+  socket shows it;
+- a load that is begun beside one that was believed in for as long as it could take (`given up` in `second_copy`);
+- a load whose first byte was under way, or about to go, while its sender was stopped or cut off until another holder
+  had given it up: messages arrive here within the margin of a lease, or never.
+"""
+
+import asyncio
+import json
+import random
+import traceback
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import httpx
+
+from keepalive.cluster.etcd import Access, Answer, Etcd
+from keepalive.cluster.hold import Hold
+from keepalive.cluster.member import Cluster, Self
+from keepalive.core import errors
+from keepalive.core.errors import NotWarm, Unreachable
+from keepalive.core.facts import (
+    ClockJumped,
+    InstanceLost,
+    ModelId,
+    RequestEnded,
+    RequestStarted,
+    WindowClosed,
+    WindowOpened,
+)
+from keepalive.core.moves import BACKOFF_MAX
+from keepalive.core.records import LISTING_LAG, Policy
+from keepalive.keeper.keeper import Keep, Keeper, Server
+from keepalive.lmstudio.client import Client
+from keepalive.simulator.exchange import Cut, Refusal, Request
+from keepalive.simulator.models import Load, SimModel
+from keepalive.simulator.sdk import SdkSession
+from keepalive.simulator.studio import Studio
+from tests.kit.processes import Process, ProcessLoop, outside
+from tests.kit.simulated_etcd import BY, Kv, SimulatedEtcd, Watch
+from tests.kit.world import (
+    HOUR,
+    KINDS,
+    LIFE,
+    LISTINGS,
+    Broken,
+    Judge,
+    Life,
+    Memory,
+    Seen,
+    Site,
+    World,
+    believed_in,
+    drawn,
+    run_virtually,
+)
+
+ADDRESSES = tuple(f"http://etcd-{n}:2379" for n in range(3))
+PREFIX = "/keepalive/ward/"
+# A message takes no longer; far less than the margin of the shortest lease.
+LATENCY = 0.15
+# Ways on which everything is lost, and for how long the kernel sends it again: `dial.socket_options`.
+LOSING = ("hangs", "unreachable")
+GIVEN_UP_AFTER = 30.0
+# Whoever asks a member for what is warm is answered within so long: it may just be about to go, and stay.
+ANSWERED_WITHIN = 5.0
+
+
+# --- the ways between -------------------------------------------------------------------------------
+
+
+class EtcdLink:
+    """The way of one machine to etcd. `how`: open, cut, refused; `loses`: of so many messages one goes wrong."""
+
+    def __init__(self, etcd: SimulatedEtcd, chance: random.Random) -> None:
+        self.etcd = etcd
+        self.chance = chance
+        self.how = "open"
+        self.loses = 0.0
+        self.watches: dict[Watch, asyncio.Queue[bytes | None]] = {}
+
+    def end_watches(self, *, told: bool) -> None:
+        """The connections of its watches are gone, which is told, or is not."""
+        for watch, stream in self.watches.items():
+            self.etcd.watches.pop(watch, None)
+            if told:
+                stream.put_nowait(None)
+
+    def reaches(self, address: str) -> bool:
+        return self.how == "open" and self.etcd.members[address] == "up" and self.etcd.there
+
+    def delay(self) -> float:
+        return self.chance.uniform(0.0005, LATENCY if self.chance.random() < 0.1 else 0.01)
+
+
+class Way:
+    """The same, as one process has it: what `Etcd` sends goes through here."""
+
+    def __init__(self, link: EtcdLink, process: Process, life: int) -> None:
+        self.link, self.process, self.life = link, process, life
+
+    @asynccontextmanager
+    async def post(
+        self, url: str, body: Any, headers: Mapping[str, str], connect: float, /
+    ) -> AsyncIterator[Answer]:
+        if self.process.dead:
+            await asyncio.get_running_loop().create_future()
+        address, path = url[: url.index("/v3/")], url[url.index("/v3/") :]
+        # Whoever stops to wait does not call back what is under way.
+        token = BY.set(self.life)
+        carried = outside(self._carry(address, path, body))
+        BY.reset(token)
+        answer = await asyncio.shield(carried)
+        if isinstance(answer, Exception):
+            raise answer
+        if answer is None:
+            await asyncio.get_running_loop().create_future()
+        if isinstance(answer, asyncio.Queue):
+            try:
+                yield Answer(200, _lines(answer))
+            finally:
+                for watch in [w for w, stream in self.link.watches.items() if stream is answer]:
+                    del self.link.watches[watch]
+                    self.link.etcd.watches.pop(watch, None)
+        else:
+            yield Answer(answer[0], _once(json.dumps(answer[1]).encode()))
+
+    async def close(self) -> None: ...
+
+    async def _carry(self, address: str, path: str, body: Any) -> Any:
+        """What comes back; None: nothing ever does."""
+        link, chance = self.link, self.link.chance
+        if link.how == "refused" or link.etcd.members[address] == "refuses":
+            return ConnectionRefusedError("refused")
+        await asyncio.sleep(link.delay())
+        fate = "well"
+        if chance.random() < link.loses:
+            fate = chance.choice(("lost", "answer lost", "late", "answer late"))
+        if fate == "late":
+            await asyncio.sleep(chance.uniform(0, 12))
+        if fate == "lost" or not link.reaches(address):
+            return None
+        if path == "/v3/watch":
+            return self._stream(address, body)
+        answer = link.etcd.answer(path, body)
+        await asyncio.sleep(chance.uniform(0, 6) if fate == "answer late" else link.delay())
+        return None if fate == "answer lost" or not link.reaches(address) else answer
+
+    def _stream(self, address: str, body: Any) -> asyncio.Queue[bytes | None]:
+        stream: asyncio.Queue[bytes | None] = asyncio.Queue()
+        link, loop = self.link, asyncio.get_running_loop()
+        delay = link.delay()
+
+        def send(line: bytes | None) -> None:
+            if line is None:
+                stream.put_nowait(None)
+            elif link.reaches(address):
+                for _ in range(2 if link.chance.random() < link.loses else 1):
+                    loop.call_later(delay, stream.put_nowait, line)
+
+        link.watches[link.etcd.watch(address, body, send)] = stream
+        return stream
+
+
+async def _once(content: bytes) -> AsyncIterator[bytes]:
+    yield content
+
+
+async def _lines(stream: asyncio.Queue[bytes | None]) -> AsyncIterator[bytes]:
+    while (line := await stream.get()) is not None:
+        yield line
+
+
+class Wire(httpx.AsyncBaseTransport):
+    """The way of one process to a server."""
+
+    def __init__(self, site: Site, member: "Member") -> None:
+        self.site, self.member = site, member
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        member = self.member
+        if member.dead:
+            await asyncio.get_running_loop().create_future()
+        match member.way_to(self.site):
+            case "closed":
+                raise httpx.ConnectError("refused") from ConnectionRefusedError(111, "refused")
+            case "unreachable":
+                raise httpx.ConnectError("no route") from OSError(113, "no route to host")
+            case "hangs":
+                await asyncio.sleep(request.extensions["timeout"]["connect"])
+                raise httpx.ConnectTimeout("timed out")
+        await asyncio.sleep(member.machine.delay())
+        body = await request.aread()
+        if (trace := request.extensions.get("trace")) is not None:
+            await trace("http11.send_request_headers.started", {})
+        if member.dead:
+            await asyncio.get_running_loop().create_future()
+        carried = outside(self._carry(request, body))
+        try:
+            answer = await asyncio.shield(carried)
+        except asyncio.CancelledError:
+            # Its connection ends. What was sent before arrives all the same.
+            outside(self._hang_up(carried))
+            raise
+        if isinstance(answer, Exception):
+            raise answer
+        status, headers, content = answer
+        return httpx.Response(status, headers=headers, stream=httpx.ByteStream(content))
+
+    async def _hang_up(self, carried: asyncio.Task[Any]) -> None:
+        while self.member.way_to(self.site) in LOSING and not carried.done():
+            await asyncio.sleep(0.5)
+        await asyncio.sleep(LATENCY)
+        carried.cancel()
+
+    async def _carry(self, request: httpx.Request, body: bytes) -> Any:
+        site, member, judge = self.site, self.member, self.site.judge
+        path = request.url.raw_path.decode()
+        await asyncio.sleep(member.machine.delay())
+        if not await member.arrives(site):
+            return httpx.ReadError("nothing was acknowledged")
+        headers = {name.lower(): value for name, value in request.headers.items()}
+        judge.request_begins(site, member.number, path, body)
+        answer: bytes | None = None
+        try:
+            try:
+                reply = await site.studio.handle(Request(request.method, path, "", headers, body))
+            except Refusal as refusal:
+                reply = refusal.reply
+            answer = await reply.read()
+        except Cut as cut:
+            if cut.how == "refused":
+                return httpx.ConnectError("refused")
+            return httpx.ReadError("the connection was reset")
+        finally:
+            judge.request_ends(site, member.number, path, body, answer)
+        await asyncio.sleep(member.machine.delay())
+        if not await member.arrives(site):
+            return httpx.ReadError("the connection was reset")
+        return reply.status, {**reply.headers, "date": site.studio.date()}, answer
+
+
+class Socket:
+    """The way to the socket of LM Studio's SDKs. What is said there is heard in order, outside of the process."""
+
+    def __init__(self, site: Site, member: "Member", path: str) -> None:
+        self.site, self.member = site, member
+        self.inbox: asyncio.Queue[str | None] = asyncio.Queue()
+        self.outbox: asyncio.Queue[str | None] = asyncio.Queue()
+        self.open = True
+        self.serving = outside(self._serve(path))
+        site.studio.on_power.append(self._power)
+
+    @classmethod
+    async def dial(cls, site: Site, member: "Member", path: str) -> "Socket":
+        if member.way_to(site) == "hangs" or site.studio.vanished or member.dead:
+            await asyncio.sleep(HOUR)
+        if member.way_to(site) != "open" or not site.studio.up:
+            raise Unreachable("nothing listens", refused=True)
+        return cls(site, member, path)
+
+    async def send(self, text: str) -> None:
+        if not self.open:
+            raise errors.Cut("it is gone")
+        if not self.member.dead:
+            self.outbox.put_nowait(text)
+
+    async def receive(self) -> str | None:
+        return await self.inbox.get()
+
+    async def close(self) -> None:
+        self._hang_up()
+        await asyncio.wait([self.serving])
+
+    async def _serve(self, path: str) -> None:
+        session = SdkSession(self.site.studio, path, self._hear, self._hang_up)
+        try:
+            while (text := await self.outbox.get()) is not None:
+                await asyncio.sleep(self.member.machine.delay() / 10)
+                if not await self.member.arrives(self.site):
+                    self._hang_up()
+                    break
+                await session.hear(text)
+        except Cut:
+            self._hang_up()
+        finally:
+            await session.close()
+
+    async def _hear(self, frame: str | bytes) -> None:
+        assert isinstance(frame, str)
+        if not await self.member.arrives(self.site):
+            self._hang_up()
+        elif self.open:
+            self.inbox.put_nowait(frame)
+
+    def _hang_up(self) -> None:
+        if self.open:
+            self.open = False
+            self.site.studio.on_power.remove(self._power)
+            self.inbox.put_nowait(None)
+            self.outbox.put_nowait(None)
+
+    def _power(self, up: bool) -> None:
+        if not up:
+            self._hang_up()
+
+
+class MemberClient(Client):
+    def __init__(self, site: Site, member: "Member") -> None:
+        super().__init__(
+            site.name,
+            f"http://{site.name}:1234",
+            token=site.token,
+            transport=Wire(site, member),
+            list_timeout=10.0,
+            sdk=site.sdk,
+            dial=lambda path: Socket.dial(site, member, path),
+            acts=partial(member.may_act, site.name),
+        )
+        self.site, self.member = site, member
+
+    async def load(self, key: str, fields: Any, **more: Any) -> Any:
+        judge = self.site.judge
+        judge.load_begins(self.site, self.member.number, key)
+        try:
+            return await super().load(key, fields, **more)
+        finally:
+            judge.load_ends(self.site, self.member.number, key)
+
+
+# --- the members --------------------------------------------------------------------------------------
+
+
+class Well:
+    """Since when nothing is wrong with something."""
+
+    def __init__(self) -> None:
+        self.troubles = 0
+        self.since = 0.0
+
+    @contextmanager
+    def ill(self) -> Iterator[None]:
+        self.troubles += 1
+        try:
+            yield
+        finally:
+            self.troubles -= 1
+            self.since = asyncio.get_running_loop().time()
+
+    def was(self, since: float) -> bool:
+        return not self.troubles and self.since <= since
+
+
+@dataclass
+class Machine:
+    """Where a member lives: what outlives it, and what lies between it and the others."""
+
+    name: str
+    instance: str
+    link: EtcdLink
+    memory: Memory
+    chance: random.Random
+    booted: float  # what its clock shows that goes on while it sleeps, at the beginning
+    wall: float
+    member: "Member | None" = None
+    ways: dict[str, str] = field(default_factory=dict)
+    # Since when nothing is wrong with it for its callers, and with its way to etcd.
+    well: "Well" = field(default_factory=lambda: Well())
+    reaches_etcd: "Well" = field(default_factory=lambda: Well())
+
+    def delay(self) -> float:
+        return self.chance.uniform(0.0005, 0.02)
+
+
+class Member(Process):
+    """One process of the daemon."""
+
+    clock = Life.clock
+    failure = Life.failure
+    replay = Life.replay
+
+    def __init__(self, world: "ClusterWorld", machine: Machine, number: int) -> None:
+        super().__init__()
+        self.world, self.machine, self.number = world, machine, number
+        self.began = world.judge.now()
+        self.replayable = True
+        self.facts: list[Any] = []
+        self.start: dict[ModelId, Any] = {}
+        self.last, self.looked_at, self.looks = 0.0, 0.0, 0
+        self.told: Counter[str] = Counter()
+        engine = Etcd(ADDRESSES, Access(), Hold(world.ttl).interval, Way(machine.link, self, number))
+        me = Self("ward", machine.instance, machine.name, "1")
+        self.cluster = Cluster(engine, me, world.ttl, lambda: self.keeper, self.clock, self.awake, self.tell)
+        self.keeper = Keeper(
+            self.clock,
+            [self, self.cluster],
+            world.reported.append,
+            lambda _, opening: world.openings.get(opening),
+            self.cluster,
+        )
+        self.clients = [MemberClient(site, self) for site in world.sites]
+        self.tasks: list[asyncio.Task[Any]] = []
+        self.users: dict[asyncio.Task[Any], None] = {}
+        self.using: Counter[tuple[str, str]] = Counter()
+
+    def monotonic(self) -> float:
+        return asyncio.get_running_loop().time() - self.slept
+
+    def awake(self) -> float:
+        return asyncio.get_running_loop().time() + self.machine.booted
+
+    def wall(self) -> float:
+        return asyncio.get_running_loop().time() + self.machine.wall
+
+    def way_to(self, site: Site) -> str:
+        return self.machine.ways.get(site.name, site.network) if site.network == "open" else site.network
+
+    async def arrives(self, site: Site) -> bool:
+        """Whether what is under way between them does: it is sent again and again, but not for ever."""
+        until = self.world.judge.now() + GIVEN_UP_AFTER
+        while self.way_to(site) in LOSING and self.world.judge.now() < until:
+            await asyncio.sleep(0.5)
+        return self.way_to(site) == "open"
+
+    def may_act(self, upstream: str) -> bool:
+        return self.cluster.acts(upstream) or self.keeper.alone(upstream)
+
+    def tell(self, event: str, *, well: bool, **fields: object) -> None:
+        self.told[event] += 1
+        self.world.judge.counted[event] += 1
+        self.world.judge.say(f"{self.machine.name} {event} {fields}")
+
+    def observe(self, fact: Any, before: Any, after: Any) -> None:
+        if not self.dead:
+            if isinstance(after, type(before)) and hasattr(before, "id"):
+                self.start.setdefault(before.id, before)
+                self.facts.append((fact, after.id))
+            self.machine.memory.observe(fact, before, after)
+            self.world.judge.observe(fact, before, after)
+
+    def begin(self) -> None:
+        world = self.world
+        LIFE.set(self.number)
+        servers = [
+            Server(site.name, client, site.refresh, site.max_loading, site.auto_evict, site.memory)
+            for site, client in zip(world.sites, self.clients, strict=True)
+        ]
+        keeps = [replace(keep, window_open=world.windows.get(keep.model, True)) for keep in world.keeps]
+        self.keeper.configure(servers, keeps)
+        for keep in world.keeps:
+            remembered = self.machine.memory.recall(keep.model, self.clock()) if world.remembers else None
+            if remembered is not None:
+                self.keeper.record(remembered)
+        self.tasks = [
+            asyncio.ensure_future(part) for part in (self.keeper.run(), self.cluster.run(), self.tick())
+        ]
+
+    async def tick(self) -> None:
+        """As the schedule does: it notices what the wall clock does, and plans again."""
+        offset = self.wall() - self.monotonic()
+        while True:
+            await asyncio.sleep(self.world.tick)
+            step, offset = self.wall() - self.monotonic() - offset, self.wall() - self.monotonic()
+            if abs(step) >= 2.0:
+                for site in self.world.sites:
+                    self.keeper.record(ClockJumped(self.clock(), site.name, step))
+            self.keeper.tick()
+
+    async def end(self, *, killed: bool) -> None:
+        self.replay()
+        if killed:
+            self.kill()
+        else:
+            self.cluster.leaving = True
+        for task in [*self.tasks, *self.users]:
+            task.cancel()
+        await asyncio.gather(*self.tasks, *self.users, return_exceptions=True)
+        for client in self.clients:
+            await client.close()
+        if not killed:
+            await asyncio.gather(self.run(lambda: asyncio.ensure_future(self.cluster.close())))
+            self.dead = True
+
+
+# --- the judge ------------------------------------------------------------------------------------------
+
+
+class ClusterJudge(Judge):
+    """What the members' knowledge is, each has its own: of a listing, of a load's end, of what is guessed."""
+
+    world: "ClusterWorld"
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.sights: dict[int | None, dict[tuple[str, str], Seen]] = {}
+        self.overs: dict[int | None, dict[tuple[str, str], float]] = {}
+        self.guesses: dict[int | None, set[tuple[str, str]]] = {}
+        self.assumed: dict[int | None, dict[tuple[str, str], bool]] = {}
+        super().__init__(now)
+
+    # The properties stand for plain attributes of a judge of one daemon.
+    seen = property(lambda self: self.sights.setdefault(LIFE.get(), {}), lambda self, _: None)
+    load_over = property(lambda self: self.overs.setdefault(LIFE.get(), {}), lambda self, _: None)
+    guessed = property(lambda self: self.guesses.setdefault(LIFE.get(), set()), lambda self, _: None)
+    presumed = property(lambda self: self.assumed.setdefault(LIFE.get(), {}), lambda self, _: None)
+
+    def begun(self, life: int) -> None:
+        known: dict[tuple[str, str], bool] = {}
+        for other in self.assumed.values():
+            known |= other
+        self.assumed[life] = known
+
+    def over(self, life: int) -> None:
+        for found in (self.sights, self.overs, self.guesses, self.assumed):
+            found.pop(life, None)
+
+    def holds(self, site: Site, life: int, what: str) -> None:
+        """One hand: by etcd's own row."""
+        kv = self.world.etcd.kvs.get(f"{PREFIX}holders/{site.name}")
+        if kv is not None and kv.by != life:
+            self.fail("C1", f"{what} at {site.name} by life {life}, while life {kv.by} holds it")
+
+    def request_begins(self, site: Site, life: int, path: str, body: bytes) -> None:
+        super().request_begins(site, life, path, body)
+        if path not in LISTINGS and body:
+            self.holds(site, life, path)
+
+    def load_started(self, site: Site, event: dict[str, Any], life: int | None) -> None:
+        if life is not None:
+            self.holds(site, life, f"a load of {event['model']}")
+        super().load_started(site, event, life)
+        if life is not None:
+            for known in self.assumed.values():
+                known[site.name, event["instance_id"]] = False
+
+    def second_copy(self, site: Site, key: str, other: Any, seen: Seen | None) -> None:
+        ident = other.instance_id if isinstance(other, Load) else other.id
+        age = self.now() - self.born.get((site.name, ident), -1e9)
+        hidden = not site.studio.faults.flag("v0_shows_loading") or site.studio.tier == "openai"
+        # Known to nobody who lives: how long it takes.
+        guessed = (site.name, key) in self.guessed
+        if guessed and hidden and age >= believed_in(site, key):
+            self.counted["given up: unseen for longer than anybody could know that it takes"] += 1
+        else:
+            super().second_copy(site, key, other, seen)
+
+    def check_ours(self, site: Site, ident: str, text: str) -> None:
+        if any((site.name, ident) in known for known in self.assumed.values()):
+            if (site.name, ident) not in self.ours:
+                self.counted["raced: loaded anew by somebody else under the same id"] += 1
+            return
+        super().check_ours(site, ident, text)
+
+    def happened(self, site: Site, event: dict[str, Any]) -> None:
+        life = LIFE.get()
+        if event["kind"] == "unloaded" and event["by"] == "rest" and life is not None:
+            self.holds(site, life, f"an unload of {event['model']}")
+            place = site.name, event["model"]
+            unknown = sum(
+                member.using[place] for member in self.world.living() if not self.world.is_member(member)
+            )
+            if unknown:
+                self.counted["raced: unloaded under callers of one whose lease has run out"] += 1
+                used, self.in_use[place] = self.in_use[place], self.in_use[place] - unknown
+                super().happened(site, event)
+                self.in_use[place] = used
+                return
+        super().happened(site, event)
+
+
+# --- the world ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class ClusterWorld(World):
+    """`sound`: nothing is wrong with LM Studio itself, but that models are lost there."""
+
+    judge: ClusterJudge
+    etcd: SimulatedEtcd = field(default_factory=lambda: SimulatedEtcd(ADDRESSES))
+    names: tuple[str, ...] = ("a", "b")
+    ttl: float = 10.0
+    sound: bool = False
+    machines: list[Machine] = field(default_factory=list)
+    windows: dict[ModelId, bool] = field(default_factory=dict)
+    answers: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.judge.world = self
+        for name in self.names:
+            self.machines.append(self.machine(name, name))
+        self.etcd.on_created.append(self.created)
+
+    def machine(self, name: str, instance: str) -> Machine:
+        chance = random.Random(f"{self.seed} {name}")
+        wall = self.wall_offset + chance.uniform(-3600, 3600)
+        machine = Machine(
+            name, instance, EtcdLink(self.etcd, chance), None, chance, chance.uniform(0, 1e6), wall
+        )  # type: ignore[arg-type]
+        machine.memory = Memory(lambda: self.judge.now() + machine.wall)
+        return machine
+
+    # who is there
+
+    def living(self) -> list[Member]:
+        return [m.member for m in self.machines if m.member is not None and not m.member.dead]
+
+    def is_member(self, member: Member) -> bool:
+        kv = self.etcd.kvs.get(f"{PREFIX}members/{member.machine.instance}")
+        return kv is not None and kv.by == member.number
+
+    def holder(self, site: Site) -> Machine:
+        """Who acts there, or might."""
+        kv = self.etcd.kvs.get(f"{PREFIX}holders/{site.name}")
+        found = [m for m in self.machines if m.member is not None and kv and m.member.number == kv.by]
+        return found[0] if found else self.chance.choice(self.machines)
+
+    def created(self, key: str, kv: Kv) -> None:
+        """Whoever takes an upstream is the only one who may act there from now on."""
+        kind, _, upstream = key.removeprefix(PREFIX).partition("/")
+        if kind != "holders":
+            return
+        self.judge.say(f"life {kv.by} holds {upstream}")
+        for member in self.living():
+            if member.number != kv.by and member.cluster.acts(upstream):
+                self.judge.fail("C2", f"life {kv.by} holds {upstream}, and life {member.number} acts there")
+
+    def begin(self, machine: Machine) -> None:
+        if machine.member is not None and not machine.member.dead:
+            return
+        self.lives += 1
+        self.judge.disturb()
+        self.judge.begun(self.lives)
+        self.judge.say(f"life {self.lives} on {machine.name}")
+        member = machine.member = Member(self, machine, self.lives)
+        machine.well.since = self.judge.now()
+        member.run(member.begin)
+
+    async def end(self, machine: Machine, *, killed: bool) -> None:
+        if (member := machine.member) is None or member.dead:
+            return
+        self.judge.say(f"{machine.name} ends, {'killed' if killed else 'in order'}")
+        if not killed:
+            self.wake(machine)
+        await member.end(killed=killed)
+        self.judge.over(member.number)
+
+    def wake(self, machine: Machine, *, suspended: bool = False) -> None:
+        if machine.member is not None and machine.member.stopped:
+            self.judge.say(f"{machine.name} wakes")
+            machine.member.wake(suspended=suspended)
+
+    # what people do
+
+    def record(self, make: Callable[..., Any], model: ModelId, *rest: Any) -> None:
+        awake = [member for member in self.living() if not member.stopped]
+        if make in (WindowOpened, WindowClosed):
+            self.windows[model] = make is WindowOpened
+            told = self.living()  # each by its own clock
+        else:
+            told = [self.chance.choice(awake)] if awake else []
+        for member in told:
+            member.keeper.record(make(member.clock(), model, *rest))
+
+    def use(self, keep: Keep, site: Site, seconds: float, **more: Any) -> None:
+        awake = [member for member in self.living() if not member.stopped and member.machine.name != "twin"]
+        if awake:
+            member = self.chance.choice(awake)
+            task = member.run(
+                lambda: asyncio.ensure_future(self._called(member, keep, site, seconds, **more))
+            )
+            member.users[task] = None
+            task.add_done_callback(member.users.pop)
+
+    async def _called(self, member: Member, keep: Keep, site: Site, seconds: float, **more: Any) -> None:
+        """A request through a member's proxy."""
+        LIFE.set(None)
+        model, began = keep.model, self.judge.now()
+        try:
+            async with asyncio.timeout(HOUR):
+                await member.keeper.ensure_warm([model])
+        except NotWarm as error:
+            self.answers["sent away"] += 1
+            if self.sound:
+                self.check_hopeless(member, str(error))
+            return
+        except TimeoutError:
+            self.judge.fail("C5", f"a caller of {model.key} at {member.machine.name} has waited for an hour")
+            return
+        waited = self.judge.now() - began
+        self.answers["at once" if waited < 0.1 else "held"] += 1
+        if self.sound and waited > ANSWERED_WITHIN and self.was_there(member, site, model, began):
+            self.judge.fail(
+                "C4", f"{model.key} was there, and {member.machine.name} had its caller wait {waited:.1f} s"
+            )
+        place = site.name, model.key
+        member.keeper.record(RequestStarted(member.clock(), model))
+        member.using[place] += 1
+        self.judge.in_use[place] += 1
+        answered = False
+        try:
+            async with asyncio.timeout(seconds):
+                status, text = await outside(self.chat(site, model.key, **more))
+            answered = status == 200
+            if status == 400 and ("unloaded" in text or "crashed" in text):
+                member.keeper.record(InstanceLost(member.clock(), model, text[:80]))
+        except (Cut, Refusal, TimeoutError):
+            pass
+        finally:
+            member.using[place] -= 1
+            self.judge.in_use[place] -= 1
+            if not member.dead:
+                member.keeper.record(RequestEnded(member.clock(), model, answered))
+
+    def was_there(self, member: Member, site: Site, model: ModelId, since: float) -> bool:
+        """Whether it was in memory all the time, and the member in a position to know."""
+        copies = [i for i in site.studio.memory.instances.values() if i.model.key == model.key]
+        known = since - KNOWN_WITHIN
+        return member.machine.well.was(known) and any(i.listed_at < known and not i.crashed for i in copies)
+
+    def check_hopeless(self, member: Member, why: str) -> None:
+        long_ago = self.judge.now() - 2 * self.ttl
+        if "nothing is loaded or unloaded, because" not in why or member.machine.reaches_etcd.was(long_ago):
+            self.judge.fail("C5", f"a caller was sent away from {member.machine.name}: {why}")
+
+    # what goes wrong
+
+    async def inject(self, kind: str) -> None:
+        if kind not in CLUSTER_KINDS:
+            await super().inject(kind)
+            return
+        task = asyncio.ensure_future(self.go_through(kind))
+        self.begun(task)
+
+    async def go_through(self, kind: str) -> None:
+        """One trouble between members, from its beginning until nothing is left of it."""
+        chance, ttl = self.chance, self.ttl
+        site = chance.choice(self.sites)
+        machine = self.holder(site) if chance.random() < 0.6 else chance.choice(self.machines)
+        key = chance.choice([k.model.key for k in self.keeps if k.model.upstream == site.name])
+        long = chance.choice((0.1, 0.5, 0.9, 1.1, 2.0, 4.0)) * ttl
+        kind, _, loading = kind.partition(" while ")
+        if loading:
+            # It may be before the intent is written, after, or long under way.
+            self.lose(site, key)
+            longest = next(m for m in site.models if m.key == key).load_seconds
+            await asyncio.sleep(
+                chance.choice((chance.uniform(0, site.refresh), chance.uniform(0, 2.0 * longest)))
+            )
+        with ExitStack() as stack:
+            match kind:
+                case "killed" | "ended":
+                    stack.enter_context(machine.well.ill())
+                    await self.end(machine, killed=kind == "killed")
+                    await asyncio.sleep(chance.choice((0.0, long)))
+                    self.begin(machine)
+                case "stopped" | "suspended":
+                    if machine.member is None or machine.member.stopped:
+                        return
+                    stack.enter_context(machine.well.ill())
+                    stack.enter_context(machine.reaches_etcd.ill())
+                    machine.member.stop()
+                    if chance.random() < 0.5:
+                        await asyncio.sleep(chance.uniform(0, long))
+                        self.lose(site, key)
+                    await asyncio.sleep(long)
+                    self.wake(machine, suspended=kind == "suspended")
+                case "cut from etcd" | "cut from a server" | "cut from all":
+                    if kind != "cut from a server":
+                        stack.enter_context(machine.reaches_etcd.ill())
+                        machine.link.how = chance.choice(("cut", "refused"))
+                    if kind != "cut from etcd":
+                        stack.enter_context(machine.well.ill())
+                        machine.ways[site.name] = chance.choice(("hangs", "unreachable", "closed"))
+                    if chance.random() < 0.5:
+                        await asyncio.sleep(chance.uniform(0, long))
+                        self.lose(site, key)
+                    await asyncio.sleep(max(long, chance.choice((0.0, 40.0))))
+                    machine.link.how = "open"
+                    machine.ways.pop(site.name, None)
+                    machine.link.end_watches(told=chance.random() < 0.5)
+                case "etcd away" | "a member of etcd away":
+                    gone = ADDRESSES if kind == "etcd away" else (chance.choice(ADDRESSES),)
+                    self.etcd_is_ill(stack)
+                    how = chance.choice(("refuses", "hangs"))
+                    for address in gone:
+                        self.etcd.set(address, how)
+                    if chance.random() < 0.5:
+                        await asyncio.sleep(chance.uniform(0, long))
+                        self.lose(site, key)
+                    await asyncio.sleep(max(long, chance.choice((0.0, 40.0, 300.0))))
+                    for address in gone:
+                        self.etcd.set(address, "up")
+                case "etcd loses messages":
+                    self.etcd_is_ill(stack)
+                    for one in self.machines:
+                        one.link.loses = chance.choice((0.1, 0.3, 0.6))
+                    if chance.random() < 0.5:
+                        self.lose(site, key)
+                    await asyncio.sleep(chance.uniform(10, 120))
+                    for one in self.machines:
+                        one.link.loses = 0.0
+                case "watches die" | "watches break":
+                    for one in self.machines:
+                        one.link.end_watches(told=kind == "watches break")
+                case "etcd compacts":
+                    self.etcd.compact()
+                case "a clock is set":
+                    machine.wall += chance.uniform(-7200, 7200)
+                case "a model is lost":
+                    self.lose(site, key)
+                case "twins":
+                    twin = self.machine("twin", machine.instance)
+                    self.machines.append(twin)
+                    self.begin(twin)
+                    await asyncio.sleep(max(long, chance.choice((0.0, 40.0))))
+                    await self.end(twin, killed=chance.random() < 0.5)
+                    self.machines.remove(twin)
+                case _:
+                    raise AssertionError(kind)
+
+    def lose(self, site: Site, key: str) -> None:
+        """Where nothing else is to go wrong, no sooner than the last loss is forgotten: it is held off otherwise."""
+        known = [m for one in self.living() for m in one.keeper.snapshot().of(site.name) if m.id.key == key]
+        if not self.sound or not any(m.failures for m in known):
+            super().lose(site, key)
+
+    def etcd_is_ill(self, stack: ExitStack) -> None:
+        for one in self.machines:
+            stack.enter_context(one.reaches_etcd.ill())
+
+    def put_right(self) -> None:
+        for address in ADDRESSES:
+            self.etcd.set(address, "up")
+        for machine in self.machines:
+            machine.link.how, machine.link.loses = "open", 0.0
+            machine.ways.clear()
+            self.wake(machine)
+            if machine.instance == machine.name:
+                self.begin(machine)
+        super().put_right()
+
+    def is_kept_as_ours(self, site: Site, instance_id: str) -> bool:
+        return any(
+            instance_id in m.ours for one in self.living() for m in one.keeper.snapshot().of(site.name)
+        )
+
+    def comes_back(self, site: Site, kind: str, after: float) -> None:
+        """How soon a server's return is seen is judged where one daemon is alone."""
+
+    def is_missed(self, site: Site) -> bool:
+        return False
+
+    # what is looked at
+
+    def check(self) -> None:
+        for member in self.living():
+            failure = member.failure()
+            if failure is not None:
+                story = "".join(traceback.format_exception(failure))
+                raise Broken(f"seed {self.seed}: I0: {member.machine.name} died:\n{story}") from failure
+        tasks = len(asyncio.all_tasks())
+        users = sum(len(member.users) for member in self.living())
+        if tasks > 100 + 40 * (len(self.keeps) + len(self.sites)) * len(self.machines) + 4 * users:
+            self.judge.fail("I16", f"{tasks} tasks")
+        if self.judge.broken:
+            raise Broken(self.story())
+
+    def unsettled(self) -> list[str]:
+        odd = []
+        for member in self.living():
+            self.life = member  # type: ignore[assignment]
+            odd += [f"{member.machine.name}: {text}" for text in super().unsettled()]
+        for site in self.sites:
+            if f"{PREFIX}holders/{site.name}" not in self.etcd.kvs:
+                odd.append(f"nobody holds {site.name}")
+        left = ("loads/", "yields/")
+        odd += [key for key in self.etcd.kvs if key.removeprefix(PREFIX).startswith(left)]
+        return odd
+
+    # the whole of it
+
+    async def live(self, hours: float) -> str:
+        for machine in self.machines:
+            self.begin(machine)
+        if self.sound:
+            await self.sound_life(hours)
+        else:
+            adversary = asyncio.ensure_future(self.go_wrong(hours * HOUR))
+            while not adversary.done():
+                await asyncio.sleep(60.0)
+                self.check()
+            await adversary
+            longest = max(k.policy.load_timeout for k in self.keeps)
+            await self.settle(2 * longest + 2 * BACKOFF_MAX + 1500.0)
+        for machine in list(self.machines):
+            await self.end(machine, killed=True)
+        await self.end_users()
+        self.etcd.stop()
+        self.check_reports()
+        if self.judge.broken:
+            raise Broken(self.story())
+        for site in self.sites:
+            site.studio.close()
+        return self.judge.trace.hexdigest()
+
+    async def sound_life(self, hours: float) -> None:
+        """Trouble upon trouble, each until all is well again, which is to be soon."""
+        traffic = asyncio.ensure_future(self.traffic())
+        await self.well_again("the beginning", self.first_time())
+        end = self.judge.now() + hours * HOUR
+        while self.judge.now() < end:
+            await asyncio.sleep(self.chance.expovariate(1 / self.pace))
+            kinds = [self.chance.choice(self.kinds) for _ in range(self.chance.choice((1, 1, 2, 3)))]
+            self.judge.disturb()
+            self.judge.say(f"faults {kinds}")
+            self.injected.update(kinds)
+            troubles = []
+            for kind in kinds:
+                troubles.append(asyncio.ensure_future(self.go_through(kind)))
+                await asyncio.sleep(self.chance.uniform(0, self.ttl))
+            while not all(one.done() for one in troubles):
+                await asyncio.wait(troubles, timeout=5.0)
+                self.check()
+            for one in troubles:
+                one.result()
+            self.judge.say("all is right again")
+            await self.well_again(", ".join(kinds), self.within(kinds))
+        traffic.cancel()
+
+    async def traffic(self) -> None:
+        while True:
+            await asyncio.sleep(self.chance.expovariate(1 / 30.0))
+            keep = self.chance.choice(self.keeps)
+            site = next(s for s in self.sites if s.name == keep.model.upstream)
+            self.use(keep, site, self.chance.choice((1.0, 30.0)))
+
+    def loads(self) -> float:
+        return max(sum(m.load_seconds for m in site.models) for site in self.sites)
+
+    def first_time(self) -> float:
+        return 2 * self.ttl + self.loads() + 15.0
+
+    def within(self, kinds: list[str]) -> float:
+        """A lease, the loads and 15 s; longer after what the manual says it takes longer."""
+        within = self.ttl + self.loads() + 15.0
+        if not UNTOLD.isdisjoint(kinds):
+            within += 2 * self.ttl  # until each address was tried, and for one more `ttl` nobody acts
+        for site in self.sites:
+            for model in site.models:
+                at_work = any(load.model is model for load in site.studio.memory.loads.values())
+                if f"{PREFIX}loads/{site.name}/{model.key}" in self.etcd.kvs and not at_work:
+                    # Nothing tells it from a load that does not show yet.
+                    self.judge.counted["an intent without a load"] += 1
+                    within = max(
+                        within, self.ttl + 2 * model.load_seconds + LISTING_LAG + self.loads() + 15.0
+                    )
+        return within
+
+    async def well_again(self, after: str, within: float) -> None:
+        began = self.judge.now()
+        while missing := self.missing():
+            await asyncio.sleep(1.0)
+            self.check()
+            if self.judge.now() > began + within:
+                self.judge.fail("C3", f"{within:.0f} s after {after}: {missing}")
+                self.check()
+        self.judge.counted["well again"] += 1
+
+    def missing(self) -> list[str]:
+        found = []
+        for member in self.living():
+            for model in member.keeper.snapshot().models:
+                if model.wanted and not model.given:
+                    found.append(f"{model.id.key} at {member.machine.name} is {model.state}: {model.reason}")
+                if model.waiting:
+                    found.append(f"{model.waiting} wait for {model.id.key} at {member.machine.name}")
+        return found
+
+
+KNOWN_WITHIN = 60.0
+CLUSTER_KINDS = (
+    "killed",
+    "killed while loading",
+    "ended",
+    "ended while loading",
+    "stopped",
+    "stopped while loading",
+    "suspended",
+    "suspended while loading",
+    "cut from etcd",
+    "cut from etcd while loading",
+    "cut from a server",
+    "cut from a server while loading",
+    "cut from all",
+    "cut from all while loading",
+    "etcd away",
+    "etcd away while loading",
+    "a member of etcd away",
+    "etcd loses messages",
+    "watches die",
+    "watches break",
+    "etcd compacts",
+    "a clock is set",
+    "a model is lost",
+    "twins",
+)
+# After these nobody may have acted for so long that a person may have had to.
+UNTOLD = {"etcd away", "etcd away while loading", "etcd loses messages", "a member of etcd away"}
+# Of a lone daemon; here each has its like.
+ALONE = ("killed", "killed while loading", "power cut while loading", "clock jumps")
+
+
+def drawn_cluster(seed: int, *, sound: bool, calm: bool = False, short: bool = False) -> ClusterWorld:
+    base = drawn(seed, calm=calm, short=short)
+    chance, judge = random.Random(seed + 3), ClusterJudge(asyncio.get_running_loop().time)
+    sites, keeps = base.sites, base.keeps
+    if sound:
+        sites, keeps = sound_sites(chance, judge, short=short)
+    for site in sites:
+        site.judge = judge
+        site.studio.journal.watchers.clear()
+    ttl = 60.0 if calm else chance.choice((5.0, 10.0, 10.0, 20.0))
+    others = [kind for kind in KINDS if kind not in ALONE]
+    kinds = tuple(chance.sample(CLUSTER_KINDS, k=chance.randint(4, len(CLUSTER_KINDS))))
+    if not sound:
+        kinds += tuple(chance.sample(others, k=chance.randint(4, len(others))))
+    return ClusterWorld(
+        seed,
+        sites,
+        keeps,
+        judge,
+        chance,
+        tick=15.0 if calm else chance.choice((1.0, 2.0)),
+        pace=1800.0 if calm else float(chance.choice((60, 120, 300))),
+        kinds=kinds,
+        openings=base.openings,
+        etcd=SimulatedEtcd(ADDRESSES, chance.uniform(0.97, 1.03)),
+        names=("a", "b", "c")[: chance.choice((2, 2, 3))],
+        ttl=ttl,
+        sound=sound,
+    )
+
+
+def sound_sites(chance: random.Random, judge: Judge, *, short: bool) -> tuple[list[Site], list[Keep]]:
+    sites, keeps = [], []
+    for name in ("alpha", "beta")[: chance.choice((1, 1, 2))]:
+        seconds = [float(chance.choice((1, 3, 12, 40))) for _ in range(chance.randint(1, 3))]
+        models = [
+            SimModel(f"acme/model-{n}", load_seconds=s, size_bytes=10**9) for n, s in enumerate(seconds)
+        ]
+        faults = {"v0_shows_loading": chance.random() < 0.5, "token_seconds": chance.choice((0.01, 1.0))}
+        studio = Studio(models, faults=faults)
+        memory = 2 * 10**9 if short and len(models) > 2 else None
+        site = Site(name, studio, judge, models, refresh=15.0, sdk=chance.random() < 0.5, memory=memory)
+        sites.append(site)
+        for model in models:
+            auto = short and chance.random() < 0.7
+            policy = Policy(
+                ping_interval=120.0, auto=auto, idle=chance.choice((60.0, 600.0)) if auto else None
+            )
+            keeps.append(Keep(ModelId(name, model.key), policy, windowed=True))
+    return sites, keeps
+
+
+def live_together(
+    seed: int, hours: float, *, sound: bool, calm: bool = False, short: bool = False, **changes: Any
+) -> tuple[str, ClusterWorld]:
+    """One run from its seed; the hash of its trace, and the world as it was at the end."""
+
+    async def go() -> tuple[str, ClusterWorld]:
+        world = drawn_cluster(seed, sound=sound, calm=calm, short=short)
+        for name, value in changes.items():
+            setattr(world, name, value)
+        return await world.live(hours), world
+
+    return run_virtually(go, ProcessLoop)
