@@ -37,8 +37,8 @@ collected: $(TESTABLE)
 mutants: $(TESTABLE)  ## Plant every fault in the core, one at a time, and see that its tests find it (minutes)
 	@$(BIN)/python tests/mutants.py
 
-simulation: $(TESTABLE)  ## A thousand hours of everything going wrong, not the five days of `make test` (minutes; KEEPALIVE_HOURS, KEEPALIVE_SEED)
-	KEEPALIVE_HOURS=$${KEEPALIVE_HOURS:-1000} $(BIN)/pytest --numprocesses=auto tests/keeper/test_simulation.py
+simulation: $(TESTABLE)  ## A thousand hours of everything going wrong, for one daemon and for several as one (an hour; KEEPALIVE_HOURS, KEEPALIVE_SEED)
+	KEEPALIVE_HOURS=$${KEEPALIVE_HOURS:-1000} $(BIN)/pytest --numprocesses=auto tests/keeper/test_simulation.py tests/cluster/test_simulation.py
 
 test-timely: $(TESTABLE)  ## Run the tests that depend most on time 20 times, while busy loops take all cores
 	@$(BIN)/python tests/kit/timely.py

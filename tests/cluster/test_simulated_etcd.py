@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 
-from keepalive.cluster.etcd import Access, Answer, EngineError, Etcd, Transport, created, delete, put, unchanged
+from keepalive.cluster.etcd import (
+    Access,
+    Answer,
+    EngineError,
+    Etcd,
+    Transport,
+    created,
+    delete,
+    put,
+    unchanged,
+)
 from tests.kit import etcd as kit
 from tests.kit.etcd import needs_etcd
 from tests.kit.live import until

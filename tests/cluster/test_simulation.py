@@ -1,0 +1,192 @@
+"""Days of several daemons as one, with everything going wrong between them; `cluster_world.py` says how it is judged.
+
+KEEPALIVE_SEED and KEEPALIVE_HOURS as for `tests/keeper/test_simulation.py`; of a cluster a short form is a few hours.
+A failure names its seed, and `cluster_world.live_together(seed, hours, …)` shows it again.
+"""
+
+import os
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from keepalive.cluster import hold
+from keepalive.cluster.etcd import Etcd
+from keepalive.cluster.hold import Hold
+from keepalive.cluster.member import Cluster
+from keepalive.cluster.rows import Picture
+from keepalive.core.records import Model
+from tests.kit.cluster_world import CLUSTER_KINDS, Member, live_together
+from tests.kit.world import Broken
+
+CHOSEN = os.environ.get("KEEPALIVE_SEED", "20261122")
+SEED = random.SystemRandom().randrange(10**9) if CHOSEN == "random" else int(CHOSEN)
+HOURS = float(os.environ.get("KEEPALIVE_HOURS", "0"))
+# In pieces that several workers share; in each some hours of dense trouble of each sort, and days that are calm.
+PIECES = max(1, round(HOURS / 40))
+DENSE_HOURS = 1.0 if HOURS else 0.4
+CALM_HOURS = max(HOURS / PIECES - 3 * DENSE_HOURS, 0.0)
+
+
+@pytest.mark.timeout(3000 if HOURS else 400)
+@pytest.mark.parametrize("piece", range(PIECES))
+def test_days_of_every_trouble_between_daemons_load_nothing_twice_and_always_end_warm(
+    piece: int, run_folder: Path
+):
+    print(f"base seed {SEED}")
+    injected: Counter[str] = Counter()
+    happened: Counter[str] = Counter()
+    lives = [(DENSE_HOURS, {"sound": sound, "short": short}) for sound, short in SORTS]
+    if CALM_HOURS:
+        lives.append((CALM_HOURS, {"sound": True, "calm": True}))
+    for n, (hours, sort) in enumerate(lives):
+        _, world = live_together(SEED + 10 * piece + n, hours, **sort)
+        injected += world.injected
+        happened += world.judge.counted + world.answers
+    print(f"{injected.total()} faults: {dict(injected)}")
+    print(f"what happened, and what was told apart from mistakes of ours: {dict(happened)}")
+
+    assert injected.total() > 10
+    assert happened["well again"] > 3
+    (run_folder / f"cluster-trouble-{piece}").write_text("\n".join(injected) + "\n")
+    told = sorted(run_folder.glob("cluster-trouble-*"))
+    if HOURS >= 400 and len(told) == PIECES:  # the last of them to end speaks for all
+        kinds = {kind for file in told for kind in file.read_text().splitlines()}
+        assert set(CLUSTER_KINDS) - kinds == set()
+
+
+# Whether nothing is wrong with LM Studio itself, and whether models are let go for each other.
+SORTS = ((True, False), (True, True), (False, False))
+
+
+def test_the_same_seed_gives_the_same_trace():
+    first, _ = live_together(SEED, 0.1, sound=True)
+    again, _ = live_together(SEED, 0.1, sound=True)
+
+    assert first == again
+
+
+# --- planted bugs -----------------------------------------------------------------------------------------
+
+
+def counts_its_lease_by_the_wall_clock(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Member, "awake", Member.wall)
+
+
+def uses_its_lease_to_the_end(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(hold, "MARGIN", 0.0)
+
+
+def counts_its_lease_from_the_answer(patch: pytest.MonkeyPatch) -> None:
+    may_act = Cluster._may_act
+    patch.setattr(Cluster, "_may_act", lambda c, got: may_act(c, Hold(got.ttl, c._awake())))
+
+
+def loads_without_asking_the_hand(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Cluster, "acts", lambda cluster, upstream: True)
+
+
+def acts_on_waking_before_it_has_asked(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Hold, "good", lambda held, now: held.asked > 0)
+
+
+def writes_no_intent(patch: pytest.MonkeyPatch) -> None:
+    async def begin(cluster: Cluster, model: Model) -> bool:
+        return cluster.acts(model.id.upstream)
+
+    patch.setattr(Cluster, "begin", begin)
+
+
+def passes_over_the_intent_of_another(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Cluster, "_see_load", lambda *_: None)
+
+
+def forgets_an_intent_that_is_resolved(patch: pytest.MonkeyPatch) -> None:
+    spent = Cluster._spent
+
+    def all_but_loads(
+        cluster: Cluster, upstream: str, models: Mapping[Any, Any]
+    ) -> Iterable[tuple[str, bytes | None]]:
+        found = spent(cluster, upstream, models)
+        return [(key, value) for key, value in found if not key.startswith("loads/") or value]
+
+    patch.setattr(Cluster, "_spent", all_but_loads)
+
+
+def takes_a_watch_for_whole(patch: pytest.MonkeyPatch) -> None:
+    """It looks when it is told, and neither when it renews its lease nor when a watch begins."""
+    watch, answered, look_again = Etcd.watch, Cluster._is_answered, Cluster._look_again
+
+    async def told(etcd: Etcd, prefix: str) -> Any:
+        first = True
+        async for _ in watch(etcd, prefix):
+            if not first:
+                yield
+            first = False
+
+    def renewed(cluster: Cluster) -> None:
+        answered(cluster)
+        cluster.renewed = cluster._saw  # type: ignore[attr-defined]
+
+    def look(cluster: Cluster) -> None:
+        if getattr(cluster, "renewed", False):
+            cluster.renewed = False  # type: ignore[attr-defined]
+        else:
+            look_again(cluster)
+
+    patch.setattr(Etcd, "watch", told)
+    patch.setattr(Cluster, "_is_answered", renewed)
+    patch.setattr(Cluster, "_look_again", look)
+
+
+def unloads_what_others_use(patch: pytest.MonkeyPatch) -> None:
+    async def clear(cluster: Cluster, model: Model) -> bool:
+        return cluster.acts(model.id.upstream)
+
+    patch.setattr(Cluster, "clear", clear)
+    patch.setattr(Picture, "uses_elsewhere", lambda picture, instance: {})
+
+
+LOADING = ("killed while loading", "stopped while loading", "a model is lost")
+PLANTED: list[tuple[Callable[[pytest.MonkeyPatch], None], tuple[str, ...], tuple[str, ...]]] = [
+    (
+        counts_its_lease_by_the_wall_clock,
+        ("C1", "C2", "C3"),
+        ("a clock is set", "cut from etcd while loading"),
+    ),
+    (uses_its_lease_to_the_end, ("C2",), ("cut from etcd",)),
+    (counts_its_lease_from_the_answer, ("C2",), ("etcd loses messages", "cut from etcd")),
+    (loads_without_asking_the_hand, ("C1", "C2", "I3"), LOADING),
+    (acts_on_waking_before_it_has_asked, ("C1", "C2", "I3"), ("stopped while loading", "cut from etcd")),
+    (writes_no_intent, ("I3",), LOADING),
+    (passes_over_the_intent_of_another, ("I3",), LOADING),
+    (forgets_an_intent_that_is_resolved, ("C3",), LOADING),
+    (takes_a_watch_for_whole, ("C3",), ("watches die", "killed", "a model is lost")),
+    (unloads_what_others_use, ("I5",), ("a model is lost",)),
+]
+
+
+@pytest.mark.parametrize(("plant", "invariants", "kinds"), PLANTED, ids=[p[0].__name__ for p in PLANTED])
+def test_a_planted_bug_is_found(
+    plant: Callable[[pytest.MonkeyPatch], None],
+    invariants: tuple[str, ...],
+    kinds: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    plant(monkeypatch)
+    changes: dict[str, Any] = {"kinds": kinds, "pace": 30.0}
+    found = None
+    for seed in range(SEED, SEED + 20):
+        try:
+            live_together(seed, 0.3, sound=True, short=plant is unloads_what_others_use, **changes)
+        except Broken as broken:
+            found = str(broken).split("\n")[0]
+            if any(f"{one} at " in found for one in invariants):
+                break
+            found = None
+    print(found)
+
+    assert found is not None
