@@ -122,7 +122,7 @@ class Way:
         self, url: str, body: Any, headers: Mapping[str, str], connect: float, /
     ) -> AsyncIterator[Answer]:
         if self.process.dead:
-            await asyncio.get_running_loop().create_future()
+            raise asyncio.CancelledError
         address, path = url[: url.index("/v3/")], url[url.index("/v3/") :]
         # Whoever stops to wait does not call back what is under way.
         token = BY.set(self.life)
@@ -198,7 +198,7 @@ class Wire(httpx.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         member = self.member
         if member.dead:
-            await asyncio.get_running_loop().create_future()
+            raise asyncio.CancelledError
         match member.way_to(self.site):
             case "closed":
                 raise httpx.ConnectError("refused") from ConnectionRefusedError(111, "refused")
@@ -212,7 +212,7 @@ class Wire(httpx.AsyncBaseTransport):
         if (trace := request.extensions.get("trace")) is not None:
             await trace("http11.send_request_headers.started", {})
         if member.dead:
-            await asyncio.get_running_loop().create_future()
+            raise asyncio.CancelledError
         carried = outside(self._carry(request, body))
         try:
             answer = await asyncio.shield(carried)
