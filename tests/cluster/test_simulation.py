@@ -151,37 +151,37 @@ def unloads_what_others_use(patch: pytest.MonkeyPatch) -> None:
 
 
 LOADING = ("killed while loading", "stopped while loading", "a model is lost")
-PLANTED: list[tuple[Callable[[pytest.MonkeyPatch], None], tuple[str, ...], tuple[str, ...]]] = [
-    (
-        counts_its_lease_by_the_wall_clock,
-        ("C1", "C2", "C3"),
-        ("a clock is set", "cut from etcd while loading"),
-    ),
-    (uses_its_lease_to_the_end, ("C2",), ("cut from etcd",)),
-    (counts_its_lease_from_the_answer, ("C2",), ("etcd loses messages", "cut from etcd")),
-    (loads_without_asking_the_hand, ("C1", "C2", "I3"), LOADING),
-    (acts_on_waking_before_it_has_asked, ("C1", "C2", "I3"), ("stopped while loading", "cut from etcd")),
-    (writes_no_intent, ("I3",), LOADING),
-    (passes_over_the_intent_of_another, ("I3",), LOADING),
-    (forgets_an_intent_that_is_resolved, ("C3",), LOADING),
-    (takes_a_watch_for_whole, ("C3",), ("watches die", "killed", "a model is lost")),
-    (unloads_what_others_use, ("I5",), ("a model is lost",)),
+# Each with what finds it, in what trouble, and how far from the base seed the first world lies that has what it takes.
+PLANTED: list[tuple[Callable[[pytest.MonkeyPatch], None], tuple[str, ...], tuple[str, ...], int]] = [
+    (counts_its_lease_by_the_wall_clock, ("C1", "C2"), ("a clock is set", "cut from etcd while loading"), 1),
+    (uses_its_lease_to_the_end, ("C2",), ("cut from etcd",), 2),
+    (counts_its_lease_from_the_answer, ("C2",), ("etcd loses messages",), 6),
+    (loads_without_asking_the_hand, ("C1", "C2", "I3"), LOADING, 0),
+    (acts_on_waking_before_it_has_asked, ("C1", "C2", "I3"), ("stopped while loading", "cut from etcd"), 1),
+    (writes_no_intent, ("I3",), LOADING, 0),
+    (passes_over_the_intent_of_another, ("I3",), LOADING, 0),
+    (forgets_an_intent_that_is_resolved, ("C3",), LOADING, 0),
+    (takes_a_watch_for_whole, ("C3", "C5"), ("watches die",), 1),
+    (unloads_what_others_use, ("I5",), ("a clock is set",), 5),
 ]
 
 
-@pytest.mark.parametrize(("plant", "invariants", "kinds"), PLANTED, ids=[p[0].__name__ for p in PLANTED])
+@pytest.mark.parametrize(
+    ("plant", "invariants", "kinds", "first"), PLANTED, ids=[p[0].__name__ for p in PLANTED]
+)
 def test_a_planted_bug_is_found(
     plant: Callable[[pytest.MonkeyPatch], None],
     invariants: tuple[str, ...],
     kinds: tuple[str, ...],
+    first: int,
     monkeypatch: pytest.MonkeyPatch,
 ):
     plant(monkeypatch)
-    changes: dict[str, Any] = {"kinds": kinds, "pace": 30.0}
+    short = plant in (takes_a_watch_for_whole, unloads_what_others_use)
     found = None
-    for seed in range(SEED, SEED + 20):
+    for seed in range(SEED + first, SEED + first + 20):
         try:
-            live_together(seed, 0.3, sound=True, short=plant is unloads_what_others_use, **changes)
+            live_together(seed, 0.3, sound=True, short=short, kinds=kinds, pace=30.0)
         except Broken as broken:
             found = str(broken).split("\n")[0]
             if any(f"{one} at " in found for one in invariants):

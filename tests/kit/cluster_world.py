@@ -988,12 +988,12 @@ class ClusterWorld(World):
         self.judge.counted["well again"] += 1
 
     def missing(self) -> list[str]:
-        found = []
+        found, roomy = [], {site.name for site in self.sites if site.memory is None}
         for member in self.living():
             for model in member.keeper.snapshot().models:
                 if model.wanted and not model.given:
                     found.append(f"{model.id.key} at {member.machine.name} is {model.state}: {model.reason}")
-                if model.waiting and model.wanted:
+                if model.waiting and (model.wanted or model.id.upstream in roomy):
                     found.append(f"{model.waiting} wait for {model.id.key} at {member.machine.name}")
         left = (f"{PREFIX}loads/", f"{PREFIX}yields/")
         under_way = any(m.calling for one in self.living() for m in one.keeper.snapshot().models)
@@ -1073,11 +1073,11 @@ def sound_sites(chance: random.Random, judge: Judge, *, short: bool) -> tuple[li
         ]
         faults = {"v0_shows_loading": chance.random() < 0.5, "token_seconds": chance.choice((0.01, 1.0))}
         studio = Studio(models, faults=faults)
-        memory = 2 * 10**9 if short and len(models) > 2 else None
+        memory = 3 * 10**9 if short and len(models) > 2 else None  # two of them fit
         site = Site(name, studio, judge, models, refresh=15.0, sdk=chance.random() < 0.5, memory=memory)
         sites.append(site)
         for model in models:
-            auto = short and chance.random() < 0.7
+            auto = short and (memory is not None or chance.random() < 0.7)
             policy = Policy(
                 ping_interval=120.0, auto=auto, idle=chance.choice((60.0, 600.0)) if auto else None
             )
