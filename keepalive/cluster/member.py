@@ -56,6 +56,8 @@ WATCH_AGAIN = 60.0
 PROGRESS_EVERY = 2.0
 # Who holds an upstream that it cannot reach, and another member can, lets go after this.
 BLIND_AFTER = 15.0
+# Whoever was told that we give a model to nobody has unloaded it within so many, or never will.
+YIELDED = 2.0
 # Callers are told that there is no hope when etcd has been away for so many lifetimes of a lease.
 PATIENCE = 3.0
 # Whoever has another config altogether is told enough by so many.
@@ -501,7 +503,16 @@ class Cluster:
         if not self._hopeless and now - self._down_since > PATIENCE * self._hold.ttl:
             self._hopeless = True
             self._keeping().reconsider()
+        if now > self._hold.asked + YIELDED * self._hold.ttl:
+            self._give_again()
         self._keeping().tick()
+
+    def _give_again(self) -> None:
+        """What was about to be unloaded is gone by now, or stays: our word, that it is given to nobody, has run out."""
+        keeping = self._keeping()
+        for model in keeping.snapshot().models:
+            if model.draining and model.id.upstream not in self._held:
+                keeping.record(DrainEnded(self._clock(), model.id))
 
     # --- what is seen -------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from aiohttp import web
 
 from keepalive.cluster import rows
 from keepalive.cluster.etcd import Access, Etcd
+from keepalive.cluster.hold import Hold
 from keepalive.cluster.member import Cluster, Self
 from keepalive.core.apply import apply
 from keepalive.core.facts import ModelId
@@ -155,6 +156,20 @@ def test_whoever_writes_a_newer_format_is_named_once():
     assert cluster.differences == [
         "b (3.0) writes format 2 of what daemons tell each other, a (1) knows 1: upgrade a, too"
     ]
+
+
+def test_what_was_to_be_let_go_is_given_again_where_etcd_is_away_and_nobody_can_have_our_word():
+    keeping = Records(warm())
+    cluster = a_member(keeping)
+    cluster._see(rows.picture([HELD, YIELD]))
+
+    cluster._hold = Hold(10.0, time.monotonic() - 15)
+    cluster._is_down("etcd does not answer")
+    assert not keeping.models[GEMMA].given
+    cluster._hold = Hold(10.0, time.monotonic() - 21)
+    cluster._is_down("etcd does not answer")
+
+    assert keeping.models[GEMMA].given
 
 
 async def test_an_etcd_that_renews_a_lease_and_shows_nothing_counts_as_away_and_is_not_told_again_and_again():

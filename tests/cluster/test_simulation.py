@@ -1,6 +1,6 @@
 """Days of several daemons as one, with everything going wrong between them; `cluster_world.py` says how it is judged.
 
-KEEPALIVE_SEED and KEEPALIVE_HOURS as for `tests/keeper/test_simulation.py`; of a cluster a short form is a few hours.
+KEEPALIVE_SEED and KEEPALIVE_HOURS as for `tests/keeper/test_simulation.py`; of a cluster the short form is half an hour.
 A failure names its seed, and `cluster_world.live_together(seed, hours, …)` shows it again.
 """
 
@@ -27,7 +27,7 @@ SEED = random.SystemRandom().randrange(10**9) if CHOSEN == "random" else int(CHO
 HOURS = float(os.environ.get("KEEPALIVE_HOURS", "0"))
 # In pieces that several workers share; in each some hours of dense trouble of each sort, and days that are calm.
 PIECES = max(1, round(HOURS / 40))
-DENSE_HOURS = 1.0 if HOURS else 0.4
+DENSE_HOURS = 1.0 if HOURS else 0.15
 CALM_HOURS = max(HOURS / PIECES - 3 * DENSE_HOURS, 0.0)
 
 
@@ -49,8 +49,8 @@ def test_days_of_every_trouble_between_daemons_load_nothing_twice_and_always_end
     print(f"{injected.total()} faults: {dict(injected)}")
     print(f"what happened, and what was told apart from mistakes of ours: {dict(happened)}")
 
-    assert injected.total() > 10
-    assert happened["well again"] > 3
+    assert injected.total() > 5
+    assert happened["well again"] > 2
     (run_folder / f"cluster-trouble-{piece}").write_text("\n".join(injected) + "\n")
     told = sorted(run_folder.glob("cluster-trouble-*"))
     if HOURS >= 400 and len(told) == PIECES:  # the last of them to end speaks for all
