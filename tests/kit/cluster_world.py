@@ -597,6 +597,7 @@ class ClusterWorld(World):
     names: tuple[str, ...] = ("a", "b")
     ttl: float = 10.0
     sound: bool = False
+    callers: float = 30.0  # seconds from one to the next
     machines: list[Machine] = field(default_factory=list)
     windows: dict[ModelId, bool] = field(default_factory=dict)
     answers: Counter[str] = field(default_factory=Counter)
@@ -950,7 +951,7 @@ class ClusterWorld(World):
 
     async def traffic(self) -> None:
         while True:
-            await asyncio.sleep(self.chance.expovariate(1 / 30.0))
+            await asyncio.sleep(self.chance.expovariate(1 / self.callers))
             keep = self.chance.choice(self.keeps)
             site = next(s for s in self.sites if s.name == keep.model.upstream)
             self.use(keep, site, self.chance.choice((1.0, 30.0)))
