@@ -889,15 +889,35 @@ class ClusterWorld(World):
 
     def unsettled(self) -> list[str]:
         odd = []
-        for member in self.living():
-            self.life = member  # type: ignore[assignment]
-            odd += [f"{member.machine.name}: {text}" for text in super().unsettled()]
         for site in self.sites:
-            if f"{PREFIX}holders/{site.name}" not in self.etcd.kvs:
+            holder = self.etcd.kvs.get(f"{PREFIX}holders/{site.name}")
+            if holder is None:
                 odd.append(f"nobody holds {site.name}")
+            for member in self.living():
+                told = [f"{member.machine.name}: {text}" for text in self.odd_at(member, site)]
+                # What is in the way of a load only its holder has to know; of the others what is there is.
+                odd += (
+                    told
+                    if holder and holder.by == member.number
+                    else [t for t in told if NOT_LOADED not in t]
+                )
         left = ("loads/", "yields/")
         odd += [key for key in self.etcd.kvs if key.removeprefix(PREFIX).startswith(left)]
         return odd
+
+    def odd_at(self, member: Member, site: Site) -> list[str]:
+        self.life, sites = member, self.sites  # type: ignore[assignment]
+        self.sites = [site]
+        try:
+            found = super().unsettled()
+        finally:
+            self.sites = sites
+        there = {i.model.key for i in site.studio.memory.instances.values()}
+        marks = {str(m): "" if m.key in there else NOT_LOADED for m in (k.model for k in self.keeps)}
+        return [
+            text + next((mark for m, mark in marks.items() if text.startswith(f"{m} is ")), "")
+            for text in found
+        ]
 
     # the whole of it
 
@@ -1002,6 +1022,7 @@ class ClusterWorld(World):
 
 
 KNOWN_WITHIN = 60.0
+NOT_LOADED = " (not loaded)"
 CLUSTER_KINDS = (
     "killed",
     "killed while loading",
