@@ -172,11 +172,13 @@ def test_a_planted_bug_is_found(
 ):
     plant(monkeypatch)
     short = plant in (takes_a_watch_for_whole, unloads_what_others_use)
-    callers = 3.0 if plant is unloads_what_others_use else 30.0
+    changes: dict[str, Any] = {"kinds": kinds, "pace": 30.0}
+    if plant is unloads_what_others_use:
+        changes |= {"callers": 10.0, "token_seconds": 5.0}
     found = None
     for seed in range(SEED + first, SEED + first + 20):
         try:
-            live_together(seed, 0.3, sound=True, short=short, kinds=kinds, pace=30.0, callers=callers)
+            live_together(seed, 0.3, sound=True, short=short, **changes)
         except Broken as broken:
             found = str(broken).split("\n")[0]
             if any(f"{one} at " in found for one in invariants):

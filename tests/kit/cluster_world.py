@@ -598,6 +598,7 @@ class ClusterWorld(World):
     ttl: float = 10.0
     sound: bool = False
     callers: float = 30.0  # seconds from one to the next
+    token_seconds: float | None = None  # else as it was drawn
     machines: list[Machine] = field(default_factory=list)
     windows: dict[ModelId, bool] = field(default_factory=dict)
     answers: Counter[str] = field(default_factory=Counter)
@@ -922,6 +923,8 @@ class ClusterWorld(World):
     # the whole of it
 
     async def live(self, hours: float) -> str:
+        for site in self.sites if self.token_seconds is not None else ():
+            site.studio.set_faults(token_seconds=self.token_seconds)
         for machine in self.machines:
             self.begin(machine)
         if self.sound:
