@@ -266,7 +266,9 @@ async def _read(answer: Answer, address: str) -> Json:
 
 
 def _is_stale(answer: Json) -> bool:
-    return answer.get("code") == UNAUTHENTICATED or "invalid auth token" in str(answer.get("error"))
+    # The last when somebody's rights were changed since, where tokens are signed ones.
+    said = str(answer.get("error"))
+    return answer.get("code") == UNAUTHENTICATED or "invalid auth token" in said or "revision" in said
 
 
 def _refused(answer: Json, address: str) -> EngineError:

@@ -264,6 +264,33 @@ async def test_what_is_no_etcd_is_said_in_a_sentence(status: int, body: bytes):
         await runner.cleanup()
 
 
+@pytest.mark.parametrize(
+    "said", ["etcdserver: revision of auth store is old", "auth: revision in header is old"]
+)
+async def test_whoever_has_said_who_he_is_says_so_again_when_rights_were_changed(said: str):
+    heard: list[str] = []
+
+    async def answer(request: web.BaseRequest) -> web.Response:
+        heard.append(request.path)
+        if request.path.endswith("authenticate"):
+            return web.json_response({"token": f"{len(heard)}"})
+        if request.headers["Authorization"] == "1":
+            return web.json_response({"error": said, "code": 3}, status=400)
+        return web.json_response({})
+
+    runner = web.ServerRunner(web.Server(answer))
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    host, port = runner.addresses[0][:2]
+    engine = Etcd([f"http://{host}:{port}"], Access("keepalive", "secret"), timeout=20)
+    try:
+        assert await engine.rows(PREFIX) == []
+        assert heard == ["/v3/auth/authenticate", "/v3/kv/range"] * 2
+    finally:
+        await engine.close()
+        await runner.cleanup()
+
+
 async def test_a_password_goes_nowhere_else_though_etcd_should_say_that_it_is_elsewhere():
     heard: list[str] = []
 
