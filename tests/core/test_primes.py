@@ -634,9 +634,11 @@ def test_an_answer_too_late_is_held_against_what_was_not_read_before_whatever_el
     assert late.priming.unfit == (("agent", "late"),)
 
 
-def test_an_opening_counts_as_use_however_it_ends():
+def test_an_opening_counts_as_use_and_as_a_call_of_ours_however_it_ends():
     for outcome in PrimeOutcome:
-        assert after(ours(priming=WISHES), *primed(100, outcome=outcome)).used_at == 105
+        model = after(replace(ours(priming=WISHES), contested=True), *primed(100, outcome=outcome))
+
+        assert (model.used_at, model.touched_at, model.contested) == (105, 105, False)
 
 
 def test_who_answers_late_what_was_read_before_is_busy_and_the_opening_is_not_to_blame():

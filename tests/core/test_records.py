@@ -95,6 +95,35 @@ def test_it_works_for_somebody_where_lm_studio_says_so_or_has_requests_for_it():
     assert not a_model(instances=(Instance("a", busy=False, queued=0),)).engaged
 
 
+@pytest.mark.parametrize(
+    ("changes", "in_use", "goes_at"),
+    [
+        ({}, False, 160.0),
+        ({"instances": (Instance("a"),)}, False, None),
+        ({"instances": (Instance("a", ttl=inf),)}, False, None),
+        ({"instances": (Instance("a", ttl=60.0, busy=True),)}, False, None),
+        ({"in_flight": 1}, True, None),
+        ({"used_elsewhere": True}, True, None),
+    ],
+    ids=["idle", "untold", "for ever", "a stranger", "ours", "elsewhere"],
+)
+def test_it_goes_when_its_timer_strikes_and_not_while_anybody_uses_it(
+    changes: dict[str, object], in_use: bool, goes_at: float | None
+):
+    model = a_model(**{"instances": (Instance("a", ttl=60.0),), "used_at": 100.0, **changes})
+
+    assert (model.in_use, model.goes_at) == (in_use, goes_at)
+
+
+def test_callers_elsewhere_need_it_as_ours_do():
+    asked = a_model(window_open=False, callers_elsewhere=2)
+
+    assert (asked.needed, asked.wanted, replace(asked, waiting=1).callers) == (True, False, 3)
+    assert not replace(asked, retired=True).needed
+    assert a_model(use_at=50.0, elsewhere_at=60.0).last_use == 60.0
+    assert a_model(use_at=50.0, elsewhere_at=40.0).last_use == 50.0
+
+
 def test_what_is_not_to_be_pinged_is_not_because_of_its_timer():
     timed = {"instances": (Instance("a", ttl=60.0),), "state": State.WARM, "used_at": 100.0}
 
