@@ -531,7 +531,7 @@ class _Arranging:
             lack = f"{self._size(model)}, and {gigabytes(free)} are free"
         if not self._could_ever(model):
             foreign = strangers(self.upstream, self.models)
-            was = "was" if len(foreign[:3]) == 1 else "were"
+            was = "was" if len(foreign) == 1 else "were"
             whose = f"; {', '.join(foreign[:3])} {was} loaded by somebody else" if foreign else ""
             self.never[model.id] = f"there is no room for it: {lack}{whose}"
             return self.never[model.id]

@@ -1104,6 +1104,7 @@ def test_there_is_hope_while_what_is_in_the_way_is_ours_and(in_the_way: Model):
 def test_what_it_waits_for_names_those_who_answer_and_not_what_lies_idle():
     idle, busy = there("i", 5), [there(key, 12, in_flight=1) for key in "bc"]
     end = "b, c are in use; they make room when their answers have ended"
+    many = [there(key, 6, in_flight=1) for key in "bcde"]
     fresh = there("b", 20, waiting=4, waiting_since=NOW - 60)
     waits = asked("a", 25)
 
@@ -1111,6 +1112,9 @@ def test_what_it_waits_for_names_those_who_answer_and_not_what_lies_idle():
     assert why(up(), waits, idle, fresh) == "waits for room: it takes 25.0 GB, and 5.0 GB are free"
     assert why(occupied(25, 5), asked("a", 15), *busy) == (
         f"waits for room: it takes 15.0 GB, and 0.0 GB are free; {end}"
+    )
+    assert why(up(), waits, *many) == (
+        f"waits for room: it takes 25.0 GB, and 6.0 GB are free; {end.replace('b, c', 'b, c, d')}"
     )
 
 
@@ -1325,6 +1329,7 @@ def test_what_crashed_beside_others_is_loaded_when_one_of_them_has_gone():
 
     assert planned(up(), crashed("c", "a", "b"), a, b) == [Unload(ident("A"), "A", ROOM)]
     assert planned(up(), crashed("c", "a", "b"), a) == [Load(ident("c"), claim=10 * GB)]
+    assert planned(up(), crashed("c", "a", "b"), a, absent("b")) == [Load(ident("c"), claim=10 * GB)]
     busy = replace(a, in_flight=1)
     assert planned(up(), crashed("c", "a"), busy) == []
     assert why(up(), crashed("c", "a"), busy) == (
