@@ -41,8 +41,8 @@ Seen = TypeVar("Seen")
 
 
 @pytest.fixture(scope="module")
-def model(run_folder: Path) -> Path:
-    return made_model(run_folder)
+def model() -> Path:
+    return made_model()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,9 @@ is for. `tests.kit.installed` installs it. The same file makes the model, with t
 
 import contextlib
 import fcntl
+import hashlib
 import http.client
+import inspect
 import itertools
 import json
 import os
@@ -28,10 +30,15 @@ START_TIMEOUT = 240.0
 ANSWER_TIMEOUT = 120.0
 
 
-def made_model(folder: Path) -> Path:
-    """A model of random weights, made by the first who asks for it in this folder; all others wait for it."""
-    path, stamp = folder / "random-32m", folder / "random-32m.made"
-    with (folder / "random-32m.lock").open("w") as lock:
+def made_model() -> Path:
+    """A model of random weights, made by the first who ever asks for it; all others wait for it, or find it there.
+
+    It lies beside the server that it is for, since to make it takes as long as to start that; and by what makes it.
+    """
+    made_by = hashlib.sha256(inspect.getsource(_make_model).encode()).hexdigest()[:12]
+    path = TRANSFORMERS.folder / f"random-32m-{made_by}"
+    stamp, locked = (path.with_name(f"{path.name}.{what}") for what in ("made", "lock"))
+    with locked.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not stamp.exists():
             make_model(path)
