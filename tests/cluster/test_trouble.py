@@ -100,7 +100,7 @@ async def make_room(engine: Etcd) -> None:
     await engine._call("/v3/maintenance/alarm", {"action": "DEACTIVATE", **alarm})
 
 
-async def test_a_full_etcd_loads_nothing_and_says_so_until_it_has_room(tmp_path: Path):
+async def test_a_full_etcd_loads_nothing_and_says_so_until_it_has_room(tmp_path: Path, capsys: Any):
     with kit.etcd(tmp_path, "--quota-backend-bytes", "2000000") as server:
         async with (
             engine(server) as filler,
@@ -122,6 +122,9 @@ async def test_a_full_etcd_loads_nothing_and_says_so_until_it_has_room(tmp_path:
             seconds = asyncio.get_running_loop().time() - began
             assert served(server, "Range", "Txn") - before < 30 * seconds
             assert loads(studio.studio) == 1
+            # It is tried for one lifetime of a lease, and no longer.
+            assert not any(map(holds, running))
+            assert capsys.readouterr().out.count("cluster.load_put_off") <= 6
 
             await make_room(filler)
             await warm(*running)
