@@ -38,9 +38,6 @@ from keepalive.core.facts import (
     ModelFact,
     ModelId,
     ReleaseAsked,
-    RequestEnded,
-    RequestsCounted,
-    RequestStarted,
     UpstreamFact,
     UsedElsewhere,
     WarmAsked,
@@ -233,10 +230,6 @@ class Cluster:
             # A person has asked for it: all members are to know, and to go on knowing when this one ends.
             if not self._seeing:
                 self._wishes[after.id] = isinstance(fact, WarmAsked)
-                self._say()
-        elif isinstance(fact, RequestsCounted | RequestStarted | RequestEnded):
-            use = self._uses_said.get(folded(after.id))
-            if use is None or not use.used:
                 self._say()
         elif isinstance(fact, LoadStarted) and after.alone:
             self._alone.add(after.id)
@@ -809,14 +802,17 @@ class Cluster:
         return {key: use for key, use in uses.items() if use != Use()}
 
     def _is_news(self, uses: Mapping[ModelId, Use]) -> bool:
-        """Whether it cannot wait that somebody came; that they left can, for an interval."""
+        """Whether it cannot wait for a renewal: that somebody waits, or that a model is given to nobody any more.
+
+        Use of what is warm can, or each request would be a write; nothing is unloaded before we have said so.
+        """
         said = self._uses_said if rows.uses_key(self._name) in self._seen.values else {}
         for key, use in uses.items():
             before = said.get(key, Use())
-            came = use.waiting > 0 and before.waiting == 0
-            if came or use.used > before.used or use.yielded > before.yielded:
+            if (use.waiting > 0 and before.waiting == 0) or use.yielded > before.yielded:
                 return True
-        return uses != said and self._awake() >= self._uses_at + self._hold.interval
+        # Renewals are not to the instant: by a whole interval every other one would come too soon.
+        return uses != said and self._awake() >= self._uses_at + 0.9 * self._hold.interval
 
     def _row(self, snapshot: Snapshot | None = None) -> bytes:
         snapshot = snapshot or self._keeping().snapshot()

@@ -114,6 +114,21 @@ def test_what_others_load_is_known_again_of_a_model_that_the_config_names_again(
     assert keeping.models[QWEN].pending
 
 
+def test_a_request_for_what_is_warm_is_no_write_of_its_own():
+    now = 100.0
+    cluster = a_member(Records(), ttl=9.0, awake=lambda: now)
+    cluster._uses_at = now
+    used = {GEMMA: rows.Use(used=True)}
+    now = 102.0
+
+    assert not cluster._is_news(used)
+    assert cluster._is_news({GEMMA: rows.Use(waiting=1, used=True)})
+    assert cluster._is_news({GEMMA: rows.Use(used=True, yielded=True)})
+    now = 102.9
+    assert cluster._is_news(used)
+    assert not cluster._is_news({})
+
+
 def member_row(name: str, **more: Any) -> rows.Row:
     return rows.Row(rows.member_key(name), rows.member_row(rows.Member(name, f"life of {name}", **more)), 1)
 
