@@ -602,6 +602,7 @@ class ClusterWorld(World):
     machines: list[Machine] = field(default_factory=list)
     windows: dict[ModelId, bool] = field(default_factory=dict)
     answers: Counter[str] = field(default_factory=Counter)
+    etcd_well: Well = field(default_factory=Well)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -742,7 +743,8 @@ class ClusterWorld(World):
 
     def check_hopeless(self, member: Member, why: str) -> None:
         long_ago = self.judge.now() - 2 * self.ttl
-        if "nothing is loaded or unloaded, because" not in why or member.machine.reaches_etcd.was(long_ago):
+        well = member.machine.reaches_etcd.was(long_ago) and self.etcd_well.was(long_ago)
+        if well or "nothing is loaded or unloaded, because" not in why:
             self.judge.fail("C5", f"a caller was sent away from {member.machine.name}: {why}")
 
     # what goes wrong
@@ -803,7 +805,7 @@ class ClusterWorld(World):
                     machine.link.end_watches(told=chance.random() < 0.5)
                 case "etcd away" | "a member of etcd away":
                     gone = ADDRESSES if kind == "etcd away" else (chance.choice(ADDRESSES),)
-                    self.etcd_is_ill(stack)
+                    stack.enter_context(self.etcd_well.ill())
                     how = chance.choice(("refuses", "hangs"))
                     for address in gone:
                         self.etcd.set(address, how)
@@ -814,7 +816,7 @@ class ClusterWorld(World):
                     for address in gone:
                         self.etcd.set(address, "up")
                 case "etcd loses messages":
-                    self.etcd_is_ill(stack)
+                    stack.enter_context(self.etcd_well.ill())
                     for one in self.machines:
                         one.link.loses = chance.choice((0.1, 0.3, 0.6))
                     if chance.random() < 0.5:
@@ -846,10 +848,6 @@ class ClusterWorld(World):
         known = [m for one in self.living() for m in one.keeper.snapshot().of(site.name) if m.id.key == key]
         if not self.sound or not any(m.failures for m in known):
             super().lose(site, key)
-
-    def etcd_is_ill(self, stack: ExitStack) -> None:
-        for one in self.machines:
-            stack.enter_context(one.reaches_etcd.ill())
 
     def put_right(self) -> None:
         for address in ADDRESSES:
