@@ -7,7 +7,10 @@ turn leaves at once, since it is nearly always the only one, and what is written
 """
 
 import asyncio
+import logging
 from typing import cast
+
+log = logging.getLogger("keepalive.http1")
 
 #: More than this of one connection does not wait: it costs more to copy than to send.
 TOGETHER_BYTES = 65_536
@@ -33,7 +36,10 @@ class Outbox:
         self.busy = False
         later, self.later = self.later, []
         for sender in later:
-            sender.flush()
+            try:
+                sender.flush()
+            except Exception as error:  # noqa: BLE001  one bad connection must not keep what others have to say
+                log.error("http1.write_failed", extra={"error": type(error).__name__})
 
 
 class Sender(asyncio.Protocol):
@@ -52,14 +58,15 @@ class Sender(asyncio.Protocol):
 
     def write(self, data: bytes) -> None:
         outbox = self._outbox
-        if self._unsent:
+        if len(data) > TOGETHER_BYTES:
+            self.flush()
+            self.transport.write(data)
+        elif self._unsent:
             self._unsent += data
             if len(self._unsent) > TOGETHER_BYTES:
                 self.flush()
         elif not outbox.busy:
             outbox.begin()
-            self.transport.write(data)
-        elif len(data) > TOGETHER_BYTES:
             self.transport.write(data)
         else:
             self._unsent = data

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import socket
+from types import SimpleNamespace
 
 from keepalive.http1.outbox import TOGETHER_BYTES, Outbox, Sender
 
@@ -86,6 +87,33 @@ async def test_much_does_not_wait_and_overtakes_nothing():
         at_once = [came(far[1]), came(far[2])]
 
         assert at_once == [much, b"little" + much]
+
+
+async def test_one_that_cannot_be_written_to_keeps_nobody_else_waiting():
+    async with senders(3) as (made, far):
+        made[1].transport.write_eof()
+        for sender in made:
+            sender.write(b"x")
+        await turns_over()
+
+        assert [came(one) for one in far] == [b"x", b"", b"x"]
+
+
+async def test_much_behind_a_little_is_not_copied():
+    async with senders(2) as (made, _):
+        written = []
+        made[1].transport, own = (
+            SimpleNamespace(write=written.append, is_closing=lambda: False),
+            made[1].transport,
+        )
+        much = b"x" * (TOGETHER_BYTES * 16)
+        made[0].write(b"first")
+        made[1].write(b"head")
+        made[1].write(much)
+        made[1].transport = own
+
+        assert written[0] == b"head"
+        assert written[1] is much
 
 
 async def test_who_ends_a_connection_flushes_it_before():

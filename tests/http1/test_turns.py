@@ -2,6 +2,10 @@
 
 import asyncio
 import socket
+from collections import deque
+from types import SimpleNamespace
+
+import pytest
 
 from keepalive.http1 import serve
 from keepalive.http1.turns import BEGUN_AT_ONCE, Turns
@@ -63,7 +67,8 @@ async def test_callers_who_ask_at_once_are_all_answered_and_never_many_in_one_tu
     assert max(most) <= BEGUN_AT_ONCE
 
 
-async def test_a_caller_who_leaves_while_others_are_before_him_costs_nothing():
+@pytest.mark.parametrize("how", ["leaves", "sends nonsense"])
+async def test_whoever_is_gone_or_refused_before_his_turn_costs_no_handler(how):
     handled = []
 
     async def handler(exchange):
@@ -73,18 +78,42 @@ async def test_a_caller_who_leaves_while_others_are_before_him_costs_nothing():
     listening = socket.create_server(("127.0.0.1", 0))
     listening.setblocking(False)
     listener = await serve(handler, sockets=[listening])
+    body = b"Transfer-Encoding: chunked\r\n\r\n"
     try:
-        for number in range(BEGUN_AT_ONCE):
-            listener.turns.begin(lambda number=number: None)
-        leaving = socket.create_connection(("127.0.0.1", listener.port))
-        leaving.sendall(b"GET /left HTTP/1.1\r\nHost: x\r\n\r\n")
-        leaving.close()
+        gone_reader, gone = await asyncio.open_connection("127.0.0.1", listener.port)
         reader, writer = await asyncio.open_connection("127.0.0.1", listener.port)
+        while len(listener.connections) < 2:
+            await asyncio.sleep(0)
+        turns, held = listener.turns, deque()
+        listener.turns = SimpleNamespace(begin=held.append)  # full until the test says otherwise
+        gone.write(b"POST /gone HTTP/1.1\r\nHost: x\r\n" + body)
+        while not held:
+            await asyncio.sleep(0)
+        if how == "leaves":
+            gone.close()
+            while not any(
+                connection._exchange.gone for connection in listener.connections if connection._exchange
+            ):
+                await asyncio.sleep(0)
+        else:
+            gone.write(b"no size\r\n")
+            while not any(
+                connection._exchange.refused for connection in listener.connections if connection._exchange
+            ):
+                await asyncio.sleep(0)
         writer.write(b"GET /stays HTTP/1.1\r\nHost: x\r\n\r\n")
-        await reader.readuntil(b"ok")
-        writer.close()
+        while len(held) < 2:
+            await asyncio.sleep(0)
+        listener.turns = turns
+        while held:
+            turns.begin(held.popleft())
+        stays = await reader.readuntil(b"ok")
+        told = b"" if how == "leaves" else await gone_reader.read()
     finally:
+        gone.close()
+        writer.close()
         await listener.close()
 
-    assert b"/stays" in handled
-    assert not listener.connections
+    assert handled == [b"/stays"]
+    assert stays.startswith(b"HTTP/1.1 200")
+    assert how == "leaves" or told.startswith(b"HTTP/1.1 400")
