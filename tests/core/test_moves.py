@@ -142,6 +142,12 @@ def test_a_wish_by_hand_is_met_by_an_answer_of_what_is_loaded_on_demand(
     assert proved(before, 50.0).asked_for is still
 
 
+def test_an_answer_of_what_refuses_pings_says_what_to_do_about_it():
+    assert proved(tried(State.LOADING, refused="no image"), 50.0).reason == (
+        'its ping is refused: no image; set ping in [[models]] "gemma": one that it takes, or "off"'
+    )
+
+
 def test_time_in_which_it_was_not_warm_counts_for_nothing():
     model = proved(tried(State.BACKOFF), 1000.0)
 
