@@ -861,9 +861,10 @@ class ClusterWorld(World):
         super().put_right()
 
     def is_kept_as_ours(self, site: Site, instance_id: str) -> bool:
-        return any(
-            instance_id in m.ours for one in self.living() for m in one.keeper.snapshot().of(site.name)
-        )
+        """By whoever acts: what came of a load that only another one saw end is anybody's, as after a crash."""
+        holder = self.etcd.kvs.get(f"{PREFIX}holders/{site.name}")
+        acting = [m for m in self.living() if holder is not None and m.number == holder.by]
+        return any(instance_id in m.ours for one in acting for m in one.keeper.snapshot().of(site.name))
 
     def comes_back(self, site: Site, kind: str, after: float) -> None:
         """How soon a server's return is seen is judged where one daemon is alone."""
