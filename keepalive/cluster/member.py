@@ -233,6 +233,7 @@ class Cluster:
                 self._say()
         elif isinstance(fact, LoadStarted) and after.alone:
             self._alone.add(after.id)
+            self._unsent.pop(folded(after.id), None)
         elif isinstance(fact, LoadForgone):
             # What was written of it, if it was, is for nobody to wait for.
             if life := self._begun.pop(folded(after.id), None):
@@ -385,11 +386,18 @@ class Cluster:
 
     async def _tell_loads(self) -> None:
         """Before anything else is done with an etcd that is back: whoever acts is to know what goes on already."""
-        for model in self._keeping().snapshot().models if self._alone else ():
-            if model.id in self._alone and is_loading(model):
+        while self._alone:
+            told = self._alone.pop()  # before it is written: another one may begin meanwhile
+            model = next((m for m in self._keeping().snapshot().models if m.id == told), None)
+            if model is None or not is_loading(model):
+                continue
+            self._unsent.pop(folded(told), None)
+            try:
                 # It may stand in the place of one of earlier, whose end could not be written.
-                await self._commit([], {rows.load_key(model.id): rows.load_row(self._intent(model))})
-        self._alone.clear()
+                await self._commit([], {rows.load_key(told): rows.load_row(self._intent(model))})
+            except EngineError:
+                self._alone.add(told)
+                raise
 
     async def _remind(self) -> None:
         """Write what we know of to an etcd that knows less."""
@@ -397,6 +405,7 @@ class Cluster:
         self._wishes = {m.id: m.asked_for for m in models if m.asked_for is not None} | self._wishes
         for model in models:
             if is_loading(model):
+                self._unsent.pop(folded(model.id), None)
                 intent = self._seen.loads.get(folded(model.id), self._intent(model))
                 key = rows.load_key(model.id)
                 await self._commit([created(self._key(key), 0)], {key: rows.load_row(intent)})
@@ -429,7 +438,8 @@ class Cluster:
                     await self._stand()
                 await self._publish()
             except EngineError:
-                # The next renewal finds out whether it is down; until then nothing is lost.
+                # The next renewal finds out whether it is down; until then nothing is lost. What was asked may be done.
+                self._stale = True
                 self._keeping().tick()
                 await asyncio.sleep(self._hold.interval)
 
@@ -635,6 +645,7 @@ class Cluster:
             await self._join(name)
         elif there.life == self._life:
             self._name = name
+            await self._leave(rows.stand_in(self._me.instance, self._life))
             for upstream in self._keeping().snapshot().upstreams:
                 await self._stand_for(upstream)
 
@@ -644,8 +655,17 @@ class Cluster:
         changes: dict[str, bytes | None] = {key: self._row()}
         if name == self._me.instance and self._name != name:
             changes |= {rows.member_key(self._name): None, rows.uses_key(self._name): None}
-        await self._commit([created(self._key(key), 0)], changes, leased=True)
+        if await self._commit([created(self._key(key), 0)], changes, leased=True):
+            # From now on, and not from the next picture: what is written by the old name would stay with our lease.
+            self._name, self._uses_said, self._uses_at = name, {}, -inf
         self._look_again()
+
+    async def _leave(self, name: str) -> None:
+        """A write that came late may have brought back who stood in for us, whom nobody else would take away."""
+        keys = (rows.member_key(name), rows.uses_key(name))
+        if name != self._name and any(key in self._seen.values for key in keys):
+            await self._commit([], dict.fromkeys(keys))
+            self._look_again()
 
     def _is_doubled(self, other: Member, name: str) -> None:
         """Our last life is found there until its lease runs out. What stays longer is another daemon."""
@@ -701,6 +721,7 @@ class Cluster:
         mine = rows.uses_key(self._name)
         own = {rows.member_key(self._name): self._row(snapshot)}
         if "writes" in self._refused:
+            await self._take_away(snapshot)
             await self._commit([], own, leased=True)  # what was to be written may no longer be
         uses = self._uses(snapshot)
         if self._is_news(uses):
@@ -715,15 +736,29 @@ class Cluster:
             asked = dict(self._wishes)
             await self._write([], wishes)
             self._wishes = {m: w for m, w in self._wishes.items() if asked.get(m) is not w}
-        for model, life in self._unsent.items():
-            key, intent = rows.load_key(model), self._seen.loads.get(model)
-            if intent is not None and intent.life == life:
-                seen = unchanged(self._key(key), self._seen.modified.get(key, 0))
-                await self._write([seen], {key: None})
+        await self._forget_unsent()
         for upstream in snapshot.upstreams:
             holder = self._seen.holders.get(upstream.name)
             if holder is not None and upstream.name in self._held:
                 await self._publish_state(upstream.name, holder.created, snapshot)
+
+    async def _forget_unsent(self) -> None:
+        """Take away what was written of loads that never went out."""
+        for model, life in list(self._unsent.items()):  # a load may begin, or be given up, meanwhile
+            key, intent = rows.load_key(model), self._seen.loads.get(model)
+            if intent is not None and intent.life == life:
+                seen = unchanged(self._key(key), self._seen.modified.get(key, 0))
+                await self._write([seen], {key: None})
+
+    async def _take_away(self, snapshot: Snapshot) -> None:
+        """What is spent, alone: a full etcd takes that, and nothing that writes anything besides."""
+        await self._forget_unsent()
+        for name in self._held & self._seen.holders.keys():
+            models = {folded(model.id): model for model in snapshot.of(name)}
+            gone = [key for key, value in self._spent(name, models) if value is None]
+            guards = [created(self._key(rows.holder_key(name)), self._seen.holders[name].created)]
+            guards += [unchanged(self._key(key), self._seen.modified.get(key, 0)) for key in gone]
+            await self._write(guards, dict.fromkeys(gone))
 
     async def _publish_state(self, upstream: str, since: int, snapshot: Snapshot) -> None:
         now = snapshot.now
@@ -802,14 +837,17 @@ class Cluster:
         return {key: use for key, use in uses.items() if use != Use()}
 
     def _is_news(self, uses: Mapping[ModelId, Use]) -> bool:
-        """Whether it cannot wait for a renewal: that somebody waits, or that a model is given to nobody any more.
+        """Whether it cannot wait for a renewal: that somebody waits, or our word that a model is given to nobody.
 
-        Use of what is warm can, or each request would be a write; nothing is unloaded before we have said so.
+        Use of what is warm can, or each request would be a write; nothing is unloaded before we have given our word.
+        While it stands there, or once it is withdrawn, it can not: whoever asks anew would unload by the old one.
         """
         said = self._uses_said if rows.uses_key(self._name) in self._seen.values else {}
-        for key, use in uses.items():
-            before = said.get(key, Use())
-            if (use.waiting > 0 and before.waiting == 0) or use.yielded > before.yielded:
+        for key in uses.keys() | said.keys():
+            use, before = uses.get(key, Use()), said.get(key, Use())
+            if (use.waiting > 0 and before.waiting == 0) or use.yielded is not before.yielded:
+                return True
+            if before.yielded and use.used and not before.used:
                 return True
         # Renewals are not to the instant: by a whole interval every other one would come too soon.
         return uses != said and self._awake() >= self._uses_at + 0.9 * self._hold.interval
@@ -849,12 +887,14 @@ class Cluster:
     async def _commit(
         self, compare: Iterable[Json], changes: Mapping[str, bytes | None], *, leased: bool = False
     ) -> bool:
+        if leased and self._lease is None:  # it ran out meanwhile: without one the rows would stay for ever
+            return False
         lease = self._lease or 0 if leased else 0
         writes = [
             delete(self._key(key)) if value is None else put(self._key(key), value, lease)
             for key, value in changes.items()
         ]
-        if None in changes.values():  # which a full one takes, too
+        if all(value is None for value in changes.values()):  # which a full one takes, too
             return await self._engine.commit(list(compare), writes)
         with self._asks("writes"):
             return await self._engine.commit(list(compare), writes)

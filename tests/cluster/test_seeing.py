@@ -129,6 +129,21 @@ def test_a_request_for_what_is_warm_is_no_write_of_its_own():
     assert not cluster._is_news({})
 
 
+def test_the_word_that_a_model_is_given_to_nobody_is_taken_back_at_once():
+    now = 100.0
+    cluster = a_member(Records(), ttl=9.0, awake=lambda: now)
+    cluster._see(rows.picture([rows.Row(rows.uses_key("a"), b'{"v":1}', 1)]))
+    cluster._uses_at = now
+    cluster._uses_said = {GEMMA: rows.Use(yielded=True)}
+
+    assert not cluster._is_news(cluster._uses_said)
+    assert cluster._is_news({})
+    assert cluster._is_news({GEMMA: rows.Use(used=True)})
+    assert cluster._is_news({GEMMA: rows.Use(used=True, yielded=True)})
+    cluster._uses_said = {GEMMA: rows.Use(used=True, yielded=True)}
+    assert not cluster._is_news({GEMMA: rows.Use(yielded=True)})
+
+
 def member_row(name: str, **more: Any) -> rows.Row:
     return rows.Row(rows.member_key(name), rows.member_row(rows.Member(name, f"life of {name}", **more)), 1)
 

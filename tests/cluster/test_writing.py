@@ -1,0 +1,206 @@
+"""What a member writes for the others, to the simulation's etcd: what stands there afterwards is what counts."""
+
+import json
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from keepalive.cluster import rows
+from keepalive.cluster.etcd import Access, Answer, EngineError, Etcd, put
+from keepalive.cluster.member import Cluster
+from keepalive.core.facts import LoadForgone, LoadStarted, ModelId
+from keepalive.core.records import Model, Snapshot, Upstream
+from tests.cluster.test_seeing import Records, a_member
+from tests.cluster.test_simulated_etcd import Straight
+from tests.kit.models import GEMMA, after, cold, warm
+from tests.kit.simulated_etcd import SimulatedEtcd
+
+PREFIX = "/keepalive/ward/"
+QWEN, PHI = ModelId("local", "qwen"), ModelId("local", "phi")
+LOADING = after(cold(), LoadStarted(10, GEMMA))
+
+
+class Keeps(Records):
+    def snapshot(self) -> Snapshot:
+        return replace(super().snapshot(), upstreams=(Upstream("local"),))
+
+
+class On(Straight):
+    """The way there. `meanwhile` is called with what is asked, while nothing is answered yet."""
+
+    meanwhile: Callable[[str], None] = staticmethod(lambda _: None)
+    full = False
+
+    @asynccontextmanager
+    async def post(
+        self, url: str, body: Any, headers: Mapping[str, str], connect: float, /
+    ) -> AsyncIterator[Answer]:
+        if self.full and any("request_put" in one for one in body.get("success", [])):
+            said = {"error": "etcdserver: mvcc: database space exceeded", "code": 8}
+            yield Answer(429, once(json.dumps(said).encode()))
+            return
+        async with super().post(url, body, headers, connect) as answer:
+            self.meanwhile(url.removeprefix("http://x"))
+            yield answer
+
+
+async def once(content: bytes) -> AsyncIterator[bytes]:
+    yield content
+
+
+@pytest.fixture
+def etcd() -> Iterator[SimulatedEtcd]:
+    simulated = SimulatedEtcd(["http://x"])
+    yield simulated
+    simulated.stop()
+
+
+async def there(etcd: SimulatedEtcd, *models: Model) -> tuple[Cluster, On]:
+    """A member that has joined."""
+    way = On(etcd)
+    cluster = a_member(Keeps(*models))
+    cluster._engine = Etcd(["http://x"], Access(), 5.0, way)
+    cluster._lease, cluster._life = await cluster._engine.grant(60), "life"
+    await look(cluster)
+    return cluster, way
+
+
+async def write(cluster: Cluster, written: Mapping[str, bytes]) -> None:
+    await cluster._engine.commit([], [put(PREFIX + key, value) for key, value in written.items()])
+
+
+async def look(cluster: Cluster) -> None:
+    """As in each pass of its life."""
+    cluster._see(rows.picture(await cluster._rows()))
+    await cluster._stand()
+    await cluster._publish()
+
+
+def standing(etcd: SimulatedEtcd, kind: str) -> list[str]:
+    return [key.removeprefix(PREFIX) for key in etcd.kvs if key.startswith(PREFIX + kind)]
+
+
+def intent(life: str = "life") -> bytes:
+    return rows.load_row(rows.Intent("a", life, 0))
+
+
+async def test_a_load_that_is_given_up_while_another_is_taken_away_ends_nothing(etcd: SimulatedEtcd):
+    cluster, way = await there(etcd, *(replace(cold(), id=m) for m in (GEMMA, QWEN, PHI)))
+    await write(cluster, {rows.load_key(m): intent() for m in (GEMMA, QWEN, PHI)})
+    cluster._see(rows.picture(await cluster._rows()))
+    cluster._unsent, cluster._begun = {GEMMA: "life", QWEN: "life"}, {PHI: "life"}
+    phi = replace(cold(), id=PHI)
+    way.meanwhile = lambda _: cluster.observe(LoadForgone(20, PHI, "no"), phi, phi)
+
+    await cluster._publish()
+    await look(cluster)
+
+    assert standing(etcd, "loads") == []
+
+
+async def test_who_has_its_name_back_stands_there_once(etcd: SimulatedEtcd):
+    cluster, _ = await there(etcd, warm(in_flight=1))
+    await write(cluster, {rows.member_key("a"): rows.member_row(rows.Member("a", "another"))})
+    for _ in range(3):
+        await look(cluster)
+    [stand_in] = standing(etcd, "uses")
+    assert stand_in != rows.uses_key("a")
+    await cluster._engine.commit(
+        [], [{"request_delete_range": put(PREFIX + "members/a", b"")["request_put"]}]
+    )
+    cluster.addresses = ("http://new", "")  # so that its row is another one, as of one that was doubled
+    for _ in range(3):
+        await look(cluster)
+
+    assert standing(etcd, "members") == [rows.member_key("a")]
+    assert standing(etcd, "uses") == [rows.uses_key("a")]
+
+    # By a write that was long on its way.
+    await write(cluster, {"members/" + stand_in.partition("/")[2]: b"{}", stand_in: b"{}"})
+    await look(cluster)
+    assert len(standing(etcd, "members") + standing(etcd, "uses")) == 2
+
+
+async def test_what_is_loaded_by_a_persons_word_is_not_taken_for_a_load_of_earlier_that_never_went_out(
+    etcd: SimulatedEtcd,
+):
+    alone = replace(LOADING, alone=True)
+    cluster, _ = await there(etcd, alone)
+    await look(cluster)
+    cluster._unsent = {GEMMA: "life"}
+    cluster.observe(LoadStarted(10, GEMMA), cold(), alone)
+    assert not cluster._unsent
+
+    cluster._unsent = {GEMMA: "life"}
+    await cluster._tell_loads()
+    await look(cluster)
+    assert standing(etcd, "loads") == [rows.load_key(GEMMA)]
+
+    etcd.kvs.clear()
+    cluster._unsent = {GEMMA: "life"}
+    cluster._see(rows.picture([]))
+    await cluster._remind()
+    await look(cluster)
+    await look(cluster)
+    assert standing(etcd, "loads") == [rows.load_key(GEMMA)]
+
+
+async def test_a_load_that_a_person_has_begun_while_others_were_told_is_told_too(etcd: SimulatedEtcd):
+    loading = {m: replace(LOADING, id=m, alone=True) for m in (QWEN, GEMMA)}
+    cluster, way = await there(etcd, *loading.values())
+    cluster._alone = {GEMMA}
+
+    def begin(_: str) -> None:
+        way.meanwhile = lambda _: None
+        cluster.observe(LoadStarted(10, QWEN), replace(cold(), id=QWEN), loading[QWEN])
+
+    way.meanwhile = begin
+    await cluster._tell_loads()
+
+    assert standing(etcd, "loads") == [rows.load_key(m) for m in (GEMMA, QWEN)]
+
+
+async def test_a_load_that_could_not_be_told_is_told_later(etcd: SimulatedEtcd):
+    cluster, way = await there(etcd, replace(LOADING, alone=True))
+    cluster._alone, way.full = {GEMMA}, True
+    with pytest.raises(EngineError):
+        await cluster._tell_loads()
+
+    way.full = False
+    await cluster._tell_loads()
+
+    assert standing(etcd, "loads") == [rows.load_key(GEMMA)]
+
+
+async def test_without_a_lease_nothing_is_written_that_would_never_go(etcd: SimulatedEtcd):
+    cluster, _ = await there(etcd, cold())
+    await look(cluster)
+    lease, cluster._lease = cluster._lease, None
+
+    assert not await cluster._commit([], {rows.holder_key("another"): b"{}"}, leased=True)
+    assert standing(etcd, "holders/another") == []
+    cluster._lease = lease
+    assert await cluster._commit([], {rows.holder_key("another"): b"{}"}, leased=True)
+
+
+async def test_a_full_etcd_is_rid_of_what_is_spent_and_is_of_no_use_for_anything_else(etcd: SimulatedEtcd):
+    cluster, way = await there(etcd, LOADING)
+    holder = rows.holder_row("a", "life")
+    await write(cluster, {rows.holder_key("local"): holder, rows.load_key(GEMMA): intent()})
+    await look(cluster)
+    assert standing(etcd, "loads")
+
+    way.full = True
+    keeping: Any = cluster._keeping()
+    keeping.models[GEMMA] = warm()
+    with pytest.raises(EngineError):  # its end, and what came of it
+        await cluster._publish()
+    assert "writes" in cluster._refused
+    with pytest.raises(EngineError):
+        await cluster._publish()
+
+    assert standing(etcd, "loads") == []
+    assert "writes" in cluster._refused
