@@ -200,7 +200,7 @@ class Etcd:
                     asked[asyncio.create_task(self._ask(self._addresses[place], path, body, end))] = place
                 share = self._timeout / len(self._addresses) if left else None
                 done, _ = await asyncio.wait(asked, timeout=share, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
+                for task in [task for task in asked if task in done]:
                     place = asked.pop(task)
                     try:
                         answer = task.result()

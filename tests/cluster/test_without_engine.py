@@ -37,7 +37,7 @@ def test_an_hour_without_etcd_costs_nobody_a_warm_model_and_is_told_in_one_line(
         before = events(site)
 
         with ExitStack() as stack:
-            world.etcd_is_ill(stack)
+            stack.enter_context(world.etcd_well.ill())
             for address in ADDRESSES:
                 world.etcd.set(address, "hangs")
             for minute in range(60):
