@@ -18,6 +18,8 @@ import contextlib
 import json
 import math
 import os
+import socket
+import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -54,6 +56,23 @@ class Answer:
     chunks: AsyncIterator[bytes]
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What tells one etcd, or an older copy of it, from another: none of it falls while it is the same."""
+
+    cluster: int = 0
+    term: int = 0
+    revision: int = 0
+
+    def replaces(self, before: "Standing") -> str | None:
+        """Why this is another one, if that shows. 0: it was not said."""
+        if self.cluster and before.cluster and self.cluster != before.cluster:
+            return "it is another etcd than before"
+        if self.revision < before.revision or 0 < self.term < before.term:
+            return "etcd knows less than it did before"
+        return None
+
+
 class Transport(Protocol):
     """How a request gets to an address of etcd, and what comes back. OSError, ValueError: it did not."""
 
@@ -68,8 +87,9 @@ class Transport(Protocol):
 class Http:
     """By aiohttp, whose session may be made only where a loop runs."""
 
-    def __init__(self, tls: SSLContext | None) -> None:
+    def __init__(self, tls: SSLContext | None, timeout: float) -> None:
         self._tls: SSLContext | bool = tls or True
+        self._timeout = timeout
         self._session: aiohttp.ClientSession | None = None
 
     @asynccontextmanager
@@ -77,7 +97,8 @@ class Http:
         self, url: str, body: Json, headers: Mapping[str, str], connect: float, /
     ) -> AsyncIterator[Answer]:
         if self._session is None:
-            self._session = aiohttp.ClientSession(trust_env=False)
+            connector = aiohttp.TCPConnector(socket_factory=self._socket)
+            self._session = aiohttp.ClientSession(connector=connector, trust_env=False)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect)
         try:
             async with self._session.post(
@@ -86,6 +107,14 @@ class Http:
                 yield Answer(answer.status, answer.content.iter_any())
         except aiohttp.ClientError as error:
             raise OSError(_why(error, url)) from error
+
+    def _socket(self, address: Any) -> socket.socket:
+        """What is not received in the time of a call is not to come a minute later, when the system sends it again."""
+        family, kind, protocol, _, _ = address
+        made = socket.socket(family, kind, protocol)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(self._timeout * 1000))
+        return made
 
     async def close(self) -> None:
         if self._session is not None:
@@ -130,9 +159,9 @@ class Etcd:
         self._access = access
         self._timeout = timeout
         self._place = 0
-        self.revision = 0  # of all that etcd holds, as of the last `rows`; it only ever grows
+        self.standing = Standing()  # as of the last `rows`
         self._token: str | None = None
-        self._transport = transport or Http(access.tls)
+        self._transport = transport or Http(access.tls, timeout)
 
     async def close(self) -> None:
         await self._transport.close()
@@ -156,7 +185,9 @@ class Etcd:
         """All keys below `prefix`, without it, as the majority has them now."""
         answer = await self._call("/v3/kv/range", _below(prefix))
         header = answer.get("header")
-        self.revision = _number(header.get("revision") or 0) if isinstance(header, dict) else 0
+        names = ("cluster_id", "raft_term", "revision")
+        said = [_number(header.get(name) or 0) for name in names] if isinstance(header, dict) else []
+        self.standing = Standing(*said)
         found = []
         for kv in _list(answer.get("kvs") or []):
             key = _decoded(kv.get("key")).decode(errors="replace").removeprefix(prefix)
@@ -283,7 +314,7 @@ def _refused(answer: Json, address: str) -> EngineError:
 def _why(error: aiohttp.ClientError, url: str) -> str:
     """What is wrong, with TLS as a rule."""
     if isinstance(error, aiohttp.ServerDisconnectedError) and url.startswith("http:"):
-        return "it hung up without an answer, as one does that wants https://"
+        return "it hung up without an answer; that may be because it wants https://"
     cause: BaseException | None = error.__cause__
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         cause = error.certificate_error
@@ -301,8 +332,12 @@ def _why(error: aiohttp.ClientError, url: str) -> str:
             return "no TLS is spoken there that we know"
         case ConnectionError(errno=None) if url.startswith("https:"):
             return "no TLS is spoken there; write http://"  # it hung up on our first words
-        case OSError(errno=int() as number) if number > 0:
-            return f"Cannot connect: {os.strerror(number)}"
+        case OSError(errno=int() as number) if isinstance(error, aiohttp.ClientConnectorError):
+            # Those of names and of Windows have words of their own, and numbers that mean something else elsewhere.
+            named = isinstance(cause, socket.gaierror) or sys.platform == "win32" or number <= 0
+            return f"Cannot connect: {cause.strerror if named else os.strerror(number)}"
+        case OSError(errno=int() as number) if number > 0 and sys.platform != "win32":
+            return f"the connection broke: {os.strerror(number)}"
     return _words(error)
 
 

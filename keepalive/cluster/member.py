@@ -22,7 +22,7 @@ from math import inf
 from typing import Protocol
 
 from keepalive.cluster import rows
-from keepalive.cluster.etcd import EngineError, Etcd, Json, created, delete, put, unchanged
+from keepalive.cluster.etcd import EngineError, Etcd, Json, Standing, created, delete, put, unchanged
 from keepalive.cluster.hold import Hold
 from keepalive.cluster.rows import Intent, Member, Picture, Row, Told, Use, folded
 from keepalive.core.facts import (
@@ -120,7 +120,8 @@ class Cluster:
         self._shy: dict[str, float] = {}  # when we act again where an intent could not be written
         self._seen = Picture()
         self._saw = False  # any picture yet
-        self._revision = 0  # of the picture
+        self._stand_of = Standing()  # of etcd, at the picture
+        self._said_replaced = False
         self._seeing = False  # what is recorded now was another's word
         self._known: frozenset[ModelId] = frozenset()  # what was kept here when the picture was seen
         self._written: dict[str, bytes | None] = {}  # since the picture
@@ -134,9 +135,10 @@ class Cluster:
         self._used_told: Mapping[ModelId, UsedElsewhere] = {}
         self._uses_said: Mapping[ModelId, Use] = {}
         self._uses_at = -inf
-        self._states_said: dict[str, Mapping[ModelId, tuple[Told, float | None]]] = {}
+        # With the row, since a late write or a restored etcd may have put another one in its place.
+        self._states_said: dict[str, tuple[Mapping[ModelId, tuple[Told, float | None]], bytes]] = {}
         self._progress_at: dict[ModelId, float] = {}
-        self._wishes: dict[ModelId, bool] = {}  # not yet written
+        self._wishes: dict[ModelId, tuple[bool, str]] = {}  # not yet written, each with a number of its own
         self._begun: dict[ModelId, str] = {}  # in which life an intent was last written, if it was
         self._unsent: dict[ModelId, str] = {}  # the same of loads that never went out
         self._alone: set[ModelId] = set()  # loads begun by a person's word while nobody could be told
@@ -229,7 +231,7 @@ class Cluster:
         if isinstance(fact, WarmAsked | ReleaseAsked):
             # A person has asked for it: all members are to know, and to go on knowing when this one ends.
             if not self._seeing:
-                self._wishes[after.id] = isinstance(fact, WarmAsked)
+                self._wishes[after.id] = isinstance(fact, WarmAsked), secrets.token_hex(4)
                 self._say()
         elif isinstance(fact, LoadStarted) and after.alone:
             self._alone.add(after.id)
@@ -402,7 +404,8 @@ class Cluster:
     async def _remind(self) -> None:
         """Write what we know of to an etcd that knows less."""
         models = self._keeping().snapshot().models
-        self._wishes = {m.id: m.asked_for for m in models if m.asked_for is not None} | self._wishes
+        known = {m.id: m.asked_for for m in models if m.asked_for is not None}
+        self._wishes = {m: (warm, secrets.token_hex(4)) for m, warm in known.items()} | self._wishes
         for model in models:
             if is_loading(model):
                 self._unsent.pop(folded(model.id), None)
@@ -446,14 +449,16 @@ class Cluster:
     async def _rows(self) -> Iterable[Row]:
         with self._asks("rows"):
             found = await self._engine.rows(self._prefix)
-        if self._engine.revision < self._revision:
-            # Another etcd, or an older copy of it, has taken its place. What all of us know is in none of it, so that
-            # each writes what it knows, and has time to, before anybody acts.
+        if why := self._engine.standing.replaces(self._stand_of):
+            # What all of us know is in none of it, so that each writes what it knows, and has time to, before anybody
+            # acts.
             self._held, self._quiet_until = frozenset(), self._awake() + self._hold.ttl
-            self._tell("cluster.engine_replaced", well=False, reason="etcd knows less than it did before")
+            if not self._said_replaced:
+                self._said_replaced = True
+                self._tell("cluster.engine_replaced", well=False, reason=why)
             await self._remind()
             found = await self._engine.rows(self._prefix)
-        self._revision = self._engine.revision
+        self._stand_of, self._said_replaced = self._engine.standing, False
         return found
 
     @contextlib.contextmanager
@@ -566,6 +571,8 @@ class Cluster:
                 self.handovers[upstream] = self.handovers.get(upstream, 0) + 1
             self._last_holders[upstream] = holder.life
         self._seen, self._saw, self._known, self._written = new, True, frozenset(ids), {}
+        # And not what we remember: a late write may have undone it.
+        self._uses_said = new.uses.get(self._name, {})
         now = self._awake()
         there = dict.fromkeys(self.members, now)
         left = {name: at for name, at in self._last_there.items() if now - at < FORGOTTEN_AFTER}
@@ -655,7 +662,7 @@ class Cluster:
         changes: dict[str, bytes | None] = {key: self._row()}
         if name == self._me.instance and self._name != name:
             changes |= {rows.member_key(self._name): None, rows.uses_key(self._name): None}
-        if await self._commit([created(self._key(key), 0)], changes, leased=True):
+        if await self._commit([created(self._key(key), 0)], changes):
             # From now on, and not from the next picture: what is written by the old name would stay with our lease.
             self._name, self._uses_said, self._uses_at = name, {}, -inf
         self._look_again()
@@ -693,7 +700,7 @@ class Cluster:
             if (up or not seen) and not self.leaving:
                 key = rows.holder_key(name)
                 row = rows.holder_row(self._me.instance, self._life)
-                await self._commit([created(self._key(key), 0)], {key: row}, leased=True)
+                await self._commit([created(self._key(key), 0)], {key: row})
                 self._look_again()  # whoever it was that came first
         elif (
             name in self._held
@@ -722,25 +729,38 @@ class Cluster:
         own = {rows.member_key(self._name): self._row(snapshot)}
         if "writes" in self._refused:
             await self._take_away(snapshot)
-            await self._commit([], own, leased=True)  # what was to be written may no longer be
+            await self._commit([], own)  # what was to be written may no longer be
+        if self._wishes:
+            await self._publish_wishes(own)
         uses = self._uses(snapshot)
         if self._is_news(uses):
             own[mine] = rows.uses_row(uses)
-        if await self._write([], own, leased=True) and mine in own:
+        if await self._write([], own) and mine in own:
             self._uses_said, self._uses_at = uses, self._awake()
-        wishes = {
-            rows.wish_key(m): rows.wish_row(self._life, secrets.token_hex(4), warm=warm)
-            for m, warm in self._wishes.items()
-        }
-        if wishes:
-            asked = dict(self._wishes)
-            await self._write([], wishes)
-            self._wishes = {m: w for m, w in self._wishes.items() if asked.get(m) is not w}
         await self._forget_unsent()
         for upstream in snapshot.upstreams:
             holder = self._seen.holders.get(upstream.name)
             if holder is not None and upstream.name in self._held:
                 await self._publish_state(upstream.name, holder.created, snapshot)
+
+    async def _publish_wishes(self, own: Mapping[str, bytes]) -> None:
+        """Once each: a copy of it that comes late, when all of it is spent, would be news to everybody.
+
+        So our own row, which nobody else writes, is written anew with it, and has to be as it was seen.
+        """
+        asked = dict(self._wishes)
+        wishes = {
+            rows.wish_key(m): rows.wish_row(self._life, number, warm=warm)
+            for m, (warm, number) in asked.items()
+        }
+        changes = {key: row for key, row in wishes.items() if self._seen.values.get(key) != row}
+        if changes:
+            guards = [unchanged(self._key(key), self._seen.modified.get(key, 0)) for key in own]
+            if not await self._commit(guards, {**changes, **own}):
+                self._look_again()
+                return
+            self._written |= {**changes, **own}
+        self._wishes = {m: wish for m, wish in self._wishes.items() if asked.get(m) != wish}
 
     async def _forget_unsent(self) -> None:
         """Take away what was written of loads that never went out."""
@@ -765,12 +785,13 @@ class Cluster:
         models = {folded(model.id): model for model in snapshot.of(upstream)}
         changes: dict[str, bytes | None] = {}
         states = {key: self._state(model, now) for key, model in models.items()}
-        if states != self._states_said.get(upstream) or rows.states_key(upstream) not in self._seen.values:
+        there = {**self._seen.values, **self._written}.get(rows.states_key(upstream))
+        if (states, there) != self._states_said.get(upstream):
             told = {
                 key: one if again is None else changed(one, retry_in=max(0.0, round(again - now, 3)))
                 for key, (one, again) in states.items()
             }
-            changes[rows.states_key(upstream)] = rows.states_row(told)
+            there = changes[rows.states_key(upstream)] = rows.states_row(told)
         guards = [created(self._key(rows.holder_key(upstream)), since)]
         for name, value in self._spent(upstream, models):
             # Each only as it was seen there: another load may have begun meanwhile, or a person asked anew.
@@ -778,8 +799,8 @@ class Cluster:
             if name not in self._written:
                 changes[name] = value
                 guards.append(unchanged(self._key(name), self._seen.modified.get(name, 0)))
-        if changes and await self._write(guards, changes) and rows.states_key(upstream) in changes:
-            self._states_said[upstream] = states
+        if changes and await self._write(guards, changes) and there is not None:
+            self._states_said[upstream] = states, there
 
     def _spent(self, upstream: str, models: Mapping[ModelId, Model]) -> Iterable[tuple[str, bytes | None]]:
         """What has come of loads, unloads and wishes there, by its key."""
@@ -842,7 +863,7 @@ class Cluster:
         Use of what is warm can, or each request would be a write; nothing is unloaded before we have given our word.
         While it stands there, or once it is withdrawn, it can not: whoever asks anew would unload by the old one.
         """
-        said = self._uses_said if rows.uses_key(self._name) in self._seen.values else {}
+        said = self._uses_said
         for key in uses.keys() | said.keys():
             use, before = uses.get(key, Use()), said.get(key, Use())
             if (use.waiting > 0 and before.waiting == 0) or use.yielded is not before.yielded:
@@ -871,27 +892,27 @@ class Cluster:
             )
         )
 
-    async def _write(
-        self, compare: Iterable[Json], changes: Mapping[str, bytes | None], *, leased: bool = False
-    ) -> bool:
+    async def _write(self, compare: Iterable[Json], changes: Mapping[str, bytes | None]) -> bool:
         """The same, of what is not there already."""
         known = {**self._seen.values, **self._written}
         new = {key: value for key, value in changes.items() if known.get(key) != value}
         if not new:
             return True
-        done = await self._commit(compare, new, leased=leased)
+        done = await self._commit(compare, new)
         if done:
             self._written |= new
         return done
 
-    async def _commit(
-        self, compare: Iterable[Json], changes: Mapping[str, bytes | None], *, leased: bool = False
-    ) -> bool:
-        if leased and self._lease is None:  # it ran out meanwhile: without one the rows would stay for ever
-            return False
-        lease = self._lease or 0 if leased else 0
+    async def _commit(self, compare: Iterable[Json], changes: Mapping[str, bytes | None]) -> bool:
+        lease = self._lease or 0
+        if not lease and any(
+            value is not None and key.startswith(rows.LEASED) for key, value in changes.items()
+        ):
+            return False  # it ran out meanwhile: without one they would stay for ever
         writes = [
-            delete(self._key(key)) if value is None else put(self._key(key), value, lease)
+            delete(self._key(key))
+            if value is None
+            else put(self._key(key), value, lease if key.startswith(rows.LEASED) else 0)
             for key, value in changes.items()
         ]
         if all(value is None for value in changes.values()):  # which a full one takes, too

@@ -31,6 +31,8 @@ VERSION = 1
 VALUE_MAX = 512 * 1024
 SECONDS_MAX = 86_400.0
 STANDS_IN = "~"
+# What is to go when whoever has written it is gone.
+LEASED = ("members/", "holders/", "uses/")
 
 
 class Row(NamedTuple):

@@ -3,14 +3,17 @@
 import asyncio
 import shutil
 import signal
+import socket
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import aiohttp
 import pytest
 from aiohttp import web
+from aiohttp.client_reqrep import ConnectionKey
 
-from keepalive.cluster.etcd import Access, EngineError, Etcd, created, delete, put, unchanged
+from keepalive.cluster.etcd import Access, EngineError, Etcd, Http, _why, created, delete, put, unchanged
 from keepalive.config import Cluster
 from keepalive.service import membership
 from tests.kit import etcd as kit
@@ -188,7 +191,7 @@ async def test_what_is_wrong_with_a_certificate_is_said_in_a_sentence(tmp_path: 
             "it wants a certificate of ours that it accepts ("
         )
         assert await said(plain, Access()) == (
-            "it hung up without an answer, as one does that wants https://"
+            "it hung up without an answer; that may be because it wants https://"
         )
         assert await said(secret, access(ours.ca)) == ("no TLS is spoken there; write http://")
 
@@ -220,6 +223,43 @@ async def test_an_etcd_that_is_slow_answers_though_another_address_was_asked_mea
 
             assert await engine.rows(PREFIX) == []
             await engine.close()
+
+
+@pytest.mark.parametrize(
+    ("cause", "words"),
+    [
+        (
+            socket.gaierror(8, "nodename nor servname provided"),
+            "Cannot connect: nodename nor servname provided",
+        ),
+        (ConnectionRefusedError(111, "refused"), "Cannot connect: Connection refused"),
+    ],
+)
+def test_names_that_are_not_found_are_said_in_their_own_words(cause: OSError, words: str):
+    key = ConnectionKey("nowhere", 2379, False, True, None, None, None)
+
+    assert _why(aiohttp.ClientConnectorError(key, cause), "http://nowhere") == words
+
+
+def test_a_connection_that_broke_is_not_one_that_could_not_be_made():
+    error = aiohttp.ClientOSError(104, "reset")
+    error.__cause__ = ConnectionResetError(104, "reset")
+
+    assert _why(error, "http://x") == "the connection broke: Connection reset by peer"
+
+
+@needs_etcd
+async def test_what_is_not_received_within_a_call_is_sent_again_by_nobody(
+    server: kit.Etcd, monkeypatch: pytest.MonkeyPatch
+):
+    made: list[socket.socket] = []
+    dial = Http._socket
+    monkeypatch.setattr(Http, "_socket", lambda http, address: made.append(dial(http, address)) or made[-1])
+    engine = Etcd([server.url], Access(), timeout=20)
+    await engine.rows(PREFIX)
+
+    assert [one.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) for one in made] == [20_000]
+    await engine.close()
 
 
 async def test_nobody_there_is_said_in_a_sentence():

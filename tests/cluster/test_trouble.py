@@ -94,7 +94,7 @@ async def make_room(engine: Etcd) -> None:
     """As a person does in whose way it is, with etcdctl."""
     await engine.commit([], [delete(f"/other/{n}") for n in range(9)])
     await engine.rows("/other/")
-    await engine._call("/v3/kv/compaction", {"revision": str(engine.revision), "physical": True})
+    await engine._call("/v3/kv/compaction", {"revision": str(engine.standing.revision), "physical": True})
     await engine._call("/v3/maintenance/defragment", {})
     [alarm] = (await engine._call("/v3/maintenance/alarm", {"action": "GET"}))["alarms"]
     await engine._call("/v3/maintenance/alarm", {"action": "DEACTIVATE", **alarm})
@@ -150,14 +150,15 @@ async def test_an_etcd_that_takes_ten_seconds_for_each_answer_costs_nobody_what_
         middle.down = Fault(delay=10.0)
         middle.sever()
         await until(lambda: not any(map(holds, running)), "nobody may act by his own clock")
-        connections = middle.connections
+        connections, began = middle.connections, asyncio.get_running_loop().time()
         assert [status for status, _ in await asyncio.gather(*map(chat, running))] == [200] * 2
         studio.studio.evict("gemma")
         await until(lambda: all("not answer within 1 s" in trouble(one) for one in running), "it is told")
 
         assert loads(studio.studio) == 1
         # For each a renewal, a watch and a look in a second, more or less.
-        assert middle.connections - connections < 200
+        seconds = asyncio.get_running_loop().time() - began
+        assert middle.connections - connections < 30 * seconds + 10
         middle.down = PASS
         middle.sever()
         await holder(running)
@@ -208,7 +209,7 @@ async def test_what_changed_and_was_compacted_away_while_a_watch_was_cut_is_seen
         for n in range(9):
             await writer.commit([], [put(prefix + "members/x", f'{{"v":1,"life":"{n}"}}'.encode())])
         await writer.rows(prefix)
-        await writer._call("/v3/kv/compaction", {"revision": str(writer.revision), "physical": True})
+        await writer._call("/v3/kv/compaction", {"revision": str(writer.standing.revision), "physical": True})
         await until(lambda: watchers(server) == 0, "nobody watches")
         middle.refuses = False
 

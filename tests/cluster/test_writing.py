@@ -4,6 +4,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from math import inf
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from keepalive.cluster import rows
 from keepalive.cluster.etcd import Access, Answer, EngineError, Etcd, put
 from keepalive.cluster.member import Cluster
-from keepalive.core.facts import LoadForgone, LoadStarted, ModelId
+from keepalive.core.facts import LoadForgone, LoadStarted, ModelId, WarmAsked
 from keepalive.core.records import Model, Snapshot, Upstream
 from tests.cluster.test_seeing import Records, a_member
 from tests.cluster.test_simulated_etcd import Straight
@@ -31,6 +32,10 @@ class Keeps(Records):
 class On(Straight):
     """The way there. `meanwhile` is called with what is asked, while nothing is answered yet."""
 
+    def __init__(self, etcd: SimulatedEtcd) -> None:
+        super().__init__(etcd)
+        self.asked: list[Any] = []
+
     meanwhile: Callable[[str], None] = staticmethod(lambda _: None)
     full = False
 
@@ -38,6 +43,7 @@ class On(Straight):
     async def post(
         self, url: str, body: Any, headers: Mapping[str, str], connect: float, /
     ) -> AsyncIterator[Answer]:
+        self.asked.append(body)
         if self.full and any("request_put" in one for one in body.get("success", [])):
             said = {"error": "etcdserver: mvcc: database space exceeded", "code": 8}
             yield Answer(429, once(json.dumps(said).encode()))
@@ -180,10 +186,10 @@ async def test_without_a_lease_nothing_is_written_that_would_never_go(etcd: Simu
     await look(cluster)
     lease, cluster._lease = cluster._lease, None
 
-    assert not await cluster._commit([], {rows.holder_key("another"): b"{}"}, leased=True)
+    assert not await cluster._commit([], {rows.holder_key("another"): b"{}"})
     assert standing(etcd, "holders/another") == []
     cluster._lease = lease
-    assert await cluster._commit([], {rows.holder_key("another"): b"{}"}, leased=True)
+    assert await cluster._commit([], {rows.holder_key("another"): b"{}"})
 
 
 async def test_a_full_etcd_is_rid_of_what_is_spent_and_is_of_no_use_for_anything_else(etcd: SimulatedEtcd):
@@ -204,3 +210,93 @@ async def test_a_full_etcd_is_rid_of_what_is_spent_and_is_of_no_use_for_anything
 
     assert standing(etcd, "loads") == []
     assert "writes" in cluster._refused
+
+
+async def test_what_stands_there_and_not_what_was_said_is_what_is_written_anew(etcd: SimulatedEtcd):
+    cluster, _ = await there(etcd, warm(in_flight=1))
+    for _ in range(3):
+        await look(cluster)
+    keys = (rows.uses_key("a"), rows.states_key("local"))
+    written = {key: etcd.kvs[PREFIX + key].value for key in keys}
+    assert cluster._seen.uses["a"][GEMMA].used
+    writes = etcd.writes
+    await look(cluster)
+    assert etcd.writes == writes
+
+    # A write that was long on its way, or an older copy of etcd.
+    old = {keys[0]: rows.uses_row({}), keys[1]: rows.states_row({GEMMA: rows.Told(failures=7)})}
+    await write(cluster, old)
+    cluster._uses_at = -inf
+    await look(cluster)
+    await look(cluster)
+
+    assert {key: etcd.kvs[PREFIX + key].value for key in keys} == written
+
+
+async def test_a_wish_that_arrives_once_more_when_it_is_spent_is_nobodys_wish(etcd: SimulatedEtcd):
+    asked_for = warm(asked_for=True)
+    cluster, way = await there(etcd, asked_for)
+    await look(cluster)
+    cluster.observe(WarmAsked(60, GEMMA), warm(), asked_for)
+    await look(cluster)
+    key = put(PREFIX + rows.wish_key(GEMMA), b"")["request_put"]["key"]
+    [late] = [one for one in way.asked if any(key in str(change) for change in one.get("success", []))]
+    assert standing(etcd, "wishes") == [rows.wish_key(GEMMA)]
+    assert not cluster._wishes
+    keeping: Any = cluster._keeping()
+    keeping.models[GEMMA] = warm()
+    await look(cluster)
+    assert standing(etcd, "wishes") == []
+
+    assert etcd.answer("/v3/kv/txn", late) == (200, {})
+    assert standing(etcd, "wishes") == []
+
+
+async def test_a_wish_is_written_whatever_was_written_since_the_last_look(etcd: SimulatedEtcd):
+    cluster, _ = await there(etcd, warm())
+    await look(cluster)
+    cluster.addresses = ("http://new", "")
+    await cluster._publish()
+    cluster.observe(WarmAsked(60, GEMMA), warm(), warm(asked_for=True))
+    keeping: Any = cluster._keeping()
+    keeping.models[GEMMA] = warm(asked_for=True)
+    await cluster._publish()
+    await look(cluster)
+
+    assert standing(etcd, "wishes") == [rows.wish_key(GEMMA)]
+
+
+def emptied(etcd: SimulatedEtcd) -> None:
+    etcd.revision = 1
+
+
+def restored(etcd: SimulatedEtcd) -> None:
+    etcd.revision, etcd.term = 10**12, 1
+
+
+def another(etcd: SimulatedEtcd) -> None:
+    etcd.revision, etcd.cluster = 10**12, 7
+
+
+@pytest.mark.parametrize("replace_it", [emptied, restored, another])
+async def test_another_etcd_in_its_place_is_told_once_and_nobody_acts_for_a_while(
+    etcd: SimulatedEtcd, replace_it: Callable[[SimulatedEtcd], None]
+):
+    cluster, way = await there(etcd, LOADING)
+    told: list[str] = []
+    cluster._tell = lambda event, *, well, **fields: told.append(event)
+    await look(cluster)
+    assert told == []
+    etcd.kvs.clear()
+    replace_it(etcd)
+    way.full = True
+    for _ in range(2):
+        with pytest.raises(EngineError):
+            await look(cluster)
+    way.full = False
+    await look(cluster)
+    await look(cluster)
+
+    assert told == ["cluster.engine_replaced"]
+    assert cluster._quiet_until > cluster._awake()
+    assert standing(etcd, "loads") == [rows.load_key(GEMMA)]

@@ -49,7 +49,7 @@ class SimulatedEtcd:
     def __init__(self, addresses: Iterable[str], pace: float = 1.0) -> None:
         self.members: dict[str, Literal["up", "refuses", "hangs"]] = dict.fromkeys(addresses, "up")
         self.pace = pace
-        self.revision = 1
+        self.cluster, self.term, self.revision = 14_841_639_068_965_178_418, 2, 1
         self.kvs: dict[str, Kv] = {}
         self.leases: dict[int, Lease] = {}
         self.watches: dict[Watch, str] = {}  # each with the address that it is at
@@ -70,6 +70,7 @@ class SimulatedEtcd:
         there = self.there
         if there is not self._there:
             self._there = there
+            self.term += there  # a leader is chosen anew
             for number in list(self.leases):
                 self._arm(number)
 
@@ -110,7 +111,13 @@ class SimulatedEtcd:
             case "/v3/kv/range":
                 start, end = _decoded(body["key"]), _decoded(body["range_end"])
                 found = [(k, kv) for k, kv in sorted(self.kvs.items()) if start <= k.encode() < end]
-                return 200, {"kvs": [_row(k, kv) for k, kv in found], "count": str(len(found))}
+                header = {
+                    "cluster_id": str(self.cluster),
+                    "revision": str(self.revision),
+                    "raft_term": str(self.term),
+                }
+                rows = [_row(k, kv) for k, kv in found]
+                return 200, {"header": header, "kvs": rows, "count": str(len(found))}
             case "/v3/kv/txn":
                 return self._transact(body)
         return 404, {"error": "Not Found", "code": 5}
