@@ -50,6 +50,24 @@ def test_a_move_that_the_table_does_not_know_says_which():
         move(warm(), Sign.LOAD_STARTED, 50.0, None)
 
 
+def test_what_was_to_be_unloaded_a_little_later_and_is_gone_is_held_off_by_nothing():
+    before = replace(warm(), retry_at=55.0, reason="it answers", failure=None)
+
+    model = absent(before, 50.0, None)
+
+    assert (model.state, model.retry_at, model.reason) == (State.COLD, None, None)
+
+
+def test_what_failed_and_is_gone_is_held_off_until_its_time_and_says_why():
+    before = replace(warm(), retry_at=55.0, failure="no memory")
+
+    model = absent(before, 50.0, None)
+
+    assert (model.state, model.retry_at, model.reason) == (State.BACKOFF, 55.0, "no memory")
+    late = absent(before, 55.0, None)
+    assert (late.state, late.reason) == (State.COLD, None)
+
+
 def test_it_waits_5_seconds_after_the_first_failure_doubling_to_300():
     assert [backoff(failures) for failures in range(1, 9)] == [5, 10, 20, 40, 80, 160, 300, 300]
     assert backoff(100_000) == 300
