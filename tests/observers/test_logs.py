@@ -589,10 +589,12 @@ def test_a_request_that_went_well_is_said_at_info(tmp_path: Path, level: str, ou
 
 @contextmanager
 def log_to_a_full_disk(path: Path) -> Iterator[Callable[[], object]]:
-    """A log for which there is no room, until the caller says so; from then on it is in this file."""
+    """A log whose first line has found no room, as long as the caller likes; from then on it is in this file."""
     with FULL_DISK.open("w") as stream, path.open("w") as file:
         stop = logs.start(level="info", as_json=True, stream=stream)
         try:
+            logs.logger().info("line", number=0)
+            wait_until(lambda: logging.getLogger().handlers[0].idle, "it was tried")
             yield partial(os.dup2, file.fileno(), stream.fileno())
         finally:
             stop()
@@ -606,8 +608,6 @@ def rows_in(path: Path) -> list[dict[str, Any]]:
 def test_what_is_said_while_the_disk_is_full_is_written_once_there_is_room(tmp_path: Path) -> None:
     path, log = tmp_path / "log", logs.logger()
     with log_to_a_full_disk(path) as is_cleared:
-        log.info("line", number=0)
-        wait_until(lambda: logging.getLogger().handlers[0].idle, "it was tried")
         for number in range(1, 301):
             log.info("line", number=number)
         is_cleared()
@@ -623,8 +623,6 @@ def test_what_did_not_fit_while_the_disk_was_full_is_counted(
     monkeypatch.setattr(logs, "LINES_WAITING", 20)
     path, log = tmp_path / "log", logs.logger()
     with log_to_a_full_disk(path) as is_cleared:
-        log.info("line", number=0)
-        wait_until(lambda: logging.getLogger().handlers[0].idle, "it was tried")
         for number in range(1, 31):
             log.info("line", number=number)
         is_cleared()
