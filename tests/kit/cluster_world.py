@@ -49,7 +49,6 @@ from keepalive.core.moves import BACKOFF_MAX
 from keepalive.core.records import LISTING_LAG, Policy
 from keepalive.http1.vanished import ASKED_SECONDS
 from keepalive.keeper.keeper import Keep, Keeper, Server
-from keepalive.lmstudio.client import Client
 from keepalive.simulator.exchange import Cut, Refusal, Request
 from keepalive.simulator.models import Load, SimModel
 from keepalive.simulator.sdk import SdkSession
@@ -66,6 +65,7 @@ from tests.kit.world import (
     Life,
     Memory,
     Seen,
+    SeenClient,
     Site,
     World,
     believed_in,
@@ -323,29 +323,6 @@ class Socket:
             self._hang_up()
 
 
-class MemberClient(Client):
-    def __init__(self, site: Site, member: "Member") -> None:
-        super().__init__(
-            site.name,
-            f"http://{site.name}:1234",
-            token=site.token,
-            transport=Wire(site, member),
-            list_timeout=10.0,
-            sdk=site.sdk,
-            dial=lambda path: Socket.dial(site, member, path),
-            acts=partial(member.may_act, site.name),
-        )
-        self.site, self.member = site, member
-
-    async def load(self, key: str, fields: Any, **more: Any) -> Any:
-        judge = self.site.judge
-        judge.load_begins(self.site, self.member.number, key)
-        try:
-            return await super().load(key, fields, **more)
-        finally:
-            judge.load_ends(self.site, self.member.number, key)
-
-
 # --- the members --------------------------------------------------------------------------------------
 
 
@@ -416,7 +393,16 @@ class Member(Process):
             lambda _, opening: world.openings.get(opening),
             self.cluster,
         )
-        self.clients = [MemberClient(site, self) for site in world.sites]
+        self.clients = [
+            SeenClient(
+                site,
+                self.number,
+                Wire(site, self),
+                partial(Socket.dial, site, self),
+                partial(self.may_act, site.name),
+            )
+            for site in world.sites
+        ]
         self.tasks: list[asyncio.Task[Any]] = []
         self.users: dict[asyncio.Task[Any], None] = {}
         self.using: Counter[tuple[str, str]] = Counter()

@@ -18,6 +18,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import httpx
@@ -226,15 +227,23 @@ class InProcessSocket:
 class SeenClient(Client):
     """The daemon's own, whose loads the judge sees whichever way they go."""
 
-    def __init__(self, site: "Site", life: int) -> None:
+    def __init__(
+        self,
+        site: "Site",
+        life: int,
+        transport: httpx.AsyncBaseTransport,
+        dial: Any,
+        acts: Callable[[], bool] = lambda: True,
+    ) -> None:
         super().__init__(
             site.name,
             f"http://{site.name}:1234",
             token=site.token,
-            transport=InProcess(site, life),
+            transport=transport,
             list_timeout=10.0,
             sdk=site.sdk,
-            dial=lambda path: InProcessSocket.dial(site, life, path),
+            dial=dial,
+            acts=acts,
         )
         self.site, self.life = site, life
 
@@ -642,7 +651,10 @@ class Life:
             world.reported.append,
             lambda _, opening: world.openings.get(opening),
         )
-        self.clients = [SeenClient(site, number) for site in world.sites]
+        self.clients = [
+            SeenClient(site, number, InProcess(site, number), partial(InProcessSocket.dial, site, number))
+            for site in world.sites
+        ]
         self.tasks: list[asyncio.Task[Any]] = []
 
     def clock(self) -> float:
