@@ -119,7 +119,7 @@ def _upstream_listed(upstream: Upstream, fact: Listed) -> Upstream:
 
 def _upstream_failed(upstream: Upstream, fact: ListingFailed) -> Upstream:
     failures = upstream.failures + 1
-    state, wait = UpstreamState.DOWN, TRIED_AGAIN[fact.trouble]
+    state, wait = UpstreamState.DOWN, _tried_again(fact.trouble, failures)
     if fact.trouble is Trouble.UNAUTHORIZED:
         state = UpstreamState.UNAUTHORIZED
     elif fact.trouble is Trouble.LOADING:
@@ -144,3 +144,13 @@ def _upstream_failed(upstream: Upstream, fact: ListingFailed) -> Upstream:
         evicts=None if fact.trouble is Trouble.REFUSED else upstream.evicts,
         on_trial=frozenset(),
     )
+
+
+def _tried_again(trouble: Trouble, failures: int) -> float:
+    """Seconds from one try to the next, after so many failures in a row.
+
+    One answer is lost now and then, to a cable or a busy moment, and nothing is loaded or pinged before the next: so
+    that one is asked for soon. A token does not become right so soon.
+    """
+    most = TRIED_AGAIN[trouble]
+    return most if trouble is Trouble.UNAUTHORIZED else min(most, TRIED_LEAST * 2.0 ** min(failures - 1, 16))

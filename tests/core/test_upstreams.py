@@ -56,28 +56,38 @@ def test_an_upstream_believes_no_listing_older_than_the_one_it_knows():
 
 
 @pytest.mark.parametrize(
-    ("trouble", "wait"),
+    ("trouble", "first", "wait"),
     [
-        (Trouble.REFUSED, 1.5),
-        (Trouble.LOADING, 1.5),
-        (Trouble.UNREACHABLE, 15.0),
-        (Trouble.TIMEOUT, 15.0),
-        (Trouble.BAD_ANSWER, 15.0),
-        (Trouble.UNAUTHORIZED, 60.0),
+        (Trouble.REFUSED, [], 1.5),
+        (Trouble.LOADING, [], 1.5),
+        (Trouble.UNREACHABLE, [2.0, 4.0, 8.0], 15.0),
+        (Trouble.TIMEOUT, [2.0, 4.0, 8.0], 15.0),
+        (Trouble.BAD_ANSWER, [2.0, 4.0, 8.0], 15.0),
+        (Trouble.UNAUTHORIZED, [], 60.0),
     ],
 )
 @pytest.mark.parametrize("refresh_interval", [1.0, 15.0, 600.0])
-def test_one_that_is_away_is_tried_at_the_same_pace_for_ever(
-    trouble: Trouble, wait: float, refresh_interval: float
+def test_one_that_is_away_is_tried_again_soon_and_then_at_the_same_pace_for_ever(
+    trouble: Trouble, first: list[float], wait: float, refresh_interval: float
 ):
     upstream, at, waits = Upstream("local", refresh_interval=refresh_interval), 1.0, []
-    for _ in range(30):
+    for _ in range(2000):
         upstream = apply_upstream(upstream, failed(at, trouble, asked=at))
         waits.append(upstream.due_at - at)
         at = upstream.due_at
 
-    assert set(waits) == {wait}
-    assert upstream.failures == 30
+    assert waits == first + [wait] * (2000 - len(first))
+    assert upstream.failures == 2000
+
+
+def test_one_answer_that_is_lost_again_and_again_is_asked_for_soon_each_time():
+    upstream, waits = Upstream("local"), []
+    for at in (100.0, 200.0, 300.0):
+        upstream = apply_upstream(upstream, listed(at, entry("gemma")))
+        upstream = apply_upstream(upstream, failed(at + 15, Trouble.TIMEOUT, asked=at + 5))
+        waits.append((upstream.due_at - at - 15, upstream.state))
+
+    assert waits == [(2.0, UpstreamState.UP)] * 3
 
 
 def test_one_that_says_that_it_loads_is_up_and_says_so():
@@ -87,8 +97,9 @@ def test_one_that_says_that_it_loads_is_up_and_says_so():
 
 
 def test_what_a_time_out_takes_is_part_of_its_pace_and_still_there_is_a_rest_between_two():
+    away = Upstream("local", failures=10)
     asked_for = {
-        took: apply_upstream(Upstream("local"), failed(100.0, Trouble.TIMEOUT, asked=100.0 - took)).due_at
+        took: apply_upstream(away, failed(100.0, Trouble.TIMEOUT, asked=100.0 - took)).due_at
         for took in (5.0, 13.0, 14.0, 40.0)
     }
 
@@ -97,7 +108,7 @@ def test_what_a_time_out_takes_is_part_of_its_pace_and_still_there_is_a_rest_bet
 
 def test_who_starts_to_wait_has_one_that_is_away_tried_at_once_and_a_thousand_do_no_more():
     away = apply_upstream(
-        apply_upstream(Upstream("local"), ListingStarted(45, "local")),
+        apply_upstream(Upstream("local", failures=9), ListingStarted(45, "local")),
         failed(50, Trouble.TIMEOUT, asked=45.0),
     )
     waiting = apply_upstream(away, WaitStarted(55, GEMMA))

@@ -411,6 +411,33 @@ def test_an_hour_of_refused_connections_changes_no_model_and_ends_within_three_s
     assert took <= 3.0
 
 
+def test_a_model_that_is_lost_while_one_listing_is_is_missed_as_soon_as_the_next_one_comes():
+    async def go(judge: Judge) -> tuple[float, float]:
+        site, loop = a_site(judge), asyncio.get_running_loop()
+        world = a_world(site)
+        world.start()
+        await warm(world)
+        life = world.life
+        assert life is not None
+        site.studio.set_faults({"list_reply": "hang"})
+        site.studio.evict("a")
+        began = loop.time()
+        while not life.keeper.snapshot().upstreams[0].failures:
+            await asyncio.sleep(0.1)
+        failed = loop.time()
+        site.studio.set_faults({"list_reply": "ok"})
+        while not site.studio.memory.loads:
+            await asyncio.sleep(0.1)
+        loaded = loop.time()
+        await world.kill()
+        return failed - began, loaded - failed
+
+    lost, missed = virtually(go)
+
+    assert 10.0 <= lost <= 26.0  # one interval, and the time that a listing may take
+    assert missed <= 3.5
+
+
 @pytest.mark.parametrize("tier", ["v1", "openai"])
 def test_a_server_that_says_that_it_loads_is_loading_for_those_who_wait_and_warm_soon_after(tier: str):
     async def go(judge: Judge) -> tuple[State, UpstreamState, str | None, float]:
