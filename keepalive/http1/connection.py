@@ -38,6 +38,8 @@ log = logging.getLogger("keepalive.http1")
 
 # In the end, a caller who was only just accepted gets this long to say what is wanted.
 LAST_REQUESTS = 0.5
+# Seconds until another process may be there, for whoever never had his turn at this one.
+RETRY_AFTER = 5
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset
 
 
@@ -341,6 +343,8 @@ class Connection(Sender):
     def _refuse(self, bad: BadHead, head: RequestHead | None) -> None:
         """Answers what is no request, and ends the connection."""
         headers, body = self.listener.refusal(bad.status, bad.text, head)
+        if bad.status == 503:  # only whoever shuts down says so of a request that may be sent again
+            headers = [*headers, (b"Retry-After", b"%d" % RETRY_AFTER)]
         headers = [*headers, (b"Content-Length", b"%d" % len(body)), (b"Connection", b"close")]
         line = b"HTTP/1.1 %d %b" % (bad.status, REASONS.get(bad.status, b""))
         self.write(write_head(line, headers) + body)
@@ -388,6 +392,11 @@ class Connection(Sender):
             exchange.refuse(bad)
             self.ending = True
             self._interrupt(exchange)
+
+    def turn_away(self) -> None:
+        """It is all over, and his turn has not come: he is told so, as those are whose turn has."""
+        if self._exchange is not None and not self._running and not self._exchange.gone:
+            self._refuse(BadHead(503, "the proxy is shutting down"), self._exchange.head)
 
     def reset(self) -> None:
         self.flush()

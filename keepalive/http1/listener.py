@@ -139,6 +139,8 @@ class Listener:
     async def close(self) -> None:
         """Ends everything now."""
         await self.stop_accepting()
+        for connection in list(self.connections):
+            connection.turn_away()
         tasks = [connection.task for connection in self.connections if connection.task is not None]
         for task in tasks:
             task.cancel()

@@ -87,7 +87,14 @@ def response_failed(message: str, code: str, begun: Begun) -> bytes:
     return sse.encode(_json(event).decode(), event="response.failed")
 
 
-_REFUSALS: Final = {408: "too_slow", 413: "too_large", 414: "too_large", 431: "too_large", 500: "failed"}
+_REFUSALS: Final = {
+    408: "too_slow",
+    413: "too_large",
+    414: "too_large",
+    431: "too_large",
+    500: "failed",
+    503: "shutting_down",
+}
 
 
 def refusal_code(status: int) -> str:

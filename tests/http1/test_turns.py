@@ -67,6 +67,40 @@ async def test_callers_who_ask_at_once_are_all_answered_and_never_many_in_one_tu
     assert max(most) <= BEGUN_AT_ONCE
 
 
+async def test_whoever_waits_for_his_turn_when_all_ends_is_told_so_and_when_nobody_new_is_let_in_is_answered():
+    count = BEGUN_AT_ONCE * 10
+
+    async def handler(exchange):
+        exchange.answer(200, [], b"ok")
+
+    async def all_ask(end):
+        listening = socket.create_server(("127.0.0.1", 0), backlog=count)
+        listening.setblocking(False)
+        listener = await serve(handler, sockets=[listening])
+        callers = [await asyncio.open_connection("127.0.0.1", listener.port) for _ in range(count)]
+        while len(listener.connections) < count:
+            await asyncio.sleep(0)
+        for _, writer in callers:
+            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        while not any(connection._exchange for connection in listener.connections):
+            await asyncio.sleep(0)
+        await end(listener)
+        answers = [await reader.read() for reader, _ in callers]
+        for _, writer in callers:
+            writer.close()
+        await listener.close()
+        return answers
+
+    told = await all_ask(lambda listener: listener.close())
+    served = await all_ask(lambda listener: listener.stop_accepting())
+
+    assert {answer[:13] for answer in told} == {b"HTTP/1.1 200 ", b"HTTP/1.1 503 "}
+    away = [answer for answer in told if answer.startswith(b"HTTP/1.1 503 ")]
+    assert all(b"\r\nRetry-After: 5\r\n" in answer for answer in away)
+    assert all(answer.endswith(b"the proxy is shutting down\n") for answer in away)
+    assert all(answer.startswith(b"HTTP/1.1 200 ") for answer in served)
+
+
 @pytest.mark.parametrize("how", ["leaves", "sends nonsense"])
 async def test_whoever_is_gone_or_refused_before_his_turn_costs_no_handler(how):
     handled = []
