@@ -37,6 +37,7 @@ def pytest_configure(config):
     # A run in the background of a script ignores Ctrl-C, and so would each command that a test starts and interrupts.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    gc.disable()  # until all is collected, of which nothing is garbage: an eighth of what each worker begins with
 
 
 @pytest.fixture(scope="session")
@@ -76,6 +77,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish(session):
+    gc.enable()
     _look_no_more_at_what_stays()
 
 
@@ -105,6 +107,7 @@ async def browser():
 
 
 def pytest_make_parametrize_id(config, val, argname):
-    """Workers must agree on the names of tests: packed bytes hold the time at which they were packed."""
-    packed = isinstance(val, bytes) and (len(val) > 100 or val.startswith(b"\x1f\x8b"))
-    return argname if packed else None
+    """Workers must agree on the names of tests, and each sends all of them: packed bytes hold the time at which they
+    were packed, and some of what is tried has a million letters."""
+    packed = isinstance(val, bytes) and val.startswith(b"\x1f\x8b")
+    return argname if packed or (isinstance(val, bytes | str) and len(val) > 100) else None

@@ -8,8 +8,10 @@ import pytest
 
 from keepalive.simulator.models import SimModel
 from tests.kit import live
+from tests.kit.official import Official, on_one_worker
 
-lmstudio = pytest.importorskip("lmstudio")
+pytestmark = on_one_worker
+lmstudio = Official("lmstudio")
 
 KEPT = SimModel("acme/chat-8b", load_seconds=600.0, max_context_length=32_768)
 SMALL = SimModel("acme/small-1b", load_seconds=0.3)

@@ -17,6 +17,7 @@ from keepalive.protocols.words import (
     read_heartbeat,
 )
 from tests.kit import DATA
+from tests.kit.official import Official, on_one_worker
 from tests.kit.raw import Close, RawServer, answer, chunked
 
 # --- how it says no --------------------------------------------------------------------------------
@@ -221,8 +222,7 @@ def test_visible_heartbeats_are_reasoning_where_the_route_has_it_and_no_token_of
 
 # --- the official clients ----------------------------------------------------------------------------
 
-# To import them takes seconds: one worker does it, and `tests/proxy/test_clients.py` is there, too.
-official = pytest.mark.xdist_group("official clients")
+openai, anthropic = Official("openai"), Official("anthropic")
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 BEGUN = {
@@ -241,7 +241,6 @@ BEGUN = {
 async def streamed(name: str, port: int) -> list[object]:
     """All items that the official client of a route makes of the stream which stands at `port`."""
     if name == "messages":
-        anthropic = pytest.importorskip("anthropic", reason="the anthropic package is not installed")
         async with anthropic.AsyncAnthropic(
             base_url=f"http://127.0.0.1:{port}", api_key="k", max_retries=0, timeout=5
         ) as client:
@@ -249,7 +248,6 @@ async def streamed(name: str, port: int) -> list[object]:
                 model="m", max_tokens=5, messages=[{"role": "user", "content": "hi"}], stream=True
             )
             return [item async for item in stream]
-    openai = pytest.importorskip("openai", reason="the openai package is not installed")
     async with openai.AsyncOpenAI(
         base_url=f"http://127.0.0.1:{port}/v1", api_key="k", max_retries=0, timeout=5
     ) as client:
@@ -265,13 +263,11 @@ async def streamed(name: str, port: int) -> list[object]:
 
 
 def api_error(name: str) -> type[Exception]:
-    package = "anthropic" if name == "messages" else "openai"
-    module = pytest.importorskip(package, reason=f"the {package} package is not installed")
-    error: type[Exception] = module.APIError
+    error: type[Exception] = (anthropic if name == "messages" else openai).APIError
     return error
 
 
-@official
+@on_one_worker
 @pytest.mark.parametrize("begun", [False, True], ids=["while_waiting", "in_the_answer"])
 @pytest.mark.parametrize("name", ["chat", "completions", "responses", "messages"])
 async def test_the_official_client_raises_on_a_stream_that_failed(name, begun):
@@ -283,7 +279,7 @@ async def test_the_official_client_raises_on_a_stream_that_failed(name, begun):
             await streamed(name, server.port)
 
 
-@official
+@on_one_worker
 @pytest.mark.parametrize("name", ["chat", "completions", "responses", "messages"])
 async def test_the_official_client_skips_heartbeats(name):
     beat = heartbeat_comment("m", "loading", 1, 2)
@@ -314,7 +310,7 @@ def test_visible_heartbeats_say_in_peoples_words_what_is_waited_for(state: str, 
     assert json.loads(event.data)["choices"][0]["delta"] == {"reasoning_content": told}
 
 
-@official
+@on_one_worker
 async def test_the_official_client_reads_visible_heartbeats_as_reasoning():
     beat = heartbeat_reasoning(ROUTES["chat"], "m", "loading", 1, 2)
     body = (DATA / "chat.sse").read_bytes()
@@ -330,7 +326,7 @@ async def test_the_official_client_reads_visible_heartbeats_as_reasoning():
     assert "".join(delta.content or "" for delta in deltas).startswith(" mamo garala")
 
 
-@official
+@on_one_worker
 @pytest.mark.parametrize("name", ["chat", "completions", "responses", "messages"])
 async def test_the_official_client_raises_on_a_refusal_and_shows_its_message(name):
     body = error_body(ROUTES[name], 503, "it is loading", "model_not_ready")

@@ -19,20 +19,9 @@ from tests.kit.fronted import (
     says,
     stream,
 )
+from tests.kit.official import Official, on_one_worker
 
-# Every worker reads this file, and importing these takes seconds: the first test does it that needs one, on one worker.
-pytestmark = pytest.mark.xdist_group("official clients")
-
-
-class Official:
-    def __init__(self, package):
-        self._package = package
-
-    def __getattr__(self, name):
-        if name.startswith("_"):  # asked by the collection, of everything
-            raise AttributeError(name)
-        return getattr(pytest.importorskip(self._package), name)
-
+pytestmark = on_one_worker
 
 openai, anthropic = Official("openai"), Official("anthropic")
 

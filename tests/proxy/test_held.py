@@ -431,7 +431,7 @@ async def test_a_compressed_body_is_passed_on_as_it_came(coding):
         ("gzip", gzip.compress(b'{"model":"m"}')[:-9], 400, b"in the middle of its gzip data"),
         ("deflate", zlib.compress(b'{"model":"m"}')[:-5], 400, b"in the middle of its deflate data"),
         ("gzip", gzip.compress(b'{"model":"m"}' + b" " * 5_000_000), 413, b"larger than 1000000 bytes"),
-        ("gzip, gzip", gzip.compress(gzip.compress(b" " * 50_000_000)), 413, b"larger than 1000000 bytes"),
+        ("gzip, gzip", gzip.compress(gzip.compress(b" " * 5_000_000)), 413, b"larger than 1000000 bytes"),
     ],
 )
 async def test_a_compressed_body_that_cannot_be_read_is_refused_and_reaches_nobody(
