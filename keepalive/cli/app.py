@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import http.client
 import io
 import json
@@ -28,6 +29,7 @@ from keepalive.cli import view
 from keepalive.core.errors import KeepaliveError
 
 BAD_CONFIG = 3
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 # What shells say of a command that Ctrl-C ended.
 INTERRUPTED = 130
 POLL = 0.5
@@ -92,7 +94,19 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # What a terminal has no letters for, as in a pipe on Windows, becomes a question mark and not an error.
         sys.stdout.reconfigure(errors="replace")
-    app()
+    try:
+        app()
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        # Python would try once more when it ends, and fail once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        with contextlib.suppress(OSError):
+            typer.echo(
+                f"what there is to say cannot be written: {os.strerror(error.errno).lower()}", err=True
+            )
+        # Whoever reads the exit code alone must not take a full disk for a state of the models.
+        sys.exit(view.CANNOT_TELL)
 
 
 def _occupy_standard_streams() -> None:
@@ -216,7 +230,7 @@ def demo() -> None:
 @app.command()
 def simulate(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 1234,
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="0 takes a free one.")] = 1234,
     model: Annotated[
         list[str] | None,
         typer.Option(
@@ -241,7 +255,14 @@ def simulate(
         models = [parse_model(text) for text in model or []]
         faults = dict(parse_fault(text) for text in fault or [])
         asyncio.run(simulation(host, port, models, tier.value, faults, prefix))
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        if error.errno in _CANNOT_WRITE:
+            raise
+        # asyncio's words repeat the address in a tuple; those of name resolution, with negative numbers, do not.
+        code = error.errno or 0
+        why = os.strerror(code).lower() if code > 0 else error.strerror or str(error)
+        _fail(f"cannot listen on {host}:{port}: {why}", 1)
+    except ValueError as error:
         _fail(str(error), 1)
 
 

@@ -27,6 +27,7 @@ class View:
     stall_timeout: float | None = None  # None: its answers may be silent for ever
     # For how long LM Studio has been seen to say that it rests, and how long ago it was last asked.
     resting: tuple[float, float] | None = None
+    questioned: bool = False  # a ping of ours, or an opening, is not answered yet
 
 
 class Keeping(Protocol):

@@ -7,6 +7,7 @@ nothing is tried again. What measures a stream stands behind it and cannot touch
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import Final
 from urllib.parse import quote
 
 from keepalive.core.callers import Key, Outcome, Seen
@@ -39,6 +40,11 @@ from keepalive.proxy.sdk import Instances, SdkCalls
 from keepalive.proxy.settings import Settings
 from keepalive.proxy.stored import Stored
 from keepalive.proxy.upstreams import UPGRADE, Upstreams
+
+#: A question of ours that was asked this long ago has reached LM Studio, answered or not.
+ON_ITS_WAY: Final = 1.0
+
+_EXTENSIONS: Final = b"sec-websocket-extensions"
 
 
 class Proxy:
@@ -117,7 +123,8 @@ class Proxy:
             return answer.allow(preflight)
         if call.mode is not None and call.mode not in set(Heartbeat):
             return answer.fail(404, no_heartbeat(call.mode), "unknown_heartbeat", outcome=Outcome.REJECTED)
-        if head.upgrade is not None and head.upgrade.lower() == b"websocket":
+        # With GET alone: a body that names a model is for the keeper, whatever else stands in the head.
+        if head.method == b"GET" and head.upgrade is not None and head.upgrade.lower() == b"websocket":
             return call.then(self._tunnel(call))
         if not (call.route.names and head.method == b"POST"):
             return call.then(self._show(call))
@@ -295,20 +302,31 @@ class Proxy:
                 self.keeping.record(ModelsChanged(call.account.now(), upstream))
 
     async def _unload(self, call: Call) -> None:
-        """A caller may unload what is ours. It is known at once, not with the next listing."""
+        """A caller may unload what is ours. It is known at once, not with the next listing.
+
+        A ping of ours that comes behind it would load the model again, with a timer. So it waits for those that are
+        on their way, and counts as use of the model: no other begins before its answer is there.
+        """
         meaning = await self.keeping.meaning(call.asked.instance, default=False)
-        await self._pass(call, meaning.upstream)
+        models = [model for model in meaning.models if model.upstream == meaning.upstream]
+        for _ in range(100):
+            if not any(self.keeping.view(model).questioned for model in models):
+                break
+            await asyncio.sleep(ON_ITS_WAY / 100)
+        await self._pass(call, meaning.upstream, models)
         if call.account.status == 200:
-            for model in meaning.models:
-                if model.upstream == meaning.upstream:
-                    self.keeping.record(InstanceLost(call.account.now(), model, "a caller unloaded it"))
+            for model in models:
+                self.keeping.record(InstanceLost(call.account.now(), model, "a caller unloaded it"))
 
     async def _tunnel(self, call: Call) -> None:
         """A WebSocket: bytes both ways until both sides are done.
 
-        It goes to the first upstream: an SDK opens it before it names a model.
+        It goes to the first upstream: an SDK opens it before it names a model. That one is not told that an SDK could
+        compress: what is said in compressed frames cannot be heard, and would load models beside the keeper.
         """
-        upstream = self.upstreams.default
+        upstream, head = self.upstreams.default, call.caller.head
+        if call.route.websocket:
+            head.headers = [pair for pair in head.headers if pair[0].lower() != _EXTENSIONS]
         try:
             reply = await call.ask(upstream, None, upgrade=True)
         except UpstreamError as error:
@@ -334,8 +352,8 @@ class Proxy:
         return None
 
     def _listen(self, reply: Reply, upstream: str, route: Route) -> SdkCalls | None:
-        """Who reads along in a tunnel: in those of LM Studio's SDKs, where the frames are not compressed."""
-        if not route.websocket or reply.head.values(b"sec-websocket-extensions"):
+        """Who reads along in a tunnel: in those of LM Studio's SDKs, unless the frames are compressed all the same."""
+        if not route.websocket or reply.head.values(_EXTENSIONS):
             return None
         return SdkCalls(self, upstream, route.kind, joins=self.settings.join_loads)
 

@@ -222,6 +222,7 @@ class Front:
             # As a load over HTTP has them: that is what callers compare with theirs.
             load_fields={n: v for n, v in kept.load_fields.items() if n not in SDK_ALONE} if kept else {},
             progress=known.progress,
+            questioned=known.pinging or known.priming.under_way is not None,
         )
 
     def _eta(self, model: ModelId, known: Model, now: float) -> float | None:

@@ -471,6 +471,32 @@ def test_simulate_says_what_it_does_not_understand(option: list[str]) -> None:
     assert len(told.err.splitlines()) == 1
 
 
+def test_simulate_says_where_it_cannot_listen() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+
+        told = Told("simulate", "--port", str(port))
+        assert (told.code, told.err) == (1, f"cannot listen on 127.0.0.1:{port}: address already in use\n")
+        assert Told("simulate", "--port", "99999").code == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_where_nothing_can_be_written_that_is_said_and_taken_for_no_state_of_the_models() -> None:
+    with answering(LOADING) as server, Path("/dev/full").open("wb") as full:
+        for words in (["status"], ["status", "--json"]):
+            ran = subprocess.run(
+                [*KEEPALIVE, *words, "--url", server.url],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                env=environment(),
+                text=True,
+                check=False,
+            )
+
+            assert ran.returncode == 3
+            assert ran.stderr == "what there is to say cannot be written: no space left on device\n"
+
+
 def test_the_version_and_help_are_there() -> None:
     assert Told("--version").out == f"keepalive {__version__}\n"
     overview = Told("--help").out

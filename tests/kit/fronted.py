@@ -149,6 +149,7 @@ class Model:
     kind: str = "llm"
     stall_timeout: float | None = None
     resting: Callable[[], tuple[float, float] | None] = lambda: None
+    questioned: bool = False
     fails: NotWarm | None = None
     loads: int = 0
     loading: asyncio.Task[None] | None = None
@@ -212,6 +213,7 @@ class Keep:
             stall_timeout=it.stall_timeout,
             resting=it.resting(),
             wanted=it.wanted,
+            questioned=it.questioned,
         )
 
     async def ensure_warm(self, models: Sequence[ModelId], /) -> ModelId:

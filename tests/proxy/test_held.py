@@ -556,3 +556,46 @@ async def test_what_measures_may_fail_and_the_stream_does_not_notice(monkeypatch
             status, _, body = await ask(front.port, chat())
 
         assert (status, body) == (200, CHAT_BODY)
+
+
+async def test_a_request_that_offers_a_websocket_waits_for_its_model_like_any_other():
+    loaded = asyncio.Event()
+    keep = cold(loaded=loaded)
+    asked = chat("m", "Upgrade: websocket", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", stream=False)
+    asked = asked.replace(b"Connection: close", b"Connection: close, Upgrade")
+    async with fronted(keep=keep) as (front, upstream):
+        call = asyncio.create_task(ask(front.port, asked))
+        await asyncio.sleep(1.0)
+        before = len(upstream.requests)
+        loaded.set()
+        status, _, _ = await call
+
+        assert (before, status) == (0, 200)
+        assert b"upgrade" not in upstream.requests[0].headers
+
+
+async def test_an_unload_goes_behind_a_ping_that_is_on_its_way_and_lets_no_other_begin():
+    keep = Keep()
+    model = keep.add("m", questioned=True)
+    async with fronted(keep=keep) as (front, upstream):
+        call = asyncio.create_task(ask(front.port, post("/api/v1/models/unload", b'{"instance_id":"m"}')))
+        await asyncio.sleep(0.5)
+        before = len(upstream.requests), list(model.facts)
+        model.questioned = False
+        status, _, _ = await call
+
+        assert before == (0, [])
+        assert status == 200
+        assert [type(fact) for fact in model.facts] == [RequestStarted, RequestEnded, InstanceLost]
+        assert not model.facts[1].answered
+
+
+async def test_an_unload_does_not_wait_for_a_ping_that_nobody_answers():
+    keep = Keep()
+    keep.add("m", questioned=True)
+    async with fronted(keep=keep) as (front, _):
+        began = now()
+        status, _, _ = await ask(front.port, post("/api/v1/models/unload", b'{"instance_id":"m"}'))
+
+        assert status == 200
+        assert now() - began < 1.5

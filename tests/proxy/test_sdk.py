@@ -260,13 +260,16 @@ async def _send(caller, message, times):
         await caller.send(message)
 
 
-async def test_compressed_frames_pass_unread():
-    keep, _ = cold()
+async def test_an_sdk_and_a_server_that_would_compress_do_not_so_that_its_load_waits():
+    keep, model = cold()
     async with tunnelled(keep, compression="deflate") as (caller, studio, _):
         await caller.send(GET)
+        await waits(keep)
+        assert studio.heard == []
 
+        model.loaded.set()
         await studio.hears(GET)
-        assert keep.warm_asked == 0
+        assert caller.response.headers.get("Sec-WebSocket-Extensions") is None
 
 
 UPGRADE = b"GET /llm HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
@@ -646,7 +649,7 @@ async def test_who_waits_for_a_model_is_not_sent_away():
 
 async def test_where_it_is_not_known_what_is_under_way_nobody_is_cut_off():
     keep = Keep()
-    async with tunnelled(keep, compression="deflate") as (caller, studio, front):
+    async with tunnelled(keep, "/not/an/sdk") as (caller, studio, front):
         front.proxy.drain()
         await caller.send(LIST)
 
