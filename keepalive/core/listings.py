@@ -55,6 +55,8 @@ def listed(model: Model, fact: Listed) -> Model:
         model = replace(model, recalled=None, ours=model.ours | same)
     if model.blind:
         return _listed_blind(model, fact)
+    if model.pending is not None and model.pending.doubted and _was_restarted(before, fact, entry):
+        model = replace(model, pending=None)
     if entry is None:
         model = replace(model, listed=False, nearest=_nearest(model.id.key, fact))
         return _missing(model, fact.at, why_missing(before, fact, told=True), told=True)
@@ -77,6 +79,16 @@ def listed(model: Model, fact: Listed) -> Model:
     if entry.loading:
         return _seen_loading(model, fact.at, cause)
     return _missing(model, fact.at, cause, told=told)
+
+
+def _was_restarted(model: Model, fact: Listed, entry: Entry | None) -> bool:
+    """Whether LM Studio itself had ended where nothing listened, and with it a load of this model.
+
+    Of several that were there none is left. Of one alone that may be chance, and what is left shows that it had not.
+    """
+    if fact.tier is Tier.LLAMA:
+        return entry is None or not entry.loading  # llama-server shows each load from its first moment
+    return len(model.beside) > 1 and not model.beside & (fact.resident | fact.arriving)
 
 
 def _nearest(key: str, fact: Listed) -> tuple[str, ...]:
@@ -178,7 +190,9 @@ def _seen_loading(model: Model, at: float, cause: Cause | None) -> Model:
     if model.load_started is not None:
         return model
     pending = model.pending or Pending(since=at, until=at, alive_at=at, ours=False)
-    pending = replace(pending, seen=True, alive_at=at, until=max(pending.until, at + LISTING_LAG))
+    pending = replace(
+        pending, seen=True, doubted=False, alive_at=at, until=max(pending.until, at + LISTING_LAG)
+    )
     reason = "LM Studio is still loading it" if pending.ours else "somebody else is loading it"
     return move(replace(count_eviction(model, at, cause), pending=pending), Sign.SEEN_LOADING, at, reason)
 
@@ -215,6 +229,8 @@ def _resolve(model: Model, pending: Pending, at: float, *, told: bool) -> Model 
     if pending.loaded:
         if at < pending.until:
             return None
+        if pending.doubted:
+            return absent(replace(model, pending=None), at, "it was loaded, and went with LM Studio")
         return failed(
             replace(crashes_beside(model, at), pending=None),
             at,
@@ -249,12 +265,15 @@ def listing_failed(model: Model, fact: ListingFailed) -> Model:
         gone = Cause.RESTART if fact.trouble is Trouble.REFUSED else Cause.UNKNOWN
         model = replace(model, suspected=known or gone)
     if fact.trouble is Trouble.REFUSED:
-        # The program is gone, and with it its loads; what is found later is not ours, though named alike.
-        # (`lms server stop` closes the port too, and goes on loading: then the next listing shows it.)
-        # What it said of its memory is to be asked anew.
+        # The program is gone; what is found later is not ours, though named alike. What it said of its memory is to
+        # be asked anew. Or nothing has ended but its server (`lms server stop`), or a tunnel to it, and it goes on
+        # loading: that shows when it can be asked again.
+        pending = model.pending
         model = replace(
             model,
-            pending=None,
+            pending=replace(pending, seen=False, doubted=True)
+            if pending is not None and pending.ours
+            else None,
             ours=frozenset(),
             recalled=None,
             refused_claim=None,

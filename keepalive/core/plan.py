@@ -130,8 +130,10 @@ def holds_a_slot(model: Model, now: float) -> bool:
     pending = model.pending
     if model.load_started is not None or pending is None:
         return model.load_started is not None
-    if not pending.ours or pending.seen or pending.loaded:
-        return pending.ours
+    if not pending.ours or pending.doubted:
+        return False
+    if pending.seen or pending.loaded:
+        return True
     return pending.expected is not None and now < pending.since + pending.expected
 
 

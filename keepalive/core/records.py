@@ -74,6 +74,7 @@ class Pending:
     proved: bool = False  # and the model has answered
     seen: bool = False  # a listing showed it in progress
     ours: bool = True
+    doubted: bool = False  # nothing listened there since: LM Studio may have ended, or only the way to it
 
 
 @dataclass(frozen=True, slots=True)

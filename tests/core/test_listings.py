@@ -26,6 +26,7 @@ from keepalive.core.facts import (
     Tier,
     Trouble,
 )
+from keepalive.core.plan import holds_a_slot
 from keepalive.core.records import Cause, Claim, Eviction, Model, Pending, Primed, Priming
 from keepalive.core.states import State
 from tests.kit.models import (
@@ -219,10 +220,80 @@ def test_a_listing_that_cannot_show_loading_does_not_end_an_unanswered_load():
     assert state[GEMMA].state is State.LOADING
 
 
-def test_a_refused_connection_ends_what_that_program_was_loading():
-    state = Box(unanswered()).see(refused(20), listed(40, entry("gemma")))
+def test_a_load_is_believed_in_beyond_a_refused_connection_which_may_be_the_end_of_a_tunnel_alone():
+    state = Box(unanswered(recent_loads=(20.0, 30.0))).see(refused(20), listed(40, entry("gemma")))
+    early = state.see(listed(106.9, entry("gemma"))).plan(107.0)
+    late = state.see(listed(107.1, entry("gemma"))).plan(107.2)
+
+    assert early == []
+    assert late == [Load(GEMMA)]
+
+
+def test_where_loads_show_one_that_does_not_is_over_soon_after_a_refused_connection():
+    state = Box(unanswered(tells_loading=True)).see(refused(20))
+    early = state.see(listed(54.9, entry("gemma", loading=False))).plan(55.0)
+    late = state.see(listed(55.1, entry("gemma", loading=False))).plan(55.2)
+
+    assert early == []
+    assert late == [Load(GEMMA)]
+
+
+def test_a_load_that_shows_after_a_refused_connection_goes_on():
+    state = Box(unanswered()).see(refused(20), listed(40, entry("gemma", loading=True)))
+
+    assert state[GEMMA].reason == "LM Studio is still loading it"
+    assert holds_a_slot(state[GEMMA], 40.1)
+
+
+@pytest.mark.parametrize(
+    ("there", "is_over"),
+    [(("qwen", "phi"), True), (("qwen",), False), ((), False)],
+)
+def test_a_load_ended_with_lm_studio_where_of_several_models_none_is_left(
+    there: tuple[str, ...], is_over: bool
+):
+    rows = [entry(key, key) for key in there]
+    model = after(cold(), listed(1.5, entry("gemma"), *rows), LoadStarted(2, GEMMA))
+    state = Box(after(model, load_ended(10, LoadOutcome.UNKNOWN, message="cut"))).see(refused(20))
+    state.see(listed(40, entry("gemma"), entry("qwen"), entry("phi")))
+
+    assert state.plan(40.1) == ([Load(GEMMA)] if is_over else [])
+
+
+def test_a_load_goes_on_where_one_of_several_models_outlived_a_refused_connection():
+    rows = entry("qwen", "qwen"), entry("phi", "phi")
+    model = after(cold(), listed(1.5, entry("gemma"), *rows), LoadStarted(2, GEMMA))
+    state = Box(after(model, load_ended(10, LoadOutcome.UNKNOWN, message="cut"))).see(refused(20))
+    state.see(listed(40, entry("gemma"), entry("qwen"), entry("phi", "phi")))
+
+    assert state.plan(40.1) == []
+
+
+def test_llama_server_shows_at_once_that_a_load_has_ended_with_it():
+    router = Tier.LLAMA
+    state = Box(unanswered()).see(refused(20), listed(40, entry("gemma", loading=False), tier=router))
+    goes_on = Box(unanswered()).see(refused(20), listed(40, entry("gemma", loading=True), tier=router))
 
     assert state.plan(40.1) == [Load(GEMMA)]
+    assert goes_on.plan(40.1) == []
+
+
+def test_nobody_waits_behind_a_load_that_may_have_ended_with_lm_studio():
+    begun = Box(unanswered(recent_loads=(200.0,)), a_model(QWEN, rank=1))
+    waits = begun.see(listed(15, entry("gemma"), entry("qwen"))).plan(15.1)
+    goes = begun.see(refused(20), listed(40, entry("gemma"), entry("qwen"))).plan(40.1)
+
+    assert waits == []
+    assert goes == [Load(QWEN)]
+
+
+def test_what_was_loaded_and_not_yet_listed_when_lm_studio_ended_has_not_failed():
+    model = after(cold(), LoadStarted(2, GEMMA), load_ended(10), refused(20))
+    early = after(model, listed(54.9, entry("gemma")))
+    late = after(model, listed(55.1, entry("gemma")))
+
+    assert early.state is State.LOADING
+    assert (late.state, late.failures) == (State.COLD, 0)
 
 
 @pytest.mark.parametrize("trouble", [Trouble.TIMEOUT, Trouble.UNREACHABLE, Trouble.BAD_ANSWER])
@@ -695,7 +766,7 @@ def test_where_nothing_is_listed_the_word_of_the_one_who_acts_is_proof(
 # --- none at all ----------------------------------------------------------------------------------
 
 
-def test_a_program_that_is_gone_took_its_loads_and_its_instances_with_it():
+def test_a_program_that_is_gone_took_its_instances_with_it_and_perhaps_its_loads():
     recalled = (frozenset({"gemma"}), 99.0)
     claims = {"refused_claim": Claim(9, 1.0), "granted_claim": Claim(8, 2.0)}
     crowd = (frozenset({"qwen"}), 3.0)
@@ -706,7 +777,7 @@ def test_a_program_that_is_gone_took_its_loads_and_its_instances_with_it():
         "since": 50,
         "reason": "nothing listens",
         "suspected": Cause.RESTART,
-        "pending": None,
+        "pending": replace(before.pending, doubted=True),
         "ours": frozenset(),
         "recalled": None,
         "refused_claim": None,

@@ -105,12 +105,15 @@ def test_a_load_whose_result_is_not_listed_yet_stays_until_it_is(
     assert files(tmp_path) == []
 
 
-def test_a_load_ends_with_the_server_that_was_doing_it(tmp_path: Path) -> None:
+def test_a_load_that_may_have_ended_with_its_server_is_kept_until_a_listing_tells(tmp_path: Path) -> None:
     story = Story(ledger(tmp_path)).goes(listed(1.0), LoadStarted(2.0, GEMMA))
 
     story.goes(LoadEnded(3.0, GEMMA, LoadOutcome.UNKNOWN, 1.0, message="cut"))
     story.goes(ListingFailed(4.0, "local", 4.0, Trouble.REFUSED, "nothing listens"))
+    kept = files(tmp_path)
+    story.goes(listed(5.0, "gemma"))
 
+    assert len(kept) == 1
     assert files(tmp_path) == []
 
 

@@ -21,7 +21,16 @@ from keepalive.core import apply as applying
 from keepalive.core import calls, listings, moves, upstreams
 from keepalive.core import plan as planning
 from keepalive.core.actions import Unload
-from keepalive.core.facts import Listed, LoadEnded, LoadOutcome, ModelId, PingStarted, UnloadStarted
+from keepalive.core.facts import (
+    Listed,
+    ListingFailed,
+    LoadEnded,
+    LoadOutcome,
+    ModelId,
+    PingStarted,
+    Trouble,
+    UnloadStarted,
+)
 from keepalive.core.records import Model, Policy
 from keepalive.core.states import State
 from keepalive.keeper import keeper
@@ -290,6 +299,14 @@ def forgets_its_load_in_a_restart(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(World, "remembers", False, raising=False)
 
 
+def takes_a_closed_port_for_the_end_of_a_load(patch: pytest.MonkeyPatch) -> None:
+    def failed(model: Model, fact: ListingFailed) -> Model:
+        after = listings.listing_failed(model, fact)
+        return replace(after, pending=None) if fact.trouble is Trouble.REFUSED else after
+
+    patch.setitem(applying.CHANGES, ListingFailed, failed)
+
+
 def unloads_what_is_in_use(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Model, "needed", property(lambda model: model.wanted))
     patch.setattr(planning, "LINGER", 0.0)
@@ -345,6 +362,7 @@ PLANTED: list[tuple[Callable[[pytest.MonkeyPatch], None], str, tuple[str, ...], 
     (unloads_what_is_not_ours, "I5", ("another loads it", "window", "restart"), 11),
     (never_backs_off, "I10", ("load fails", "load refused"), 7),
     (forgets_its_load_in_a_restart, "I3", ("killed while loading",), 7),
+    (takes_a_closed_port_for_the_end_of_a_load, "I3", ("evicted", "port closed"), 7),
     (unloads_what_is_in_use, "I5", ("answer stalls", "window", "by hand"), 6),
     (displaces_what_is_not_ours, "I5", ("another loads by request", "evicted", "upgraded or downgraded"), 2),
     (waits_for_ever, "I15", ("load cut", "load fails", "load garbled"), 6),

@@ -179,6 +179,7 @@ class InProcessSocket:
         self.open = True
         self.session = SdkSession(site.studio, path, self._hear, self._hang_up)
         site.studio.on_power.append(self._power)
+        site.sockets.append(self)
 
     @classmethod
     async def dial(cls, site: "Site", life: int, path: str) -> "InProcessSocket":
@@ -217,6 +218,7 @@ class InProcessSocket:
         if self.open:
             self.open = False
             self.site.studio.on_power.remove(self._power)
+            self.site.sockets.remove(self)
             self.inbox.put_nowait(None)
 
     def _power(self, up: bool) -> None:
@@ -271,6 +273,7 @@ class Site:
     max_loading: int = 1
     memory: int | None = None
     sdk: bool = False
+    sockets: list[InProcessSocket] = field(default_factory=list)  # that are open
 
 
 # --- the judge ------------------------------------------------------------------------------------------
@@ -1019,9 +1022,10 @@ class World:
             case "restart":
                 studio.restart(chance.choice([0.0, 0.5, 20.0, 200.0]))
             case "port closed":
-                # `lms server stop`: what is loaded stays. (A load under way would, too.)
-                if not studio.memory.loads:
-                    self.cut_off(site, "closed", seconds)
+                # `lms server stop`, or the end of a tunnel: what is loaded stays, and what is being loaded goes on.
+                self.cut_off(site, "closed", seconds)
+                for socket in list(site.sockets):
+                    socket._hang_up()
             case "unreachable":
                 self.cut_off(site, "unreachable", seconds)
             case "connect hangs":
