@@ -54,6 +54,9 @@ class Keeping(Protocol):
     def present(self, upstream: str, kind: str, /) -> Sequence[ModelId]:
         """The models of a kind that may answer there when LM Studio chooses."""
 
+    def is_lm_studio(self, upstream: str, /) -> bool:
+        """Whether it is known to be LM Studio, and no other server."""
+
     def rows(self, upstream: str, /) -> Mapping[str, Sequence[str]]:
         """The aliases of each row of that upstream's listing, by the row's folded key."""
 

@@ -462,6 +462,11 @@ class Keeper:
         """The aliases that belong to each row of a listing of `upstream`, by the row's folded key."""
         return self._names.rows(upstream)
 
+    def is_lm_studio(self, upstream: str) -> bool:
+        """Whether it is known to be LM Studio, and no other server."""
+        shelf = self._shelves.get(upstream)
+        return shelf is not None and shelf.upstream.tier is not None and shelf.upstream.tier.lm_studio
+
     def present(self, upstream: str, kind: str) -> tuple[ModelId, ...]:
         """Models of a kind that may answer there when LM Studio chooses: those with an instance."""
         shelf = self._shelves.get(upstream)

@@ -42,6 +42,7 @@ class Route:
     one: bool = False  # its path names a model
     stores: bool = False  # what it answers may be gone on from, by its id
     stored: bool = False  # its path names such an answer
+    foreign: bool = False  # LM Studio has no such route, other servers do
 
     @property
     def names(self) -> bool:
@@ -58,40 +59,65 @@ _MODEL: Final = Route("other", Protocol.OPENAI, one=True)
 _STORED: Final = Route("other", Protocol.OPENAI, stored=True)
 _SDK: Final = Route("sdk", Protocol.PLAIN, websocket=True)
 
-_ROUTES: Final = {
-    (b"POST", b"/v1/chat/completions"): Route("chat", Protocol.CHAT, inference=True, streams=True),
-    (b"POST", b"/v1/completions"): Route("completions", Protocol.COMPLETIONS, inference=True, streams=True),
-    (b"POST", b"/v1/responses"): Route(
-        "responses", Protocol.RESPONSES, inference=True, streams=True, stores=True
-    ),
-    (b"POST", b"/v1/messages"): Route("messages", Protocol.MESSAGES, inference=True, streams=True),
-    (b"POST", b"/v1/embeddings"): Route("embeddings", Protocol.OPENAI, inference=True, kind="embedding"),
-    (b"POST", b"/v1/rerank"): Route("rerank", Protocol.OPENAI, inference=True, kind="reranker"),
-    (b"GET", b"/v1/models"): _MODELS,
-    (b"POST", b"/api/v0/chat/completions"): Route("v0_chat", Protocol.CHAT, inference=True, streams=True),
-    (b"POST", b"/api/v0/completions"): Route(
-        "v0_completions", Protocol.COMPLETIONS, inference=True, streams=True
-    ),
-    (b"POST", b"/api/v0/embeddings"): Route(
-        "v0_embeddings", Protocol.OPENAI, inference=True, kind="embedding"
-    ),
-    (b"GET", b"/api/v0/models"): _MODELS,
-    (b"POST", b"/api/v1/chat"): Route(
-        "native_chat", Protocol.NATIVE, inference=True, streams=True, stores=True
-    ),
-    (b"GET", b"/api/v1/models"): Route("models", Protocol.NATIVE, rows="models"),
-    (b"POST", b"/api/v1/models/load"): Route("load", Protocol.NATIVE, changes=True),
-    (b"POST", b"/api/v1/models/unload"): Route("unload", Protocol.NATIVE, changes=True),
-    (b"POST", b"/api/v1/models/download"): Route("download", Protocol.NATIVE, changes=True),
-    # llama-server's router.
-    (b"POST", b"/models/load"): Route("other", Protocol.OPENAI, changes=True),
-    (b"POST", b"/models/unload"): Route("other", Protocol.OPENAI, changes=True),
-    (b"GET", b"/lmstudio-greeting"): Route("greeting", Protocol.PLAIN),
-    (b"GET", b"/embedding"): Route("sdk", Protocol.PLAIN, websocket=True, kind="embedding"),
-} | {
-    (b"GET", b"/" + namespace): _SDK
-    for namespace in (b"llm", b"system", b"files", b"repository", b"diagnostics", b"plugins")
-}
+_ROUTES: Final = (
+    {
+        (b"POST", b"/v1/chat/completions"): Route("chat", Protocol.CHAT, inference=True, streams=True),
+        (b"POST", b"/v1/completions"): Route(
+            "completions", Protocol.COMPLETIONS, inference=True, streams=True
+        ),
+        (b"POST", b"/v1/responses"): Route(
+            "responses", Protocol.RESPONSES, inference=True, streams=True, stores=True
+        ),
+        (b"POST", b"/v1/messages"): Route("messages", Protocol.MESSAGES, inference=True, streams=True),
+        (b"POST", b"/v1/embeddings"): Route("embeddings", Protocol.OPENAI, inference=True, kind="embedding"),
+        (b"POST", b"/v1/rerank"): Route("rerank", Protocol.OPENAI, inference=True, kind="reranker"),
+        (b"GET", b"/v1/models"): _MODELS,
+        (b"POST", b"/api/v0/chat/completions"): Route("v0_chat", Protocol.CHAT, inference=True, streams=True),
+        (b"POST", b"/api/v0/completions"): Route(
+            "v0_completions", Protocol.COMPLETIONS, inference=True, streams=True
+        ),
+        (b"POST", b"/api/v0/embeddings"): Route(
+            "v0_embeddings", Protocol.OPENAI, inference=True, kind="embedding"
+        ),
+        (b"GET", b"/api/v0/models"): _MODELS,
+        (b"POST", b"/api/v1/chat"): Route(
+            "native_chat", Protocol.NATIVE, inference=True, streams=True, stores=True
+        ),
+        (b"GET", b"/api/v1/models"): Route("models", Protocol.NATIVE, rows="models"),
+        (b"POST", b"/api/v1/models/load"): Route("load", Protocol.NATIVE, changes=True),
+        (b"POST", b"/api/v1/models/unload"): Route("unload", Protocol.NATIVE, changes=True),
+        (b"POST", b"/api/v1/models/download"): Route("download", Protocol.NATIVE, changes=True),
+        # llama-server's router; it loads for whatever names a model.
+        (b"POST", b"/models/load"): Route("other", Protocol.OPENAI, changes=True),
+        (b"POST", b"/models/unload"): Route("other", Protocol.OPENAI, changes=True),
+        (b"POST", b"/chat/completions"): Route(
+            "chat", Protocol.CHAT, inference=True, streams=True, foreign=True
+        ),
+        (b"POST", b"/responses"): Route(
+            "responses", Protocol.RESPONSES, inference=True, streams=True, stores=True, foreign=True
+        ),
+        (b"POST", b"/v1/messages/count_tokens"): Route(
+            "other", Protocol.MESSAGES, inference=True, foreign=True
+        ),
+        (b"GET", b"/lmstudio-greeting"): Route("greeting", Protocol.PLAIN),
+        (b"GET", b"/embedding"): Route("sdk", Protocol.PLAIN, websocket=True, kind="embedding"),
+    }
+    | {
+        (b"POST", path): Route(name, Protocol.OPENAI, inference=True, kind=kind, foreign=True)
+        for name, kind, paths in (
+            ("embeddings", "embedding", (b"/embeddings", b"/embedding")),
+            ("rerank", "reranker", (b"/rerank", b"/reranking", b"/v1/reranking")),
+            # These stream, too, in ways of their own: they are held without a word.
+            ("completions", "llm", (b"/completions", b"/completion", b"/infill")),
+            ("other", "llm", (b"/tokenize", b"/detokenize", b"/apply-template")),
+        )
+        for path in paths
+    }
+    | {
+        (b"GET", b"/" + namespace): _SDK
+        for namespace in (b"llm", b"system", b"files", b"repository", b"diagnostics", b"plugins")
+    }
+)
 
 
 #: A request that the daemon itself asks in the name of a caller of its streaming prompt API.

@@ -160,7 +160,13 @@ class Proxy:
             return call.then(self._pass(call, self.upstreams.default))  # LM Studio says what is wrong with it
         # In a body that is not there the default could not be named.
         meaning = await self.keeping.meaning(asked.model, default=route.inference and asked is not NO_BODY)
-        call.meaning, models, upstream = meaning, meaning.models, meaning.upstream
+        models, upstream = meaning.models, meaning.upstream
+        if route.foreign:
+            models = tuple(model for model in models if not self.keeping.is_lm_studio(model.upstream))
+            if not models and self.keeping.is_lm_studio(upstream):
+                # Which only says so. Whoever got his base URL wrong is not to wait for a model first.
+                return call.then(self._pass(call, upstream))
+        call.meaning = meaning
         if route.name == "load" and models and self.settings.join_loads:
             return call.then(self._join(call, models))
         if not route.inference:

@@ -185,6 +185,9 @@ class Front:
     def present(self, upstream: str, kind: str) -> Sequence[ModelId]:
         return self._keeper.present(upstream, kind)
 
+    def is_lm_studio(self, upstream: str) -> bool:
+        return self._keeper.is_lm_studio(upstream)
+
     def rows(self, upstream: str) -> Mapping[str, Sequence[str]]:
         return self._keeper.rows(upstream)
 

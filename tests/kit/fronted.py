@@ -165,6 +165,7 @@ class Keep:
         self.upstreams: tuple[str, ...] = ("local",)
         self.default: str | None = None
         self.listings: dict[str, dict[str, Entry]] = {}
+        self.lm_studio = True
         self.waiting = 0
         self.warm_asked = 0
 
@@ -197,6 +198,9 @@ class Keep:
     def present(self, upstream: str, kind: str, /) -> Sequence[ModelId]:
         here = [(model, it) for model, it in self.models.items() if model.upstream == upstream]
         return [model for model, it in here if it.state == "warm" and it.kind == kind]
+
+    def is_lm_studio(self, upstream: str, /) -> bool:
+        return self.lm_studio
 
     def rows(self, upstream: str, /) -> Mapping[str, Sequence[str]]:
         return self.names.rows(upstream)

@@ -35,6 +35,17 @@ def test_routes_that_need_a_model_are_known_in_every_spelling(method, path, name
 
 
 @pytest.mark.parametrize(
+    "path",
+    ["chat/completions", "completions", "completion", "infill", "responses", "embeddings", "embedding", "rerank",
+     "reranking", "v1/reranking", "v1/messages/count_tokens", "tokenize", "detokenize", "apply-template"],
+)  # fmt: skip
+def test_routes_of_llama_server_that_need_a_model_are_known_and_told_from_those_of_lm_studio(path):
+    assert route_of(b"POST", b"/" + path.encode()).inference
+    assert route_of(b"POST", b"/" + path.encode() + b"/?x=1").foreign
+    assert not route_of(b"GET", b"/" + path.encode()).inference
+
+
+@pytest.mark.parametrize(
     ("target", "mode", "behind"),
     [
         (b"/heartbeat/reasoning/v1/chat/completions?x=1", "reasoning", b"/v1/chat/completions?x=1"),

@@ -599,3 +599,20 @@ async def test_an_unload_does_not_wait_for_a_ping_that_nobody_answers():
 
         assert status == 200
         assert now() - began < 1.5
+
+
+@pytest.mark.parametrize("lm_studio", [True, False])
+async def test_a_route_that_lm_studio_does_not_have_waits_for_a_model_where_another_server_may_be(lm_studio):
+    loaded = asyncio.Event()
+    keep = cold(loaded=loaded, aliases=("alias",))
+    keep.lm_studio = lm_studio
+    asked = post("/chat/completions", b'{"model":"alias","messages":[]}')
+    async with fronted(keep=keep) as (front, upstream):
+        call = asyncio.create_task(ask(front.port, asked))
+        await asyncio.sleep(1.0)
+        waiting = not call.done()
+        loaded.set()
+        assert (await call)[0] == 200
+
+        assert waiting == (not lm_studio)
+        assert (b'"alias"' in upstream.bodies[0]) == lm_studio

@@ -272,6 +272,18 @@ async def test_a_caller_of_a_cold_model_waits_for_the_one_load(engine) -> None:
     assert loads == 1
 
 
+async def test_no_other_route_of_the_router_makes_it_load_what_is_kept() -> None:
+    with Router() as there:
+        there.model("a", load_seconds=60.0)
+        async with daemon(settings(there.url, 'key = "a"\nmax_wait = "100ms"')) as running:
+            paths = ("/chat/completions", "/completion", "/embeddings", "/v1/messages/count_tokens")
+            answers = [await asked(running.url + path, "POST", {"model": "a"}) for path in paths]
+            told = [line for line in there.asked if line.startswith("POST")]
+
+    assert [status for status, *_ in answers] == [503] * len(paths)
+    assert told in ([], ["POST /models/load"])
+
+
 async def test_what_was_primed_is_not_read_again_when_a_caller_begins_with_it(engine, tmp_path: Path) -> None:
     system = {"role": "system", "content": " ".join(f"Rule {n}: wash your hands." for n in range(40))}
     (tmp_path / "agent.json").write_text(json.dumps({"messages": [system]}))
