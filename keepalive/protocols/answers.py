@@ -91,7 +91,22 @@ def _error_of(body: bytes) -> object:
     if not isinstance(error, dict | str) and answer.get("type") == "error":
         told = {name: value for name, value in answer.items() if name not in ("type", "error")}
         return told if isinstance(answer.get("message"), str) else None  # OpenAI's flat event
+    if error is None and answer.get("object") == "error" and isinstance(answer.get("message"), str):
+        return {name: value for name, value in answer.items() if name != "object"}  # vLLM's, until 2025
+    if answer.keys() == {"detail"}:
+        return _detail(answer["detail"])  # of whatever is made with FastAPI
     return error
+
+
+def _detail(detail: object) -> str | None:
+    if isinstance(detail, list):
+        told = [part for part in detail if isinstance(part, dict) and isinstance(part.get("msg"), str)]
+        detail = "; ".join(_place(part.get("loc")) + part["msg"] for part in told) or None
+    return detail if isinstance(detail, str) else None
+
+
+def _place(where: object) -> str:
+    return "/".join(map(str, where)) + ": " if isinstance(where, list) else ""
 
 
 def _message_of(error: object) -> str | None:

@@ -12,12 +12,9 @@ def text(body: bytes) -> str:
     return body.decode(json.detect_encoding(body), "replace")
 
 
-def _refuse(constant: str) -> object:
-    raise ValueError(f"{constant} is not JSON")
-
-
-# Python reads no integer of thousands of digits, JavaScript does; so every number is a float here.
-JSON: Final = json.JSONDecoder(parse_int=float, parse_constant=_refuse)
+# Python reads no integer of thousands of digits, JavaScript does; so every number is a float here. NaN and Infinity
+# are no JSON, and LM Studio says so; but servers in Python read them, and would load the model that stands beside.
+JSON: Final = json.JSONDecoder(parse_int=float)
 
 
 def parsed(raw: bytes) -> object:

@@ -104,7 +104,7 @@ class TopLevel:
                 self._string = True
             elif byte in b"{[":
                 self._depth = 1
-            elif byte in b"-0123456789tfn":
+            elif byte in b"-0123456789tfnNI":  # NaN and Infinity as in `JSON`
                 self._expect = self.SCALAR
             else:
                 self._expect = self.BROKEN

@@ -42,6 +42,7 @@ def small_and_large(text: str) -> list[Asked]:
         ('{"model":"ä 😀 \\ud83d\\ude00 \\" \\\\"}', 'ä 😀 😀 " \\', False),
         ('{"model":""}', "", False),
         ('{"model":"a","model":"b"}', "b", False),
+        ('{"temperature":NaN,"model":"a","top_p":-Infinity}', "a", False),
         ('{"model":"a","model":null}', None, False),
         ('{"model":"a","model":{"model":"c"}}', None, False),
         ('{"stream":true,"stream":1,"model":"a"}', "a", False),
