@@ -38,8 +38,12 @@ from keepalive.core.facts import (
     ModelFact,
     ModelId,
     ReleaseAsked,
+    RequestEnded,
+    RequestsCounted,
+    RequestStarted,
     UpstreamFact,
     UsedElsewhere,
+    WaitStarted,
     WarmAsked,
 )
 from keepalive.core.records import Model, Snapshot, Upstream, UpstreamState, is_loading
@@ -133,6 +137,7 @@ class Cluster:
         self._said_refused = False
         self._useless = False  # that has lasted
         self._used_told: Mapping[ModelId, UsedElsewhere] = {}
+        self._came: dict[ModelId, float] = {}  # when a caller of ours last came for it, or was answered
         self._uses_said: Mapping[ModelId, Use] = {}
         self._uses_at = -inf
         # With the row, since a late write or a restored etcd may have put another one in its place.
@@ -224,6 +229,8 @@ class Cluster:
         return None
 
     def observe(self, fact: Fact, before: Model | Upstream, after: Model | Upstream) -> None:
+        if isinstance(fact, WaitStarted | RequestStarted | RequestEnded | RequestsCounted):
+            self._came[folded(fact.model)] = fact.at
         if not isinstance(before, Model) or not isinstance(after, Model):
             if isinstance(before, Upstream) and isinstance(after, Upstream) and before.state != after.state:
                 self._say()
@@ -850,7 +857,8 @@ class Cluster:
         uses = {
             folded(m.id): Use(
                 m.waiting,
-                used=m.in_flight > 0 or m.use_at > since,
+                # By callers of ours. Who else uses it whoever acts sees as well as we do, a ping of its own among that.
+                used=m.in_flight > 0 or self._came.get(folded(m.id), -inf) > since,
                 yielded=m.draining and folded(m.id) in self._seen.yields,
             )
             for m in snapshot.models

@@ -14,7 +14,7 @@ from keepalive.cluster.etcd import Access, Etcd
 from keepalive.cluster.hold import Hold
 from keepalive.cluster.member import Cluster, Self
 from keepalive.core.apply import apply
-from keepalive.core.facts import ModelId
+from keepalive.core.facts import ModelId, RequestEnded, RequestsCounted, RequestStarted, WaitStarted
 from keepalive.core.records import Model, Snapshot
 from tests.kit.live import until
 from tests.kit.models import GEMMA, a_model, warm
@@ -127,6 +127,25 @@ def test_a_request_for_what_is_warm_is_no_write_of_its_own():
     now = 102.9
     assert cluster._is_news(used)
     assert not cluster._is_news({})
+
+
+def test_only_its_own_callers_are_a_use_that_a_member_tells_and_neither_a_ping_of_another_nor_a_persons_wish():
+    seen = replace(warm(), use_at=50.0)  # LM Studio works for somebody just now, or a person has asked for it
+    keeping = Records(seen, replace(seen, id=QWEN))
+    cluster = a_member(keeping)
+    assert cluster._uses(keeping.snapshot()) == {}
+
+    used = {GEMMA: rows.Use(used=True)}
+    for at in (44.0, 43.0):
+        for fact in (
+            WaitStarted(at, GEMMA),
+            RequestStarted(at, GEMMA),
+            RequestEnded(at, GEMMA, answered=True),
+            RequestsCounted(at, GEMMA, 1, 1),
+        ):
+            cluster = a_member(keeping)
+            cluster.observe(fact, seen, seen)
+            assert cluster._uses(keeping.snapshot()) == (used if at == 44.0 else {})
 
 
 def test_the_word_that_a_model_is_given_to_nobody_is_taken_back_at_once():
