@@ -85,7 +85,18 @@ _WORD: Final = {
     Protocol.NATIVE: re.compile(rb'"content"\s*:\s*"[^"]|"type"\s*:\s*"(?:invalid_)?tool_call'),
 }
 
+_BACKSLASH: Final = ord("\\")
+
 _ERROR: Final = re.compile(rb'"error"\s*:\s*["{]|"type"\s*:\s*"error"')
+
+
+def closing_quote(text: bytes, quote: int) -> int:
+    """The first quote from `quote` on that no backslash stands before; 0 where that is not seen at once."""
+    while quote > 1 and text[quote - 1] == _BACKSLASH:
+        if text[quote - 2] == _BACKSLASH:
+            return 0  # whether that one is itself written by two is for a closer look
+        quote = text.find(b'"', quote + 1)
+    return max(quote, 0)
 
 
 class Meter:
@@ -111,6 +122,7 @@ class Meter:
         "prefix",
         "said",
         "suffix",
+        "wire_suffix",
     )
 
     def __init__(self, protocol: Protocol, sent_at: float) -> None:
@@ -146,6 +158,8 @@ class Meter:
         #: begins and ends like this, with no quote between, says nothing but its text.
         self.prefix = b""
         self.suffix = b""
+        #: And at the end of the chunk that it came in.
+        self.wire_suffix = b""
         self._looks = _LOOKS
 
     def feed(self, now: float, chunk: bytes) -> None:
@@ -159,7 +173,9 @@ class Meter:
             while chunk.startswith(prefix, at):
                 quote = chunk.find(b'"', at + len(prefix))
                 if not chunk.startswith(suffix, quote):
-                    break
+                    quote = closing_quote(chunk, quote)
+                    if not chunk.startswith(suffix, quote):
+                        break
                 events += 1
                 at = quote + len(suffix)
                 if at == end:
@@ -172,7 +188,13 @@ class Meter:
         """As `feed`, for whoever has seen that what came is so many whole events of the known form."""
         self.last_at = now
         self.events += events
-        self._observe(now, events)
+        # As `_observe`, for each event of a stream.
+        gap = now - self._event_at
+        self._event_at = now
+        self.gap_seconds += gap
+        self.gaps[bisect_left(GAP_BOUNDS, gap)] += 1
+        if events > 1:
+            self.gaps[0] += events - 1
 
     def _observe(self, now: float, events: int) -> None:
         gap = now - self._event_at
@@ -245,6 +267,7 @@ class Meter:
         end = chunk.find(b'"', begin)
         if b"\\" not in chunk[begin:end]:
             self.prefix, self.suffix = chunk[:begin], chunk[end:]
+            self.wire_suffix = self.suffix + b"\r\n"
 
     def _whole_lines(self, chunk: bytes) -> bytes:
         """`chunk` up to its last line end; the rest is kept for the next time, or looked at now if too long.

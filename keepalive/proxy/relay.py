@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Final
 
 from keepalive.http1 import CHUNK_SIZES, Reply
-from keepalive.protocols.meter import Meter, Words
+from keepalive.protocols.meter import Meter, Words, closing_quote
 from keepalive.protocols.sse import BOM, Splitter
 
 #: Of an event that is not complete yet: held back, so that what a caller has always ends where an event does.
@@ -42,6 +42,11 @@ async def first_error(reply: Reply) -> bytes:
         if looks_like_error(first):
             return first + await reply.read(HELD_BACK_BYTES)
     return first
+
+
+def no_error(first: bytes) -> bool:
+    """Whether so much of a body is enough to see that it is none."""
+    return len(first) >= _LOOK_BYTES and b'"error"' not in first
 
 
 def _may_be_error(first: bytes) -> bool:
@@ -127,20 +132,22 @@ class Events:
         meter, write = self.meter, self._write
         if not self._at_end or meter is None or write is None or not meter.prefix:
             return 0
-        prefix, suffix = meter.prefix, meter.suffix
+        prefix, suffix = meter.prefix, meter.wire_suffix
         at = events = passed = 0
         while True:
             begin = wire.find(b"\n", at, at + 6) + 1
             if not wire.startswith(prefix, begin):
                 break
             quote = wire.find(b'"', begin + len(prefix))
+            if not wire.startswith(suffix, quote):
+                quote = closing_quote(wire, quote)
+                if not wire.startswith(suffix, quote):
+                    break
             end = quote + len(suffix)
-            size = end - begin
-            if not (wire.startswith(suffix, quote) and wire.startswith(b"\r\n", end) and size < _CHUNK_SIZES):
+            size = end - begin - 2
+            if not (size < _CHUNK_SIZES and wire.startswith(CHUNK_SIZES[size], at)):
                 break
-            if not wire.startswith(CHUNK_SIZES[size], at):
-                break
-            at = end + 2
+            at = end
             events += 1
             passed += size
         if events:
