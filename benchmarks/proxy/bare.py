@@ -42,6 +42,9 @@ class AlwaysWarm:
     def view(self, model: ModelId, /) -> View:
         return self.view_of_it
 
+    def ready(self, models: Sequence[ModelId], /) -> ModelId | None:
+        return models[0]
+
     async def ensure_warm(self, models: Sequence[ModelId], /) -> ModelId:
         return models[0]
 

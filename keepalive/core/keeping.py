@@ -62,6 +62,9 @@ class Keeping(Protocol):
 
     def view(self, model: ModelId, /) -> View: ...
 
+    def ready(self, models: Sequence[ModelId], /) -> ModelId | None:
+        """Which of them is to be asked at once: the least busy of those that are warm; None where none is."""
+
     async def ensure_warm(self, models: Sequence[ModelId], /) -> ModelId:
         """Waits until one of them is warm. Raises NotWarm. Cancelling it is leaving: the load goes on."""
 

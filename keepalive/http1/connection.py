@@ -17,6 +17,7 @@ from keepalive.http1.exchange import REASONS, Exchange
 from keepalive.http1.heads import (
     CHUNKED,
     BadHead,
+    Familiar,
     Headers,
     HeadReader,
     RequestHead,
@@ -67,6 +68,7 @@ class Owner(Protocol):
     outbox: Outbox
     turns: Turns
     watch: Watch
+    familiar: Familiar
     connections: "set[Connection]"
     closing: bool  # what is under way may end, and nothing begins
     refusals: int  # answers to bytes that never became a request
@@ -198,24 +200,20 @@ class Connection(Sender):
     # --- the request ------------------------------------------------------------------------------
 
     def _await_head(self) -> None:
-        limits = self.listener.limits
-        self._reader = request_reader(limits.head_bytes)
-        self._deadline = self.listener.loop.time() + limits.header_timeout
+        self._deadline = self.listener.loop.time() + self.listener.limits.header_timeout
 
     def _read_head(self, data: bytes) -> None:
-        reader = self._reader
-        assert reader is not None
-        try:
-            rest = reader.feed(data)
-            if rest is None:
+        found = self.listener.familiar.find(data) if self._reader is None else None
+        if found is None:
+            found = self._read_new_head(data)
+            if found is None:
                 return
-            head = request_head(reader)
-            if head.body > self.listener.limits.body_bytes:
-                raise BadHead(413, f"the body is larger than {self.listener.limits.body_bytes} bytes")
-        except BadHead as bad:
-            self._refuse(bad, head_so_far(reader))
+        head, rest = found
+        if head.body > self.listener.limits.body_bytes:
+            self._refuse(
+                BadHead(413, f"the body is larger than {self.listener.limits.body_bytes} bytes"), head
+            )
             return
-        self._reader = None
         self._fresh = False
         self._left = max(head.body, 0)
         self._chunks = Chunks() if head.body == CHUNKED else None
@@ -225,6 +223,23 @@ class Connection(Sender):
         self.listener.turns.begin(self._begin)
         if rest:
             self.data_received(rest)
+
+    def _read_new_head(self, data: bytes) -> tuple[RequestHead, bytes] | None:
+        """As `Familiar.find`, by the grammar; None where it has not come to its end, or is refused."""
+        whole = self._reader is None
+        reader = self._reader = self._reader or request_reader(self.listener.limits.head_bytes)
+        try:
+            rest = reader.feed(data)
+            if rest is None:
+                return None
+            head = request_head(reader)
+        except BadHead as bad:
+            self._refuse(bad, head_so_far(reader))
+            return None
+        self._reader = None
+        if whole:
+            self.listener.familiar.remember(data, head)
+        return head, rest
 
     def _read_body(self, exchange: Exchange, data: bytes) -> bytes:
         """Takes the body's part of `data`; returns what stands behind it."""
@@ -397,6 +412,10 @@ class Connection(Sender):
         """It is all over, and his turn has not come: he is told so, as those are whose turn has."""
         if self._exchange is not None and not self._running and not self._exchange.gone:
             self._refuse(BadHead(503, "the proxy is shutting down"), self._exchange.head)
+
+    def cancel(self) -> None:
+        if self.task is not None:
+            self.task.cancel()
 
     def reset(self) -> None:
         self.flush()

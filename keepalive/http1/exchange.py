@@ -34,6 +34,9 @@ class Caller(Protocol):
     def body_ended(self) -> bool: ...
 
     async def read(self) -> bytes: ...
+    def read_whole(self) -> bytes | None:
+        """All of the request body, where it has come in one piece; else `read` it."""
+
     async def drained(self) -> None: ...
     def start(
         self, status: int, headers: Headers, *, reason: bytes | None = None, length: int | None = None
@@ -44,6 +47,9 @@ class Caller(Protocol):
         """What writes a chunk of the body as it stands on the wire, where that is how the body is written."""
 
     def finish(self) -> None: ...
+    def cancel(self) -> None:
+        """Cancels whoever answers."""
+
     def answer(self, status: int, headers: Headers, body: bytes) -> None: ...
     def abort(self) -> None: ...
     async def tunnel(self, reply: Reply, headers: Headers, between: Between | None) -> None: ...
@@ -63,6 +69,9 @@ class Connection(Protocol):
         """There is room for more of it."""
 
     def reset(self) -> None: ...
+    def cancel(self) -> None:
+        """Cancels whoever answers."""
+
     async def join(self, reply: Reply, between: Between | None, /) -> None: ...
 
 
@@ -120,6 +129,14 @@ class Exchange:
     def body_ended(self) -> bool:
         """Every byte of the request body has been read by `read`."""
         return self.body_came and not self._pieces
+
+    def read_whole(self) -> bytes | None:
+        """All of the request body, where it has come in one piece; else `read` it."""
+        if not self.body_came or len(self._pieces) != 1:
+            return None
+        self.kept_bytes = 0
+        self._connection.read_on()
+        return self._pieces.pop()
 
     async def read(self) -> bytes:
         """The next bytes of the request body; empty at its end."""
@@ -221,6 +238,10 @@ class Exchange:
         self.start(status, headers, length=len(body))
         self.push(body)
         self.finish()
+
+    def cancel(self) -> None:
+        """Cancels whoever answers."""
+        self._connection.cancel()
 
     def abort(self) -> None:
         """Ends the connection so that the caller cannot take what it has for the whole answer."""

@@ -166,10 +166,13 @@ class _Head:
 class RequestHead(_Head):
     """What a caller asked. `body` is the length of its body, or CHUNKED."""
 
-    __slots__ = ("body", "expects", "keeps_alive", "method", "minor", "target", "upgrade")
+    __slots__ = ("body", "expects", "keeps_alive", "like", "method", "minor", "reading", "target", "upgrade")
 
     def __init__(self, method: bytes, target: bytes, headers: Headers, minor: int = 1) -> None:
         super().__init__(headers)
+        #: The first of the heads that said the same, and what whoever answers made of that one. It does not change.
+        self.like: RequestHead = self
+        self.reading: object = None
         self.method = method
         self.target = target
         self.minor = minor
@@ -178,6 +181,16 @@ class RequestHead(_Head):
         self.upgrade: bytes | None = None  # what the caller asks to speak instead of HTTP
         # HTTP/1.0 clients that want to be kept are older than the models: one request each is enough.
         self.keeps_alive = minor == 1 and b"close" not in self.listed(b"connection")
+
+    def again(self, body: int) -> "RequestHead":
+        """Another one that says the same, but for the length of its body."""
+        head = object.__new__(RequestHead)
+        head._headers, head._by_name = self._headers, self._by_name
+        head.like, head.reading = self, None
+        head.method, head.target, head.minor = self.method, self.target, self.minor
+        head.body, head.expects, head.upgrade = body, self.expects, self.upgrade
+        head.keeps_alive = self.keeps_alive
+        return head
 
 
 class ReplyHead(_Head):
@@ -196,6 +209,60 @@ class ReplyHead(_Head):
         #: Server-sent events; those that can be read, not being compressed.
         self.events = len(kind) == 1 and kind[0].lower().startswith(b"text/event-stream")
         self.stream = self.events and not self.values(b"content-encoding")
+
+
+#: Of heads that are remembered: how many, and how long one may be.
+_REMEMBERED = 128
+_REMEMBERED_BYTES = 4096
+
+
+class Familiar:
+    """Heads that came before. A program that asks a thousand times says the same each time, but for one number.
+
+    Only what was read whole and found to be a request is remembered. So whatever is found here was checked byte for
+    byte: what differs are the digits of its one Content-Length, and that is not among its headers.
+    """
+
+    __slots__ = ("_heads",)
+
+    def __init__(self) -> None:
+        self._heads: dict[bytes, RequestHead] = {}
+
+    def find(self, data: bytes) -> tuple[RequestHead, bytes] | None:
+        """The head that `data` begins with, and the bytes behind it; None where it comes for the first time."""
+        end = data.find(b"\r\n\r\n") + 4
+        if not 4 <= end <= _REMEMBERED_BYTES:
+            return None
+        begin, stop = _length_in(data, end)
+        known = self._heads.get(data[:begin] + data[stop:end])
+        if known is None:
+            return None
+        return known.again(int(data[begin:stop]) if stop else known.body), data[end:]
+
+    def remember(self, data: bytes, head: RequestHead) -> None:
+        """`head` is what `data` begins with."""
+        end = data.find(b"\r\n\r\n") + 4
+        if not 4 <= end <= _REMEMBERED_BYTES:
+            return
+        if len(self._heads) >= _REMEMBERED:
+            self._heads.clear()
+        begin, stop = _length_in(data, end)
+        head.like = head.again(head.body)
+        head.like.like = head.like
+        if stop:
+            head.like.headers = [pair for pair in head.headers if pair[0].lower() != b"content-length"]
+        self._heads[data[:begin] + data[stop:end]] = head.like
+
+
+def _length_in(data: bytes, end: int) -> tuple[int, int]:
+    """Where the digits of a Content-Length begin and stop in a head of `end` bytes; nowhere where none are seen."""
+    at = data.find(b"ength: ", 0, end)
+    if at < 11 or data[at - 11 : at].lower() != b"\r\ncontent-l":
+        return 0, 0
+    begin = at + len(b"ength: ")
+    stop = data.find(b"\r\n", begin)
+    digits = data[begin:stop]
+    return (begin, stop) if digits.isdigit() and len(digits) <= 18 else (0, 0)
 
 
 def request_reader(limit: int) -> HeadReader:

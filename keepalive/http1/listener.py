@@ -5,7 +5,7 @@ import logging
 import socket
 
 from keepalive.http1.connection import Connection, Handler, Refusal
-from keepalive.http1.heads import Headers, RequestHead
+from keepalive.http1.heads import Familiar, Headers, RequestHead
 from keepalive.http1.limits import Limits
 from keepalive.http1.outbox import Outbox
 from keepalive.http1.ticker import Ticker
@@ -43,6 +43,7 @@ class Listener:
         self.outbox = Outbox(self.loop)
         self.turns = Turns(self.loop)
         self.watch = Watch()
+        self.familiar = Familiar()
         self.connections: set[Connection] = set()
         self.closing = False
         #: Answers to bytes that never became a request.

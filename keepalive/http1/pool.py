@@ -87,9 +87,29 @@ class Pool:
         closed is not an error while the request can be sent again: nobody has read it. What cannot be sent
         again, because of `more` or because it may be done `once` only, gets a connection of its own.
         """
+        begin = self.begin(method, target, headers)
+        return await self.send_on(method, begin, body, more=more, framing=framing, upgrade=upgrade, once=once)
+
+    async def send_on(
+        self,
+        method: bytes,
+        begin: bytes,
+        body: bytes,
+        *,
+        more: Callable[[], Awaitable[bytes]] | None = None,
+        framing: int | None = None,
+        upgrade: bool = False,
+        once: bool = False,
+    ) -> Reply:
+        """As `send`, with a head that has begun already."""
         if framing is None and body:
             framing = len(body)
-        head = self._head(method, target, headers, framing)
+        if framing is None:
+            head = begin + b"\r\n"
+        elif framing == CHUNKED:
+            head = begin + b"Transfer-Encoding: chunked\r\n\r\n"
+        else:
+            head = b"%bContent-Length: %d\r\n\r\n" % (begin, framing)
         if framing == CHUNKED and body:
             body = _chunk(body)
         alone = once or more is not None
@@ -118,14 +138,11 @@ class Pool:
                 link.let_go(None)
                 raise
 
-    def _head(self, method: bytes, target: bytes, headers: Headers, framing: int | None) -> bytes:
-        lines = [(b"Host", self.authority), *headers]
-        if framing == CHUNKED:
-            lines.append((b"Transfer-Encoding", b"chunked"))
-        elif framing is not None:
-            lines.append((b"Content-Length", b"%d" % framing))
+    def begin(self, method: bytes, target: bytes, headers: Headers) -> bytes:
+        """A head but for its end, where the framing of the body is told."""
         prefix = b"" if target == b"*" else self.prefix  # that one is for the server itself
-        return write_head(b"%b %b%b HTTP/1.1" % (method, prefix, target), lines)
+        first_line = b"%b %b%b HTTP/1.1" % (method, prefix, target)
+        return write_head(first_line, [(b"Host", self.authority), *headers]).removesuffix(b"\r\n")
 
     def keeps(self, head: ReplyHead) -> bool:
         """Whether another request may follow this answer on its connection."""

@@ -95,6 +95,11 @@ class Reply:
         return taken
 
     @property
+    def begun(self) -> bytes:
+        """The beginning of the body, where it has come; nobody has taken it yet."""
+        return self._parts[0] if self._parts else b""
+
+    @property
     def kept_bytes(self) -> int:
         """Of the body: those that came before anybody took them as they come."""
         return self._read_bytes + self._parts_bytes

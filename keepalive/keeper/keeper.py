@@ -519,7 +519,7 @@ class Keeper:
         All who wait share one load, and are woken in the order in which they came. Has no time limit. Raises
         NotWarm when waiting is of no use. Cancelling it is leaving; the load goes on while it is wanted.
         """
-        warm = self._least_busy(models)
+        warm = self.ready(models)
         if warm is not None:
             return warm
         left = list(models)
@@ -549,7 +549,7 @@ class Keeper:
 
     async def _ensure_warm(self, models: Sequence[ModelId], *, others: bool) -> ModelId:
         """The same. Where there are `others`, nobody waits for an upstream that is away."""
-        warm = self._least_busy(models)
+        warm = self.ready(models)
         if warm is not None:
             return warm
         began = self._clock()
@@ -566,14 +566,18 @@ class Keeper:
                     [self._news.setdefault(model, loop.create_future()) for model in models],
                     return_when=asyncio.FIRST_COMPLETED,
                 )
-                warm = self._least_busy(models)
+                warm = self.ready(models)
         finally:
             now = self._clock()
             for model in models:
                 self.record(WaitEnded(self._clock(), model, now - began, served=warm is not None))
         return warm
 
-    def _least_busy(self, models: Sequence[ModelId]) -> ModelId | None:
+    def ready(self, models: Sequence[ModelId]) -> ModelId | None:
+        """The least busy of those of `models` that a request may be passed on to now."""
+        if len(models) == 1:
+            known = self.glance(models[0])
+            return known.id if known is not None and known.given else None
         warm = [m.id for m in map(self.glance, models) if m is not None and m.given]
         if len(warm) < 2:
             return warm[0] if warm else None

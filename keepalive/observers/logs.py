@@ -21,7 +21,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
 from typing import TextIO
 
@@ -57,6 +56,8 @@ LINES_WAITING = 10_000
 GATHER = 0.1
 # A longer write might still be under way when the end no longer waits for it.
 WRITE_BYTES = 65_536
+# Of requests that are alike but for their numbers: how many kinds are kept rendered.
+FRAMES = 512
 # There may be room again: somebody clears the disk, or cuts the file.
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FULL_RETRY = 1.0
@@ -326,6 +327,7 @@ class _Requests:
         }
         self._as_json = as_json
         self._dated = not journal
+        self._frames: dict[tuple[object, ...], tuple[str, str]] = {}
         self._second = 0
         self._date = ""
 
@@ -336,7 +338,12 @@ class _Requests:
         first = None if seen.first_token_seconds is None else round(seen.first_token_seconds, 3)
         waited, seconds = round(seen.wait_seconds, 3), round(seen.seconds, 3)
         known = seen.route, seen.model, seen.outcome, seen.status, seen.start, seen.key, level
-        before, after = _frame(*known, as_json=self._as_json)
+        frame = self._frames.get(known)
+        if frame is None:
+            if len(self._frames) >= FRAMES:
+                self._frames.clear()
+            frame = self._frames[known] = _frame(*known, as_json=self._as_json)
+        before, after = frame
         if self._as_json:
             line = (
                 f'{before}, "waited": {waited}, "first_token": {"null" if first is None else first}, '
@@ -360,7 +367,6 @@ class _Requests:
         return f"{self._date}.{rest // 1000:06}Z"
 
 
-@lru_cache(512)
 def _frame(
     route: str,
     model: ModelId | None,

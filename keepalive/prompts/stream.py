@@ -282,9 +282,12 @@ class Stream:
     def body_ended(self) -> bool:
         return not self._body
 
-    async def read(self) -> bytes:
+    def read_whole(self) -> bytes:
         body, self._body = self._body, b""
         return body
+
+    async def read(self) -> bytes:
+        return self.read_whole()
 
     async def drained(self) -> None:
         await self._exchange.drained()
@@ -339,6 +342,9 @@ class Stream:
         ours = {b"content-type", *(name.lower() for name, _ in [*NO_STORE, *self._visit.cors])}
         kept = [pair for pair in headers if pair[0].lower() not in ours]
         self._fail(status, told.error or "refused", told.code or "refused", kept)
+
+    def cancel(self) -> None:
+        self._exchange.cancel()
 
     def abort(self) -> None:
         self.finished = True

@@ -1,6 +1,7 @@
 """The way of a caller's request: who may ask, which model it waits for, and its answer, byte for byte.
 
     proxy      one request's way, on one screen
+    reading    what a head says, found out once for all that say the same
     access     who may ask: keys, Host, Origin
     body       what was asked, kept while it waits
     sdk        WebSockets of LM Studio's own SDKs: what waits there, and what counts as use

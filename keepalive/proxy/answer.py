@@ -45,11 +45,11 @@ class Answer:
         "spoke",
     )
 
-    def __init__(self, caller: Caller, route: Route, account: Account, origins: cors.Origins) -> None:
+    def __init__(self, caller: Caller, route: Route, account: Account, grant: Headers) -> None:
         self._caller = caller
         self._route = route
         self._account = account
-        self._grant = cors.granted(caller.head, origins)
+        self._grant = grant
         self._begun = Begun() if route.protocol is Protocol.RESPONSES else None
         #: 200 and events were promised: by us, or with the head of an answer that is still to be passed on.
         self.promised = False

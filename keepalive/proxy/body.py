@@ -41,6 +41,9 @@ class Body:
         Raises BadHead where it is not what its `codings` say, or holds more than `most` bytes.
         """
         self._codings = codings
+        whole = caller.read_whole() if not codings else None
+        if whole:  # as nearly always
+            return self._read(whole, conversation=conversation)
         finder = _Packed(codings, most) if codings else _Plain(conversation=conversation)
         pieces: list[bytes] = []
         while data := await caller.read():
@@ -52,6 +55,15 @@ class Body:
             await finder.feed(data, last=caller.body_ended)
         self.data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         return finder.finish() if pieces else NO_BODY
+
+    def _read(self, data: bytes, *, conversation: bool) -> Asked | None:
+        size = len(data)
+        if self._room.taken + size > self._room.most:
+            return None
+        self._room.taken += size
+        self._kept = size
+        self.data = data
+        return read_body(data, conversation=conversation)
 
     @property
     def packed(self) -> bool:

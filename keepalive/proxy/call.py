@@ -10,17 +10,18 @@ from keepalive.core.errors import Reason, UpstreamError
 from keepalive.core.facts import InstanceLost, ModelId, RequestEnded, RequestStarted
 from keepalive.core.keeping import Keeping
 from keepalive.core.names import Meaning
-from keepalive.http1 import Caller, Reply, Ticker, preferred_wait
+from keepalive.http1 import Caller, Reply, Ticker
 from keepalive.protocols.answers import event_error
 from keepalive.protocols.asked import NOTHING_ASKED
 from keepalive.protocols.lost import Lost, looks_lost
 from keepalive.protocols.meter import Meter, Words
-from keepalive.protocols.routes import Heartbeat, Route, chosen_heartbeat
+from keepalive.protocols.routes import Heartbeat, Route
 from keepalive.proxy.account import Account
 from keepalive.proxy.answer import Answer
 from keepalive.proxy.body import Body, Room
 from keepalive.proxy.patience import Patience
-from keepalive.proxy.relay import Events, Whole, first_error, first_event, looks_like_error
+from keepalive.proxy.reading import Reading
+from keepalive.proxy.relay import Events, Whole, first_error, first_event, looks_like_error, no_error
 from keepalive.proxy.settings import Settings
 from keepalive.proxy.silence import Silence
 from keepalive.proxy.stored import Stored, Watch
@@ -28,8 +29,6 @@ from keepalive.proxy.upstreams import Upstreams
 
 #: Of an upstream's error answer: read before it is decided what becomes of it.
 ERROR_BYTES: Final = 262_144
-
-_MODES: Final = frozenset(Heartbeat)
 
 
 class Notes(Protocol):
@@ -73,20 +72,16 @@ class Call:
         "caller",
         "deadline",
         "meaning",
-        "mode",
+        "reading",
         "route",
-        "task",
     )
 
-    def __init__(self, owner: Owner, caller: Caller, route: Route, mode: str | None = None) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self.task = task
+    def __init__(self, owner: Owner, caller: Caller, reading: Reading) -> None:
         self.caller = caller
-        self.route = route
-        self.mode = mode  # of heartbeats, as its path names it
+        self.reading = reading
+        self.route = route = reading.route
         self.account = Account(route.name)
-        self.answer = Answer(caller, route, self.account, owner.settings.allowed_origins)
+        self.answer = Answer(caller, route, self.account, reading.grant)
         self._patience: Patience | None = None
         self.body = Body(owner.room)
         self.asked = NOTHING_ASKED
@@ -115,16 +110,16 @@ class Call:
 
     def hold(self, models: Sequence[ModelId]) -> None:
         """The request is for models that we keep: from here on silence is filled."""
-        head, settings, account = self.caller.head, self._owner.settings, self.account
-        views = [self._owner.keeping.view(model) for model in models]
-        best = next((index for index, view in enumerate(views) if view.state == "warm"), 0)
-        account.model, account.state = models[best], views[best].state
-        longest = views[best].max_wait
-        wish = preferred_wait(head)
-        self.deadline = account.began + (longest if wish is None else min(longest, wish))
+        settings, account, view_of = self._owner.settings, self.account, self._owner.keeping.view
+        model, view = models[0], view_of(models[0])
+        if view.state != "warm":
+            views = ((other, view_of(other)) for other in models[1:])
+            model, view = next((pair for pair in views if pair[1].state == "warm"), (model, view))
+        account.model, account.state = model, view.state
+        wish = self.reading.wish
+        self.deadline = account.began + (view.max_wait if wish is None else min(view.max_wait, wish))
         if self.asked.stream and self.route.streams:
-            wanted = chosen_heartbeat(head.get(b"x-keepalive-heartbeat"), self.mode)
-            mode = wanted or settings.heartbeat_mode
+            mode = self.reading.heartbeat or settings.heartbeat_mode
             if mode is not Heartbeat.OFF:
                 self._patience = Patience(
                     self.caller, self.route, account, self.answer, self._owner.keeping, self._owner.ticker
@@ -165,6 +160,7 @@ class Call:
             reply = await self._owner.upstreams.send(
                 upstream,
                 caller,
+                self.reading,
                 self.body.data,
                 # Between the bytes of a compressed stream no heartbeat has a place, and in them no id is seen.
                 readable=self.asked.stream or self.route.stores,
@@ -174,7 +170,7 @@ class Call:
         except UpstreamError:
             self._told(answered=False)
             raise
-        if not upgrade:
+        if not (upgrade or reply.complete):
             self._listen(reply)
         return reply
 
@@ -192,6 +188,11 @@ class Call:
         """For how long the model has been seen to rest, and how long ago that was."""
         model = self.account.model
         return None if model is None else self._owner.keeping.view(model).resting
+
+    def fine(self, reply: Reply, *, ahead: bool) -> bool:
+        """Whether `read_refusal` need not be asked: so much has come of an answer that it is seen to be none."""
+        head = reply.head
+        return head.status == 200 and not head.stream and (not ahead or no_error(reply.begun))
 
     async def read_refusal(self, reply: Reply, *, ahead: bool) -> Lost | None:
         """Whether this answer says that the model went away; then the keeper knows it too.
@@ -247,6 +248,8 @@ class Call:
             silence.stop()
 
     def _told(self, *, answered: bool) -> None:
+        if not self._forwarded:
+            return
         answered = answered and self._only is not None
         models, self._forwarded = self._forwarded, ()
         for model in models:
@@ -262,18 +265,27 @@ class Call:
             self.body.release()
             self.asked = NOTHING_ASKED  # what it asked goes no further: a stream goes on for long
             if self._stalled():
-                return None
+                return
             stream = head.stream and head.status == 200 and caller.head.method != b"HEAD"
             if self.answer.promised and not stream:
-                return await self._explain(reply)
+                await self._explain(reply)
+                return
             self.answer.begin(head, stream=stream)
             readable = head.status == 200 and not head.values(b"content-encoding")
             words = Words(self.route.protocol) if readable and not stream else None
             caller.head.headers = head.headers = []
+            caller.head.reading = None
             if caller.paused:
                 await caller.drained()
             caller.on_pause, caller.on_resume = reply.pause, reply.resume
-            return await (self._relay_events(reply) if stream else self._relay_whole(reply, words))
+            if stream:
+                await self._relay_events(reply)
+            else:
+                whole = self._pass_whole(reply, words)
+                if reply.complete or await reply.ended():
+                    self._whole_ended(whole, reply.head.status)
+                else:
+                    self._broke_off()
         finally:
             self.close(reply)
 
@@ -327,7 +339,8 @@ class Call:
         answered = meter is not None and meter.first_token_seconds is not None
         self._told(answered=answered and lost is None and not stalled)
 
-    async def _relay_whole(self, reply: Reply, words: Words | None) -> None:
+    def _pass_whole(self, reply: Reply, words: Words | None) -> Whole:
+        """From now on it goes to the caller as it comes."""
         if self._patience is not None:
             self._patience.stop()
         whole = self.answer.passed = Whole(self.caller.push, words)
@@ -338,11 +351,10 @@ class Call:
         reply.pour(take)
         if not (reply.complete or reply.cut):
             self.caller.flush()
-        if not await reply.ended():
-            self._broke_off()
-            return
+        return whole
+
+    def _whole_ended(self, whole: Whole, status: int) -> None:
         self.caller.finish()
-        status = reply.head.status
         if status < 400 and not looks_like_error(whole.first):
             self.account.outcome = Outcome.EMPTY if whole.empty else Outcome.OK
             # Who says nothing has proved nothing: the next ping will ask.

@@ -27,15 +27,15 @@ from keepalive.http1 import (
     plain_refusal,
 )
 from keepalive.protocols.asked import NO_BODY
-from keepalive.protocols.encodings import codings
 from keepalive.protocols.joined import joined
-from keepalive.protocols.routes import Heartbeat, Route, heartbeat_in, named_in, route_of, stored_in
+from keepalive.protocols.routes import Route, heartbeat_in, named_in, route_of, stored_in
 from keepalive.protocols.words import error_body, no_heartbeat, refusal_code
 from keepalive.proxy import access
 from keepalive.proxy.body import Room
 from keepalive.proxy.call import Call, Notes
 from keepalive.proxy.homes import Homes
 from keepalive.proxy.listings import answer_listing
+from keepalive.proxy.reading import reading
 from keepalive.proxy.sdk import Instances, SdkCalls
 from keepalive.proxy.settings import Settings
 from keepalive.proxy.stored import Stored
@@ -85,8 +85,9 @@ class Proxy:
     async def __call__(self, caller: Caller, route: Route | None = None) -> None:
         """Answers one request, as one for `route` where it is not its path that tells."""
         head = caller.head
-        mode, head.target = heartbeat_in(head.target)
-        call = Call(self, caller, route or route_of(head.method, head.target), mode)
+        read = reading(head, self.settings, route)
+        head.target = read.target
+        call = Call(self, caller, read)
         self.in_progress += 1
         self.calls.add(call)
         try:
@@ -114,29 +115,26 @@ class Proxy:
 
     async def _serve(self, call: Call) -> None:
         """What becomes of one request."""
-        head, answer = call.caller.head, call.answer
-        call.account.key, refused = self.admit(head)
-        if refused is not None:
-            return answer.fail(*refused, outcome=Outcome.REJECTED)
-        preflight = cors.preflight(head, self.settings.allowed_origins)
-        if preflight is not None:
-            return answer.allow(preflight)
-        if call.mode is not None and call.mode not in set(Heartbeat):
-            return answer.fail(404, no_heartbeat(call.mode), "unknown_heartbeat", outcome=Outcome.REJECTED)
-        # With GET alone: a body that names a model is for the keeper, whatever else stands in the head.
-        if head.method == b"GET" and head.upgrade is not None and head.upgrade.lower() == b"websocket":
+        read, answer = call.reading, call.answer
+        call.account.key = read.key
+        if read.refused is not None:
+            return answer.fail(*read.refused, outcome=Outcome.REJECTED)
+        if read.preflight is not None:
+            return answer.allow(read.preflight)
+        if read.no_mode is not None:
+            return answer.fail(404, no_heartbeat(read.no_mode), "unknown_heartbeat", outcome=Outcome.REJECTED)
+        if read.websocket:
             return call.then(self._tunnel(call))
-        if not (call.route.names and head.method == b"POST"):
+        if not read.names:
             return call.then(self._show(call))
-        packed = codings(head.values(b"content-encoding"))
-        if packed is None:
+        if read.codings is None:
             # LM Studio might unpack it and find the model that we did not see.
             why = "send the body as gzip or deflate, or uncompressed"
             return answer.fail(415, why, "unsupported_encoding", outcome=Outcome.REJECTED)
         try:
             asked = await call.body.gather(
                 call.caller,
-                packed,
+                read.codings,
                 self.settings.limits.body_bytes,
                 conversation=len(self.upstreams.pools) > 1,  # else all of them are at home at one upstream
             )
@@ -222,7 +220,7 @@ class Proxy:
         again = True  # one more attempt, for a request that nothing was generated for
         while True:
             try:
-                model = await self._warm(call, models)
+                model = self._ready(call, models) or await self._warm(call, models)
                 reply = await call.ask(model.upstream, model)
             except TimeoutError:
                 return call.answer.not_ready(models[0], self.keeping.view(models[0]))
@@ -239,6 +237,8 @@ class Proxy:
                 continue
             except UpstreamError as error:
                 return call.answer.broken(error)
+            if call.fine(reply, ahead=again):
+                return call.then(call.relay(reply))
             try:
                 lost = await call.read_refusal(reply, ahead=again)
             except BaseException:
@@ -249,16 +249,17 @@ class Proxy:
             call.close(reply)
             again = False
 
-    async def _warm(self, call: Call, models: Sequence[ModelId]) -> ModelId:
-        """The model to ask, once it is warm: where the conversation was last, while that is still good."""
+    def _ready(self, call: Call, models: Sequence[ModelId]) -> ModelId | None:
+        """The model to ask, where one is warm: where the conversation was last, while that is still good."""
         home = self._homes.find(call.asked.conversation)
-        if home is not None and home in models and self.keeping.view(home).state == "warm":
-            models = [home]
-        cold = all(self.keeping.view(model).state != "warm" for model in models)
-        if not cold:
-            model = await self.keeping.ensure_warm(models)  # which does not wait for what is warm
+        model = self.keeping.ready([home]) if home is not None and home in models else None
+        model = model or self.keeping.ready(models)
+        if model is not None:
             self._homes.remember(call.asked.conversation, model)
-            return model
+        return model
+
+    async def _warm(self, call: Call, models: Sequence[ModelId]) -> ModelId:
+        """The model to ask, once it is warm."""
         began = call.account.now()
         self.waiting += 1
         call.beat()
@@ -279,7 +280,7 @@ class Proxy:
                 self.keeping.record(WarmAsked(call.account.now(), model))
         began = call.account.now()
         try:
-            model = await self._warm(call, models)
+            model = self._ready(call, models) or await self._warm(call, models)
         except TimeoutError:
             return call.answer.not_ready(models[0], self.keeping.view(models[0]))
         except NotWarm as error:
@@ -396,7 +397,7 @@ class Proxy:
         """Ends every open request in the way of its route, and refuses new ones."""
         self.stopping = why
         for call in list(self.calls):
-            call.task.cancel()
+            call.caller.cancel()
 
     async def close(self) -> None:
         await self.upstreams.close()

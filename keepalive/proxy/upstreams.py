@@ -1,12 +1,14 @@
 """The upstreams by their names: the connections to each, and what of a caller's request it is sent."""
 
 import asyncio
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Final
 
 from keepalive.core.errors import Cut, TimedOut, Unexpected
 from keepalive.http1 import Caller, Headers, Pool, Reply, ReplyHead, end_to_end
 from keepalive.proxy.access import SHOWN_IN
+from keepalive.proxy.reading import Reading
 from keepalive.proxy.settings import Settings
 
 #: What both ends of a tunnel say to each other.
@@ -60,23 +62,38 @@ class Upstreams:
         """The one that serves what is for no model that we keep."""
         return next(iter(self.pools))
 
-    async def send(
-        self, name: str, caller: Caller, body: bytes, *, readable: bool, upgrade: bool, once: bool
-    ) -> Reply:
+    def send(
+        self,
+        name: str,
+        caller: Caller,
+        reading: Reading,
+        body: bytes,
+        *,
+        readable: bool,
+        upgrade: bool,
+        once: bool,
+    ) -> Coroutine[object, object, Reply]:
         """Asks what the caller asks; `body` is what has been read of its body. Raises UpstreamError.
 
         `readable`: its answer must not be compressed. `once`: it must not be sent a second time.
         """
-        head = caller.head
+        head, pool = caller.head, self.pools[name]
+        as_read = reading.settings is self._settings and not upgrade
+        as_read = as_read and head.headers is reading.headers and head.target is reading.target
+        begin = reading.begins.get((name, readable)) if as_read else None
+        if begin is None:
+            headers = self._headers(name, head.headers, readable=readable)
+            begin = pool.begin(head.method, head.target, headers + UPGRADE if upgrade else headers)
+            if as_read:
+                reading.begins[name, readable] = begin
         framing = None
         if body and not caller.body_ended:
             framing = head.body
         elif not body and head.method in (b"POST", b"PUT", b"PATCH"):
             framing = 0
-        return await self.pools[name].send(
+        return pool.send_on(
             head.method,
-            head.target,
-            self._headers(name, head.headers, readable=readable) + (UPGRADE if upgrade else []),
+            begin,
             body,
             more=None if caller.body_ended else caller.read,
             framing=framing,

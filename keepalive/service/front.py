@@ -239,6 +239,9 @@ class Front:
         at, left = found
         return None if left is None else max(0.0, left - (now - at))
 
+    def ready(self, models: Sequence[ModelId]) -> ModelId | None:
+        return self._keeper.ready(models)
+
     async def ensure_warm(self, models: Sequence[ModelId]) -> ModelId:
         return await self._keeper.ensure_warm(models)
 

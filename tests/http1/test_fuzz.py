@@ -4,6 +4,7 @@ Between us and an upstream there must be one reading of a request. So what is ac
 anew, as it would be sent on, and a strict parser of somebody else has to read the same in it.
 """
 
+import contextlib
 import re
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from keepalive.http1.bodies import Chunks
 from keepalive.http1.heads import (
     CHUNKED,
     BadHead,
+    Familiar,
     end_to_end,
     reply_head,
     reply_reader,
@@ -27,6 +29,7 @@ from keepalive.http1.heads import (
 )
 
 LIMIT = 400
+NOT_SAID = ("like", "reading")
 
 REQUESTS = [
     b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
@@ -95,6 +98,10 @@ def single(data):
     return [data[at : at + 1] for at in range(len(data))]
 
 
+def said(head):
+    return {name: getattr(head, name) for name in (*head.__slots__, "headers") if name not in NOT_SAID}
+
+
 def read_head(pieces, reader, finish):
     """What `finish` makes of the head, and the bytes behind it; or the refusal; or that more is wanted."""
     pieces = iter(pieces)
@@ -103,8 +110,7 @@ def read_head(pieces, reader, finish):
             rest = reader.feed(piece)
             if rest is not None:
                 head = finish(reader)
-                said = {name: getattr(head, name) for name in (*head.__slots__, "headers")}
-                return said, rest + b"".join(pieces)
+                return said(head), rest + b"".join(pieces)
     except BadHead as bad:
         return bad.status, bad.text
     return reader.begun
@@ -144,6 +150,27 @@ def alike(read, data, pieces):
 @settings(max_examples=350, deadline=None)
 def test_a_damaged_request_means_the_same_in_any_segments(data, drawn):
     alike(read_request, data, drawn.draw(cuts(data)))
+
+
+@given(damaged(REQUESTS), damaged(REQUESTS), st.integers(0, 10**19))
+@settings(max_examples=350, deadline=None)
+def test_a_head_that_is_known_is_read_as_one_that_is_new(before, data, length):
+    familiar = Familiar()
+    for known in (*REQUESTS, before):
+        reader = request_reader(LIMIT)
+        with contextlib.suppress(BadHead):
+            if reader.feed(known) is not None:
+                familiar.remember(known, request_head(reader))
+
+    for asked in (*REQUESTS, before, data, re.sub(rb"(?i)(ength: )[0-9]+", rb"\g<1>%d" % length, data)):
+        found = familiar.find(asked)
+        if found is not None:
+            new, rest = read_request([asked])
+            new["headers"] = [pair for pair in new["headers"] if pair[0].lower() != b"content-length"]
+            known = said(found[0])
+            known["headers"] = [pair for pair in known["headers"] if pair[0].lower() != b"content-length"]
+            assert (known, found[1]) == (new, rest)
+    assert familiar.find(REQUESTS[1]) is not None
 
 
 @given(damaged(REPLIES), st.data())

@@ -9,6 +9,7 @@ from keepalive.http1.heads import (
     CHUNKED,
     UNTIL_CLOSE,
     BadHead,
+    Familiar,
     RequestHead,
     end_to_end,
     host_of,
@@ -346,3 +347,66 @@ def test_headers_that_were_changed_are_asked_for_anew():
 
     assert before == ([b"a", b"b, C"], None, {b"a", b"b", b"c"})
     assert (head.get(b"accept"), head.values(b"host")) == (b"c", [])
+
+
+def remembered(data, familiar=None):
+    familiar = familiar or Familiar()
+    reader = request_reader(10_000)
+    reader.feed(data)
+    familiar.remember(data, request_head(reader))
+    return familiar
+
+
+ASKED = b"POST /v1 HTTP/1.1\r\nHost: a\r\nX-Strength: 7\r\ncontent-length: 3\r\nAuthorization: Bearer k\r\n\r\nabc"
+
+
+def test_a_head_that_came_before_is_known_whatever_the_length_of_its_body():
+    familiar = remembered(ASKED.replace(b"X-Strength: 7\r\n", b""))
+    again = familiar.find(ASKED.replace(b"X-Strength: 7\r\n", b"").replace(b": 3", b": 12"))
+
+    assert again is not None
+    head, rest = again
+    assert (head.method, head.target, head.body, rest) == (b"POST", b"/v1", 12, b"abc")
+    assert head.headers == [(b"Host", b"a"), (b"Authorization", b"Bearer k")]
+    assert head.values(b"content-length") == []
+
+
+@pytest.mark.parametrize(
+    ("said", "instead"),
+    [
+        (b"k\r\n", b"l\r\n"),
+        (b"POST /v1", b"POST /v2"),
+        (b"Strength: 7", b"Strength: 8"),
+        (b"-length: 3", b"-length: +3"),
+        (b"-length: 3", b"-length: "),
+        (b"-length: 3", b"-length: 1234567890123456789"),
+        (b"-length: 3", b"-length: 3\r\ncontent-length: 3"),
+        (b"\r\ncontent-length", b" content-length"),
+        (b"Authorization: Bearer k\r\n\r\n", b"Authorization: Bearer k\r\n"),
+    ],
+)
+def test_a_head_that_says_anything_else_is_read_anew(said, instead):
+    assert said in ASKED
+    assert remembered(ASKED).find(ASKED.replace(said, instead)) is None
+
+
+def test_what_is_made_of_one_head_does_not_show_in_the_next():
+    familiar = remembered(ASKED)
+    first, _ = familiar.find(ASKED)
+    first.headers, first.target = [], b"/elsewhere"
+    second, _ = familiar.find(ASKED)
+
+    assert second.get(b"authorization") == b"Bearer k"
+    assert (second.target, second.like) == (b"/v1", first.like)
+
+
+def test_only_so_many_heads_are_remembered_and_no_long_ones():
+    familiar = remembered(ASKED)
+    for number in range(128):
+        remembered(b"GET /%d HTTP/1.1\r\nHost: a\r\n\r\n" % number, familiar)
+    long = b"GET / HTTP/1.1\r\nHost: a\r\nX: %b\r\n\r\n" % (b"x" * 4096)
+    remembered(long, familiar)
+
+    assert familiar.find(ASKED) is None
+    assert familiar.find(long) is None
+    assert familiar.find(b"GET /127 HTTP/1.1\r\nHost: a\r\n\r\n") is not None

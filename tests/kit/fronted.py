@@ -220,11 +220,14 @@ class Keep:
             questioned=it.questioned,
         )
 
-    async def ensure_warm(self, models: Sequence[ModelId], /) -> ModelId:
+    def ready(self, models: Sequence[ModelId], /) -> ModelId | None:
         self.warm_asked += 1
-        for model in models:
-            if self.models[model].state == "warm":
-                return model
+        return next((model for model in models if self.models[model].state == "warm"), None)
+
+    async def ensure_warm(self, models: Sequence[ModelId], /) -> ModelId:
+        ready = self.ready(models)
+        if ready is not None:
+            return ready
         model = models[0]
         it = self.models[model]
         if it.loading is None:

@@ -7,6 +7,7 @@ import json
 import logging
 import socket
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -602,8 +603,6 @@ async def test_c22_without_a_key_401_in_the_layout_of_the_route_before_the_body(
     ],
 )
 async def test_c22_the_callers_key_is_replaced_by_the_upstreams_token(header):
-    from dataclasses import replace
-
     async with fronted(keys=KEYS) as (front, upstream):
         address = Address(f"http://127.0.0.1:{upstream.port}", token="sk-lm-theirs")
         front.proxy.configure(replace(front.proxy.settings, upstreams={"local": address}))
@@ -626,6 +625,24 @@ async def test_without_keys_and_token_a_callers_own_token_passes():
         await ask(front.port, get("/", "Authorization: Bearer sk-lm-mine"))
 
         assert upstream.requests[0].headers[b"authorization"] == b"Bearer sk-lm-mine"
+
+
+async def test_what_a_head_says_is_found_out_anew_once_the_settings_have_changed():
+    asked = get("/v1/models", "Authorization: Bearer key-of-alice")
+    async with fronted() as (front, upstream):
+        settings = front.proxy.settings
+        address = f"http://127.0.0.1:{upstream.port}"
+        answers = [(await ask(front.port, asked))[0] for _ in range(2)]
+        front.proxy.configure(replace(settings, keys=KEYS))
+        answers.append((await ask(front.port, asked))[0])
+        front.proxy.configure(replace(settings, upstreams={"local": Address(address, token="theirs")}))
+        answers.append((await ask(front.port, asked))[0])
+        front.proxy.configure(replace(settings, keys=(Key("bob", "of-bob"),)))
+        answers.append((await ask(front.port, asked))[0])
+
+        shown = [request.headers.get(b"authorization") for request in upstream.requests]
+        assert answers == [200, 200, 200, 200, 401]
+        assert shown == [b"Bearer key-of-alice", b"Bearer key-of-alice", None, b"Bearer theirs"]
 
 
 async def test_a_key_is_shown_nowhere():

@@ -401,6 +401,18 @@ async def test_a_compressed_body_that_has_to_change_goes_on_unpacked():
         assert b"content-encoding" not in upstream.requests[0].headers
 
 
+async def test_a_body_that_has_to_change_changes_nothing_for_those_with_the_same_head():
+    keep = Keep()
+    keep.add("m", aliases=("gpt-4o",))
+    async with fronted(keep=keep) as (front, upstream):
+        for name in (b"m", b"gpt-4o", b"m", b"gpt-4o"):
+            body = gzip.compress(b'{"model":"%b","input":"a"}' % name)
+            assert (await ask(front.port, post("/v1/embeddings", body, "Content-Encoding: gzip")))[0] == 200
+
+        packed = [request.headers.get(b"content-encoding") for request in upstream.requests]
+        assert packed == [b"gzip", None, b"gzip", None]
+
+
 async def test_a_compressed_body_in_chunks_that_ends_too_soon_is_refused():
     body = gzip.compress(b'{"model":"m"}')[:-3]
     head = post("/v1/embeddings", b"", "Content-Encoding: gzip")

@@ -207,7 +207,7 @@ async def test_a_stream_keeps_nothing_of_the_steps_that_led_to_it():
         writer.write(chat())
         await reader.readuntil(b"Hel")
         (call,) = front.proxy.calls
-        waiting, step = [], call.task.get_coro()
+        waiting, step = [], call.caller._connection.task.get_coro()
         while hasattr(step, "cr_await"):
             waiting.append(step.__qualname__)
             step = step.cr_await

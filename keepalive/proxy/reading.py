@@ -1,0 +1,70 @@
+"""What the head of a request says to the proxy: found out once for all requests that have the same head."""
+
+from keepalive.core.callers import Key
+from keepalive.http1 import RequestHead, cors, preferred_wait
+from keepalive.protocols.encodings import codings
+from keepalive.protocols.routes import Heartbeat, Route, chosen_heartbeat, heartbeat_in, route_of
+from keepalive.proxy.access import Refused, admit
+from keepalive.proxy.settings import Settings
+
+_MODES = frozenset(Heartbeat)
+
+
+class Reading:
+    """One head, read under some settings. Does not change."""
+
+    __slots__ = (
+        "begins",
+        "codings",
+        "grant",
+        "headers",
+        "heartbeat",
+        "key",
+        "names",
+        "no_mode",
+        "preflight",
+        "refused",
+        "route",
+        "settings",
+        "target",
+        "websocket",
+        "wish",
+    )
+
+    def __init__(self, head: RequestHead, settings: Settings, route: Route | None = None) -> None:
+        mode, target = heartbeat_in(head.target)
+        self.settings = settings
+        #: Without the heartbeat mode in front of it.
+        self.target = target
+        self.headers = head.headers
+        self.route = route or route_of(head.method, target)
+        #: Its body says who is meant.
+        self.names = self.route.names and head.method == b"POST"
+        self.key: Key | None
+        self.refused: Refused | None
+        self.key, self.refused = admit(head, settings)
+        self.grant = cors.granted(head, settings.allowed_origins)
+        self.preflight = cors.preflight(head, settings.allowed_origins)
+        #: A heartbeat mode in front of the target that is none.
+        self.no_mode = None if mode is None or mode in _MODES else mode
+        self.heartbeat = None
+        if self.no_mode is None:
+            self.heartbeat = chosen_heartbeat(head.get(b"x-keepalive-heartbeat"), mode)
+        # With GET alone: a body that names a model is for the keeper, whatever else stands in the head.
+        wish = (head.upgrade or b"").lower()
+        self.websocket = head.method == b"GET" and wish == b"websocket"
+        #: Of the body; None: one that is not known.
+        self.codings = codings(head.values(b"content-encoding"))
+        #: How long the caller would wait.
+        self.wish = preferred_wait(head)
+        #: How the head begins that an upstream is sent, by its name and whether the answer is to be read.
+        self.begins: dict[tuple[str, bool], bytes] = {}
+
+
+def reading(head: RequestHead, settings: Settings, route: Route | None = None) -> Reading:
+    """What `head` says; `route` where it is not its path that tells."""
+    known = head.like.reading
+    if isinstance(known, Reading) and known.settings is settings and (route is None or route is known.route):
+        return known
+    found = head.like.reading = Reading(head.like, settings, route)
+    return found
