@@ -9,6 +9,7 @@ from typing import Any
 Json = Mapping[str, Any]
 
 TROUBLE = ("down", "unauthorized")
+NO_ENGINE = "nothing is loaded or unloaded, what is warm is served"
 # An answer that thinks, or writes a tool call, says nothing for some seconds. From here on a person wants to know.
 SILENT_FROM = 30.0
 
@@ -27,6 +28,9 @@ def summary(status: Json) -> str:
         for u in status["upstreams"]
         if u["state"] in TROUBLE
     ]
+    engine = status.get("cluster", {}).get("engine", {"up": True})
+    if not engine["up"]:
+        parts.append(f"{NO_ENGINE}: {engine['error']}")
     for model in cold:
         if model["load"]:
             load = model["load"]

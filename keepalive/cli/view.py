@@ -12,7 +12,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.padding import Padding
 from rich.text import Text
 
-from keepalive.admin.words import TROUBLE, memory, progress, silence, span, unread
+from keepalive.admin.words import NO_ENGINE, TROUBLE, memory, progress, silence, span, unread
 
 Json = Mapping[str, Any]
 
@@ -73,17 +73,17 @@ def _cluster(status: Json) -> list[Text]:
     holders: dict[str, list[str]] = {}
     for upstream, instance in cluster["holders"].items():
         holders.setdefault(instance, []).append(upstream)
+    acts = "acts" if cluster["engine"]["up"] else "acted"  # nobody can know who does now
     members = [
         f"{m['instance']}{' (this one)' if m['instance'] == cluster['instance'] else ''}"
-        + (f" acts on {', '.join(acts)}" if (acts := holders.get(m["instance"])) else "")
+        + (f" {acts} on {', '.join(upstreams)}" if (upstreams := holders.get(m["instance"])) else "")
         for m in cluster["members"]
     ]
     lines = [
         Text(f"cluster {cluster['name']}: {'; '.join(members) or 'nobody has been seen yet'}", style="dim")
     ]
     if not cluster["engine"]["up"]:
-        why = f"nothing is loaded or unloaded, what is warm is served: {cluster['engine']['error']}"
-        lines.append(Text(why, style="red"))
+        lines.append(Text(f"{NO_ENGINE}: {cluster['engine']['error']}", style="red"))
     return lines + [Text(difference, style="yellow") for difference in cluster["differences"]]
 
 

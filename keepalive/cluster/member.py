@@ -164,6 +164,7 @@ class Cluster:
         self._newer: set[str] = set()  # members whose format is newer than ours, as was said
         self._last_holders: dict[str, str] = {}
         self.leaving = False
+        self.changed: Callable[[], None] = lambda: None  # called when what others ask may have changed
 
     # --- what the keeper asks -----------------------------------------------------------------------
 
@@ -328,6 +329,14 @@ class Cluster:
     def kept(self, models: Iterable[ModelId]) -> None:
         """A config was read: what it no longer names is told anew when a later one does."""
         self._known &= frozenset(map(folded, models))
+
+    @property
+    def holders(self) -> Mapping[str, str]:
+        """Who acts where, by name, as of the last look; not we once our lease has run out by our own clock."""
+        names = {member.life: name for name, member in self.members.items()}
+        good = self._hold.good(self._awake())
+        found = sorted(self._seen.holders.items())
+        return {u: names.get(h.life, h.instance) for u, h in found if good or h.life != self._life}
 
     @property
     def picture(self) -> Picture:
@@ -502,7 +511,10 @@ class Cluster:
         if self._down_since is not None and self._said_down:
             self._tell("cluster.engine_up", well=True, seconds=round(self._awake() - self._down_since, 1))
             self._keeping().tick()
-        self._down_since, self._said_down, self.trouble = None, False, None
+        if self.trouble is not None:
+            self.trouble = None
+            self.changed()
+        self._down_since, self._said_down = None, False
         if self._hopeless:
             self._hopeless = False
             self._keeping().reconsider()
@@ -510,6 +522,7 @@ class Cluster:
     def _is_down(self, why: str) -> None:
         now = self._awake()
         self.trouble = why
+        self.changed()
         if self._down_since is None:
             self._down_since = now
         if not self._said_down:
@@ -586,6 +599,7 @@ class Cluster:
         self._last_there = left | there
         self._pictured.set()
         self._pictured = asyncio.Event()
+        self.changed()
         if held != self._held:
             self._held = held
             # What others have written there meanwhile is not ours.

@@ -124,6 +124,7 @@ class Daemon:
         self._acts = hand.acts
         if self.cluster is not None:
             self._metrics.watch_cluster(self.cluster)
+            self.cluster.changed = self._feed.changed
         self._schedule = Schedule(self._tick, self._clock_jumped, self._metrics.jobs_missed.inc, wall=wall)
         self._recent = Recent(wall)
         self._front = Front(

@@ -71,8 +71,6 @@ def places_of(upstreams: Iterable[Upstream]) -> Mapping[str, str]:
 def document(cluster: "Cluster") -> Mapping[str, Any]:
     """What the status says of it."""
     members = cluster.members
-    names = {member.life: name for name, member in members.items()}
-    holders = sorted(cluster.picture.holders.items())
     return {
         "name": cluster.name,
         "instance": cluster.instance,
@@ -89,7 +87,7 @@ def document(cluster: "Cluster") -> Mapping[str, Any]:
             }
             for name, member in members.items()
         ],
-        "holders": {upstream: names.get(holder.life, holder.instance) for upstream, holder in holders},
+        "holders": cluster.holders,
         "differences": cluster.differences,
     }
 

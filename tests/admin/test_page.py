@@ -366,6 +366,38 @@ async def test_an_upstream_in_trouble_comes_first(browser: Browser) -> None:
                     await expect(shown.page.locator("#notices")).to_contain_text(error)
 
 
+def cluster(error: str | None = None, **holders: str) -> dict[str, Any]:
+    """As daemon a of two shows it."""
+    return {
+        "name": "ward",
+        "instance": "a",
+        "engine": {"up": error is None, "error": error},
+        "members": [{"instance": "a"}, {"instance": "b"}],
+        "holders": holders,
+        "differences": ["only b keeps <i>x</i> on local"],
+    }
+
+
+async def test_of_several_daemons_the_page_says_who_acts_and_when_nobody_does(browser: Browser) -> None:
+    world = Written(written("a"), cluster=cluster(local="b"))
+    async with served(world), opened(browser, world.url, clock=NOW) as shown:
+        strip, notices = shown.page.locator("#upstreams li"), shown.page.locator("#notices li")
+        await expect(strip).to_contain_text("http://127.0.0.1:1234 · b acts")
+        await expect(shown.page.locator("footer")).to_contain_text("cluster ward: a (this one), b")
+        await expect(notices).to_have_text(
+            "The daemons of this cluster differ: only b keeps <i>x</i> on local"
+        )
+
+        world.becomes(written("a"), cluster=cluster(local="a"))
+        await expect(strip).to_contain_text(" · this daemon acts (a)")
+
+        world.becomes(written("a"), cluster=cluster("etcd at http://e:2379 did not answer", local="b"))
+        await expect(notices.first).to_have_text(
+            "Nothing is loaded or unloaded, what is warm is served: etcd at http://e:2379 did not answer"
+        )
+        await expect(strip).not_to_contain_text("acts")
+
+
 async def test_what_the_rows_say(browser: Browser) -> None:
     at = NOW - 3600
     copies = {"instances": 2, "reason": "2 copies are in memory"}

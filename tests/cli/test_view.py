@@ -375,3 +375,25 @@ def test_the_picture_in_the_documentation_is_what_is_drawn() -> None:
 
     assert said(PICTURE.read_text()) == said(drawn)
     assert "http" not in PICTURE.read_text().replace("http://www.w3.org/", "")
+
+
+def test_of_several_daemons_it_says_who_acts_and_of_what_was_last_seen_that_it_is_past():
+    cluster = {
+        "name": "ward",
+        "instance": "a",
+        "engine": {"up": True, "error": None},
+        "members": [{"instance": "a"}, {"instance": "b"}],
+        "holders": {"local": "b"},
+        "differences": [],
+    }
+    away = {**cluster, "engine": {"up": False, "error": "etcd does not answer"}}
+    up, down = ({**status(model("gemma")), "cluster": one} for one in (cluster, away))
+
+    assert drawn(up).splitlines()[0].rstrip() == "cluster ward: a (this one); b acts on local"
+    said = [line.rstrip() for line in drawn(down).splitlines()[:2]]
+    assert said == [
+        "cluster ward: a (this one); b acted on local",
+        "nothing is loaded or unloaded, what is warm is served: etcd does not answer",
+    ]
+    assert words.summary(up) == "1/1 models warm"
+    assert words.summary(down) == f"1/1 models warm; {said[1]}"

@@ -207,6 +207,24 @@ def test_whoever_writes_a_newer_format_is_named_once():
     ]
 
 
+def test_whoever_has_slept_longer_than_its_lease_does_not_say_that_it_acts_and_who_watches_is_told():
+    now, told = 100.0, []
+    cluster = a_member(Records(warm()), ttl=9.0, awake=lambda: now)
+    cluster.changed = lambda: told.append(cluster.holders)
+    cluster._lease, cluster._life, cluster._hold = 7, "life of a", Hold(9.0, now)
+    there = [member_row("a"), member_row("b"), rows.Row("holders/far", rows.holder_row("b", "life of b"), 1)]
+    cluster._see(rows.picture([*there, rows.Row("holders/local", rows.holder_row("a", "life of a"), 1)]))
+    now = 108.0
+
+    assert told == [{"far": "b", "local": "a"}]
+    assert cluster.holders == {"far": "b"}
+    for change in (cluster._is_up, lambda: cluster._is_down("etcd does not answer"), cluster._is_up):
+        change()
+    assert len(told) == 4
+    cluster._is_up()
+    assert len(told) == 4
+
+
 def test_what_was_to_be_let_go_is_given_again_where_etcd_is_away_and_nobody_can_have_our_word():
     keeping = Records(warm())
     cluster = a_member(keeping)

@@ -22,7 +22,7 @@ import { picture, take } from "./picture.js";
 import { drawPlayground, startPlayground } from "./playground.js";
 import { startRequests } from "./requests.js";
 import { drawUpstreams, tickUpstreams } from "./upstreams.js";
-import { ago, short } from "./words.js";
+import { ago, short, together } from "./words.js";
 
 /** Draws everything; of the models only those with these ids, if any are given. */
 function draw(changed = null) {
@@ -44,7 +44,7 @@ function drawFooter() {
   say(byId("version"), picture.version);
   const scraped = "scraped_at" in picture ? (picture.scrapedAt ? `metrics last read ${ago(picture.scrapedAt, now())} ago` : "nobody reads /metrics: no alert can wake you") : "";
   const kept = history.kept === false ? `history ends with the daemon: ${short(history.reason ?? "", 200)}` : "";
-  say(byId("footer"), [`Running for ${ago(picture.startedAt, now())}`, scraped, kept].filter(Boolean).join(" · "));
+  say(byId("footer"), [`Running for ${ago(picture.startedAt, now())}`, together(picture), scraped, kept].filter(Boolean).join(" · "));
 }
 
 let playing = null;

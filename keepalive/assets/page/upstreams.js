@@ -4,7 +4,7 @@ import { glyph } from "./charts.js";
 import { now } from "./clock.js";
 import { byId, h, keep, mark, say, show } from "./dom.js";
 import { picture } from "./picture.js";
-import { TIERS, ago, inTrouble, memory, short } from "./words.js";
+import { TIERS, acting, ago, inTrouble, memory, short } from "./words.js";
 
 const strips = new Map();
 
@@ -45,7 +45,7 @@ function strip() {
     },
     tick() {
       say(lasted, current.since ? `for ${ago(current.since, now())}` : "");
-      const parts = [TIERS.get(current.tier), short(current.url ?? "", 60)];
+      const parts = [TIERS.get(current.tier), short(current.url ?? "", 60), acting(picture, current)];
       if (!inTrouble(current) && current.error) parts.push(short(current.error, 120));
       say(detail, parts.filter(Boolean).join(" · "));
       part.drawMemory();

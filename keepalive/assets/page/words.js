@@ -183,6 +183,20 @@ function one(model, now) {
   }
 }
 
+/** Which daemon loads and unloads at an upstream; empty where there is one alone, or nobody can know. */
+export function acting({ cluster }, upstream) {
+  const who = cluster?.engine.up ? cluster.holders[upstream.name] : null;
+  if (!who) return "";
+  return who === cluster.instance ? `this daemon acts (${short(who, 40)})` : `${short(who, 40)} acts`;
+}
+
+/** The daemons that are one with this, in a line. */
+export function together({ cluster }) {
+  if (!cluster) return "";
+  const names = cluster.members.map((one) => `${short(one.instance, 40)}${one.instance === cluster.instance ? " (this one)" : ""}`);
+  return `cluster ${short(cluster.name, 40)}: ${names.join(", ") || "nobody has been seen yet"}`;
+}
+
 /**
  * What should bring a person here, the worst first: each with a key that stays, and the models that it is about.
  * Where there are few models (`all` false), what their rows say at first sight is not said twice.
@@ -193,10 +207,18 @@ export function attention(picture, all) {
   for (const mistake of picture.config.mistakes) {
     add("failing", `config ${mistake}`, () => `Config rejected, the one before it is in use: ${short(mistake, 300)}`);
   }
+  const { cluster } = picture;
+  if (cluster && !cluster.engine.up) {
+    add("failing", "engine", () =>
+      `Nothing is loaded or unloaded, what is warm is served: ${short(cluster.engine.error ?? "etcd does not answer", 300)}`);
+  }
   for (const upstream of picture.upstreams.filter(inTrouble)) {
     const what = upstream.state === "down" ? "has been down" : "has refused our token";
     add("failing", `upstream ${upstream.name}`, (now) =>
       `${short(upstream.name)} ${what} for ${ago(upstream.since, now)}: ${short(upstream.error ?? "no answer yet", 300)}`);
+  }
+  for (const difference of cluster?.differences ?? []) {
+    add("loading", `differs ${difference}`, () => `The daemons of this cluster differ: ${short(difference, 300)}`);
   }
   const failing = all ? picture.models.filter((model) => kind(model) === "failing") : [];
   // What is wrong is often wrong with many at once.
