@@ -153,6 +153,7 @@ class Cluster:
         self._down_since: float | None = awake()
         self._said_down = False
         self._hopeless = False
+        self._informed = False  # a picture is of since etcd was last away
         self.trouble: str | None = "etcd has not been asked yet"
         self.addresses = ("", "")  # of the admin and the client listener
         self.config: Mapping[str, str] = {}
@@ -163,6 +164,7 @@ class Cluster:
         self._last_there: dict[str, float] = {}  # when each was last seen, of those who are not forgotten
         self._newer: set[str] = set()  # members whose format is newer than ours, as was said
         self._last_holders: dict[str, str] = {}
+        self._own_word: set[str] = set()  # upstreams of which nobody has told us anything since we held them
         self.leaving = False
         self.changed: Callable[[], None] = lambda: None  # called when what others ask may have changed
 
@@ -200,14 +202,18 @@ class Cluster:
         holder = self._seen.holders.get(upstream)
         if holder is None or not self.acts(upstream):
             return False
-        guard = created(self._key(rows.holder_key(upstream)), holder.created)
+        guard, asked = (
+            created(self._key(rows.holder_key(upstream)), holder.created),
+            self._seen.yields.get(key),
+        )
         try:
             row = rows.holder_row(self._me.instance, self._life)
             if not await self._commit([guard], {rows.yield_key(key): row}):
                 self._look_again()
                 return False
             async with asyncio.timeout(self._hold.interval):
-                while not (yielded := self._is_yielded(key)):
+                # What stands there of an earlier time that we asked is no answer to this one.
+                while not (yielded := self._seen.yields.get(key) != asked and self._is_yielded(key)):
                     self._look_again()
                     await self._pictured.wait()
                     if not self.acts(upstream):
@@ -220,14 +226,18 @@ class Cluster:
     def _is_yielded(self, key: ModelId) -> bool:
         """Whether all others have said so. Who has just come has seen it before it has served anybody."""
         others = self._seen.members.keys() - {self._name}
-        uses = self._seen.uses
-        return key in self._seen.yields and all(uses.get(o, {}).get(key, Use()).yielded for o in others)
+        said = [self._seen.uses.get(other, {}).get(key, Use()) for other in others]
+        asked = self._seen.yields.get(key)
+        return asked is not None and all(use.yielded and use.asked in (None, asked) for use in said)
 
     def hopeless(self, upstream: str, /) -> tuple[str, float | None] | None:
         """Why nobody acts there and nobody soon will, with the seconds after which to ask again."""
         if self._hopeless and not self.acts(upstream):
             return f"nothing is loaded or unloaded, because {self.trouble}", self._hold.ttl
         return None
+
+    def knows(self, upstream: str, /) -> bool:
+        return self._informed or self.acts(upstream)
 
     def observe(self, fact: Fact, before: Model | Upstream, after: Model | Upstream) -> None:
         if isinstance(fact, WaitStarted | RequestStarted | RequestEnded | RequestsCounted):
@@ -521,7 +531,7 @@ class Cluster:
 
     def _is_down(self, why: str) -> None:
         now = self._awake()
-        self.trouble = why
+        self.trouble, self._informed = why, False
         self.changed()
         if self._down_since is None:
             self._down_since = now
@@ -566,13 +576,15 @@ class Cluster:
             if model in ids and (model.upstream not in held or old.loads[model].life != self._life):
                 keeping.record(LoadResolved(self._clock(), ids[model]))
         for upstream, states in new.states.items():
-            before = old.states.get(upstream, {})
+            if upstream in held:
+                continue
+            # What we had there ourselves to say may just be what its next holder says.
+            before = {} if upstream in self._own_word else old.states.get(upstream, {})
             for model, told in states.items():
-                if upstream in held or model not in ids:
-                    continue
-                if model not in known or told != before.get(model):
+                if model in ids and (model not in known or told != before.get(model)):
                     keeping.record(self._told(ids[model], told))
-        self._see_uses(new, ids)
+        self._own_word = {*held, *(self._own_word - new.states.keys())}
+        self._see_uses(new, ids, held)
         for one in snapshot.models:
             model = folded(one.id)
             if model.upstream not in held and one.draining is not (model in new.yields):
@@ -600,6 +612,9 @@ class Cluster:
         self._pictured.set()
         self._pictured = asyncio.Event()
         self.changed()
+        if not self._informed:
+            self._informed = True
+            keeping.reconsider()
         if held != self._held:
             self._held = held
             # What others have written there meanwhile is not ours.
@@ -639,17 +654,20 @@ class Cluster:
             retry_at=None if told.retry_in is None else now + told.retry_in,
             contested=told.contested,
             loads=told.loads,
+            lost=told.lost,
         )
 
-    def _see_uses(self, new: Picture, ids: Mapping[ModelId, ModelId]) -> None:
+    def _see_uses(self, new: Picture, ids: Mapping[ModelId, ModelId], held: frozenset[str]) -> None:
         uses, told = new.uses_elsewhere(self._name), {}
         for key, model in ids.items():
             use, before = uses.get(key, Use()), self._used_told.get(key)
-            fact = UsedElsewhere(self._clock(), model, use.waiting, use.used)
-            if (use.waiting, use.used) != (0, False) or before is not None:
-                if before is None or (before.waiting, before.used) != (use.waiting, use.used):
+            ours = use.ours if key.upstream in held else frozenset[str]()
+            fact = UsedElsewhere(self._clock(), model, use.waiting, use.used, ours)
+            is_any = bool(use.waiting or use.used or ours)
+            if is_any or before is not None:
+                if before is None or changed(fact, at=before.at) != before:
                     self._keeping().record(fact)
-                if use != Use():
+                if is_any:
                     told[key] = fact
         self._used_told = told
 
@@ -857,6 +875,7 @@ class Cluster:
             Told(
                 warm=model.state is State.WARM,
                 ours=model.ours,
+                lost=model.lost,
                 ill=ill,
                 failure=model.failure,
                 failures=model.failures,
@@ -868,15 +887,20 @@ class Cluster:
 
     def _uses(self, snapshot: Snapshot) -> Mapping[ModelId, Use]:
         since = snapshot.now - 2 * self._hold.interval
-        uses = {
-            folded(m.id): Use(
+        yields, up = self._seen.yields, {u.name for u in snapshot.upstreams if u.state is UpstreamState.UP}
+        knows = up - self._held  # better than whoever acts there, perhaps
+        uses = {}
+        for m in snapshot.models:
+            key = folded(m.id)
+            yielded = m.draining and key in yields
+            uses[key] = Use(
                 m.waiting,
                 # By callers of ours. Who else uses it whoever acts sees as well as we do, a ping of its own among that.
-                used=m.in_flight > 0 or self._came.get(folded(m.id), -inf) > since,
-                yielded=m.draining and folded(m.id) in self._seen.yields,
+                used=m.in_flight > 0 or self._came.get(key, -inf) > since,
+                yielded=yielded,
+                asked=yields[key] if yielded else None,
+                ours=m.unknown_there if m.id.upstream in knows else frozenset(),
             )
-            for m in snapshot.models
-        }
         return {key: use for key, use in uses.items() if use != Use()}
 
     def _is_news(self, uses: Mapping[ModelId, Use]) -> bool:
@@ -888,7 +912,10 @@ class Cluster:
         said = self._uses_said
         for key in uses.keys() | said.keys():
             use, before = uses.get(key, Use()), said.get(key, Use())
-            if (use.waiting > 0 and before.waiting == 0) or use.yielded is not before.yielded:
+            if (use.waiting > 0 and before.waiting == 0) or (use.yielded, use.asked) != (
+                before.yielded,
+                before.asked,
+            ):
                 return True
             if before.yielded and use.used and not before.used:
                 return True

@@ -2,7 +2,7 @@
 
     members/INSTANCE        who is there, with its lease
     holders/UPSTREAM        who acts there, with its lease: whoever creates it first
-    uses/INSTANCE           what its callers do, with its lease
+    uses/INSTANCE           what its callers do, and what the holder has forgotten, with its lease
     loads/UPSTREAM/KEY      a load begun and not seen to end; outlives whoever began it
     states/UPSTREAM         what the holder knows and no listing shows; outlives it, too
     yields/UPSTREAM/KEY     about to be unloaded: nobody is to give it to a caller any more, and each says so in `uses`
@@ -86,6 +86,8 @@ class Use:
     waiting: int = 0
     used: bool = False
     yielded: bool = False  # given to nobody any more
+    asked: int | None = None  # by which revision of the row that asks so; None: one before 1.1 does not say
+    ours: frozenset[str] = frozenset()  # copies that one of us loaded, of which the holder does not know
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,7 @@ class Told:
     retry_in: float | None = None
     loads: tuple[float, ...] = ()
     contested: bool = False
+    lost: frozenset[str] = frozenset()  # copies that may be another's since it lost sight of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +125,7 @@ class Picture:
     loads: Mapping[ModelId, Intent] = field(default_factory=lambda: NONE)
     states: Mapping[str, Mapping[ModelId, Told]] = field(default_factory=lambda: NONE)
     wishes: Mapping[ModelId, Wish] = field(default_factory=lambda: NONE)
-    yields: frozenset[ModelId] = frozenset()
+    yields: Mapping[ModelId, int] = field(default_factory=lambda: NONE)  # each with its revision
     values: Mapping[str, bytes] = field(default_factory=lambda: NONE)  # by key, as they were written
     modified: Mapping[str, int] = field(default_factory=lambda: NONE)  # by key, at which revision
     unreadable: tuple[str, ...] = ()
@@ -136,7 +139,8 @@ class Picture:
                 continue
             for model, use in uses.items():
                 known = found.get(model, Use())
-                found[model] = Use(known.waiting + use.waiting, known.used or use.used)
+                waiting, used = known.waiting + use.waiting, known.used or use.used
+                found[model] = Use(waiting, used, ours=known.ours | use.ours)
         return found
 
 
@@ -227,6 +231,8 @@ def uses_row(uses: Mapping[ModelId, Use]) -> bytes:
             "waiting": use.waiting,
             "used": use.used,
             "yielded": use.yielded,
+            **({"asked": use.asked} if use.asked is not None else {}),
+            **({"ours": sorted(use.ours)} if use.ours else {}),
         }
     return written({"uses": rows})
 
@@ -238,6 +244,7 @@ def states_row(states: Mapping[ModelId, Told]) -> bytes:
                 fold_key(model.key): {
                     "warm": told.warm,
                     "ours": sorted(told.ours),
+                    **({"lost": sorted(told.lost)} if told.lost else {}),
                     "ill": told.ill,
                     "failure": told.failure,
                     "failures": told.failures,
@@ -264,7 +271,7 @@ def picture(rows: Iterable[Row]) -> Picture:
     loads: dict[ModelId, Intent] = {}
     states: dict[str, Mapping[ModelId, Told]] = {}
     wishes: dict[ModelId, Wish] = {}
-    yields: set[ModelId] = set()
+    yields: dict[ModelId, int] = {}
     values: dict[str, bytes] = {}
     modified: dict[str, int] = {}
     unreadable: list[str] = []
@@ -303,7 +310,7 @@ def picture(rows: Iterable[Row]) -> Picture:
             case "states":
                 states[rest] = _states(rest, said)
             case "yields" if key:
-                yields.add(ModelId(upstream, key))
+                yields[ModelId(upstream, key)] = row.modified
             case "wishes" if key and isinstance(said.get("warm"), bool):
                 wishes[ModelId(upstream, key)] = Wish(said["warm"], _text(said, "life"), row.created)
     return Picture(
@@ -313,7 +320,7 @@ def picture(rows: Iterable[Row]) -> Picture:
         loads,
         states,
         wishes,
-        frozenset(yields),
+        yields,
         values,
         modified,
         tuple(unreadable),
@@ -335,7 +342,6 @@ def _object(value: bytes) -> Json | None:
 
 
 def _member(instance: str, said: Json) -> Member:
-    sees = said.get("sees")
     return Member(
         instance,
         _text(said, "life"),
@@ -343,9 +349,7 @@ def _member(instance: str, said: Json) -> Member:
         version=_text(said, "version"),
         admin=_text(said, "admin"),
         client=_text(said, "client"),
-        sees=frozenset(one for one in sees if isinstance(one, str))
-        if isinstance(sees, list)
-        else frozenset(),
+        sees=_ids(said, "sees"),
         ready=said.get("ready") is True,
         config=_texts(said, "config"),
         places=_texts(said, "places"),
@@ -357,7 +361,11 @@ def _member(instance: str, said: Json) -> Member:
 def _uses(said: Json) -> Mapping[ModelId, Use]:
     return {
         ModelId(upstream, fold_key(key)): Use(
-            int(_number(use, "waiting", 1e6) or 0), use.get("used") is True, use.get("yielded") is True
+            int(_number(use, "waiting", 1e6) or 0),
+            use.get("used") is True,
+            use.get("yielded") is True,
+            use["asked"] if type(use.get("asked")) is int else None,
+            _ids(use, "ours"),
         )
         for upstream, models in _tables(said, "uses")
         for key, use in models.items()
@@ -370,12 +378,11 @@ def _states(upstream: str, said: Json) -> Mapping[ModelId, Told]:
 
 
 def _told(said: Json) -> Told:
-    ours, loads = said.get("ours"), said.get("loads")
+    loads = said.get("loads")
     return Told(
         warm=said.get("warm") is True,
-        ours=frozenset(one for one in ours if isinstance(one, str))
-        if isinstance(ours, list)
-        else frozenset(),
+        ours=_ids(said, "ours"),
+        lost=_ids(said, "lost"),
         ill=_text(said, "ill") or None,
         failure=_text(said, "failure") or None,
         failures=int(_number(said, "failures", 1e6) or 0),
@@ -388,6 +395,11 @@ def _told(said: Json) -> Told:
 def _tables(said: Json, name: str) -> Iterable[tuple[str, Json]]:
     found = said.get(name)
     return [(k, v) for k, v in found.items() if isinstance(v, dict)] if isinstance(found, dict) else []
+
+
+def _ids(said: Json, name: str) -> frozenset[str]:
+    found = said.get(name)
+    return frozenset(one for one in found if isinstance(one, str)) if isinstance(found, list) else frozenset()
 
 
 def _texts(said: Json, name: str) -> Mapping[str, str]:

@@ -99,6 +99,7 @@ def _used_elsewhere(model: Model, fact: UsedElsewhere) -> Model:
     busy = fact.used or fact.waiting > 0 or model.used_elsewhere or model.callers_elsewhere > 0
     return replace(
         model,
+        vouched=fact.ours,
         callers_elsewhere=fact.waiting,
         used_elsewhere=fact.used,
         waiting_since=since if fact.waiting or model.waiting else None,

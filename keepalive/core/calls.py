@@ -112,10 +112,13 @@ def holder_told(model: Model, fact: HolderTold) -> Model:
     known = {instance.id for instance in model.instances}
     if model.alone:
         return model  # what it says is of before
+    disowned = (model.disowned | model.told) - fact.instance_ids - fact.lost
     model = replace(
         model,
         told=fact.instance_ids,
+        told_at=fact.at,
         proved_elsewhere=fact.warm,
+        disowned=disowned,
         ours=model.ours | (fact.instance_ids & known),
         recent_loads=fact.loads or model.recent_loads,
         failures=fact.failures,

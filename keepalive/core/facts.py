@@ -286,6 +286,7 @@ class HolderTold(ModelFact):
     retry_at: float | None = None
     loads: tuple[float, ...] = ()  # seconds that its last ones took
     contested: bool = False  # it was taken: that holds off nobody who waits for it
+    lost: frozenset[str] = frozenset()  # copies of which it no longer knows whether one of us loaded them
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,6 +295,8 @@ class UsedElsewhere(ModelFact):
 
     waiting: int
     used: bool
+    # Copies that one of us loaded, as they know it and whoever acts there does not: told to him alone.
+    ours: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

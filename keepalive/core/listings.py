@@ -122,9 +122,11 @@ def _present(model: Model, at: float, entry: Entry, *, trusted: bool) -> Model:
     model = _appeared(model, at) if appeared else _still_there(model)
     if model.priming.done and model.instance_id not in known:
         model = forget_primed(model)
-    ours = (model.ours | model.told) & known
+    ours = ((model.ours - model.disowned) | model.told | model.vouched) & known
     told = model.told if trusted else frozenset[str]()  # what we see ourselves decides from now on
-    model = replace(model, instances=entry.instances, ours=ours, told=told, pending=None, seen_at=at)
+    lost = (model.lost & known) - ours
+    model = replace(model, ours=ours, lost=lost, told=told, disowned=frozenset())
+    model = replace(model, instances=entry.instances, pending=None, seen_at=at)
     if appeared:
         model = replace(model, ill=None)  # of another copy nothing was told
     model = replace(model, used_at=max(model.used_at, _used(model, at)))
@@ -275,6 +277,7 @@ def listing_failed(model: Model, fact: ListingFailed) -> Model:
             if pending is not None and pending.ours
             else None,
             ours=frozenset(),
+            lost=model.lost | model.ours,
             recalled=None,
             refused_claim=None,
             granted_claim=None,

@@ -168,6 +168,7 @@ class Model:
     need: Need | None = None
     instances: tuple[Instance, ...] = ()
     ours: frozenset[str] = frozenset()  # ids of instances that we loaded
+    lost: frozenset[str] = frozenset()  # and that may be another's since: nothing listened there for a while
     recalled: tuple[frozenset[str], float] | None = None  # and in an earlier life, good until then
     beside: frozenset[str] = frozenset()  # folded keys of all that the newest listing showed as loaded
     used_at: float = -inf  # when it was last known to be used, or appeared
@@ -201,6 +202,11 @@ class Model:
     told: frozenset[str] = (
         frozenset()
     )  # ids of instances that one of us loaded, whether or not they are there
+    told_at: float = -inf
+    disowned: frozenset[str] = frozenset()  # of ours, what its last word leaves out; as of the next look
+    vouched: frozenset[str] = (
+        frozenset()
+    )  # while we act: ids of which others of us know that one of us loaded them
     proved_elsewhere: bool = False  # whoever acts here has it warm, by its last word
     alone: bool = False  # to be loaded by us whoever acts: a person has decided so
     ill: str | None = None  # why it is not trusted though it is listed
@@ -290,6 +296,11 @@ class Model:
     def callers(self) -> int:
         """Who wait for it, at whichever daemon."""
         return self.waiting + self.callers_elsewhere
+
+    @property
+    def unknown_there(self) -> frozenset[str]:
+        """Copies that one of us loaded, for all that we have seen, and of which whoever acts here does not know."""
+        return self.ours - self.told if self.asked > self.told_at else frozenset()
 
     @property
     def in_use(self) -> bool:

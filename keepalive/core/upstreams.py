@@ -26,6 +26,7 @@ from keepalive.core.facts import (
     Tier,
     Trouble,
     UnloadEnded,
+    UsedElsewhere,
     WaitStarted,
     WarmAsked,
 )
@@ -67,6 +68,8 @@ def apply_upstream(upstream: Upstream, fact: Fact) -> Upstream:
         case HandLost():
             return replace(upstream, acts=False)
         case LoadForgone() | LoadResolved() | HolderTold() | LoadRemembered():
+            return replace(upstream, due_at=min(upstream.due_at, fact.at))
+        case UsedElsewhere() if fact.ours:
             return replace(upstream, due_at=min(upstream.due_at, fact.at))
         case LoadEnded():
             trial = upstream.on_trial if fact.outcome is LoadOutcome.OK else frozenset[str]()

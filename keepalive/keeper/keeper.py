@@ -174,6 +174,9 @@ class Hand(Protocol):
     def hopeless(self, upstream: str, /) -> tuple[str, float | None] | None:
         """Why nobody acts there, where that will last, and in how many seconds to ask again."""
 
+    def knows(self, upstream: str, /) -> bool:
+        """Whether we know what is ours there: a listing does not show it."""
+
 
 class Alone:
     """There is no other."""
@@ -189,6 +192,9 @@ class Alone:
 
     def hopeless(self, upstream: str, /) -> tuple[str, float | None] | None:
         return None
+
+    def knows(self, upstream: str, /) -> bool:
+        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -614,7 +620,7 @@ class Keeper:
             if blocked is not None:
                 return f"{wanted.key} cannot be had: {blocked}", None
             room = arranged(upstream, siblings, now)
-            if room is not None and wanted in room.never:
+            if room is not None and wanted in room.never and self._hand.knows(wanted.upstream):
                 return f"{wanted.key} cannot be had: {room.never[wanted]}", None
         return None
 

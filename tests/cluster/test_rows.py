@@ -52,10 +52,21 @@ def test_a_load_is_found_in_whatever_case_the_key_is_written():
 
 
 def test_uses_and_states_and_wishes_are_read_as_they_were_written():
-    told = Told(True, frozenset({"gemma:2"}), "it is ill", "no", 3, 4.5, (1.0, 2.0), contested=True)
+    told = Told(
+        True,
+        frozenset({"gemma:2"}),
+        "it is ill",
+        "no",
+        3,
+        4.5,
+        (1.0, 2.0),
+        contested=True,
+        lost=frozenset({"gemma"}),
+    )
+    use = Use(2, True, True, 9, frozenset({"gemma:2"}))
 
-    assert seen("uses/b", rows.uses_row({GEMMA: Use(2, True)})).uses == {"b": {FOLDED: Use(2, True)}}
-    assert seen("yields/local/google/gemma", rows.holder_row("a", "5f")).yields == {FOLDED}
+    assert seen("uses/b", rows.uses_row({GEMMA: use})).uses == {"b": {FOLDED: use}}
+    assert seen("yields/local/google/gemma", rows.holder_row("a", "5f")).yields == {FOLDED: 0}
     assert seen("states/local", rows.states_row({GEMMA: told})).states == {"local": {FOLDED: told}}
     assert seen(rows.wish_key(GEMMA), rows.wish_row("5f", "1", warm=True)).wishes == {
         FOLDED: Wish(True, "5f", 7)
@@ -66,6 +77,12 @@ def test_what_all_others_do_is_taken_together():
     uses = {"a": {FOLDED: Use(5, True)}, "b": {FOLDED: Use(1, False)}, "c": {FOLDED: Use(2, True)}}
 
     assert Picture(uses=uses).uses_elsewhere("a") == {FOLDED: Use(3, True)}
+
+
+def test_each_others_copies_are_taken_together_too():
+    uses = {"b": {FOLDED: Use(ours=frozenset({"x"}))}, "c": {FOLDED: Use(ours=frozenset({"y"}))}}
+
+    assert Picture(uses=uses).uses_elsewhere("a") == {FOLDED: Use(ours=frozenset({"x", "y"}))}
 
 
 def test_a_newer_member_may_say_more():
@@ -111,7 +128,7 @@ def test_what_the_release_before_this_one_writes_is_read():
     assert found.holders == {"local": Holder("b", b, 7)}
     assert found.loads == {FOLDED: Intent("b", b, 7, None, tells_loading=False, progress=0.167)}
     assert found.uses == {"a": {FOLDED: Use(1, used=True), QWEN: Use(1, used=True)}}
-    assert found.yields == {QWEN}
+    assert found.yields == {QWEN: 9}
     assert found.wishes == {QWEN: Wish(warm=False, life=a, created=7)}
     failure = "LM Studio says: insufficient memory"
     assert found.states == {

@@ -294,3 +294,66 @@ async def test_an_etcd_that_goes_away_is_told_in_one_line_whatever_was_asked_of_
         running.cancel()
         await asyncio.wait([running])
         await cluster.close()
+
+
+# --- whose copies they are, and who has yielded ---------------------------------------------------------
+
+
+def holds(cluster: Cluster) -> rows.Row:
+    cluster._lease, cluster._life = 1, "mine"
+    return rows.Row(rows.holder_key("local"), rows.holder_row("a", "mine"), 1)
+
+
+def told(warm: bool) -> rows.Row:
+    state = rows.Told(warm=warm, ours=frozenset({"gemma"}))
+    return rows.Row(rows.states_key("local"), rows.states_row({GEMMA: state}), 3)
+
+
+def test_who_does_not_act_any_more_takes_the_word_of_whoever_does_though_it_is_its_own_of_before():
+    keeping = Records(warm())
+    cluster = a_member(keeping)
+    cluster._see(rows.picture([holds(cluster), told(warm=True)]))
+    before = keeping.models[GEMMA]
+    cluster._see(rows.picture([HELD, told(warm=True)]))
+
+    assert (before.told, before.proved_elsewhere) == (frozenset(), False)
+    assert (keeping.models[GEMMA].told, keeping.models[GEMMA].proved_elsewhere) == ({"gemma"}, True)
+
+
+def test_who_acts_alone_is_told_which_copies_others_know_for_ours():
+    keeping = Records(warm())
+    cluster = a_member(keeping)
+    use = rows.Row(rows.uses_key("b"), rows.uses_row({GEMMA: rows.Use(ours=frozenset({"gemma"}))}), 4)
+    cluster._see(rows.picture([HELD, use]))
+    elsewhere = keeping.models[GEMMA].vouched
+    mine = holds(cluster)
+    cluster._see(rows.picture([mine, use]))
+    acting = keeping.models[GEMMA].vouched
+    cluster._see(rows.picture([mine]))
+
+    assert (elsewhere, acting, keeping.models[GEMMA].vouched) == (frozenset(), {"gemma"}, frozenset())
+
+
+def test_a_word_that_a_model_is_given_to_nobody_holds_for_the_one_time_that_it_was_asked_for():
+    cluster = a_member(Records(warm()))
+    member = rows.Row(rows.member_key("b"), rows.member_row(rows.Member("b", "other")), 2)
+    asked = rows.Row(rows.yield_key(GEMMA), rows.holder_row("a", "mine"), 5, 9)
+
+    def yielded(said: int | None) -> bool:
+        use = rows.uses_row({GEMMA: rows.Use(yielded=True, asked=said)})
+        cluster._see(rows.picture([holds(cluster), member, asked, rows.Row(rows.uses_key("b"), use, 4)]))
+        return cluster._is_yielded(GEMMA)
+
+    assert not yielded(8)
+    assert yielded(9)
+    assert yielded(None)  # as the release before this one writes it
+
+
+def test_who_has_not_heard_from_the_others_since_etcd_was_away_does_not_know_what_is_ours():
+    cluster = a_member(Records(warm()))
+    at_first = cluster.knows("local")
+    cluster._see(rows.picture([HELD]))
+    seen = cluster.knows("local")
+    cluster._is_down("refused")
+
+    assert (at_first, seen, cluster.knows("local")) == (False, True, False)

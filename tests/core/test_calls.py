@@ -837,6 +837,7 @@ def test_what_the_daemon_that_acts_tells_of_a_model_counts_here():
     assert changed(before, apply(before, told)) == {
         "told": {"gemma:2", "gemma:3"},
         "ours": {"gemma", "gemma:2"},
+        "told_at": 50,
         "recent_loads": (3.0, 4.0),
         "failure": "no memory",
         "failures": 5,
@@ -893,7 +894,7 @@ def test_where_nothing_is_listed_the_daemon_that_acts_says_what_is_warm(
 ):
     before = replace(tried(state, instances=(), blind=True), **changes)  # type: ignore[arg-type]
     model = apply(before, HolderTold(50, GEMMA, warm=warm, failure="it is gone"))
-    told = {"failures": 0, "failure": "it is gone", "retry_at": None, "contested": False}
+    told = {"told_at": 50, "failures": 0, "failure": "it is gone", "retry_at": None, "contested": False}
 
     if then is None:
         assert changed(before, model) == (told | {"proved_elsewhere": True} if warm else told)

@@ -31,7 +31,20 @@ from keepalive.core.records import Upstream
 from keepalive.core.room import is_in_use
 from keepalive.core.states import State
 from keepalive.core.upstreams import apply_upstream
-from tests.kit.models import GEMMA, Box, a_model, after, box, cold, entry, listed, load_ended, ours, warm
+from tests.kit.models import (
+    GEMMA,
+    Box,
+    a_model,
+    after,
+    box,
+    cold,
+    entry,
+    listed,
+    load_ended,
+    ours,
+    refused,
+    warm,
+)
 
 
 def trusted(at: float, *ids: str, loading: bool | None = None) -> Listed:
@@ -292,3 +305,63 @@ def test_what_a_person_takes_upon_him_rests_on_a_fresh_look_at_what_is_being_loa
     assert plan(changed(upstream, sees_loading=False), [asked], 1.5) == look
     assert plan(upstream, [cold(), warm(ping_at=1e9)], 20.0) == look
     assert plan(changed(upstream, listing=True), [cold()], 20.0) == []
+
+
+# --- whose copies they are ------------------------------------------------------------------------
+
+
+MINE = frozenset({"gemma"})
+
+
+def test_a_copy_of_which_whoever_acts_has_lost_sight_is_vouched_for_by_whoever_has_not_once_it_was_seen_again():
+    model = after(
+        a_model(GEMMA),
+        HolderTold(1, GEMMA, MINE),
+        trusted(2, "gemma"),
+        HolderTold(5, GEMMA, lost=MINE),
+    )
+    again, another = after(model, trusted(6, "gemma")), after(model, trusted(6), trusted(7, "gemma"))
+
+    assert (model.ours, model.unknown_there) == (MINE, frozenset())
+    assert (again.ours, again.unknown_there) == (MINE, MINE)
+    assert (another.ours, another.unknown_there) == (frozenset(), frozenset())
+
+
+def test_a_copy_that_whoever_acts_no_longer_calls_ours_is_not_ours_either_as_of_the_next_look():
+    model = after(
+        a_model(GEMMA),
+        HolderTold(1, GEMMA, MINE),
+        trusted(2, "gemma"),
+        HolderTold(5, GEMMA),
+        HolderTold(5.1, GEMMA),
+    )
+    again = after(model, trusted(6, "gemma"))
+
+    assert model.ours == MINE  # until then it is in no listing of ours that it has gone
+    assert (again.ours, again.unknown_there) == (frozenset(), frozenset())
+
+
+def test_whoever_acted_goes_on_knowing_what_it_has_loaded_though_its_successor_does_not():
+    model = after(ours(), HandLost(20, "local"), HolderTold(21, GEMMA), trusted(22, "gemma"))
+
+    assert model.unknown_there == MINE
+
+
+def test_who_acts_and_has_lost_sight_of_a_copy_has_it_back_by_the_word_of_another():
+    away = after(ours(), refused(20))
+    alone = after(away, listed(40, entry("gemma", "gemma")))
+    told = after(away, UsedElsewhere(30, GEMMA, 0, False, MINE), listed(40, entry("gemma", "gemma")))
+    late = after(alone, UsedElsewhere(41, GEMMA, 0, False, MINE), listed(42, entry("gemma", "gemma")))
+    gone = after(told, listed(50, entry("gemma")), listed(60, entry("gemma", "gemma")))
+
+    assert (away.ours, away.lost) == (frozenset(), MINE)
+    assert (alone.ours, alone.lost) == (frozenset(), MINE)
+    assert (told.ours, told.lost) == (late.ours, late.lost) == (MINE, frozenset())
+    assert (gone.ours, gone.lost) == (frozenset(), frozenset())
+
+
+def test_who_is_told_of_a_copy_of_ours_looks_for_it_soon():
+    up = elsewhere(listed(10, entry("gemma")))
+
+    assert apply_upstream(up, UsedElsewhere(11, GEMMA, 0, False, MINE)).due_at == 11
+    assert apply_upstream(up, UsedElsewhere(11, GEMMA, 1, True)).due_at == up.due_at

@@ -779,6 +779,7 @@ def test_a_program_that_is_gone_took_its_instances_with_it_and_perhaps_its_loads
         "suspected": Cause.RESTART,
         "pending": replace(before.pending, doubted=True),
         "ours": frozenset(),
+        "lost": frozenset({"gemma"}),
         "recalled": None,
         "refused_claim": None,
         "granted_claim": None,
