@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import gc
 import http.client
 import io
 import json
@@ -90,6 +91,7 @@ KeyArgument = Annotated[str, typer.Argument(metavar="MODEL", autocompletion=_mod
 
 
 def main() -> None:
+    gc.enable()
     _occupy_standard_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # What a terminal has no letters for, as in a pipe on Windows, becomes a question mark and not an error.
@@ -138,6 +140,7 @@ def _options(
 def run(path: ConfigOption = None) -> None:
     """Run the daemon until SIGTERM or Ctrl-C. SIGHUP reads the config again."""
     settings, found = _config(path)
+    gc.disable()  # see `keepalive/__main__.py`; `_run` ends it
     from keepalive.observers import logs
     from keepalive.service.daemon import Daemon
 
@@ -657,5 +660,7 @@ def _fail(message: str, code: int) -> NoReturn:
 def _run(main: Coroutine[Any, Any, None]) -> None:
     from keepalive.service import platform
 
+    gc.freeze()  # nor is what was imported looked through again, as long as it runs
+    gc.enable()
     with asyncio.Runner(loop_factory=platform.new_event_loop) as runner:
         runner.run(main)

@@ -1,11 +1,16 @@
 """A JSON schema of the file, made from the tables, for editors."""
 
+import ast
+import inspect
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
+from keepalive.config import tables
 from keepalive.config.addresses import Address
 from keepalive.config.tables import Config
 from keepalive.config.values import written
@@ -39,4 +44,24 @@ class _AsWritten(GenerateJsonSchema):
 
 def schema() -> dict[str, Any]:
     found = Config.model_json_schema(schema_generator=_AsWritten)
+    for table, key, text in _help():
+        keys = (found if table == Config.__name__ else found["$defs"][table])["properties"]
+        keys[key] = dict(sorted({**keys[key], "description": text}.items()))
     return {"$schema": "http://json-schema.org/draft-07/schema#", **found, "title": "keepalive config.toml"}
+
+
+def _help() -> Iterator[tuple[str, str, str]]:
+    """What an editor shows for a key, which is the docstring below it: a table, its key, the text.
+
+    pydantic would read them for each start of the daemon.
+    """
+    for table in ast.parse(inspect.getsource(tables)).body:
+        lines = table.body if isinstance(table, ast.ClassDef) else []
+        for line, below in itertools.pairwise(lines):
+            match table, line, below:
+                case (
+                    ast.ClassDef(name=name),
+                    ast.AnnAssign(target=ast.Name(id=key)),
+                    ast.Expr(value=ast.Constant(value=str(text))),
+                ):
+                    yield name, key, inspect.cleandoc(text)

@@ -110,8 +110,6 @@ class Table(BaseModel):
         frozen=True,
         strict=True,
         hide_input_in_errors=True,
-        # The docstring below a key is the help that an editor shows for it.
-        use_attribute_docstrings=True,
     )
 
 
