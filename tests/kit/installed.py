@@ -21,6 +21,12 @@ from pathlib import Path
 STAMP = "installed"
 
 
+def cache() -> Path:
+    """What is had once for all runs and all checkouts."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("KEEPALIVE_TEST_CACHE") or caches / "keepalive-tests")
+
+
 @dataclass(frozen=True)
 class Installation:
     """One environment; `target` of the Makefile makes it."""
@@ -37,9 +43,7 @@ class Installation:
     @property
     def folder(self) -> Path:
         """Where it is, or will be."""
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        cache = Path(os.environ.get("KEEPALIVE_TEST_CACHE") or caches / "keepalive-tests")
-        return cache / f"{self.name}-{self.version}"
+        return cache() / f"{self.name}-{self.version}"
 
     def program(self, name: str) -> str:
         return str(self.folder / "bin" / name)
