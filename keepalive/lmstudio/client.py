@@ -19,6 +19,7 @@ from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import urljoin, urlsplit
 
 import httpx
 
@@ -341,6 +342,11 @@ class Client:
                 if response.status_code in (401, 403):
                     # Its own words may quote the token.
                     raise Unauthorized(self._unauthorized())
+                if response.is_redirect:
+                    # Not followed: a token goes to nobody but whom the config names.
+                    where = _place(response.headers["location"], str(self._at(path)), path)
+                    why = f"{what} is sent on to {where}; if LM Studio is there, write that as url"
+                    raise Unexpected(why, status=response.status_code)
                 content = bytearray()
                 async for chunk in response.aiter_raw():
                     content += chunk
@@ -431,6 +437,18 @@ def _date(text: str | None) -> float | None:
         return parsedate_to_datetime(text or "").timestamp() + 0.5
     except (ValueError, TypeError, OverflowError):
         return None
+
+
+def _place(location: str, asked: str, path: str) -> str:
+    """The URL to write for a server that sends on to `location`: of that, what no secret stands in."""
+    try:
+        found = urlsplit(urljoin(asked, location))
+        host, port = found.hostname or "", "" if found.port is None else f":{found.port}"
+    except ValueError:
+        return "another place"
+    host = f"[{host}]" if ":" in host else host
+    prefix = found.path.removesuffix(path) if found.path.endswith(path) else ""
+    return wire.clean(f"{found.scheme}://{host}{port}{prefix}")
 
 
 def _words(error: Exception) -> str:

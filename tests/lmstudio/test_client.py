@@ -503,6 +503,23 @@ async def test_a_redirect_is_not_followed():
         assert target.heads == []
 
 
+@pytest.mark.parametrize(
+    ("location", "url"),
+    [
+        ("https://studio.example.org/lmstudio-greeting", "https://studio.example.org"),
+        ("http://user:secret@[::1]:8443/lm/lmstudio-greeting?token=secret", "http://[::1]:8443/lm"),
+        ("https://login.example.org/secret?next=/lmstudio-greeting", "https://login.example.org"),
+        ("//studio.example.org/lmstudio-greeting", "http://studio.example.org"),
+        ("http://[", "another place"),
+    ],
+)
+async def test_who_is_sent_on_is_told_what_to_write_as_url(location: str, url: str):
+    async with raw(http(b"", "308 Permanent Redirect", f"Location: {location}")) as server:
+        message = await fails(server, Unexpected)
+
+    assert message == f"GET /lmstudio-greeting is sent on to {url}; if LM Studio is there, write that as url"
+
+
 async def test_an_answer_without_end_is_given_up_at_its_size():
     async def flood(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
