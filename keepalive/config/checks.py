@@ -301,6 +301,9 @@ class Checks:
                 yield ("cluster", name), f"is of no use with {shown(plain[0])}; write https://… for etcd"
 
 
+_HERE = "127.0.0.1"
+
+
 def _address(upstream: Upstream) -> Address:
     parts = urlsplit(upstream.url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
@@ -308,8 +311,9 @@ def _address(upstream: Upstream) -> Address:
 
 
 def _server(upstream: Upstream) -> object:
-    # Under two paths of one host stand two servers.
-    return _address(upstream), urlsplit(upstream.url).path
+    # Under two paths of one host stand two servers; behind two addresses of this machine, with one port, stands one.
+    address = _address(upstream)
+    return (_HERE if address.host in ("", "::1") else address.host), address.port, urlsplit(upstream.url).path
 
 
 def _collide(ours: Address, other: Address) -> bool:
@@ -321,5 +325,5 @@ def _collide(ours: Address, other: Address) -> bool:
 
 def _plain(host: str) -> str:
     """One spelling for each; "" is every interface."""
-    host = host.lower()
-    return {"localhost": "127.0.0.1", "0.0.0.0": "", "::": ""}.get(host, host)  # noqa: S104  # compared, not bound
+    host = host.lower().rstrip(".")
+    return {"localhost": _HERE, "0.0.0.0": "", "::": ""}.get(host, host)  # noqa: S104  # compared, not bound

@@ -59,6 +59,8 @@ class Client:
 
     Where several daemons talk to it, `acts` tells whether it is ours to change anything there: it is asked once more
     when a connection is open and the first byte is about to go, since a process may be stopped for any time before.
+
+    `mark` goes with every request: whoever sent it knows it by that, where an address leads back to him.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Client:
         socket_options: Sequence[tuple[int, int, int]] = (),
         transport: httpx.AsyncBaseTransport | None = None,
         sdk: bool = False,
+        mark: str = "",
         dial: Dial | None = None,
         acts: Callable[[], bool] = lambda: True,
     ) -> None:
@@ -92,6 +95,7 @@ class Client:
                 "user-agent": f"keepalive/{__version__}",
                 "accept-encoding": "identity",
                 "connection": "close",
+                **({"x-keepalive-asks": f"{mark} {name}"} if mark else {}),
             },
             trust_env=False,
             follow_redirects=False,

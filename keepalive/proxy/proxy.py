@@ -116,6 +116,9 @@ class Proxy:
     async def _serve(self, call: Call) -> None:
         """What becomes of one request."""
         read, answer = call.reading, call.answer
+        if read.ours is not None:
+            # Passed on, it would come back once more, and again, until no socket is left.
+            return answer.fail(508, self.upstreams.avoid(read.ours), "loop", outcome=Outcome.REJECTED)
         call.account.key = read.key
         if read.refused is not None:
             return answer.fail(*read.refused, outcome=Outcome.REJECTED)

@@ -22,6 +22,7 @@ class Reading:
         "key",
         "names",
         "no_mode",
+        "ours",
         "preflight",
         "refused",
         "route",
@@ -40,6 +41,8 @@ class Reading:
         self.route = route or route_of(head.method, target)
         #: Its body says who is meant.
         self.names = self.route.names and head.method == b"POST"
+        #: It is this daemon that asks, and meant this upstream.
+        self.ours = _ours(head, settings.mark)
         self.key: Key | None
         self.refused: Refused | None
         self.key, self.refused = admit(head, settings)
@@ -59,6 +62,11 @@ class Reading:
         self.wish = preferred_wait(head)
         #: How the head begins that an upstream is sent, by its name and whether the answer is to be read.
         self.begins: dict[tuple[str, bool], bytes] = {}
+
+
+def _ours(head: RequestHead, mark: str) -> str | None:
+    said, _, upstream = (head.get(b"x-keepalive-asks") or b"").decode("latin-1").partition(" ")
+    return upstream if mark and said == mark else None
 
 
 def reading(head: RequestHead, settings: Settings, route: Route | None = None) -> Reading:

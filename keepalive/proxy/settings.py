@@ -31,3 +31,4 @@ class Settings:
     allowed_hosts: frozenset[str] = frozenset()
     allowed_origins: frozenset[str] = frozenset()
     keys: tuple[Key, ...] = ()
+    mark: str = ""  # what this daemon asks by itself says so; "" where nobody does

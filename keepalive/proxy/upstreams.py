@@ -5,7 +5,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Final
 
-from keepalive.core.errors import Cut, TimedOut, Unexpected
+from keepalive.core.errors import Cut, TimedOut, Unexpected, Unreachable
 from keepalive.http1 import Caller, Headers, Pool, Reply, ReplyHead, end_to_end
 from keepalive.proxy.access import SHOWN_IN
 from keepalive.proxy.reading import Reading
@@ -18,6 +18,10 @@ UPGRADE: Headers = [(b"Connection", b"Upgrade"), (b"Upgrade", b"websocket")]
 _OURS: Final = frozenset([b"host", b"content-length", b"expect", b"x-keepalive-heartbeat"])
 _READABLE: Final = _OURS | {b"accept-encoding"}
 _SHOWN: Final = frozenset(SHOWN_IN)
+
+#: What is not up is looked at more often than this, so it is known for as long as it is so.
+BELIEVED: Final = 120.0
+_LEADS_BACK: Final = "the url of upstream {} leads back to keepalive itself; write where LM Studio listens"
 
 #: A listing of a thousand models is about 1 MB. More than this is not a listing.
 LOOKED_BYTES: Final = 8 * 1024 * 1024
@@ -36,6 +40,7 @@ class Upstreams:
         self.pools: dict[str, Pool] = {}
         self._settings = settings
         self._retired: list[Pool] = []
+        self._avoided: dict[str, float] = {}  # those that are ourselves, and until when that is believed
         self.configure(settings)
 
     def configure(self, settings: Settings) -> None:
@@ -56,6 +61,17 @@ class Upstreams:
         self._retired += (pool for pool in self.pools.values() if pool not in pools.values())
         self._retired = [pool for pool in self._retired if pool.links]
         self.pools = pools
+        self._avoided.clear()
+
+    def avoid(self, name: str) -> str:
+        """Ask nothing there for a while: its address leads back here. In words."""
+        self._avoided[name] = asyncio.get_running_loop().time() + BELIEVED
+        return _LEADS_BACK.format(name)
+
+    def _refuse_ourselves(self, name: str) -> None:
+        until = self._avoided.get(name)
+        if until is not None and asyncio.get_running_loop().time() < until:
+            raise Unreachable(_LEADS_BACK.format(name))
 
     @property
     def default(self) -> str:
@@ -77,6 +93,8 @@ class Upstreams:
 
         `readable`: its answer must not be compressed. `once`: it must not be sent a second time.
         """
+        if self._avoided:
+            self._refuse_ourselves(name)
         head, pool = caller.head, self.pools[name]
         as_read = reading.settings is self._settings and not upgrade
         as_read = as_read and head.headers is reading.headers and head.target is reading.target
@@ -103,6 +121,7 @@ class Upstreams:
 
     async def look(self, name: str, target: bytes, headers: Headers, within: float) -> Looked:
         """Asks one upstream what a caller with these headers would read there. Raises UpstreamError."""
+        self._refuse_ourselves(name)
         pool = self.pools[name]
         asked = [
             pair

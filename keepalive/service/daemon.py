@@ -327,6 +327,7 @@ class Daemon:
                     upstream.name,
                     upstream.url,
                     socket_options=socket_options(),
+                    mark=self._front.mark,
                     acts=partial(self._may_act, upstream.name),
                 )
             client.configure(

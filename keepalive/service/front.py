@@ -8,6 +8,7 @@ import asyncio
 import errno
 import ipaddress
 import os
+import secrets
 import socket
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -77,6 +78,8 @@ class Front:
         self._list_timeout = 10.0
         self._limits = _limits(settings)
         self._listener: Listener | None = None
+        #: By which we know what we ask ourselves, over an address that leads back here.
+        self.mark = secrets.token_hex(8)
         self._proxy = Proxy(self._settings(settings, {}, ()), self, self._seen, self)
         self._prompts = prompts.Prompts(
             self._proxy, self._proxy.admit, self, self._warm, self._proxy.ticker, self._seen
@@ -285,6 +288,7 @@ class Front:
             allowed_hosts=frozenset(server.allowed_hosts),
             allowed_origins=frozenset(server.allowed_origins),
             keys=tuple(keys),
+            mark=self.mark,
         )
 
     def _judge(self, seen: Seen) -> None:

@@ -46,6 +46,15 @@ def test_two_paths_of_one_host_are_two_servers_and_one_path_is_one() -> None:
     ]
 
 
+@pytest.mark.parametrize("url", ["http://[::1]:1234", "http://0.0.0.0:1234", "http://LOCALHOST.:1234/"])
+def test_several_addresses_of_this_machine_are_one_server(url: str) -> None:
+    text = f'[[upstreams]]\nname = "a"\nurl = "http://127.0.0.1:1234"\n[[upstreams]]\nname = "b"\nurl = "{url}"\n'
+
+    (report,) = mistakes(text + MODEL + 'upstream = "a, b"\n')
+
+    assert "is the url of upstreams[0] too" in report
+
+
 @pytest.mark.parametrize(
     ("url", "message"),
     [

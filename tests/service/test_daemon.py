@@ -962,3 +962,35 @@ def test_it_runs_on_uvloop_where_there_is_one() -> None:
 
     pytest.importorskip("uvloop", reason="uvloop is not installed")
     assert ran.stdout == "uvloop\n"
+
+
+async def test_an_address_that_leads_back_to_the_daemon_is_told_and_costs_no_sockets() -> None:
+    with reserved_port() as port:
+        # As a machine's name or its address in the network would: no look at the config can tell.
+        text = settings(f"http://127.0.0.2:{port}", "a").replace("127.0.0.1:0", f"0.0.0.0:{port}", 1)
+        async with daemon(text) as running:
+            await until(lambda: running.status()["upstreams"][0]["state"] == "down", "it is asked")
+            why = "the url of upstream local leads back to keepalive itself; write where LM Studio listens"
+            assert running.status()["upstreams"][0]["error"] == why
+            sockets = len(os.listdir("/proc/self/fd"))
+            answers = [await asked(f"http://127.0.0.1:{port}{path}") for path in ("/v1/models", "/anything")]
+
+            assert [status for status, *_ in answers] == [502, 502]
+            assert all(why in text for *_, text in answers)
+            assert len(os.listdir("/proc/self/fd")) < sockets + 20
+
+
+async def test_two_daemons_that_take_each_other_for_lm_studio_say_so() -> None:
+    with reserved_port() as one, reserved_port() as two:
+
+        def text(mine: int, other: int) -> str:
+            return settings(f"http://127.0.0.1:{other}", "a").replace("127.0.0.1:0", f"127.0.0.1:{mine}", 1)
+
+        async with daemon(text(one, two)) as first, daemon(text(two, one)) as second:
+            for running in (first, second):
+                await until(
+                    lambda running=running: "leads back" in str(running.status()["upstreams"][0]["error"]),
+                    "it is told",
+                )
+
+            assert (await asked(first.url + "/v1/models"))[0] == 502
