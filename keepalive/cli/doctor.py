@@ -8,6 +8,7 @@ import asyncio
 import importlib.util
 import json
 import os
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -22,7 +23,7 @@ from zoneinfo import ZoneInfoNotFoundError
 
 from keepalive import __version__
 from keepalive.admin.words import span
-from keepalive.config import Config, Kept, Upstream, overbooked, written
+from keepalive.config import Cluster, Config, Kept, Upstream, overbooked, written
 from keepalive.core.callers import Outcome
 from keepalive.core.errors import KeepaliveError, TimedOut, Unauthorized, Unexpected, Unreachable
 from keepalive.core.explain import RIVAL
@@ -584,7 +585,7 @@ def _cluster(seen: Evidence) -> Iterator[Finding]:
         yield Finding(
             f"this daemon of cluster {cluster['name']!r} has no etcd: {cluster['engine']['error']}",
             "it serves what is warm, and loads and unloads nothing; where all of them say so, nobody does",
-            f"etcdctl --endpoints={','.join(seen.config.cluster.etcd)} endpoint health",
+            f"etcdctl {_as_we_do(seen.config.cluster)} endpoint health",
         )
     for difference in cluster["differences"]:
         yield Finding(
@@ -593,6 +594,13 @@ def _cluster(seen: Evidence) -> Iterator[Finding]:
             "the same [[upstreams]] and [[models]] for each of them, and an instance name of its own in [cluster]; "
             "then restart the one that was mended",
         )
+
+
+def _as_we_do(cluster: Cluster) -> str:
+    """How etcdctl is to ask etcd, so that it finds what we find."""
+    known = {"cacert": cluster.ca, "cert": cluster.cert, "key": cluster.key, "user": cluster.user}
+    options = {"endpoints": ",".join(cluster.etcd)} | {name: value for name, value in known.items() if value}
+    return " ".join(f"--{name}={shlex.quote(value)}" for name, value in options.items())
 
 
 def _copies(kept: Kept, entry: Entry, status: Json | None) -> Iterator[Finding]:

@@ -15,6 +15,7 @@ and never the truth.
 import asyncio
 import base64
 import contextlib
+import errno
 import json
 import math
 import os
@@ -33,6 +34,12 @@ from keepalive.core.errors import KeepaliveError
 
 ANSWER_MAX = 32 * 2**20
 UNAUTHENTICATED = 16
+# What to do about what etcd says in few words.
+TODO = {
+    "user name is empty": "it wants to know who asks: see cluster.user",
+    "authentication is not enabled": "leave cluster.user out, or enable it there",
+    "permission denied": "cluster.user is to read and write all keys below /keepalive/",
+}
 
 Json = Mapping[str, Any]
 
@@ -308,7 +315,8 @@ def _refused(answer: Json, address: str) -> EngineError:
         said = said.get("message")
     words = str(said).removeprefix("etcdserver: ") if said else "no"
     words = "".join(c for c in words if c.isprintable())[:200]
-    return EngineError(f"etcd at {address} says: {words}")
+    todo = f" ({TODO[words]})" if words in TODO else ""
+    return EngineError(f"etcd at {address} says: {words}{todo}")
 
 
 def _why(error: aiohttp.ClientError, url: str) -> str:
@@ -316,6 +324,7 @@ def _why(error: aiohttp.ClientError, url: str) -> str:
     if isinstance(error, aiohttp.ServerDisconnectedError) and url.startswith("http:"):
         return "it hung up without an answer; that may be because it wants https://"
     cause: BaseException | None = error.__cause__
+    unmet = isinstance(error, aiohttp.ClientConnectorError)
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         cause = error.certificate_error
     elif isinstance(error, aiohttp.ClientConnectorError):
@@ -330,9 +339,15 @@ def _why(error: aiohttp.ClientError, url: str) -> str:
             )
         case SSLError():
             return "no TLS is spoken there that we know"
-        case ConnectionError(errno=None) if url.startswith("https:"):
+        case ConnectionError(errno=None | errno.ECONNRESET) if url.startswith("https:") and unmet:
             return "no TLS is spoken there; write http://"  # it hung up on our first words
-        case OSError(errno=int() as number) if isinstance(error, aiohttp.ClientConnectorError):
+        case ConnectionError(errno=None) if url.startswith("https:"):
+            # The want of a certificate is told once the handshake is over, and not always heard before what we ask.
+            return (
+                "it hung up once TLS was spoken; that may be because it wants a certificate of ours that it accepts: "
+                "see cluster.cert and cluster.key"
+            )
+        case OSError(errno=int() as number) if unmet:
             # Those of names and of Windows have words of their own, and numbers that mean something else elsewhere.
             named = isinstance(cause, socket.gaierror) or sys.platform == "win32" or number <= 0
             return f"Cannot connect: {cause.strerror if named else os.strerror(number)}"

@@ -3,7 +3,9 @@
 import re
 import socket
 import ssl
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -123,17 +125,31 @@ def tls(wanted: Wanted) -> ssl.SSLContext | None:
     """By which etcd is known to be itself, and we to it."""
     if not (wanted.ca or wanted.cert):
         return None
-    try:
+    for name, path in (("ca", wanted.ca), ("cert", wanted.cert), ("key", wanted.key)):
+        with _used(name, path):
+            if path:
+                Path(path).read_bytes()  # what goes wrong with the next two is not said of either
+    with _used("ca", wanted.ca):
         context = ssl.create_default_context(cafile=wanted.ca)
-    except (OSError, ssl.SSLError) as error:
-        raise MembershipError(f"cluster.ca: {wanted.ca} cannot be used: {_words(error)}") from error
     if wanted.cert and wanted.key:
-        try:
-            context.load_cert_chain(wanted.cert, wanted.key)
-        except (OSError, ssl.SSLError) as error:
-            raise MembershipError(f"cluster.cert: {wanted.cert} cannot be used: {_words(error)}") from error
+        with _used("cert", wanted.cert):
+            # Without a word for it OpenSSL would ask whoever sits at the terminal, and wait.
+            context.load_cert_chain(wanted.cert, wanted.key, password=lambda: _encrypted(wanted))
     return context
 
 
-def _words(error: OSError) -> str:
-    return error.strerror or type(error).__name__
+def _encrypted(wanted: Wanted) -> str:
+    raise MembershipError(f"cluster.key: {wanted.key} is encrypted; write it anew without a password")
+
+
+@contextmanager
+def _used(name: str, path: str | None) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        words = error.strerror or type(error).__name__
+        if isinstance(error, ssl.SSLError):
+            words = (error.reason or "there is none in it").replace("_", " ").lower()
+            if error.reason == "KEY_VALUES_MISMATCH":
+                words = "cluster.key is the key to another one"
+        raise MembershipError(f"cluster.{name}: {path} cannot be used: {words}") from error

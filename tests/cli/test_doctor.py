@@ -499,6 +499,15 @@ def test_an_etcd_that_is_away_and_what_differs_between_the_daemons_of_a_cluster_
     ]
     assert at_rest(text, {"cluster": {**cluster, "differences": []}}) == []
 
+    by_tls = 'user = "ward a"\npassword_env = "PW"\nca = "/etc/k/ca.pem"\ncert = "/etc/k/a.pem"\nkey = "/etc/k/a.key"\n'
+    [found] = at_rest(
+        text.replace("http:", "https:") + by_tls, {"cluster": {**cluster, "engine": away, "differences": []}}
+    )
+    assert found.do == (
+        "etcdctl --endpoints=https://10.0.0.1:2379,https://10.0.0.2:2379 --cacert=/etc/k/ca.pem --cert=/etc/k/a.pem "
+        "--key=/etc/k/a.key --user='ward a' endpoint health"
+    )
+
 
 def test_windows_that_are_read_in_utc_by_accident_are_found() -> None:
     utc = Host(NOW, ZoneInfo("UTC"))

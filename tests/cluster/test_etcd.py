@@ -1,9 +1,11 @@
 """The engine, against a real one; and whatever else may listen there."""
 
 import asyncio
+import errno
 import shutil
 import signal
 import socket
+import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -127,7 +129,7 @@ async def test_whoever_must_say_who_he_is_does_and_again_when_that_is_forgotten(
             ("enable", {}),
         ):
             await root._call(f"/v3/auth/{path}", body)
-        with pytest.raises(EngineError, match="user name is empty"):
+        with pytest.raises(EngineError, match=r"user name is empty \(it wants to know who asks"):
             await root.rows(PREFIX)
         await root.close()
 
@@ -246,6 +248,57 @@ def test_a_connection_that_broke_is_not_one_that_could_not_be_made():
     error.__cause__ = ConnectionResetError(104, "reset")
 
     assert _why(error, "http://x") == "the connection broke: Connection reset by peer"
+
+
+@pytest.mark.parametrize("number", [None, errno.ECONNRESET])
+def test_whoever_hangs_up_before_tls_is_spoken_speaks_none(number: int | None):
+    key = ConnectionKey("x", 2379, True, True, None, None, None)
+    cause = ConnectionResetError(number, "reset") if number else ConnectionResetError()
+
+    assert (
+        _why(aiohttp.ClientConnectorError(key, cause), "https://x") == "no TLS is spoken there; write http://"
+    )
+
+
+def test_whoever_hangs_up_once_tls_is_spoken_may_want_a_certificate_and_is_not_said_to_speak_no_tls():
+    error = aiohttp.ClientOSError(None, "Can not write request body")
+    error.__cause__ = aiohttp.ClientConnectionResetError("Cannot write to closing transport")
+
+    assert _why(error, "https://x") == (
+        "it hung up once TLS was spoken; that may be because it wants a certificate of ours that it accepts: "
+        "see cluster.cert and cluster.key"
+    )
+
+
+@needs_openssl
+def test_what_is_wrong_with_a_file_of_ours_is_said_of_that_file(tmp_path: Path):
+    ours = kit.Authority(tmp_path)
+    (cert, key), (_, other) = ours.signs("a"), ours.signs("b")
+    (junk := tmp_path / "junk.pem").write_text("hello\n")
+    locked, missing = tmp_path / "locked.key", tmp_path / "missing.pem"
+    words = ("openssl", "ec", "-aes128", "-passout", "pass:s3cret", "-in", str(key), "-out", str(locked))
+    subprocess.run(words, check=True, capture_output=True)
+
+    def trouble(ca: Path, own: tuple[Path, Path]) -> str:
+        with pytest.raises(membership.MembershipError) as raised:
+            access(ca, own)
+        return str(raised.value).replace(str(tmp_path), "")
+
+    assert [
+        trouble(missing, (cert, key)),
+        trouble(junk, (cert, key)),
+        trouble(ours.ca, (cert, missing)),
+        trouble(ours.ca, (junk, key)),
+        trouble(ours.ca, (cert, other)),
+        trouble(ours.ca, (cert, locked)),
+    ] == [
+        "cluster.ca: /missing.pem cannot be used: No such file or directory",
+        "cluster.ca: /junk.pem cannot be used: no certificate or crl found",
+        "cluster.key: /missing.pem cannot be used: No such file or directory",
+        "cluster.cert: /junk.pem cannot be used: there is none in it",
+        "cluster.cert: /a.pem cannot be used: cluster.key is the key to another one",
+        "cluster.key: /locked.key is encrypted; write it anew without a password",
+    ]
 
 
 @needs_etcd

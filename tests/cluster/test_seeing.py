@@ -256,7 +256,9 @@ async def test_an_etcd_that_renews_a_lease_and_shows_nothing_counts_as_away_and_
     running = asyncio.create_task(cluster.run())
     try:
         why, _ = await until(lambda: cluster.hopeless("local"), "callers are told that there is no hope")
-        assert why.endswith("says: permission denied")
+        assert why.endswith(
+            "says: permission denied (cluster.user is to read and write all keys below /keepalive/)"
+        )
         assert not cluster.engine_up
         assert sorted(told) == ["cluster.engine_down", "cluster.row_failed"]
     finally:
