@@ -1,6 +1,7 @@
 """The callers' side: who is accepted, and how that ends."""
 
 import asyncio
+import errno
 import logging
 import socket
 
@@ -18,6 +19,9 @@ log = logging.getLogger("keepalive.http1")
 
 # Callers that are accepted and not connected to their protocol yet: before more come, all others have a turn.
 OPENED_AT_ONCE = 64
+
+
+_NO_FAMILY = (errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT)
 
 
 def plain_refusal(status: int, message: str, head: RequestHead | None) -> tuple[Headers, bytes]:
@@ -155,6 +159,7 @@ class Listener:
 def bind(host: str, port: int, *, backlog: int = 1024) -> list[socket.socket]:
     """Listening sockets for every address of `host`. Raises OSError."""
     sockets: list[socket.socket] = []
+    missing: OSError | None = None
     seen: set[tuple[object, ...]] = set()
     try:
         for family, kind, protocol, _, address in socket.getaddrinfo(
@@ -163,7 +168,13 @@ def bind(host: str, port: int, *, backlog: int = 1024) -> list[socket.socket]:
             if address in seen:
                 continue
             seen.add(address)
-            sock = socket.socket(family, kind, protocol)
+            try:
+                sock = socket.socket(family, kind, protocol)
+            except OSError as error:
+                if error.errno not in _NO_FAMILY:
+                    raise
+                missing = error  # a kernel without IPv6 has addresses of it all the same
+                continue
             sockets.append(sock)
             sock.setblocking(False)
             # Listen where connections of an earlier life still fade. On Windows, which does not mind them, that
@@ -180,6 +191,8 @@ def bind(host: str, port: int, *, backlog: int = 1024) -> list[socket.socket]:
         for sock in sockets:
             sock.close()
         raise
+    if missing is not None and not sockets:
+        raise missing
     return sockets
 
 

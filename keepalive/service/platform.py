@@ -72,6 +72,7 @@ def watch_signals(actions: Mapping[str, Callable[[], None]]) -> None:
             continue
         try:
             loop.add_signal_handler(number, act)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])  # what came before is heard now
         except NotImplementedError:
             # Windows. Python runs the handler when the loop next wakes, which the schedule sees to each second.
             signal.signal(number, partial(_pass_on, loop, act))

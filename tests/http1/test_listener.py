@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import errno
+import os
 import socket
 from collections.abc import AsyncIterator
 
@@ -132,3 +134,27 @@ async def test_where_there_is_room_for_few_the_others_wait_until_one_leaves() ->
 
     await listener.close()
     assert most == 2
+
+
+class WithoutIPv6(socket.socket):
+    """As on a kernel that was started with `ipv6.disable=1`."""
+
+    def __init__(self, family: int = -1, *how: int, **more: int | None) -> None:
+        if family == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+        super().__init__(family, *how, **more)
+
+
+def test_every_interface_of_a_machine_without_ipv6_is_those_of_ipv4(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = socket.getaddrinfo("127.0.0.1", 0, type=socket.SOCK_STREAM) + socket.getaddrinfo(
+        "::1", 0, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
+    )
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    monkeypatch.setattr(socket, "socket", WithoutIPv6)
+
+    (sock,) = bind("", 0)
+    with sock:
+        assert sock.family is socket.AF_INET
+    del found[0]
+    with pytest.raises(OSError, match=os.strerror(errno.EAFNOSUPPORT)):
+        bind("", 0)

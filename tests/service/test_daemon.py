@@ -840,6 +840,30 @@ def test_sighup_reloads_and_sigterm_leaves_models_loaded_and_exits_0(
     assert [row["level"] for row in running.events("config.rejected")] == ["error"]
 
 
+class ToldToReload(DaemonProcess):
+    """Before it can have heard of it."""
+
+    told = False
+
+    def _started(self) -> dict[str, Any] | None:
+        if not self.told and self.process.poll() is None:
+            blocked = Path(f"/proc/{self.process.pid}/status").read_text().partition("SigBlk:")[2].split()[0]
+            if int(blocked, 16) & 1 << signal.SIGHUP - 1:
+                self.signal(signal.SIGHUP)
+                self.told = True
+        return super()._started()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says of a process")
+def test_a_reload_that_is_asked_for_while_the_daemon_starts_is_done_once_it_listens(tmp_path: Path) -> None:
+    running = ToldToReload(tmp_path, settings("http://127.0.0.1:9", "a"))
+    with ending(running):
+        wait_until(lambda: running.events("config.applied"), "it has read its config again")
+
+        assert running.told
+        assert running.status()["config"]["ok"]
+
+
 @pytest.mark.parametrize(("number", "key"), [(signal.SIGTERM, "c"), (signal.SIGINT, "d")])
 def test_a_signal_in_the_middle_of_a_load_ends_it_at_once_with_0(
     number: signal.Signals, key: str, lm_studio: SimulatorProcess, tmp_path: Path
