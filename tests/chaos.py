@@ -7,7 +7,8 @@ meanwhile. Several worlds run beside each other. What is judged, by LM Studio's 
 - no load ever begins beside another one or beside an instance, and nothing is unloaded;
 - after each fault all is warm at every daemon within the lease, one load and 15 s; where a load was written down and
   LM Studio never heard of it, within what docs/cluster.md says of that;
-- no stream breaks that has begun, but where its model was lost, or its daemon killed or cut off from LM Studio;
+- no stream breaks that has begun, but at the moment at which its model was lost or its daemon killed, or while that one
+  was cut off from LM Studio;
 - no daemon that reaches LM Studio refuses anybody a model that is warm there;
 - no daemon spins.
 
@@ -31,8 +32,8 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from itertools import chain, count
+from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -60,6 +61,8 @@ WORDS, WORD_SECONDS = 20, 0.2
 SPINS = 0.6
 # Until a daemon has seen that what was away is back.
 SETTLED = 20.0
+# How soon a caller has seen that what answered it is gone; no two clocks are compared.
+SEEN = 2.0
 
 KINDS = {
     "killed": 4,
@@ -96,6 +99,26 @@ class Stream:
     words: int = 0
     whole: bool = False
     said: str = ""
+
+
+@dataclass(frozen=True)
+class Blow:
+    """What ends the streams that it befalls: all of a daemon, or all of a model; None: of whichever."""
+
+    what: str
+    began: float
+    ended: float
+    daemon: str | None = None
+    model: str | None = None
+
+    def ends(self, stream: Stream, model: str) -> bool:
+        """Whether that one could break by this, when it did; `model` is what answered it."""
+        return (
+            self.daemon in (None, stream.daemon)
+            and self.model in (None, model)
+            and stream.began <= self.ended
+            and self.began <= stream.ended <= self.ended + SEEN
+        )
 
 
 @dataclass
@@ -144,8 +167,8 @@ class World:
         self.urls: dict[str, str] = {}
         self.born: dict[str, float] = {}
         self.over = threading.Event()
-        # From when until when a stream there may break, or nobody need be answered.
-        self.broken: dict[str, list[tuple[float, float]]] = {name: [] for name in NAMES}
+        self.blows: list[Blow] = []
+        # From when until when nobody need be answered there.
         self.unwell: dict[str, list[tuple[float, float]]] = {name: [] for name in NAMES}
         self.lost: dict[str, list[float]] = {key: [] for key in MODELS}
         self.streams: list[Stream] = []
@@ -282,6 +305,7 @@ class World:
             case "LM Studio restarted":
                 self.all_lost()
                 ask(f"{self.lm_studio.url}/simulator/restart", "POST", {"down_seconds": seconds})
+        done = time.monotonic()
         here = NAMES if kind.startswith("LM Studio") else (name,) if "etcd" not in kind else ()
         yield
         match kind:
@@ -311,18 +335,29 @@ class World:
         now = time.monotonic()
         for one in here:
             self.unwell[one].append((began, now + SETTLED))
-            if kind not in ("ended", "stopped and woken"):
-                self.broken[one].append((began, now))
+        if kind == "LM Studio restarted":
+            self.blows.append(Blow(kind, began, done))
+        elif kind == "killed":
+            self.blows.append(Blow(kind, began, done, name))
+        elif kind in CUTS and here:
+            # What was not received is sent again after as long again at the latest, and may be refused then.
+            self.blows.append(Blow(kind, began, now + (now - began), name))
+        elif kind == "stopped and woken":
+            # What was lost meanwhile is seen when it wakes.
+            late = [blow for blow in self.blows if blow.model and blow.ended + SEEN >= began]
+            self.blows += [replace(blow, ended=now, daemon=name) for blow in late]
 
     def all_lost(self) -> None:
         for key in MODELS:
             self.lost[key].append(time.monotonic())
 
     def lose(self, key: str) -> None:
-        self.lost[key].append(time.monotonic())
+        began = time.monotonic()
+        self.lost[key].append(began)
         # It may not be there to be lost, nor LM Studio to lose it.
         with contextlib.suppress(OSError):
             ask(f"{self.lm_studio.url}/simulator/evict", "POST", {"model": key})
+        self.blows.append(Blow("a model lost", began, time.monotonic(), model=key))
 
     def held_by(self) -> tuple[str, str]:
         """Who acts, and of which life, as etcd has it."""
@@ -390,16 +425,14 @@ class World:
             return
         first, last = stream.began - 0.2, stream.ended + 0.2
         lost = any(first - SETTLED <= at <= last for at in self.lost[stream.model])
-        broken, unwell = (
-            any(at <= last and first <= end for at, end in there[stream.daemon])
-            for there in (self.broken, self.unwell)
-        )
+        unwell = any(began <= last and first <= ended for began, ended in self.unwell[stream.daemon])
         if stream.words:
             # Somebody was being answered, by another model where his own was gone: LM Studio does that.
-            stand_in = lost and any(first <= at <= last for at in chain(*self.lost.values()))
-            if not (broken or stand_in or any(first - 1 <= at <= last for at in self.lost[stream.model])):
-                raise Wrong(f"{what}: a stream broke that nothing had befallen: {stream}")
-            self.tally.add(streams_broken_with_what_they_came_from=1)
+            answering = MODELS if lost else (stream.model,)
+            blow = next((b for b in self.blows for model in answering if b.ends(stream, model)), None)
+            if blow is None:
+                raise Wrong(f"{what}: a stream broke that nothing had befallen: {stream}; {self.blows[-5:]}")
+            self.tally.add(**{f"streams broken by: {blow.what}": 1})
         elif lost or unwell or stream.began < self.born[stream.daemon] + SETTLED:
             self.tally.add(requests_that_could_not_be_answered=1)
         else:

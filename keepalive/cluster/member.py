@@ -65,6 +65,12 @@ PATIENCE = 3.0
 DIFFERENCES_TOLD = 20
 # Who has left is shown as such for so long: names may be those of hosts that come and go.
 FORGOTTEN_AFTER = 3600.0
+# What a row that cannot be read counts as, where that is something.
+UNREADABLE = {
+    "holders": "nobody acts there while it stands: delete it (etcdctl del KEY)",
+    "loads": "it counts as a load under way, and goes when that has been waited for",
+    "members": "who has that name goes by another one while it stands",
+}
 # A last word to etcd at the end.
 LAST_WORD = 2.0
 
@@ -563,7 +569,9 @@ class Cluster:
         old, known = self._seen, self._known
         for key in new.unreadable:
             if new.values[key] != old.values.get(key):
-                self._tell("cluster.row_unreadable", well=False, key=(self._prefix + key)[:200])
+                counts = UNREADABLE.get(key.partition("/")[0], "it is passed over")
+                why = f"none of these daemons has written that; {counts}"
+                self._tell("cluster.row_unreadable", well=False, key=(self._prefix + key)[:200], reason=why)
         self._tell_newer(new)
         held = frozenset(
             u for u, h in new.holders.items() if self._lease is not None and h.life == self._life

@@ -249,6 +249,7 @@ async def test_garbage_in_every_place_and_a_megabyte_of_it_is_named_and_makes_no
             assert not any(map(holds, running))
             said = capsys.readouterr().out
             assert said.count("cluster.row_unreadable") == 2 * len(keys), said[:3000]
+            assert said.count("nobody acts there while it stands: delete it") == 2
             assert said.count("goes by that name, too") == 1
             await writer.commit([], [delete(prefix + "holders/local")])
             await until(lambda: any(map(holds, running)), "one of them acts")
