@@ -388,7 +388,7 @@ class World:
                 shown = {name: got(f"{one.url}/api/status") for name, one in self.daemons.items()}
                 (self.folder / "status.json").write_text(json.dumps(shown, indent=1))
                 raise Wrong(f"{what}: not warm within {time.monotonic() - since:.0f} s")
-            self.tally.add(of_them_for_a_load_that_was_never_sent=1)
+            self.tally.add(of_them_while_a_load_was_believed_in=1)
         return time.monotonic() - since
 
     def believed(self) -> bool:

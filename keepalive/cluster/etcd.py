@@ -299,7 +299,13 @@ async def _read(answer: Answer, address: str) -> Json:
     except (ValueError, RecursionError):
         said = None
     if not isinstance(said, dict):
-        raise EngineError(f"what listens at {address} does not answer as etcd 3.4 or newer does")
+        # Without a config file etcd has it on.
+        off = (
+            "; if it is etcd, set enable-grpc-gateway: true in its config file"
+            if answer.status == 404
+            else ""
+        )
+        raise EngineError(f"what listens at {address} does not answer as etcd 3.4 or newer does{off}")
     return said
 
 

@@ -4,12 +4,13 @@ daemons, HAProxy in front of them, Prometheus beside them.
 
 import asyncio
 import json
+import os
 import re
 import shutil
 import socket
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,18 @@ from tests.cluster.test_member import holder, holds
 from tests.kit import PROJECT
 from tests.kit import etcd as kit
 from tests.kit.etcd import needs_etcd
-from tests.kit.live import Running, asked, daemon, let_it_load, loads, model, settings, simulator, until
+from tests.kit.live import (
+    Running,
+    asked,
+    daemon,
+    let_it_load,
+    loads,
+    model,
+    settings,
+    simulator,
+    until,
+    wait_until,
+)
 from tests.kit.ports import at_ports, reserved
 from tests.kit.prometheus import Prometheus, installed
 
@@ -39,9 +51,48 @@ def block(kind: str, beginning: str = "") -> str:
 
 def test_the_config_is_one():
     text = '[[models]]\nkey = "gemma"\n' + block("toml")
-    found = config.parse(text, "docs/cluster.md", {}).cluster
+    parsed = config.parse(text, "docs/cluster.md", {})
+    found, listens = parsed.cluster, parsed.server
 
     assert (found.name, found.instance, len(found.etcd)) == ("ward", "a", 3)
+    # Where HAProxy looks for it.
+    where = f"server a {listens.listen.host}:{listens.listen.port} port {listens.admin_listen.port}"
+    assert where in block("", "defaults\n")
+
+
+class Written(kit.Etcd):
+    """One of three, as its file says, but for where it listens and keeps what it knows."""
+
+    def __init__(self, folder: Path, n: int, ports: list[int]) -> None:
+        name = ("one", "two", "three")[n]
+        super().__init__(folder, ports[2 * n], ports[2 * n + 1], name)
+        lines = []
+        for line in block("sh", "ETCD_").replace("ETCD_NAME=one", f"ETCD_NAME={name}").splitlines():
+            own = line if "INITIAL_CLUSTER=" in line else line.replace("10.0.0.1", f"10.0.0.{n + 1}")
+            for m in range(3):
+                for port, to in ((2379, ports[2 * m]), (2380, ports[2 * m + 1])):
+                    own = own.replace(f"10.0.0.{m + 1}:{port}", f"127.0.0.1:{to}")
+            lines.append(own)
+        self._environ = dict(line.split("=", 1) for line in lines)
+
+    def start(self, *, wait: bool = True) -> None:
+        assert kit.ETCD is not None
+        environ = {**os.environ, **self._environ, "ETCD_UNSAFE_NO_FSYNC": "true"}
+        with (self.folder / f"{self.name}.log").open("a") as log:
+            self.process = subprocess.Popen(
+                [kit.ETCD, "--data-dir", str(self.folder / self.name)], env=environ, stdout=log, stderr=log
+            )
+
+
+@contextmanager
+def three(folder: Path) -> Iterator[list[kit.Etcd]]:
+    with reserved(6) as ports, ExitStack() as stack:
+        members: list[kit.Etcd] = [Written(folder, n, ports) for n in range(3)]
+        for one in members:
+            one.start()
+            stack.callback(one.kill)
+        wait_until(lambda: all(one.answers() for one in members), "all three answer")
+        yield members
 
 
 @needs_haproxy
@@ -152,7 +203,7 @@ async def pair(
     """Both daemons by name, with the ways to start and to end one."""
     running: dict[str, Daemon] = {}
     contexts: dict[str, AsyncExitStack] = {}
-    table = block("toml")
+    table = "[cluster]\n" + block("toml").partition("[cluster]\n")[2]
     table = table.replace(re.findall(r"^etcd = .*$", table, re.M)[0], f"etcd = {json.dumps(etcd)}")
 
     async def start(name: str) -> None:
@@ -181,7 +232,7 @@ async def pair(
 async def test_the_worked_example_does_what_it_says(tmp_path: Path):
     scrapes = block("yaml").replace("scrape_configs:", "global: {scrape_interval: 1s}\nscrape_configs:")
     installed("prometheus")
-    with kit.three(tmp_path) as etcd, reserved(5) as [port, *ports]:
+    with three(tmp_path) as etcd, reserved(5) as [port, *ports]:
         qwen = SimModel(MODEL, size_bytes=2_000_000_000, load_seconds=600.0)
         async with (
             simulator(qwen, token_seconds=0.05) as studio,

@@ -250,6 +250,17 @@ def test_a_connection_that_broke_is_not_one_that_could_not_be_made():
     assert _why(error, "http://x") == "the connection broke: Connection reset by peer"
 
 
+@needs_etcd
+async def test_an_etcd_whose_gateway_is_off_as_with_a_config_file_of_its_own_is_told_to_have_it_on(
+    tmp_path: Path,
+):
+    with kit.etcd(tmp_path, "--enable-grpc-gateway=false") as server:
+        assert await said(server.url, Access()) == (
+            f"what listens at {server.url} does not answer as etcd 3.4 or newer does; "
+            "if it is etcd, set enable-grpc-gateway: true in its config file"
+        )
+
+
 @pytest.mark.parametrize("number", [None, errno.ECONNRESET])
 def test_whoever_hangs_up_before_tls_is_spoken_speaks_none(number: int | None):
     key = ConnectionKey("x", 2379, True, True, None, None, None)
