@@ -45,6 +45,7 @@ from keepalive.core.facts import (
     UsedElsewhere,
     WaitStarted,
     WarmAsked,
+    WishSpent,
 )
 from keepalive.core.records import Model, Snapshot, Upstream, UpstreamState, is_loading
 from keepalive.core.states import State
@@ -150,6 +151,9 @@ class Cluster:
         self._states_said: dict[str, tuple[Mapping[ModelId, tuple[Told, float | None]], bytes]] = {}
         self._progress_at: dict[ModelId, float] = {}
         self._wishes: dict[ModelId, tuple[bool, str]] = {}  # not yet written, each with a number of its own
+        self._reminders: set[ModelId] = (
+            set()
+        )  # of these, what was only known here: whatever stands there is newer
         self._begun: dict[ModelId, str] = {}  # in which life an intent was last written, if it was
         self._unsent: dict[ModelId, str] = {}  # the same of loads that never went out
         self._alone: set[ModelId] = set()  # loads begun by a person's word while nobody could be told
@@ -160,6 +164,7 @@ class Cluster:
         self._said_down = False
         self._hopeless = False
         self._informed = False  # a picture is of since etcd was last away
+        self._looked_at = -inf  # when it was asked for, by the keeper's clock
         self.trouble: str | None = "etcd has not been asked yet"
         self.addresses = ("", "")  # of the admin and the client listener
         self.config: Mapping[str, str] = {}
@@ -243,7 +248,12 @@ class Cluster:
         return None
 
     def knows(self, upstream: str, /) -> bool:
-        return self._informed or self.acts(upstream)
+        if self.acts(upstream):
+            return True
+        # What came into a listing since, or just comes, whoever acts there may have loaded.
+        there = next((u for u in self._keeping().snapshot().upstreams if u.name == upstream), None)
+        late = there is not None and there.answered_at >= self._looked_at
+        return self._informed and not late and all(m.upstream != upstream for m in self._seen.loads)
 
     def observe(self, fact: Fact, before: Model | Upstream, after: Model | Upstream) -> None:
         if isinstance(fact, WaitStarted | RequestStarted | RequestEnded | RequestsCounted):
@@ -256,6 +266,7 @@ class Cluster:
             # A person has asked for it: all members are to know, and to go on knowing when this one ends.
             if not self._seeing:
                 self._wishes[after.id] = isinstance(fact, WarmAsked), secrets.token_hex(4)
+                self._reminders.discard(after.id)
                 self._say()
         elif isinstance(fact, LoadStarted) and after.alone:
             self._alone.add(after.id)
@@ -436,8 +447,9 @@ class Cluster:
     async def _remind(self) -> None:
         """Write what we know of to an etcd that knows less."""
         models = self._keeping().snapshot().models
-        known = {m.id: m.asked_for for m in models if m.asked_for is not None}
-        self._wishes = {m: (warm, secrets.token_hex(4)) for m, warm in known.items()} | self._wishes
+        known = {m.id: m.asked_for for m in models if m.asked_for is not None and m.id not in self._wishes}
+        self._reminders |= known.keys()
+        self._wishes |= {m: (warm, secrets.token_hex(4)) for m, warm in known.items()}
         for model in models:
             if is_loading(model):
                 self._unsent.pop(folded(model.id), None)
@@ -469,7 +481,8 @@ class Cluster:
             self._wake.clear()
             try:
                 if stale or not self._saw:
-                    self._see(rows.picture(await self._rows()))
+                    looked = self._clock()
+                    self._see(rows.picture(await self._rows()), looked)
                     await self._stand()
                 await self._publish()
             except EngineError:
@@ -560,7 +573,7 @@ class Cluster:
 
     # --- what is seen -------------------------------------------------------------------------------
 
-    def _see(self, new: Picture) -> None:
+    def _see(self, new: Picture, looked: float = -inf) -> None:
         """Tell the keeper what the others have written. No await: loads are known before an upstream is held."""
         keeping = self._keeping()
         snapshot = keeping.snapshot()
@@ -601,11 +614,19 @@ class Cluster:
         for model, wish in new.wishes.items():
             key = rows.wish_key(model)
             news = model not in known or new.values[key] != old.values.get(key)
-            if model in ids and wish.life != self._life and news:
+            if ids.get(model) in self._reminders:
+                self._reminders.discard(ids[model])
+                del self._wishes[ids[model]]
+            # What was asked for here since then will stand there next.
+            if model in ids and wish.life != self._life and news and ids[model] not in self._wishes:
                 asked = WarmAsked if wish.warm else ReleaseAsked
                 self._seeing = True
                 keeping.record(asked(self._clock(), ids[model]))
                 self._seeing = False
+        for model in old.wishes.keys() - new.wishes.keys():
+            # Of two that came soon after each other only the first may have been seen here.
+            if model in ids and model.upstream not in held and ids[model] not in self._wishes:
+                keeping.record(WishSpent(self._clock(), ids[model]))
         for upstream, holder in new.holders.items():
             if self._last_holders.get(upstream, holder.life) != holder.life:
                 self.handovers[upstream] = self.handovers.get(upstream, 0) + 1
@@ -620,9 +641,10 @@ class Cluster:
         self._pictured.set()
         self._pictured = asyncio.Event()
         self.changed()
-        if not self._informed:
-            self._informed = True
-            keeping.reconsider()
+        news = not self._informed or any(u.answered_at >= self._looked_at for u in snapshot.upstreams)
+        self._informed, self._looked_at = True, looked
+        if news:
+            keeping.reconsider()  # whoever was not sent away, since we did not know
         if held != self._held:
             self._held = held
             # What others have written there meanwhile is not ours.
@@ -803,11 +825,13 @@ class Cluster:
         changes = {key: row for key, row in wishes.items() if self._seen.values.get(key) != row}
         if changes:
             guards = [unchanged(self._key(key), self._seen.modified.get(key, 0)) for key in own]
+            guards += [created(self._key(rows.wish_key(m)), 0) for m in self._reminders & asked.keys()]
             if not await self._commit(guards, {**changes, **own}):
                 self._look_again()
                 return
             self._written |= {**changes, **own}
         self._wishes = {m: wish for m, wish in self._wishes.items() if asked.get(m) != wish}
+        self._reminders &= self._wishes.keys()
 
     async def _forget_unsent(self) -> None:
         """Take away what was written of loads that never went out."""

@@ -50,6 +50,7 @@ from keepalive.core.facts import (
     WarmAsked,
     WindowClosed,
     WindowOpened,
+    WishSpent,
 )
 from keepalive.core.moves import move, proved
 from keepalive.core.records import LOADS_REMEMBERED, Cause, Model
@@ -203,6 +204,7 @@ CHANGES: Mapping[type[Fact], Callable[..., Model]] = {
     WindowClosed: lambda model, fact: _window(model, fact.at, is_open=False),
     WarmAsked: lambda model, fact: replace(_warm_asked(model, fact.at), alone=model.alone or fact.alone),
     ReleaseAsked: lambda model, _: replace(model, asked_for=False, alone=False),
+    WishSpent: lambda model, _: replace(model, asked_for=None),
     DrainStarted: lambda model, _: replace(model, draining=True),
     DrainEnded: lambda model, _: replace(model, draining=False),
     WaitStarted: _wait_started,

@@ -448,6 +448,11 @@ class ReleaseAsked(ModelFact):
 
 
 @dataclass(frozen=True, slots=True)
+class WishSpent(ModelFact):
+    """What a person had asked for counts no longer, by the word of the daemon that acts here."""
+
+
+@dataclass(frozen=True, slots=True)
 class DrainStarted(ModelFact):
     """It makes room for others who have waited long: what it answers goes on, and who comes now waits."""
 

@@ -14,8 +14,15 @@ from keepalive.cluster.etcd import Access, Etcd
 from keepalive.cluster.hold import Hold
 from keepalive.cluster.member import Cluster, Self
 from keepalive.core.apply import apply
-from keepalive.core.facts import ModelId, RequestEnded, RequestsCounted, RequestStarted, WaitStarted
-from keepalive.core.records import Model, Snapshot
+from keepalive.core.facts import (
+    ModelId,
+    RequestEnded,
+    RequestsCounted,
+    RequestStarted,
+    WaitStarted,
+    WarmAsked,
+)
+from keepalive.core.records import Model, Snapshot, Upstream
 from tests.kit.live import until
 from tests.kit.models import GEMMA, a_model, warm
 
@@ -29,12 +36,13 @@ class Records:
 
     def __init__(self, *models: Model) -> None:
         self.models = {model.id: model for model in models}
+        self.upstreams: tuple[Upstream, ...] = ()
 
     def record(self, fact: Any, /) -> None:
         self.models[fact.model] = apply(self.models[fact.model], fact)
 
     def snapshot(self) -> Snapshot:
-        return Snapshot(50.0, (), tuple(self.models.values()))
+        return Snapshot(50.0, self.upstreams, tuple(self.models.values()))
 
     def tick(self) -> None: ...
 
@@ -93,6 +101,37 @@ def test_a_wish_that_is_known_is_not_wished_again_because_the_config_was_read_an
 
     assert keeping.models[GEMMA].asked_for is None
     assert keeping.models[QWEN].asked_for is False
+
+
+def test_a_wish_is_spent_here_when_it_is_where_another_one_acts_though_only_an_older_one_was_seen():
+    keeping = Records(warm())
+    cluster = a_member(keeping)
+    cluster._see(rows.picture([HELD, RELEASED]))
+    assert keeping.models[GEMMA].asked_for is False
+
+    cluster._see(rows.picture([HELD]))
+
+    assert keeping.models[GEMMA].asked_for is None
+
+
+def test_what_a_person_has_asked_for_here_is_not_undone_by_an_older_wish_that_is_seen_before_it_is_written():
+    keeping = Records(warm(asked_for=True))
+    cluster = a_member(keeping)
+    cluster.observe(WarmAsked(60.0, GEMMA), warm(), warm(asked_for=True))
+    cluster._see(rows.picture([HELD, RELEASED]))
+    cluster._see(rows.picture([HELD]))
+
+    assert keeping.models[GEMMA].asked_for is True
+
+
+async def test_what_was_known_before_etcd_was_emptied_yields_to_what_stands_there_now():
+    keeping = Records(warm(asked_for=True))
+    cluster = a_member(keeping)
+    await cluster._remind()
+    cluster._see(rows.picture([HELD, RELEASED]))
+
+    assert keeping.models[GEMMA].asked_for is False
+    assert not cluster._wishes
 
 
 def test_what_others_load_is_known_again_of_a_model_that_the_config_names_again():
@@ -354,8 +393,23 @@ def test_a_word_that_a_model_is_given_to_nobody_holds_for_the_one_time_that_it_w
 def test_who_has_not_heard_from_the_others_since_etcd_was_away_does_not_know_what_is_ours():
     cluster = a_member(Records(warm()))
     at_first = cluster.knows("local")
-    cluster._see(rows.picture([HELD]))
+    cluster._see(rows.picture([HELD]), 50.0)
     seen = cluster.knows("local")
     cluster._is_down("refused")
 
     assert (at_first, seen, cluster.knows("local")) == (False, True, False)
+
+
+def test_whose_copy_came_into_a_listing_since_the_others_were_heard_nobody_knows_who_does_not_act():
+    keeping = Records(warm())
+    keeping.upstreams = (Upstream("local", answered_at=60.0),)
+    cluster = a_member(keeping)
+    loading = rows.Row(rows.load_key(QWEN), rows.load_row(rows.Intent("b", "life", 0)), 5)
+
+    def knows(asked: float, *more: rows.Row) -> bool:
+        cluster._see(rows.picture([HELD, *more]), asked)
+        return cluster.knows("local")
+
+    assert not knows(59.9)
+    assert knows(60.1)
+    assert not knows(60.2, loading)  # it may be loaded, and its end not be told yet

@@ -45,6 +45,7 @@ from keepalive.core.facts import (
     WarmAsked,
     WindowClosed,
     WindowOpened,
+    WishSpent,
     fold_key,
 )
 from keepalive.core.plan import plan
@@ -250,6 +251,7 @@ def every_fact(at: float) -> list[Fact]:
         WindowClosed(at, GEMMA),
         WarmAsked(at, GEMMA),
         ReleaseAsked(at, GEMMA),
+        WishSpent(at, GEMMA),
         WaitStarted(at, GEMMA),
         WaitEnded(at, GEMMA, 3.0, True),
         RequestStarted(at, GEMMA),

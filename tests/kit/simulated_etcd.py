@@ -86,6 +86,16 @@ class SimulatedEtcd:
             watch.send(_line({"canceled": True, "compact_revision": str(self.revision)}))
         self.watches.clear()
 
+    def empty(self) -> None:
+        """Another one is in its place, with nothing in it. Its watches end, as its connections do."""
+        self.stop()
+        self.cluster, self.term, self.revision = self.cluster + 1, 2, 1
+        self.kvs.clear()
+        self.leases.clear()
+        for watch in self.watches:
+            watch.send(None)
+        self.watches.clear()
+
     def stop(self) -> None:
         for lease in self.leases.values():
             if lease.timer is not None:

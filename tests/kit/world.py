@@ -34,6 +34,7 @@ from keepalive.core.facts import (
     ListingFailed,
     LoadRemembered,
     ModelId,
+    OursRecalled,
     ReleaseAsked,
     RequestEnded,
     RequestStarted,
@@ -48,6 +49,7 @@ from keepalive.core.plan import arranged, blocked_by
 from keepalive.core.records import LISTING_LAG, Model, Policy, Upstream
 from keepalive.core.states import State
 from keepalive.keeper.keeper import Keep, Keeper, Replay, Server
+from keepalive.keeper.ledger import UNSEEN_LEAST
 from keepalive.lmstudio.client import Client
 from keepalive.simulator.exchange import Cut, Refusal, Request
 from keepalive.simulator.models import Instance, Load, SimModel
@@ -360,7 +362,7 @@ class Judge:
         if path in LISTINGS:
             open_now = self.listing.setdefault((site.name, life), [])
             if open_now:
-                self.fail("I10", f"two listings of {site.name} at once")
+                self.lists_twice(site)
             open_now.append(now)
             self.looked_at(site.name)
         elif path in PINGS:
@@ -372,9 +374,12 @@ class Judge:
             else:
                 self.ping_begins(site, key)
 
+    def lists_twice(self, site: Site) -> None:
+        self.fail("I10", f"two listings of {site.name} at once")
+
     def request_ends(self, site: Site, life: int, path: str, body: bytes, answer: bytes | None) -> None:
         if path in LISTINGS:
-            asked = self.listing[site.name, life].pop()
+            asked = self.listing[site.name, life].pop(0)
             if answer is not None:
                 self.listed(site, asked, answer)
         elif path in PINGS and b'"ttl"' in body:
@@ -607,6 +612,7 @@ class Memory:
 
     def __init__(self, wall: Callable[[], float]) -> None:
         self.open: dict[ModelId, Note] = {}
+        self.ours: dict[ModelId, tuple[frozenset[str], float, float]] = {}  # when seen, and the shortest load
         self.wall = wall
 
     def observe(self, fact: Fact, before: Model | Upstream, after: Model | Upstream) -> None:
@@ -619,6 +625,11 @@ class Memory:
             self.open.pop(after.id, None)
         elif is_open(after) and after.id in self.open:
             self.open[after.id].tells_loading = after.tells_loading
+        if after.ours and after.policy.auto:
+            if after.ours != before.ours or (isinstance(fact, Listed) and after.asked > before.asked):
+                self.ours[after.id] = after.ours, self.wall(), min(after.recent_loads, default=0.0)
+        elif after.recalled is None:
+            self.ours.pop(after.id, None)
 
     def forget_times(self) -> None:
         """As if every open load were the first one ever of its model."""
@@ -630,6 +641,11 @@ class Memory:
             return None
         ago = max(0.0, self.wall() - note.started)
         return LoadRemembered(at, model, at - ago, note.expected, note.tells_loading)
+
+    def recall_ours(self, model: ModelId, at: float) -> OursRecalled | None:
+        ids, seen, shortest = self.ours.get(model, (frozenset[str](), -1e9, 0.0))
+        left = max(UNSEEN_LEAST, shortest) - (self.wall() - seen)
+        return OursRecalled(at, model, ids, at + left) if ids and left > 0 else None
 
 
 def is_open(model: Model) -> bool:
