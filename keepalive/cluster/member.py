@@ -244,7 +244,7 @@ class Cluster:
     def hopeless(self, upstream: str, /) -> tuple[str, float | None] | None:
         """Why nobody acts there and nobody soon will, with the seconds after which to ask again."""
         if self._hopeless and not self.acts(upstream):
-            return f"nothing is loaded or unloaded, because {self.trouble}", self._hold.ttl
+            return self.why_nobody_acts, self._hold.ttl
         return None
 
     def knows(self, upstream: str, /) -> bool:
@@ -294,6 +294,11 @@ class Cluster:
     @property
     def engine_up(self) -> bool:
         return self.trouble is None
+
+    @property
+    def why_nobody_acts(self) -> str:
+        """Of an etcd that is away."""
+        return f"nothing is loaded or unloaded, because {self.trouble}"
 
     @property
     def doubled(self) -> bool:

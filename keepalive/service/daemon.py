@@ -241,9 +241,7 @@ class Daemon:
         )
         source = {"path": str(self._path) if self._path else None, "unlisted": self._config.server.unlisted}
         document = {**document, "config": {**document["config"], **source}, "draining": self.stopping}
-        return (
-            document if self.cluster is None else {**document, "cluster": membership.document(self.cluster)}
-        )
+        return document if self.cluster is None else membership.shown(self.cluster, document)
 
     def states(self) -> list[dict[str, Any]]:
         return [status.state(model) for model in self.keeper.snapshot().models]

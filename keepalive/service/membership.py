@@ -70,8 +70,23 @@ def places_of(upstreams: Iterable[Upstream]) -> Mapping[str, str]:
     }
 
 
-def document(cluster: "Cluster") -> Mapping[str, Any]:
-    """What the status says of it."""
+def shown(cluster: "Cluster", status: Mapping[str, Any]) -> dict[str, Any]:
+    """The status with what is to be said of the cluster, also of a model that nobody may load just now."""
+    models = status["models"]
+    if not cluster.engine_up:
+        models = [
+            {**model, "reason": cluster.why_nobody_acts}
+            if model["state"] == "cold"
+            and model["listed"]
+            and (model["wanted"] or model["waiting"])
+            and not cluster.acts(model["upstream"])
+            else model
+            for model in models
+        ]
+    return {**status, "models": models, "cluster": _document(cluster)}
+
+
+def _document(cluster: "Cluster") -> Mapping[str, Any]:
     members = cluster.members
     return {
         "name": cluster.name,

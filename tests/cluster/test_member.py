@@ -287,7 +287,10 @@ async def test_without_etcd_what_is_warm_is_served_and_nothing_is_loaded_and_wit
             await until(lambda: all(model(one, "gemma")["state"] == "cold" for one in running), "it is lost")
             status, text = await chat(running[0])
 
-            assert [(await asked(f"{one.admin_url}/readyz"))[0] for one in running] == [503] * 2
+            answers = [await asked(f"{one.admin_url}/readyz") for one in running]
+            assert [answer[0] for answer in answers] == [503] * 2
+            said = [json.loads(answer[2])["not_ready"][0]["reason"] for answer in answers]
+            assert all(one.startswith("nothing is loaded or unloaded, because etcd at ") for one in said)
             assert status == 503
             assert "nothing is loaded or unloaded, because etcd at " in text
             assert loads(studio.studio) == 1
