@@ -346,7 +346,7 @@ class Client:
                 if response.status_code in (401, 403):
                     # Its own words may quote the token.
                     raise Unauthorized(self._unauthorized())
-                if response.is_redirect:
+                if response.has_redirect_location:
                     # Not followed: a token goes to nobody but whom the config names.
                     where = _place(response.headers["location"], str(self._at(path)), path)
                     why = f"{what} is sent on to {where}; if LM Studio is there, write that as url"

@@ -477,6 +477,7 @@ async def test_an_answer_that_is_cut_anywhere_is_no_answer(at: int):
         (http(b"<html>Internal Server Error</html>", "500 Internal Server Error"), Unexpected),
         (http(b'{"error":"x"}', "200 OK"), Refused),
         (http(b'{"models":[]}', "302 Found", "Location: http://169.254.169.254/"), Unexpected),
+        (http(b'{"models":[]}', "302 Found"), Unexpected),
         (http(b'{"models":[]}', "204 No Content"), UpstreamError),
         (b"SSH-2.0-OpenSSH_9.6\r\n\r\n", Cut),
         (b"\x15\x03\x01\x00\x02\x02\x16", Cut),
