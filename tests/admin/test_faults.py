@@ -20,6 +20,8 @@ from tests.kit.live import (
     settings,
 )
 
+pytestmark = pytest.mark.xdist_group("a daemon that somebody means ill")  # one for all of them
+
 KEY = "medicine-llm"
 WATCH = b"GET /api/events HTTP/1.1\r\nHost: localhost\r\n\r\n"
 

@@ -508,6 +508,9 @@ def test_the_version_and_help_are_there() -> None:
 # --- a real daemon, a real terminal -----------------------------------------------------------------
 
 
+asks_live = pytest.mark.xdist_group("a daemon that is asked")  # the same for all
+
+
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[DaemonProcess, SimulatorProcess]]:
     folder = tmp_path_factory.mktemp("live")
@@ -518,6 +521,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[DaemonProce
             yield daemon, lm_studio
 
 
+@asks_live
 def test_a_script_waits_for_a_real_model_and_then_all_is_well(
     live: tuple[DaemonProcess, SimulatorProcess], tmp_path: Path
 ) -> None:
@@ -544,6 +548,7 @@ def test_a_script_waits_for_a_real_model_and_then_all_is_well(
     assert again.returncode in (0, 1)
 
 
+@asks_live
 def test_on_a_terminal_waiting_is_a_bar_and_colour(
     live: tuple[DaemonProcess, SimulatorProcess], tmp_path: Path
 ) -> None:

@@ -204,7 +204,7 @@ def test_a_load_that_cannot_be_read_is_still_a_load_and_a_holder_a_holder():
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
     max_leaves=8,
 )
 names = st.sampled_from(
@@ -227,7 +227,9 @@ keys = st.sampled_from(["members/", "holders/", "uses/", "loads/local/", "states
 
 
 @settings(max_examples=50)
-@given(kind=keys, rest=st.text(max_size=9), said=st.dictionaries(names, values), v=st.integers(0, 3))
+@given(
+    kind=keys, rest=st.text(max_size=9), said=st.dictionaries(names, values, max_size=4), v=st.integers(0, 3)
+)
 def test_no_garbage_under_our_prefix_raises(kind: str, rest: str, said: dict[str, Any], v: int):
     rows.picture([Row(kind + rest, json.dumps({"v": v, **said}).encode(errors="replace"), 1)])
 

@@ -170,7 +170,7 @@ def run(keeps: Any, default: int, two: Any, name: Any, route: str) -> None:
         runner.run(reaches(keeps, chosen, two, name, route))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(**WORLDS)
 def test_no_name_makes_lm_studio_load_a_kept_model_on_demand(
     keeps: Any, default: int, two: Any, name: Any, route: str
