@@ -129,6 +129,7 @@ class Tally:
     faults: Counter[str] = field(default_factory=Counter)
     counts: Counter[str] = field(default_factory=Counter)
     recoveries: list[float] = field(default_factory=list)
+    late: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     failovers: int = 0
 
@@ -145,6 +146,7 @@ class Tally:
             f"warm again after {took[len(took) // 2]:.1f} s (half), {took[len(took) * 95 // 100]:.1f} s (95 %), "
             f"{took[-1]:.1f} s (all); {WITHIN:.0f} s are promised"
         )
+        lines += [f"{len(self.late)} times later than that", *self.late]
         return "\n".join([*lines, f"{len(self.wrong)} times a judge said no", *self.wrong])
 
 
@@ -383,12 +385,13 @@ class World:
         within *= self.factor
         if not wait(self.warm, within):
             believed = self.believed()
-            self.tally.add(recoveries_later_than_promised=1)
+            self.tally.late.append(
+                f"world {self.number}: {what}{', a load is believed in' if believed else ''}"
+            )
             if not believed or not wait(self.warm, BELIEVED * self.factor):
                 shown = {name: got(f"{one.url}/api/status") for name, one in self.daemons.items()}
                 (self.folder / "status.json").write_text(json.dumps(shown, indent=1))
                 raise Wrong(f"{what}: not warm within {time.monotonic() - since:.0f} s")
-            self.tally.add(of_them_while_a_load_was_believed_in=1)
         return time.monotonic() - since
 
     def believed(self) -> bool:
@@ -433,8 +436,9 @@ class World:
             if blow is None:
                 raise Wrong(f"{what}: a stream broke that nothing had befallen: {stream}; {self.blows[-5:]}")
             self.tally.add(**{f"streams broken by: {blow.what}": 1})
-        elif lost or unwell or stream.began < self.born[stream.daemon] + SETTLED:
-            self.tally.add(requests_that_could_not_be_answered=1)
+        elif unwell or lost or stream.began < self.born[stream.daemon] + SETTLED:
+            why = "daemon was unwell" if unwell else "model was lost" if lost else "daemon had just begun"
+            self.tally.add(**{f"requests not answered, whose {why}": 1})
         else:
             raise Wrong(f"{what}: a warm model was refused: {stream}")
 

@@ -74,8 +74,10 @@ def _cluster(status: Json) -> list[Text]:
     for upstream, instance in cluster["holders"].items():
         holders.setdefault(instance, []).append(upstream)
     acts = "acts" if cluster["engine"]["up"] else "acted"  # nobody can know who does now
+    upgraded = len({m.get("version") for m in cluster["members"]}) > 1  # one by one
     members = [
         f"{m['instance']}{' (this one)' if m['instance'] == cluster['instance'] else ''}"
+        + (f" {m['version']}" if upgraded else "")
         + (f" {acts} on {', '.join(upstreams)}" if (upstreams := holders.get(m["instance"])) else "")
         for m in cluster["members"]
     ]

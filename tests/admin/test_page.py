@@ -397,6 +397,12 @@ async def test_of_several_daemons_the_page_says_who_acts_and_when_nobody_does(br
         )
         await expect(strip).not_to_contain_text("acts")
 
+        versions = [{"instance": "a", "version": "1.1.0"}, {"instance": "b", "version": "1.0.0"}]
+        world.becomes(written("a"), cluster={**cluster(local="b"), "members": versions})
+        await expect(shown.page.locator("footer")).to_contain_text(
+            "cluster ward: a (this one) 1.1.0, b 1.0.0 ·"
+        )
+
 
 async def test_what_the_rows_say(browser: Browser) -> None:
     at = NOW - 3600

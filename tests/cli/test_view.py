@@ -395,5 +395,8 @@ def test_of_several_daemons_it_says_who_acts_and_of_what_was_last_seen_that_it_i
         "cluster ward: a (this one); b acted on local",
         "nothing is loaded or unloaded, what is warm is served: etcd does not answer",
     ]
+    members = [{"instance": "a", "version": "1.1.0"}, {"instance": "b", "version": "1.0.0"}]
+    upgraded = {**status(model("gemma")), "cluster": {**cluster, "members": members}}
+    assert drawn(upgraded).startswith("cluster ward: a (this one) 1.1.0; b 1.0.0 acts on local")
     assert words.summary(up) == "1/1 models warm"
     assert words.summary(down) == f"1/1 models warm; {said[1]}"

@@ -29,6 +29,8 @@ pytestmark = [needs_etcd, pytest.mark.xdist_group("etcd")]
 Said = dict[str, Any]
 Words = Callable[[str, Said], Said]
 FIELDS = {key.partition("/")[0]: frozenset(said) for key, said in PREVIOUS.items()}
+USE = frozenset(PREVIOUS["uses/a"]["uses"]["local"]["qwen"])
+TOLD = frozenset(PREVIOUS["states/local"]["models"]["qwen"])
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,17 @@ def this(kind: str, said: Said) -> Said:
 
 
 def previous(kind: str, said: Said) -> Said:
-    return {name: value for name, value in said.items() if name in FIELDS[kind]}
+    said = {name: value for name, value in said.items() if name in FIELDS[kind]}
+    match kind:
+        case "uses":
+            said["uses"] = {name: known(models, USE) for name, models in said["uses"].items()}
+        case "states":
+            said["models"] = known(said["models"], TOLD)
+    return said
+
+
+def known(models: Said, fields: frozenset[str]) -> Said:
+    return {key: {name: v for name, v in one.items() if name in fields} for key, one in models.items()}
 
 
 def following(kind: str, said: Said) -> Said:

@@ -193,7 +193,10 @@ export function acting({ cluster }, upstream) {
 /** The daemons that are one with this, in a line. */
 export function together({ cluster }) {
   if (!cluster) return "";
-  const names = cluster.members.map((one) => `${short(one.instance, 40)}${one.instance === cluster.instance ? " (this one)" : ""}`);
+  // They are upgraded one by one.
+  const versions = new Set(cluster.members.map((one) => one.version)).size > 1;
+  const names = cluster.members.map((one) =>
+    `${short(one.instance, 40)}${one.instance === cluster.instance ? " (this one)" : ""}${versions ? ` ${short(one.version, 40)}` : ""}`);
   return `cluster ${short(cluster.name, 40)}: ${names.join(", ") || "nobody has been seen yet"}`;
 }
 
