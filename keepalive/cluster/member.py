@@ -37,6 +37,7 @@ from keepalive.core.facts import (
     LoadStarted,
     ModelFact,
     ModelId,
+    OthersHeard,
     ReleaseAsked,
     RequestEnded,
     RequestsCounted,
@@ -544,7 +545,10 @@ class Cluster:
     def _is_up(self) -> None:
         if self._down_since is not None and self._said_down:
             self._tell("cluster.engine_up", well=True, seconds=round(self._awake() - self._down_since, 1))
-            self._keeping().tick()
+            keeping = self._keeping()
+            for upstream in keeping.snapshot().upstreams:
+                keeping.record(OthersHeard(self._clock(), upstream.name))
+            keeping.tick()
         if self.trouble is not None:
             self.trouble = None
             self.changed()
@@ -574,7 +578,7 @@ class Cluster:
         keeping = self._keeping()
         for model in keeping.snapshot().models:
             if model.draining and model.id.upstream not in self._held:
-                keeping.record(DrainEnded(self._clock(), model.id))
+                keeping.record(DrainEnded(self._clock(), model.id, unsure=True))
 
     # --- what is seen -------------------------------------------------------------------------------
 
@@ -614,8 +618,8 @@ class Cluster:
         for one in snapshot.models:
             model = folded(one.id)
             if model.upstream not in held and one.draining is not (model in new.yields):
-                fact = DrainEnded if one.draining else DrainStarted
-                keeping.record(fact(self._clock(), one.id))
+                at = self._clock()
+                keeping.record(DrainEnded(at, one.id, True) if one.draining else DrainStarted(at, one.id))
         for model, wish in new.wishes.items():
             key = rows.wish_key(model)
             news = model not in known or new.values[key] != old.values.get(key)

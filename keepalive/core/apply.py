@@ -32,6 +32,7 @@ from keepalive.core.facts import (
     LoadStarted,
     OpeningRead,
     OpeningsLearned,
+    OthersHeard,
     OursRecalled,
     PingEnded,
     PingStarted,
@@ -186,6 +187,7 @@ CHANGES: Mapping[type[Fact], Callable[..., Model]] = {
     ),
     # We meant to let it go: whether the other one does, only he can say.
     HandLost: lambda model, _: replace(model, draining=False),
+    OthersHeard: lambda model, _: replace(model, alone=model.alone and model.load_started is not None),
     OursRecalled: lambda model, fact: replace(model, recalled=(fact.instance_ids, fact.until)),
     LoadsRecalled: lambda model, fact: replace(
         model, recent_loads=(*fact.seconds, *model.recent_loads)[-LOADS_REMEMBERED:]
@@ -206,7 +208,9 @@ CHANGES: Mapping[type[Fact], Callable[..., Model]] = {
     ReleaseAsked: lambda model, _: replace(model, asked_for=False, alone=False),
     WishSpent: lambda model, _: replace(model, asked_for=None),
     DrainStarted: lambda model, _: replace(model, draining=True),
-    DrainEnded: lambda model, _: replace(model, draining=False),
+    DrainEnded: lambda model, fact: replace(
+        model, draining=False, unsure_since=fact.at if fact.unsure else model.unsure_since
+    ),
     WaitStarted: _wait_started,
     WaitEnded: _wait_ended,
     RequestStarted: _request_started,

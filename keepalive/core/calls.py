@@ -97,7 +97,7 @@ def _load_elsewhere(model: Model, fact: LoadRemembered, until: float) -> Model:
     # Whoever began it has seen it missing: what we have seen so far is of before, and so is an answer under way.
     model = replace(model, pending=pending, tells_loading=tells, progress=None, touched_at=fact.at)
     if model.instances:
-        return model  # the next look takes it for gone, or for loaded
+        return replace(model, unsure_since=fact.at)  # the next look takes it for gone, or for loaded
     return move(model, Sign.SEEN_LOADING, fact.at, f"{fact.by} loads it")
 
 

@@ -199,6 +199,11 @@ class HandTaken(UpstreamFact):
 
 
 @dataclass(frozen=True, slots=True)
+class OthersHeard(UpstreamFact):
+    """Our other daemons can be told again what we do: a person's word stands in the place of theirs no longer."""
+
+
+@dataclass(frozen=True, slots=True)
 class HandLost(UpstreamFact):
     """Of several daemons at this upstream another one acts from now on, or none."""
 
@@ -459,7 +464,9 @@ class DrainStarted(ModelFact):
 
 @dataclass(frozen=True, slots=True)
 class DrainEnded(ModelFact):
-    """Nobody waits for its room any more."""
+    """Nobody waits for its room any more. `unsure`: whether another one has let it go meanwhile the next look shows."""
+
+    unsure: bool = False
 
 
 # --- about a model: what users' requests show ------------------------------------------------------

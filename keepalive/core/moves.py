@@ -116,7 +116,6 @@ def absent(model: Model, at: float, reason: str | None) -> Model:
         ours=frozenset(),
         lost=frozenset(),
         vouched=frozenset(),
-        disowned=frozenset(),
         busy=False,
         crashed=False,
         ping_at=None,

@@ -207,6 +207,9 @@ class Model:
     vouched: frozenset[str] = (
         frozenset()
     )  # while we act: ids of which others of us know that one of us loaded them
+    unsure_since: float | None = (
+        None  # by then it may have gone: it is given to nobody before it was looked for
+    )
     proved_elsewhere: bool = False  # whoever acts here has it warm, by its last word
     alone: bool = False  # to be loaded by us whoever acts: a person has decided so
     ill: str | None = None  # why it is not trusted though it is listed
@@ -270,7 +273,8 @@ class Model:
     @property
     def given(self) -> bool:
         """Whether a request may be passed on to it: warm, and not about to go."""
-        return self.state is State.WARM and not self.draining and not self.unloading
+        going = self.draining or self.unloading or self.unsure_since is not None
+        return self.state is State.WARM and not going
 
     @property
     def present(self) -> bool:

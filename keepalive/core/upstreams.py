@@ -5,6 +5,7 @@ from math import inf
 from keepalive.core.changed import replace
 from keepalive.core.facts import (
     ClockJumped,
+    DrainEnded,
     Fact,
     HandLost,
     HandTaken,
@@ -70,6 +71,8 @@ def apply_upstream(upstream: Upstream, fact: Fact) -> Upstream:
         case LoadForgone() | LoadResolved() | HolderTold() | LoadRemembered():
             return replace(upstream, due_at=min(upstream.due_at, fact.at))
         case UsedElsewhere() if fact.ours:
+            return replace(upstream, due_at=min(upstream.due_at, fact.at))
+        case DrainEnded() if fact.unsure:
             return replace(upstream, due_at=min(upstream.due_at, fact.at))
         case LoadEnded():
             trial = upstream.on_trial if fact.outcome is LoadOutcome.OK else frozenset[str]()

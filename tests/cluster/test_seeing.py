@@ -24,7 +24,7 @@ from keepalive.core.facts import (
 )
 from keepalive.core.records import Model, Snapshot, Upstream
 from tests.kit.live import until
-from tests.kit.models import GEMMA, a_model, warm
+from tests.kit.models import GEMMA, a_model, entry, listed, warm
 
 QWEN = ModelId("local", "qwen")
 HELD = rows.Row(rows.holder_key("local"), rows.holder_row("b", "life"), 1)
@@ -40,6 +40,9 @@ class Records:
 
     def record(self, fact: Any, /) -> None:
         self.models[fact.model] = apply(self.models[fact.model], fact)
+
+    def look(self) -> None:
+        self.models[GEMMA] = apply(self.models[GEMMA], listed(time.monotonic() + 1, entry("gemma", "gemma")))
 
     def snapshot(self) -> Snapshot:
         return Snapshot(50.0, self.upstreams, tuple(self.models.values()))
@@ -78,6 +81,7 @@ def test_what_is_let_go_no_more_is_given_again_though_the_config_was_read_anew_j
 
     keeping.models[QWEN] = replace(a_model(), id=QWEN)
     cluster._see(rows.picture([HELD]))
+    keeping.look()
 
     assert keeping.models[GEMMA].given
 
@@ -274,6 +278,7 @@ def test_what_was_to_be_let_go_is_given_again_where_etcd_is_away_and_nobody_can_
     assert not keeping.models[GEMMA].given
     cluster._hold = Hold(10.0, time.monotonic() - 21)
     cluster._is_down("etcd does not answer")
+    keeping.look()
 
     assert keeping.models[GEMMA].given
 

@@ -7,6 +7,7 @@ import pytest
 from keepalive.core.actions import Load, Refresh, SendPing
 from keepalive.core.explain import eta
 from keepalive.core.facts import (
+    DrainEnded,
     DrainStarted,
     Fact,
     HandLost,
@@ -20,6 +21,7 @@ from keepalive.core.facts import (
     LoadRemembered,
     LoadResolved,
     LoadStarted,
+    OthersHeard,
     Tier,
     UsedElsewhere,
     WaitEnded,
@@ -160,7 +162,7 @@ def test_a_load_of_another_is_known_of_though_its_model_was_seen_to_be_there_bef
     assert state.upstream.due_at <= 25
 
     state.see(changed(listed(26, entry("gemma", "gemma"), asked=24), trusted=True))
-    assert state[GEMMA].given
+    assert not state[GEMMA].given  # until it was looked for: a request would be another load
     state.see(HandTaken(27, "local"), listed(28, entry("gemma"), asked=27.5))
 
     assert state[GEMMA].state is State.LOADING
@@ -365,3 +367,33 @@ def test_who_is_told_of_a_copy_of_ours_looks_for_it_soon():
 
     assert apply_upstream(up, UsedElsewhere(11, GEMMA, 0, False, MINE)).due_at == 11
     assert apply_upstream(up, UsedElsewhere(11, GEMMA, 1, True)).due_at == up.due_at
+
+
+def test_a_copy_that_another_has_loaded_where_ours_was_seen_to_be_gone_is_not_ours_whatever_was_told_before():
+    state = box(HandLost(1, "local"), HolderTold(2, GEMMA, MINE), trusted(3, "gemma"), HandTaken(4, "local"))
+    state.see(listed(5, entry("gemma", loading=True)), listed(9, entry("gemma", "gemma")))
+
+    assert state[GEMMA].ours == frozenset()
+
+
+def test_what_another_one_may_just_have_let_go_is_given_to_nobody_before_it_was_looked_for():
+    model = after(
+        a_model(GEMMA), trusted(1, "gemma"), DrainStarted(2, GEMMA), DrainEnded(5, GEMMA, unsure=True)
+    )
+    early = after(model, changed(listed(6, entry("gemma", "gemma"), asked=4.9), trusted=True))
+    stayed, gone = after(early, trusted(7, "gemma")), after(early, trusted(7))
+
+    assert (model.given, early.given, stayed.given, gone.given) == (False, False, True, False)
+    assert not model.draining
+    up = elsewhere(listed(1, entry("gemma")))
+    assert apply_upstream(up, DrainEnded(5, GEMMA, unsure=True)).due_at == 5
+    assert apply_upstream(up, DrainEnded(5, GEMMA)).due_at == up.due_at
+
+
+def test_a_persons_word_stands_in_the_place_of_the_other_daemons_until_they_are_heard_again():
+    state = Box(warm()).see(HandLost(20, "local"), WarmAsked(21, GEMMA, alone=True))
+    state.see(OthersHeard(30, "local"), trusted(40))
+    under_way = after(a_model(GEMMA), trusted(1), WarmAsked(2, GEMMA, alone=True), LoadStarted(3, GEMMA))
+
+    assert (state[GEMMA].state, state.plan(40.1)) == (State.COLD, [])
+    assert after(under_way, OthersHeard(4, "local")).alone
