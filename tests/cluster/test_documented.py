@@ -7,8 +7,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
@@ -289,3 +291,25 @@ async def test_the_worked_example_does_what_it_says(tmp_path: Path):
                     assert sorted(dict(labels)["instance"] for labels in by_name) == ["a", "b"]
                 finally:
                     prometheus.kill()
+
+
+@needs_etcd
+@pytest.mark.xdist_group("cluster, as documented")
+def test_the_demo_says_whom_to_kill_and_shows_the_other_one_take_over(tmp_path: Path):
+    demo = Running([sys.executable, str(PROJECT / "tests" / "kit" / "demo_cluster.py")], tmp_path, "demo")
+    try:
+        wait_until(lambda: re.search(r"; b \w+, \S+ is warm", demo.out.read_text()), "the model is warm")
+        said = demo.out.read_text()
+        [(a, b)] = re.findall(r"kill -9 (\d+) +kill -9 (\d+)", said)
+        acts = "a" if "a acts, " in said.splitlines()[-1] else "b"
+        os.kill(int(a if acts == "a" else b), signal.SIGKILL)
+        other = "b" if acts == "a" else "a"
+        wait_until(lambda: f"{other} acts, " in demo.out.read_text().splitlines()[-1], "the other one acts")
+        demo.signal(signal.SIGTERM)
+
+        assert demo.ended() == 0
+        assert f"{acts} has ended" in demo.out.read_text()
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(b if acts == "a" else a), 0)
+    finally:
+        demo.kill()

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -105,6 +106,7 @@ Ctrl-C ends it all. Now:""")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # nobody is left behind by that either
     with contextlib.suppress(KeyboardInterrupt):
         sys.exit(main())
     os._exit(0)
