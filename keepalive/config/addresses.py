@@ -18,6 +18,8 @@ _API = re.compile(
     re.IGNORECASE,
 )
 
+_OF_A_LINK = re.compile(r"https?://\[fe[89ab][0-9a-f]:[^\]]*\]", re.IGNORECASE)
+
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 # Pages of these have no origin of their own, whatever stands behind the scheme.
 _NAMELESS = re.compile(r"null|(file|data|blob|about|javascript):.*", re.DOTALL)
@@ -63,6 +65,11 @@ def read_url(value: str) -> str:
     if "@" in value:
         raise ValueError("holds credentials, which do not stand here; write api_token_env or api_token_file")
     example = "http://127.0.0.1:1234"
+    if _OF_A_LINK.match(value):
+        why = "is an address of one link alone, which is none without its interface"
+        raise ValueError(
+            f'{shown(value)} {why}; write the name of that machine, such as "http://studio.local:1234"'
+        )
     found = _URL.fullmatch(value)
     server = found[1].lower() if found else ""
     if found is None or _origin(server) is None:

@@ -102,14 +102,21 @@ def _parse_toml(text: str, source: str) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         said, _, place = str(error).rpartition(" (at ")
         line, column = map(int, re.findall(r"\d+", place) or (text.rstrip("\n").count("\n") + 1, 0))
-        # What TOML says of quotes that are missing, which is how people slip.
-        quotes = said.startswith(("Invalid value", "Expected newline", "Illegal character"))
-        message = f"not TOML: {short(said)}{'; text and durations stand in quotes' if quotes else ''}"
+        message = f"not TOML: {short(said)}{_slip(said)}"
         raise ConfigError([Mistake(source, line, "", message, column or None)]) from None
     except (ValueError, RecursionError):
         # Python's own limits on nesting and on the digits of a number, far from any config that is meant.
         message = "not TOML that can be read: lists too deep in each other, or a number too long"
         raise ConfigError([Mistake(source, None, "", message)]) from None
+
+
+def _slip(said: str) -> str:
+    """How people come to what TOML says: they leave quotes out, or write a path of Windows."""
+    if said.startswith(("Invalid value", "Expected newline", "Illegal character")):
+        return "; text and durations stand in quotes"
+    if said.startswith(("Unescaped '\\'", "Invalid hex value")):
+        return "; in 'single quotes' a backslash is one, as in 'C:\\keepalive'"
+    return ""
 
 
 @dataclass

@@ -58,6 +58,11 @@ def test_several_addresses_of_this_machine_are_one_server(url: str) -> None:
 @pytest.mark.parametrize(
     ("url", "message"),
     [
+        (
+            "http://[fe80::1%eth0]:1234",
+            "is an address of one link alone, which is none without its interface; write the name of that machine, "
+            'such as "http://studio.local:1234"',
+        ),
         ("http://box/lm?x=1", 'has a query; write "http://box/lm"'),
         ("http://box?x=1", 'has a query; write "http://box"'),
         ("http://box/lm?", 'has a query; write "http://box/lm"'),

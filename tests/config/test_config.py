@@ -586,7 +586,12 @@ def test_a_value_that_is_wrong_is_not_compared_with_others() -> None:
         ('a = "b\n', "1:7: not TOML: Illegal character '\\n'; text and durations stand in quotes"),
         (
             'a = "C:\\models"\n',
-            "1:10: not TOML: Unescaped '\\' in a string",
+            "1:10: not TOML: Unescaped '\\' in a string; in 'single quotes' a backslash is one, as in "
+            "'C:\\keepalive'",
+        ),
+        (
+            'a = "C:\\Users"\n',
+            "1:10: not TOML: Invalid hex value; in 'single quotes' a backslash is one, as in 'C:\\keepalive'",
         ),
         ("a = 1\na = 2\n", "2:6: not TOML: Cannot overwrite a value"),
         (
