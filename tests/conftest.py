@@ -50,6 +50,13 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
+@pytest.fixture
+def no_issuers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No issuers of the world: to read those takes each client of an official package a twentieth of a second."""
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    monkeypatch.setenv("SSL_CERT_DIR", os.devnull)
+
+
 def pytest_asyncio_loop_factories(config, item):
     if item.get_closest_marker("clock_jumps"):
         return {"jumping": JumpingLoop}

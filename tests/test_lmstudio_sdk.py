@@ -8,9 +8,9 @@ import pytest
 
 from keepalive.simulator.models import SimModel
 from tests.kit import live
-from tests.kit.official import Official, on_one_worker
+from tests.kit.official import Official, no_issuers, on_one_worker
 
-pytestmark = on_one_worker
+pytestmark = [on_one_worker, no_issuers]
 lmstudio = Official("lmstudio")
 
 KEPT = SimModel("acme/chat-8b", load_seconds=600.0, max_context_length=32_768)

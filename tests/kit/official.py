@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 on_one_worker = pytest.mark.xdist_group("official clients")
+no_issuers = pytest.mark.usefixtures("no_issuers")  # of `tests/conftest.py`
 
 
 class Official:

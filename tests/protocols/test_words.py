@@ -17,8 +17,10 @@ from keepalive.protocols.words import (
     read_heartbeat,
 )
 from tests.kit import DATA
-from tests.kit.official import Official, on_one_worker
+from tests.kit.official import Official, no_issuers, on_one_worker
 from tests.kit.raw import Close, RawServer, answer, chunked
+
+pytestmark = no_issuers
 
 # --- how it says no --------------------------------------------------------------------------------
 

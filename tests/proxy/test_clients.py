@@ -19,9 +19,9 @@ from tests.kit.fronted import (
     says,
     stream,
 )
-from tests.kit.official import Official, on_one_worker
+from tests.kit.official import Official, no_issuers, on_one_worker
 
-pytestmark = on_one_worker
+pytestmark = [on_one_worker, no_issuers]
 
 openai, anthropic = Official("openai"), Official("anthropic")
 
