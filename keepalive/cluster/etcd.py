@@ -346,7 +346,7 @@ def _why(error: aiohttp.ClientError, url: str) -> str:
         case SSLError():
             return "no TLS is spoken there that we know"
         case ConnectionError(errno=None | errno.ECONNRESET) if url.startswith("https:") and unmet:
-            return "no TLS is spoken there; write http://"  # it hung up on our first words
+            return "it hung up before TLS was spoken; that may be because it wants http://"
         case ConnectionError(errno=None) if url.startswith("https:"):
             # The want of a certificate is told once the handshake is over, and not always heard before what we ask.
             return (
