@@ -132,6 +132,7 @@ class Cluster:
         self._shy: dict[str, float] = {}  # when we act again where an intent could not be written
         self._seen = Picture()
         self._saw = False  # any picture yet
+        self._seen_at = awake()  # when it was
         self._stand_of = Standing()  # of etcd, at the picture
         self._said_replaced = False
         self._seeing = False  # what is recorded now was another's word
@@ -541,6 +542,7 @@ class Cluster:
             self._is_down(why)
         else:
             self._is_up()
+        self._give_again()
 
     def _is_up(self) -> None:
         if self._down_since is not None and self._said_down:
@@ -569,13 +571,17 @@ class Cluster:
         if not self._hopeless and now - self._down_since > PATIENCE * self._hold.ttl:
             self._hopeless = True
             self._keeping().reconsider()
-        if now > self._hold.asked + YIELDED * self._hold.ttl:
-            self._give_again()
+        self._give_again()
         self._keeping().tick()
 
     def _give_again(self) -> None:
-        """What was about to be unloaded is gone by now, or stays: our word, that it is given to nobody, has run out."""
+        """What was about to be unloaded is gone by now, or stays: our word, that it is given to nobody, has run out.
+
+        For whoever asks for it anew, which we have not seen, it is no answer.
+        """
         keeping = self._keeping()
+        if self._awake() <= self._seen_at + YIELDED * self._hold.ttl:
+            return
         for model in keeping.snapshot().models:
             if model.draining and model.id.upstream not in self._held:
                 keeping.record(DrainEnded(self._clock(), model.id, unsure=True))
@@ -647,6 +653,7 @@ class Cluster:
         there = dict.fromkeys(self.members, now)
         left = {name: at for name, at in self._last_there.items() if now - at < FORGOTTEN_AFTER}
         self._last_there = left | there
+        self._seen_at = now
         self._pictured.set()
         self._pictured = asyncio.Event()
         self.changed()

@@ -269,15 +269,29 @@ def test_whoever_has_slept_longer_than_its_lease_does_not_say_that_it_acts_and_w
 
 
 def test_what_was_to_be_let_go_is_given_again_where_etcd_is_away_and_nobody_can_have_our_word():
+    now = 100.0
     keeping = Records(warm())
-    cluster = a_member(keeping)
+    cluster = a_member(keeping, awake=lambda: now)
     cluster._see(rows.picture([HELD, YIELD]))
 
-    cluster._hold = Hold(10.0, time.monotonic() - 15)
+    now = 120.0
     cluster._is_down("etcd does not answer")
     assert not keeping.models[GEMMA].given
-    cluster._hold = Hold(10.0, time.monotonic() - 21)
+    now = 120.1
     cluster._is_down("etcd does not answer")
+    keeping.look()
+
+    assert keeping.models[GEMMA].given
+
+
+def test_it_is_given_again_too_where_etcd_renews_a_lease_now_and_then_and_shows_nothing():
+    now = 100.0
+    keeping = Records(warm())
+    cluster = a_member(keeping, awake=lambda: now)
+    cluster._see(rows.picture([HELD, YIELD]))
+
+    now = 120.1
+    cluster._is_answered()
     keeping.look()
 
     assert keeping.models[GEMMA].given

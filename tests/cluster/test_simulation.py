@@ -8,6 +8,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from keepalive.cluster.etcd import Etcd
 from keepalive.cluster.hold import Hold
 from keepalive.cluster.member import Cluster
 from keepalive.cluster.rows import Picture
+from keepalive.core import apply as applying
+from keepalive.core import listings
+from keepalive.core.facts import ListingFailed, Trouble
 from keepalive.core.records import Model
-from tests.kit.cluster_world import CLUSTER_KINDS, Member, live_together
+from tests.kit.cluster_world import CLUSTER_KINDS, MORE_KINDS, Member, live_together
 from tests.kit.world import Broken
 
 CHOSEN = os.environ.get("KEEPALIVE_SEED", "20261122")
@@ -55,7 +59,7 @@ def test_days_of_every_trouble_between_daemons_load_nothing_twice_and_always_end
     told = sorted(run_folder.glob("cluster-trouble-*"))
     if HOURS >= 400 and len(told) == PIECES:  # the last of them to end speaks for all
         kinds = {kind for file in told for kind in file.read_text().splitlines()}
-        assert set(CLUSTER_KINDS) - kinds == set()
+        assert {*CLUSTER_KINDS, *MORE_KINDS} - kinds == set()
 
 
 # Whether nothing is wrong with LM Studio itself, and whether models are let go for each other.
@@ -145,6 +149,18 @@ def unloads_what_others_use(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Picture, "uses_elsewhere", lambda picture, instance: {})
 
 
+def takes_a_closed_port_for_the_end_of_a_load(patch: pytest.MonkeyPatch) -> None:
+    def failed(model: Model, fact: ListingFailed) -> Model:
+        after = listings.listing_failed(model, fact)
+        return replace(after, pending=None) if fact.trouble is Trouble.REFUSED else after
+
+    patch.setitem(applying.CHANGES, ListingFailed, failed)
+
+
+def tells_nobody_whose_copies_there_are(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Model, "unknown_there", property(lambda model: frozenset()))
+
+
 LOADING = ("killed while loading", "stopped while loading", "a model is lost")
 # Each with what finds it, in what trouble, and how far from the base seed the first world lies that has what it takes.
 PLANTED: list[tuple[Callable[[pytest.MonkeyPatch], None], tuple[str, ...], tuple[str, ...], int]] = [
@@ -157,6 +173,8 @@ PLANTED: list[tuple[Callable[[pytest.MonkeyPatch], None], tuple[str, ...], tuple
     (forgets_an_intent_that_is_resolved, ("C3",), LOADING, 0),
     (takes_a_watch_for_whole, ("C3", "C5"), ("watches die",), 1),
     (unloads_what_others_use, ("I5",), ("a clock is set",), 5),
+    (takes_a_closed_port_for_the_end_of_a_load, ("I3",), ("cut from a server while loading",), 0),
+    (tells_nobody_whose_copies_there_are, ("C5",), ("cut from a server",), 6),
 ]
 
 
@@ -171,7 +189,11 @@ def test_a_planted_bug_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ):
     plant(monkeypatch)
-    short = plant in (takes_a_watch_for_whole, unloads_what_others_use)
+    short = plant in (
+        takes_a_watch_for_whole,
+        unloads_what_others_use,
+        tells_nobody_whose_copies_there_are,
+    )
     changes: dict[str, Any] = {"kinds": kinds, "pace": 30.0}
     if plant is unloads_what_others_use:
         changes |= {"callers": 10.0, "token_seconds": 5.0}
