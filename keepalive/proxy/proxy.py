@@ -314,8 +314,8 @@ class Proxy:
     async def _unload(self, call: Call) -> None:
         """A caller may unload what is ours. It is known at once, not with the next listing.
 
-        A ping of ours that comes behind it would load the model again, with a timer. So it waits for those that are
-        on their way, and counts as use of the model: no other begins before its answer is there.
+        A ping of ours that came there behind it would load the model again, with a timer. So it waits for those that
+        are on their way; the next is not due for minutes.
         """
         meaning = await self.keeping.meaning(call.asked.instance, default=False)
         models = [model for model in meaning.models if model.upstream == meaning.upstream]
@@ -323,7 +323,7 @@ class Proxy:
             if not any(self.keeping.view(model).questioned for model in models):
                 break
             await asyncio.sleep(ON_ITS_WAY / 100)
-        await self._pass(call, meaning.upstream, models)
+        await self._pass(call, meaning.upstream)
         if call.account.status == 200:
             for model in models:
                 self.keeping.record(InstanceLost(call.account.now(), model, "a caller unloaded it"))
