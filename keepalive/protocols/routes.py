@@ -96,9 +96,6 @@ _ROUTES: Final = (
         (b"POST", b"/responses"): Route(
             "responses", Protocol.RESPONSES, inference=True, streams=True, stores=True, foreign=True
         ),
-        (b"POST", b"/v1/messages/count_tokens"): Route(
-            "other", Protocol.MESSAGES, inference=True, foreign=True
-        ),
         (b"GET", b"/lmstudio-greeting"): Route("greeting", Protocol.PLAIN),
         (b"GET", b"/embedding"): Route("sdk", Protocol.PLAIN, websocket=True, kind="embedding"),
     }
@@ -109,7 +106,12 @@ _ROUTES: Final = (
             ("rerank", "reranker", (b"/rerank", b"/reranking", b"/v1/reranking")),
             # These stream, too, in ways of their own: they are held without a word.
             ("completions", "llm", (b"/completions", b"/completion", b"/infill")),
-            ("other", "llm", (b"/tokenize", b"/detokenize", b"/apply-template")),
+            # They count, and say no word: measured as a chat their answers would be empty.
+            (
+                "other",
+                "llm",
+                (b"/tokenize", b"/detokenize", b"/apply-template", b"/v1/messages/count_tokens"),
+            ),
         )
         for path in paths
     }

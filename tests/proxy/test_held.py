@@ -626,3 +626,16 @@ async def test_a_route_that_lm_studio_does_not_have_waits_for_a_model_where_anot
 
         assert waiting == (not lm_studio)
         assert (b'"alias"' in upstream.bodies[0]) == lm_studio
+
+
+async def test_what_counts_tokens_is_no_answer_without_words():
+    keep = Keep()
+    keep.add("m")
+    keep.lm_studio = False
+    reply = (
+        b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 18\r\n\r\n{"input_tokens":7}'
+    )
+    async with fronted(says(reply), keep=keep) as (front, _):
+        await ask(front.port, post("/v1/messages/count_tokens", b'{"model":"m","messages":[]}'))
+
+        assert (await front.last()).outcome == "ok"
