@@ -32,6 +32,8 @@ def head(*lines: str, method: bytes = b"POST") -> RequestHead:
         (OPEN, ["Host: evil.example"], "host"),
         (OPEN, ["Host: studio.lan"], "host"),
         (NAMED, ["Host: studio.lan"], None),
+        (OPEN, ["Host: keepalive.localhost:1235"], None),
+        (OPEN, ["Host: notlocalhost"], "host"),
         (OPEN, ["Host: localhost", "Sec-Fetch-Site: same-origin"], None),
         (OPEN, ["Host: localhost", "Sec-Fetch-Site: none"], None),
         (OPEN, ["Host: localhost", "Sec-Fetch-Site: cross-site"], "origin"),
