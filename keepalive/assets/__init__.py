@@ -5,9 +5,10 @@
 May import nothing of the project.
 """
 
+import functools
 import gzip
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -28,7 +29,8 @@ class Asset:
     gzipped: bytes = field(repr=False)
 
 
-def read() -> dict[str, Asset]:
+@functools.cache
+def read() -> Mapping[str, Asset]:
     """Each file, by its path below this folder: "page/start.js"."""
     return dict(_read(files(__package__), ""))
 

@@ -5,7 +5,7 @@ answer in one piece. The native protocol also tells of loading and prompt proces
 about both.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from keepalive.simulator.exchange import compact
@@ -59,8 +59,8 @@ class Told:
 class Speech:
     told: Told
     model: str = ""
-    text: str = ""
-    thought: str = ""
+    said: list[str] = field(default_factory=list)  # joined when all is there: a long answer has many words
+    thoughts: list[str] = field(default_factory=list)
     tokens: int = 0
     thought_tokens: int = 0
     seconds: float = 0.0
@@ -91,11 +91,17 @@ class Speech:
 
     def heard(self, text: str, thinking: bool) -> None:
         self.tokens += 1
-        if thinking:
-            self.thought += text
-            self.thought_tokens += 1
-        else:
-            self.text += text
+        self.thought_tokens += thinking
+        if text:
+            (self.thoughts if thinking else self.said).append(text)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.said)
+
+    @property
+    def thought(self) -> str:
+        return "".join(self.thoughts)
 
     def word(self, text: str, thinking: bool) -> list[bytes]:
         raise NotImplementedError
@@ -406,18 +412,18 @@ class Native(Speech):
     def word(self, text: str, thinking: bool) -> list[bytes]:
         section = "reasoning" if thinking else "message"
         events = []
-        if not thinking and not self.text:
-            if self.thought:
+        if not thinking and not self.said:
+            if self.thoughts:
                 events.append(self._event("reasoning.end"))
             events.append(self._event("message.start"))
-        elif thinking and not self.thought:
+        elif thinking and not self.thoughts:
             events.append(self._event("reasoning.start"))
         self.heard(text, thinking)
         return [*events, self._event(f"{section}.delta", content=text)]
 
     def closing(self, finish: str) -> list[bytes]:
-        ends = [self._event("message.end")] if self.text else []
-        if self.thought and not self.text:
+        ends = [self._event("message.end")] if self.said else []
+        if self.thoughts and not self.said:
             ends = [self._event("reasoning.end")]
         return [*ends, self._event("chat.end", result=self.whole(finish))]
 
