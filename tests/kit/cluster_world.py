@@ -39,6 +39,8 @@ from keepalive.core.errors import NotWarm, Unreachable
 from keepalive.core.facts import (
     ClockJumped,
     InstanceLost,
+    LoadEnded,
+    LoadOutcome,
     ModelId,
     ReleaseAsked,
     RequestEnded,
@@ -533,7 +535,13 @@ class ClusterJudge(Judge):
         self.overs: dict[int | None, dict[tuple[str, str], float]] = {}
         self.guesses: dict[int | None, set[tuple[str, str]]] = {}
         self.assumed: dict[int | None, dict[tuple[str, str], bool]] = {}
+        self.seen_to_end: set[tuple[str, str]] = set()  # copies whose load one of the members has seen end
         super().__init__(now)
+
+    def observe(self, fact: Any, before: Any, after: Any) -> None:
+        super().observe(fact, before, after)
+        if isinstance(fact, LoadEnded) and fact.outcome is LoadOutcome.OK and fact.instance_id:
+            self.seen_to_end.add((fact.model.upstream, fact.instance_id))
 
     # The properties stand for plain attributes of a judge of one daemon.
     seen = property(lambda self: self.sights.setdefault(LIFE.get(), {}), lambda self, _: None)
@@ -593,6 +601,8 @@ class ClusterJudge(Judge):
 
     def happened(self, site: Site, event: dict[str, Any]) -> None:
         life = LIFE.get()
+        if event["kind"] in ("load.started", "unloaded", "evicted", "expired", "crashed"):
+            self.seen_to_end.discard((site.name, event["instance_id"]))
         if event["kind"] == "unloaded" and event["by"] == "rest" and life is not None:
             self.holds(site, life, f"an unload of {event['model']}")
             place = site.name, event["model"]
@@ -741,7 +751,7 @@ class ClusterWorld(World):
         except NotWarm as error:
             self.answers["sent away"] += 1
             if self.sound:
-                self.check_hopeless(member, str(error))
+                self.check_hopeless(member, site, str(error))
             return
         except TimeoutError:
             self.judge.fail("C5", f"a caller of {model.key} at {member.machine.name} has waited for an hour")
@@ -782,7 +792,21 @@ class ClusterWorld(World):
         known = since - KNOWN_WITHIN
         return member.machine.well.was(known) and any(i.listed_at < known and not i.crashed for i in copies)
 
-    def check_hopeless(self, member: Member, why: str) -> None:
+    def are_strangers(self, site: Site, why: str) -> bool:
+        """Whether what was said to be somebody else's is: nobody saw its load end, or a caller's request was it."""
+        said, _, tail = why.rpartition("; ")
+        names = tail.removesuffix(STRANGERS[0]).removesuffix(STRANGERS[1]).split(", ")
+        theirs = {
+            i.model.key
+            for i in site.studio.memory.instances.values()
+            if (site.name, i.id) not in self.judge.seen_to_end
+        }
+        return bool(said) and tail.endswith(STRANGERS) and theirs.issuperset(names)
+
+    def check_hopeless(self, member: Member, site: Site, why: str) -> None:
+        if self.are_strangers(site, why):
+            self.judge.counted["sent away: there is no room beside what nobody knows to be ours"] += 1
+            return
         long_ago = self.judge.now() - 2 * self.ttl
         well = member.machine.reaches_etcd.was(long_ago) and self.etcd_well.was(long_ago)
         if well or "nothing is loaded or unloaded, because" not in why:
@@ -1122,6 +1146,7 @@ class ClusterWorld(World):
 
 KNOWN_WITHIN = 60.0
 NOT_LOADED = " (not loaded)"
+STRANGERS = (" was loaded by somebody else", " were loaded by somebody else")
 CLUSTER_KINDS = (
     "killed",
     "killed while loading",
