@@ -245,11 +245,11 @@ PASS = Fault()
 class Middleman:
     """A listener that passes bytes on to `port`, with a fault in either direction."""
 
-    def __init__(self, port: int, *, up: Fault = PASS, down: Fault = PASS) -> None:
+    def __init__(self, port: int, *, up: Fault = PASS, down: Fault = PASS, at: int = 0) -> None:
         self.target = port
         self.up = up
         self.down = down
-        self.port = 0
+        self.port = at  # 0: one that is free
         self.connections = 0
         self.refuses = False
         #: Bytes passed, client to server and back.
@@ -258,7 +258,7 @@ class Middleman:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
+        self._listener = socket.create_server(("127.0.0.1", self.port), backlog=4096)
         self._listener.setblocking(False)
         self.port = self._listener.getsockname()[1]
         self._accepting = asyncio.create_task(self._accept())

@@ -49,6 +49,7 @@ from tests.kit.live import (
     until,
     wait_until,
 )
+from tests.kit.raw import Middleman
 
 GEMMA = SimModel("gemma", size_bytes=2_000_000_000, load_seconds=0.3)
 # Loads until the test has seen enough and says `let_it_load`.
@@ -173,6 +174,25 @@ async def test_a_restart_of_lm_studio_is_what_took_a_model() -> None:
         lost = model(running, "gemma")["last_eviction"]
 
     assert lost["cause"] == "restart"
+
+
+async def test_a_tunnel_that_ends_during_a_load_and_is_back_is_no_end_of_lm_studio() -> None:
+    async with simulator(SLOW, v0_shows_loading=False) as studio:
+        tunnel = Middleman(studio.port)
+        await tunnel.__aenter__()
+        async with daemon(settings(f"http://127.0.0.1:{tunnel.port}", "gemma")) as running:
+            await until(lambda: loads(studio.studio) == 1, "a load has begun")
+            await tunnel.__aexit__()
+            await until(lambda: running.status()["upstreams"][0]["state"] == "down", "the tunnel is missed")
+            async with Middleman(studio.port, at=tunnel.port):
+                await until(lambda: running.status()["upstreams"][0]["state"] == "up", "it is back")
+                waiting = await reaches(running, "gemma", "loading")
+                studio.studio.advance(600)
+                await reaches(running, "gemma", "warm")
+                begun = loads(studio.studio)
+
+    assert "an earlier load may still be under way" in waiting["reason"]
+    assert begun == 1
 
 
 async def test_what_happened_to_a_model_is_told_in_its_order() -> None:
