@@ -1,6 +1,7 @@
 """The engine, against a real one; and whatever else may listen there."""
 
 import asyncio
+import contextlib
 import errno
 import shutil
 import signal
@@ -8,6 +9,7 @@ import socket
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -339,6 +341,16 @@ async def test_nobody_there_is_said_in_a_sentence():
         await engine.close()
 
 
+@contextlib.asynccontextmanager
+async def told_by(answer: Any, access: Access) -> AsyncIterator[Etcd]:
+    async with kit.in_place_of_etcd(answer) as url:
+        engine = Etcd([url], access, timeout=20)
+        try:
+            yield engine
+        finally:
+            await engine.close()
+
+
 @pytest.mark.parametrize(
     ("status", "body"),
     [
@@ -358,18 +370,9 @@ async def test_what_is_no_etcd_is_said_in_a_sentence(status: int, body: bytes):
     async def answer(_: web.BaseRequest) -> web.Response:
         return web.Response(status=status, body=body)
 
-    runner = web.ServerRunner(web.Server(answer))
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    host, port = runner.addresses[0][:2]
-    engine = Etcd([f"http://{host}:{port}"], Access(), timeout=20)
-    try:
+    async with told_by(answer, Access()) as engine:
         with pytest.raises(EngineError):
             await (engine.rows(PREFIX) if b"kvs" in body else engine.grant(5))
-    finally:
-        await engine.close()
-        await runner.cleanup()
 
 
 @pytest.mark.parametrize(
@@ -386,17 +389,9 @@ async def test_whoever_has_said_who_he_is_says_so_again_when_rights_were_changed
             return web.json_response({"error": said, "code": 3}, status=400)
         return web.json_response({})
 
-    runner = web.ServerRunner(web.Server(answer))
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    host, port = runner.addresses[0][:2]
-    engine = Etcd([f"http://{host}:{port}"], Access("keepalive", "secret"), timeout=20)
-    try:
+    async with told_by(answer, Access("keepalive", "secret")) as engine:
         assert await engine.rows(PREFIX) == []
         assert heard == ["/v3/auth/authenticate", "/v3/kv/range"] * 2
-    finally:
-        await engine.close()
-        await runner.cleanup()
 
 
 async def test_a_password_goes_nowhere_else_though_etcd_should_say_that_it_is_elsewhere():
@@ -406,15 +401,8 @@ async def test_a_password_goes_nowhere_else_though_etcd_should_say_that_it_is_el
         heard.append(request.path)
         return web.Response(status=307, headers={"Location": "/elsewhere"})
 
-    runner = web.ServerRunner(web.Server(answer))
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    host, port = runner.addresses[0][:2]
-    engine = Etcd([f"http://{host}:{port}"], Access("keepalive", "secret"), timeout=20)
-    try:
+    async with told_by(answer, Access("keepalive", "secret")) as engine:
         with pytest.raises(EngineError):
             await engine.grant(5)
-    finally:
-        await engine.close()
-        await runner.cleanup()
+
     assert heard == ["/v3/auth/authenticate"]

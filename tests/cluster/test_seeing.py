@@ -1,9 +1,10 @@
 """What a member makes of what it is told, no real etcd asked."""
 
 import asyncio
+import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from keepalive.core.facts import (
     WarmAsked,
 )
 from keepalive.core.records import Model, Snapshot, Upstream
+from tests.kit.etcd import in_place_of_etcd
 from tests.kit.live import until
 from tests.kit.models import GEMMA, a_model, entry, listed, warm
 
@@ -297,63 +299,53 @@ def test_it_is_given_again_too_where_etcd_renews_a_lease_now_and_then_and_shows_
     assert keeping.models[GEMMA].given
 
 
-async def test_an_etcd_that_renews_a_lease_and_shows_nothing_counts_as_away_and_is_not_told_again_and_again():
-    async def answer(request: web.BaseRequest) -> web.Response:
-        if request.path == "/v3/lease/grant":
-            return web.json_response({"ID": "7"})
-        if request.path == "/v3/lease/keepalive":
-            return web.json_response({"result": {"TTL": "5"}})
-        return web.json_response({"error": "etcdserver: permission denied", "code": 7}, status=403)
-
-    runner = web.ServerRunner(web.Server(answer))
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    host, port = runner.addresses[0][:2]
-    told: list[str] = []
-    cluster = a_member(Records(warm()), f"http://{host}:{port}", told=told, ttl=0.3)
+@contextlib.asynccontextmanager
+async def going_on(cluster: Cluster) -> AsyncIterator[None]:
     running = asyncio.create_task(cluster.run())
     try:
-        why, _ = await until(lambda: cluster.hopeless("local"), "callers are told that there is no hope")
-        assert why.endswith(
-            "says: permission denied (cluster.user is to read and write all keys below /keepalive/)"
-        )
-        assert not cluster.engine_up
-        assert sorted(told) == ["cluster.engine_down", "cluster.row_failed"]
+        yield
     finally:
         running.cancel()
         await asyncio.wait([running])
         await cluster.close()
-        await runner.cleanup()
+
+
+RENEWS = {"/v3/lease/grant": {"ID": "7"}, "/v3/lease/keepalive": {"result": {"TTL": "5"}}}
+
+
+async def test_an_etcd_that_renews_a_lease_and_shows_nothing_counts_as_away_and_is_not_told_again_and_again():
+    async def answer(request: web.BaseRequest) -> web.Response:
+        if request.path in RENEWS:
+            return web.json_response(RENEWS[request.path])
+        return web.json_response({"error": "etcdserver: permission denied", "code": 7}, status=403)
+
+    told: list[str] = []
+    async with in_place_of_etcd(answer) as url:
+        cluster = a_member(Records(warm()), url, told=told, ttl=0.3)
+        async with going_on(cluster):
+            why, _ = await until(lambda: cluster.hopeless("local"), "callers are told that there is no hope")
+            assert why.endswith(
+                "says: permission denied (cluster.user is to read and write all keys below /keepalive/)"
+            )
+            assert not cluster.engine_up
+            assert sorted(told) == ["cluster.engine_down", "cluster.row_failed"]
 
 
 async def test_an_etcd_that_goes_away_is_told_in_one_line_whatever_was_asked_of_it_first():
     async def answer(request: web.BaseRequest) -> web.Response:
-        match request.path:
-            case "/v3/lease/grant":
-                return web.json_response({"ID": "7"})
-            case "/v3/lease/keepalive":
-                return web.json_response({"result": {"TTL": "5"}})
-            case "/v3/kv/txn":
-                return web.json_response({"succeeded": True})
-        return web.json_response({})
+        return web.json_response({**RENEWS, "/v3/kv/txn": {"succeeded": True}}.get(request.path, {}))
 
-    runner = web.ServerRunner(web.Server(answer))
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    host, port = runner.addresses[0][:2]
     told: list[str] = []
-    cluster = a_member(Records(warm()), f"http://{host}:{port}", told=told, ttl=1.0)
-    running = asyncio.create_task(cluster.run())
-    try:
+    async with contextlib.AsyncExitStack() as stack, contextlib.AsyncExitStack() as etcd:
+        url = await etcd.enter_async_context(in_place_of_etcd(answer))
+        cluster = a_member(Records(warm()), url, told=told, ttl=1.0)
+        await stack.enter_async_context(going_on(cluster))
         await until(lambda: cluster.engine_up and cluster._saw, "etcd is there")
-        await runner.cleanup()
+        await etcd.aclose()
         cluster._look_again()
         await until(lambda: not cluster.engine_up, "it is missed")
+
         assert told == ["cluster.engine_down"]
-    finally:
-        running.cancel()
-        await asyncio.wait([running])
-        await cluster.close()
 
 
 # --- whose copies they are, and who has yielded ---------------------------------------------------------

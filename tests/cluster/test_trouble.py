@@ -259,22 +259,15 @@ async def test_a_web_server_in_its_place_costs_nobody_what_is_warm():
     async def answer(_: web.BaseRequest) -> web.Response:
         return web.Response(text="<html>It works!</html>", content_type="text/html")
 
-    runner = web.ServerRunner(web.Server(answer))
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-    try:
-        async with simulator(GEMMA) as studio:
-            await somebody_loaded(studio)
-            async with members(studio, url, "web", "a", ttl="3s") as [running]:
-                await warm(running)
-                await until(lambda: "been asked" not in trouble(running), "it has been asked")
+    async with kit.in_place_of_etcd(answer) as url, simulator(GEMMA) as studio:
+        await somebody_loaded(studio)
+        async with members(studio, url, "web", "a", ttl="3s") as [running]:
+            await warm(running)
+            await until(lambda: "been asked" not in trouble(running), "it has been asked")
 
-                assert (await chat(running))[0] == 200
-                assert trouble(running) == f"what listens at {url} does not answer as etcd 3.4 or newer does"
-                assert loads(studio.studio) == 1
-    finally:
-        await runner.cleanup()
+            assert (await chat(running))[0] == 200
+            assert trouble(running) == f"what listens at {url} does not answer as etcd 3.4 or newer does"
+            assert loads(studio.studio) == 1
 
 
 @needs_openssl

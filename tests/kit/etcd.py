@@ -7,10 +7,11 @@ import shutil
 import signal
 import ssl
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 
 from tests.kit.live import ask, wait_until
 from tests.kit.ports import reserved
@@ -144,6 +145,20 @@ def secured(folder: Path, cert: tuple[Path, Path], *more: str | Path) -> Iterato
         own = ("--cert-file", cert[0], "--key-file", cert[1])
         with etcd(folder, *own, "--listen-metrics-urls", f"http://127.0.0.1:{health}", *more) as running:
             yield running
+
+
+@contextlib.asynccontextmanager
+async def in_place_of_etcd(
+    answer: Callable[[web.BaseRequest], Awaitable[web.Response]],
+) -> AsyncIterator[str]:
+    """The URL of what answers there, and is none."""
+    runner = web.ServerRunner(web.Server(answer))
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
 
 
 @contextlib.contextmanager
