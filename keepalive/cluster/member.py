@@ -153,9 +153,8 @@ class Cluster:
         self._states_said: dict[str, tuple[Mapping[ModelId, tuple[Told, float | None]], bytes]] = {}
         self._progress_at: dict[ModelId, float] = {}
         self._wishes: dict[ModelId, tuple[bool, str]] = {}  # not yet written, each with a number of its own
-        self._reminders: set[ModelId] = (
-            set()
-        )  # of these, what was only known here: whatever stands there is newer
+        # Of these, what was written already, to an etcd that is gone: whatever stands there now is newer.
+        self._reminders: set[ModelId] = set()
         self._begun: dict[ModelId, str] = {}  # in which life an intent was last written, if it was
         self._unsent: dict[ModelId, str] = {}  # the same of loads that never went out
         self._alone: set[ModelId] = set()  # loads begun by a person's word while nobody could be told
@@ -215,10 +214,8 @@ class Cluster:
         holder = self._seen.holders.get(upstream)
         if holder is None or not self.acts(upstream):
             return False
-        guard, asked = (
-            created(self._key(rows.holder_key(upstream)), holder.created),
-            self._seen.yields.get(key),
-        )
+        guard = created(self._key(rows.holder_key(upstream)), holder.created)
+        asked = self._seen.yields.get(key)
         try:
             row = rows.holder_row(self._me.instance, self._life)
             if not await self._commit([guard], {rows.yield_key(key): row}):
@@ -960,10 +957,9 @@ class Cluster:
         said = self._uses_said
         for key in uses.keys() | said.keys():
             use, before = uses.get(key, Use()), said.get(key, Use())
-            if (use.waiting > 0 and before.waiting == 0) or (use.yielded, use.asked) != (
-                before.yielded,
-                before.asked,
-            ):
+            if use.waiting > 0 and before.waiting == 0:
+                return True
+            if (use.yielded, use.asked) != (before.yielded, before.asked):
                 return True
             if before.yielded and use.used and not before.used:
                 return True

@@ -86,7 +86,7 @@ class Use:
     waiting: int = 0
     used: bool = False
     yielded: bool = False  # given to nobody any more
-    asked: int | None = None  # by which revision of the row that asks so; None: one before 1.1 does not say
+    asked: int | None = None  # by which revision of the row that asks so; None: an older release does not say
     ours: frozenset[str] = frozenset()  # copies that one of us loaded, of which the holder does not know
 
 
