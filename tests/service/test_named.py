@@ -20,12 +20,14 @@ KEY = "acme/tiny-4b"
 TINY = SimModel(KEY, quantization="Q4_K_M", further=("Q8_0",), load_seconds=0.1)
 KEPT = f'key = "{KEY}"\naliases = ["gpt-4o-mini", "local-model"]'
 
+AT_ONCE = {"token_seconds": 0.0}  # nobody listens here to how it speaks
+
 
 @contextlib.asynccontextmanager
 async def named(
     *models: SimModel, kept: str = KEPT, server: str = "", **faults: Any
 ) -> AsyncIterator[tuple[Daemon, Studio]]:
-    async with simulator(*(models or (TINY,)), **faults) as upstream:
+    async with simulator(*(models or (TINY,)), **{**AT_ONCE, **faults}) as upstream:
         async with daemon(settings(upstream.url, kept, server=server)) as running:
             yield running, upstream.studio
         started = [event for event in upstream.studio.log(0) if event["kind"] == "load.started"]
@@ -37,7 +39,7 @@ async def named(
 async def two(
     a: tuple[SimModel, ...], b: tuple[SimModel, ...], *tables: str, server: str = ""
 ) -> AsyncIterator[tuple[Daemon, Studio, Studio]]:
-    async with simulator(*a) as first, simulator(*b) as second:
+    async with simulator(*a, **AT_ONCE) as first, simulator(*b, **AT_ONCE) as second:
         more = f'\n[[upstreams]]\nname = "far"\nurl = "{second.url}"\n'
         text = settings(first.url, *tables, server=server).replace("[defaults]", more + "[defaults]")
         async with daemon(text) as running:
