@@ -40,7 +40,8 @@ def pytest_configure(config):
     config.option.loadscopereorder = (
         False  # pytest-xdist would begin with the largest group, which is not the longest
     )
-    gc.disable()  # until all is collected, of which nothing is garbage: an eighth of what each worker begins with
+    if config.getoption("dist", "no") == "no":  # who hands tests out collects none
+        gc.disable()  # until all is collected, of which nothing is garbage: an eighth of what each worker begins with
 
 
 @pytest.fixture(scope="session")
