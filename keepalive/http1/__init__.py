@@ -28,7 +28,7 @@ May import: core.
 
 from keepalive.http1 import cors
 from keepalive.http1.bodies import CHUNK_SIZES
-from keepalive.http1.exchange import Caller, Exchange
+from keepalive.http1.exchange import Caller, Exchange, Passing
 from keepalive.http1.heads import (
     CHUNKED,
     NO_STORE,
@@ -60,6 +60,7 @@ __all__ = [
     "Headers",
     "Limits",
     "Listener",
+    "Passing",
     "Pool",
     "Reply",
     "ReplyHead",

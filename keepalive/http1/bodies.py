@@ -1,5 +1,7 @@
 """Bodies in chunks, taken apart by llhttp."""
 
+from collections.abc import Callable
+
 import httptools
 
 from keepalive.http1.heads import BadHead
@@ -11,6 +13,8 @@ _BEFORE = b"POST / HTTP/1.1\r\nConnection: close\r\nTransfer-Encoding: chunked\r
 #: How a chunk of so many bytes begins where it is written as nearly everybody does: its size in small digits alone.
 CHUNK_SIZES = [b"%x\r\n" % size for size in range(4096)]
 
+_NOTHING: list[bytes] = []
+
 # The empty line that ends a body, and one byte before it.
 _ENDING = 5
 
@@ -21,17 +25,17 @@ class Chunks:
     __slots__ = ("_last", "_parser", "_parts", "_whole", "between", "done", "followed", "on_body")
 
     def __init__(self) -> None:
-        self._parts: list[bytes] = []
+        #: As long as there is a parser: what it has found, and what it calls.
+        self._parts: list[bytes] = _NOTHING
+        self.on_body: Callable[[bytes], None] | None = None
         self._last = b""
         self.done = False
         #: Something stood behind the last chunk. What it was is lost, so this connection is at its end.
         self.followed = False
-        self.on_body = self._parts.append
         self._whole = True
         #: No chunk has begun that has not ended: one that is whole may be read by somebody else instead.
         self.between = True
-        self._parser = httptools.HttpRequestParser(self)
-        self._parser.feed_data(_BEFORE)
+        self._parser: httptools.HttpRequestParser | None = None
 
     def on_chunk_header(self) -> None:
         self._whole = False
@@ -44,8 +48,14 @@ class Chunks:
 
     def feed(self, data: bytes) -> bytes:
         """What of the body was in `data`. Raises BadHead; `rescued` has what came before it."""
+        parser = self._parser
+        if parser is None:
+            self._parts = []
+            self.on_body = self._parts.append
+            parser = self._parser = httptools.HttpRequestParser(self)
+            parser.feed_data(_BEFORE)
         try:
-            self._parser.feed_data(data)
+            parser.feed_data(data)
         except httptools.HttpParserError:
             # Never with the cause: its text may hold the caller's bytes, and a traceback would log them.
             if not self.done:
@@ -59,7 +69,17 @@ class Chunks:
         parts = self._parts
         return parts.pop() if len(parts) == 1 else self.rescued()
 
+    def rest(self) -> None:
+        """Between two chunks there is nothing to remember, and a parser takes as much memory as all the rest of a
+        stream's connection. A stream goes on for long, so let it `rest` now and then.
+        """
+        if self.between and not self.done:
+            self._parser = self.on_body = None
+            self._parts = _NOTHING
+
     def rescued(self) -> bytes:
+        if not self._parts:
+            return b""
         data = b"".join(self._parts)
         self._parts.clear()
         return data

@@ -6,10 +6,11 @@ sent nonsense, that task is cancelled at that instant, whatever it waits for: `g
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 import socket
 import struct
-from collections.abc import Awaitable
+from collections.abc import Coroutine
 from typing import Protocol
 
 from keepalive.http1.bodies import Chunks
@@ -32,7 +33,7 @@ from keepalive.http1.reply import Reply
 from keepalive.http1.ticker import Ticker
 from keepalive.http1.tunnel import Between, Tunnel, pause, resume
 from keepalive.http1.turns import Turns
-from keepalive.http1.vanished import Lookout
+from keepalive.http1.vanished import LOOK_SECONDS, sees_vanished
 from keepalive.http1.watch import Watch
 
 log = logging.getLogger("keepalive.http1")
@@ -45,7 +46,7 @@ _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset
 
 
 class Handler(Protocol):
-    def __call__(self, exchange: "Exchange", /) -> Awaitable[None]: ...
+    def __call__(self, exchange: "Exchange", /) -> Coroutine[object, object, None]: ...
 
 
 class Refusal(Protocol):
@@ -63,6 +64,7 @@ class Owner(Protocol):
     handler: Handler
     refusal: Refusal
     loop: asyncio.AbstractEventLoop
+    context: contextvars.Context  # for what is done when a request is over
     limits: Limits
     ticker: Ticker
     outbox: Outbox
@@ -87,10 +89,9 @@ class Connection(Sender):
         "_invited",
         "_left",
         "_lingering",
-        "_lookout",
+        "_look_at",
         "_reader",
         "_rest",
-        "_running",
         "_tunnel",
         "_unread",
         "_window_bytes",
@@ -112,7 +113,6 @@ class Connection(Sender):
         self._deadline = 0.0
         self._exchange: Exchange | None = None
         self.task: asyncio.Task[None] | None = None
-        self._running = False
         self._left = 0
         self._chunks: Chunks | None = None
         self._wire_bytes = 0
@@ -123,7 +123,7 @@ class Connection(Sender):
         self._unread = False
         self._lingering = False
         self._tunnel: Tunnel | None = None
-        self._lookout = Lookout()
+        self._look_at = 0.0
 
     # --- from the transport -----------------------------------------------------------------------
 
@@ -181,9 +181,12 @@ class Connection(Sender):
             self._exchange.resume()
 
     def tick(self, now: float) -> None:
-        if self._lookout.sees_vanished(self.transport, now):
-            self.transport.abort()
-        elif self._exchange is None:
+        if now >= self._look_at:
+            self._look_at = now + LOOK_SECONDS
+            if sees_vanished(self.transport):
+                self.transport.abort()
+                return
+        if self._exchange is None:
             if now < self._deadline:
                 return
             if self._lingering or self._reader is None or not self._reader.begun:
@@ -311,39 +314,40 @@ class Connection(Sender):
     # --- the exchange -----------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        if self._exchange is not None:
-            self.task = self.listener.loop.create_task(self._run(self._exchange))
+        exchange = self._exchange
+        if exchange is None:
+            return
+        if exchange.gone or exchange.refused is not None:
+            self._settle(exchange)
+            return
+        self.task = self.listener.loop.create_task(self.listener.handler(exchange))
+        self.task.add_done_callback(self._done, context=self.listener.context)
 
-    async def _run(self, exchange: Exchange) -> None:
-        self._running = True
-        try:
-            if not exchange.gone and exchange.refused is None:
-                await self.listener.handler(exchange)
-        except asyncio.CancelledError:
-            if exchange.refused is None and not exchange.gone:
-                self._settle(exchange)
-                raise
-        except Exception as error:  # noqa: BLE001  a bug costs this request and no other
+    def _done(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None:  # a bug costs this request and no other
             # The text of an error may quote a caller's bytes, so where it happened has to do.
             place = error.__traceback__
             while place is not None and place.tb_next is not None:
                 place = place.tb_next
             where = f"{place.tb_frame.f_code.co_filename}:{place.tb_lineno}" if place is not None else "?"
             log.error("http1.handler_failed", extra={"error": type(error).__name__, "where": where})
-        self._settle(exchange)
+        if self._exchange is not None:
+            self._settle(self._exchange)
 
     def _settle(self, exchange: Exchange) -> None:
         """After the handler: the connection waits for its next request, or ends."""
         self._exchange = None
         self.task = None
-        self._running = False
-        exchange.on_pause = exchange.on_resume = None
+        exchange.passes = None
         if exchange.gone or self.transport.is_closing():
             self.transport.abort()
         elif exchange.refused is not None and not exchange.started:
             self._refuse(exchange.refused, exchange.head)
         elif not exchange.started:
-            self._refuse(BadHead(500, "the proxy failed"), exchange.head)
+            closing = self.listener.closing
+            bad = BadHead(503, "the proxy is shutting down") if closing else BadHead(500, "the proxy failed")
+            self._refuse(bad, exchange.head)
         elif not exchange.finished:
             self.reset()
         elif self.ending or self.listener.closing:
@@ -390,8 +394,7 @@ class Connection(Sender):
             self._interrupt(exchange)
 
     def _interrupt(self, exchange: Exchange) -> None:
-        # A task that is cancelled before its first step never takes one, so that one looks for itself.
-        if self.task is not None and self._running and not exchange.finished:
+        if self.task is not None and not exchange.finished:
             self.task.cancel()
 
     def _vanish(self) -> None:
@@ -410,8 +413,8 @@ class Connection(Sender):
 
     def turn_away(self) -> None:
         """It is all over, and his turn has not come: he is told so, as those are whose turn has."""
-        if self._exchange is not None and not self._running and not self._exchange.gone:
-            self._refuse(BadHead(503, "the proxy is shutting down"), self._exchange.head)
+        if self._exchange is not None and self.task is None and not self._exchange.gone:
+            self._settle(self._exchange)
 
     def cancel(self) -> None:
         if self.task is not None:

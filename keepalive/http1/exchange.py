@@ -12,11 +12,14 @@ from keepalive.http1.tunnel import Between
 REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
 
 
+# Shared by all, since most of the time nobody has any, and a stream goes on for long.
+_NO_PIECES: list[bytes] = []
+
+
 class Caller(Protocol):
     """Who asks and is answered: an `Exchange`, or whoever asks in the name of one."""
 
-    on_pause: Callable[[], None] | None
-    on_resume: Callable[[], None] | None
+    passes: "Passing | None"
 
     @property
     def head(self) -> RequestHead: ...
@@ -32,6 +35,9 @@ class Caller(Protocol):
     def paused(self) -> bool: ...
     @property
     def body_ended(self) -> bool: ...
+
+    def forget_head(self) -> None:
+        """Of the head nobody needs more than the method any more: a stream goes on for long."""
 
     async def read(self) -> bytes: ...
     def read_whole(self) -> bytes | None:
@@ -53,6 +59,13 @@ class Caller(Protocol):
     def answer(self, status: int, headers: Headers, body: bytes) -> None: ...
     def abort(self) -> None: ...
     async def tunnel(self, reply: Reply, headers: Headers, between: Between | None) -> None: ...
+
+
+class Passing(Protocol):
+    """What passes to a caller, and can wait while the caller reads too slowly: a `Reply`."""
+
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
 
 
 class Connection(Protocol):
@@ -92,8 +105,7 @@ class Exchange:
         "gone",
         "head",
         "kept_bytes",
-        "on_pause",
-        "on_resume",
+        "passes",
         "paused",
         "refused",
         "started",
@@ -110,14 +122,13 @@ class Exchange:
         self.finished = False
         #: The caller reads more slowly than it is written to.
         self.paused = connection.write_paused
-        self.on_pause: Callable[[], None] | None = None
-        self.on_resume: Callable[[], None] | None = None
+        self.passes: Passing | None = None
         self._head = b""
         self._bodiless = False
         self._chunked = False
         self._counted = True  # the answer's end can be told without closing the connection
         self._drained: asyncio.Future[None] | None = None
-        self._pieces: list[bytes] = []
+        self._pieces: list[bytes] = _NO_PIECES
         self._reader: asyncio.Future[None] | None = None
         #: Of the request body: what nobody has read yet, and whether all of it is there.
         self.kept_bytes = 0
@@ -130,13 +141,22 @@ class Exchange:
         """Every byte of the request body has been read by `read`."""
         return self.body_came and not self._pieces
 
+    def forget_head(self) -> None:
+        """Of the head nobody needs more than the method any more: a stream goes on for long."""
+        if self.head.like is self.head:
+            self.head.forget()
+            self.head.reading = None
+        else:
+            self.head = self.head.like  # which is there in any case
+
     def read_whole(self) -> bytes | None:
         """All of the request body, where it has come in one piece; else `read` it."""
         if not self.body_came or len(self._pieces) != 1:
             return None
         self.kept_bytes = 0
         self._connection.read_on()
-        return self._pieces.pop()
+        (data,), self._pieces = self._pieces, _NO_PIECES
+        return data
 
     async def read(self) -> bytes:
         """The next bytes of the request body; empty at its end."""
@@ -150,7 +170,7 @@ class Exchange:
         if not self._pieces:
             return b""
         data = b"".join(self._pieces) if len(self._pieces) > 1 else self._pieces[0]
-        self._pieces.clear()
+        self._pieces = _NO_PIECES
         self.kept_bytes = 0
         self._connection.read_on()
         return data
@@ -267,6 +287,8 @@ class Exchange:
     def take(self, piece: bytes) -> None:
         """The next bytes of the request body."""
         if piece:
+            if self._pieces is _NO_PIECES:
+                self._pieces = []
             self._pieces.append(piece)
             self.kept_bytes += len(piece)
 
@@ -278,17 +300,17 @@ class Exchange:
         """It turned out to be no request: what came of its body is nobody's."""
         self.refused = bad
         self.body_came = True
-        self._pieces.clear()
+        self._pieces = _NO_PIECES
 
     def pause(self) -> None:
         self.paused = True
-        if self.on_pause is not None:
-            self.on_pause()
+        if self.passes is not None:
+            self.passes.pause()
 
     def resume(self) -> None:
         self.paused = False
         if self._drained is not None:
             self._drained.set_result(None)
             self._drained = None
-        if self.on_resume is not None:
-            self.on_resume()
+        if self.passes is not None:
+            self.passes.resume()

@@ -124,6 +124,9 @@ class HeadReader:
             raise BadHead(400, "this port speaks plain HTTP/1.1")
 
 
+_FORGOTTEN: Headers = []
+
+
 class _Head:
     """Headers that can be asked for by name, which is in lower case."""
 
@@ -141,6 +144,10 @@ class _Head:
     def headers(self, headers: Headers) -> None:
         self._headers = headers
         self._by_name = None
+
+    def forget(self) -> None:
+        """Nobody will ask for the headers any more: a stream goes on for long, and needs none."""
+        self.headers = _FORGOTTEN
 
     def values(self, name: bytes) -> list[bytes]:
         """Every value of the header `name`."""
@@ -226,7 +233,7 @@ class Familiar:
     __slots__ = ("_heads",)
 
     def __init__(self) -> None:
-        self._heads: dict[bytes, RequestHead] = {}
+        self._heads: dict[tuple[bytes, bytes], RequestHead] = {}
 
     def find(self, data: bytes) -> tuple[RequestHead, bytes] | None:
         """The head that `data` begins with, and the bytes behind it; None where it comes for the first time."""
@@ -234,7 +241,7 @@ class Familiar:
         if not 4 <= end <= _REMEMBERED_BYTES:
             return None
         begin, stop = _length_in(data, end)
-        known = self._heads.get(data[:begin] + data[stop:end])
+        known = self._heads.get((data[:begin], data[stop:end]))
         if known is None:
             return None
         return known.again(int(data[begin:stop]) if stop else known.body), data[end:]
@@ -251,7 +258,8 @@ class Familiar:
         head.like.like = head.like
         if stop:
             head.like.headers = [pair for pair in head.headers if pair[0].lower() != b"content-length"]
-        self._heads[data[:begin] + data[stop:end]] = head.like
+        # In two parts: joined, a Content-Length without digits would be the same as one whose digits were left out.
+        self._heads[data[:begin], data[stop:end]] = head.like
 
 
 def _length_in(data: bytes, end: int) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from keepalive.http1.outbox import Outbox, Sender
 from keepalive.http1.reply import Reply
 from keepalive.http1.ticker import Ticker
 from keepalive.http1.tunnel import Between, Tunnel, resume
-from keepalive.http1.vanished import Lookout
+from keepalive.http1.vanished import LOOK_SECONDS, sees_vanished
 
 
 class Owner(Protocol):
@@ -53,7 +53,7 @@ class Link(Sender):
         "_got_bytes",
         "_head_began",
         "_left",
-        "_lookout",
+        "_look_at",
         "_method",
         "_owner",
         "_paused",
@@ -89,7 +89,7 @@ class Link(Sender):
         self._paused = False
         self._drained: asyncio.Future[None] | None = None
         self._tunnel: Tunnel | None = None
-        self._lookout = Lookout()
+        self._look_at = 0.0
 
     # --- one request ------------------------------------------------------------------------------
 
@@ -321,10 +321,14 @@ class Link(Sender):
             self._drained = None
 
     def tick(self, now: float) -> None:
+        if self._chunks is not None:
+            self._chunks.rest()
         if self._head_began and now - self._head_began > self._owner.limits.header_timeout:
             self._fail(TimedOut(f"{self._owner.name} stopped in the middle of a head"))
-        elif self._lookout.sees_vanished(self.transport, now):
-            self._fail(Cut(f"{self._owner.name} is gone without a word"))
+        elif now >= self._look_at:
+            self._look_at = now + LOOK_SECONDS
+            if sees_vanished(self.transport):
+                self._fail(Cut(f"{self._owner.name} is gone without a word"))
 
     def _fail(self, error: Exception) -> None:
         answered, self._answered = self._answered, None

@@ -1,6 +1,7 @@
 """The callers' side: who is accepted, and how that ends."""
 
 import asyncio
+import contextvars
 import errno
 import logging
 import socket
@@ -43,6 +44,7 @@ class Listener:
         self.limits = limits
         self.refusal = refusal
         self.loop = asyncio.get_running_loop()
+        self.context = contextvars.copy_context()
         self.ticker = Ticker(limits.tick)
         self.outbox = Outbox(self.loop)
         self.turns = Turns(self.loop)

@@ -16,6 +16,10 @@ from keepalive.http1.tunnel import Between, Tunnel, pause, resume
 AHEAD_BYTES = 65_536
 
 
+# Shared by all, since most of the time nobody has any, and a stream goes on for long.
+_NO_PARTS: list[bytes] = []
+
+
 class Source(Protocol):
     """The connection that it comes from."""
 
@@ -50,7 +54,7 @@ class Reply:
         #: The connection, or the framing, broke before the end of the body.
         self.cut = False
         self._link: Source | None = link
-        self._parts: list[bytes] = []
+        self._parts: list[bytes] = _NO_PARTS
         self._parts_bytes = 0
         self._read_bytes = 0
         self.sink: Callable[[bytes], None] | None = None
@@ -65,7 +69,7 @@ class Reply:
         """
         self.sink = sink
         if self._parts:
-            parts, self._parts = self._parts, []
+            parts, self._parts = self._parts, _NO_PARTS
             sink(b"".join(parts) if len(parts) > 1 else parts[0])
         if self._parts_bytes > AHEAD_BYTES:
             self.resume()
@@ -73,9 +77,13 @@ class Reply:
     async def ended(self) -> bool:
         """Waits for the end of the body; True when it was complete, False when it was cut."""
         while not (self.complete or self.cut):
-            self._ended = asyncio.get_running_loop().create_future()
-            await self._ended
+            await self.ending()
         return self.complete
+
+    def ending(self) -> asyncio.Future[None]:
+        """Done when the end has come, or bytes that nobody takes: without a step of ours that would wait as well."""
+        self._ended = asyncio.get_running_loop().create_future()
+        return self._ended
 
     async def read(self, limit: int) -> bytes:
         """The body until its end, or until `limit` bytes have come: `complete` and `cut` tell which."""
@@ -85,7 +93,7 @@ class Reply:
             self._ended = asyncio.get_running_loop().create_future()
             await self._ended
         taken = b"".join(self._parts)
-        self._parts.clear()
+        self._parts = _NO_PARTS
         # Nobody waits any more, and what was taken is ahead of nobody.
         self._ended = None
         if self._parts_bytes > AHEAD_BYTES:
@@ -116,7 +124,7 @@ class Reply:
         """No more of it is wanted. What was taken whole leaves its connection to the next request."""
         link, self._link = self._link, None
         self.sink = self.chunk_sink = None
-        self._parts.clear()
+        self._parts = _NO_PARTS
         if link is not None:
             link.let_go(self)
 
@@ -133,6 +141,8 @@ class Reply:
         if self.sink is not None:
             self.sink(data)
             return
+        if self._parts is _NO_PARTS:
+            self._parts = []
         self._parts.append(data)
         before, self._parts_bytes = self._parts_bytes, self._parts_bytes + len(data)
         if before <= AHEAD_BYTES < self._parts_bytes and self._ended is None:

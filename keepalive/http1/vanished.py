@@ -70,20 +70,10 @@ def has_vanished(sock: socket.socket) -> bool:
     return info[_PROBES] > 1 or (info[_RETRANSMITS] > 1 and silent > info[_RTO] / 1_000_000)
 
 
-class Lookout:
-    """Looks now and then whether the other end of a connection has vanished. Ask it as often as you like."""
-
-    __slots__ = ("_next",)
-
-    def __init__(self) -> None:
-        self._next = 0.0
-
-    def sees_vanished(self, transport: asyncio.BaseTransport, now: float) -> bool:
-        if now < self._next:
-            return False
-        self._next = now + LOOK_SECONDS
-        sock = transport.get_extra_info("socket")
-        return sock is not None and has_vanished(sock)
+def sees_vanished(transport: asyncio.BaseTransport) -> bool:
+    """Whether the other end of a connection has vanished. Look every `LOOK_SECONDS`."""
+    sock = transport.get_extra_info("socket")
+    return sock is not None and has_vanished(sock)
 
 
 def socket_options() -> list[tuple[int, int, int]]:

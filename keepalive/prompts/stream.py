@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -16,6 +16,7 @@ from keepalive.http1 import (
     Caller,
     Exchange,
     Headers,
+    Passing,
     Reply,
     RequestHead,
     Ticker,
@@ -263,24 +264,20 @@ class Stream:
         return self._exchange.paused
 
     @property
-    def on_pause(self) -> Callable[[], None] | None:
-        return self._exchange.on_pause
+    def passes(self) -> Passing | None:
+        return self._exchange.passes
 
-    @on_pause.setter
-    def on_pause(self, call: Callable[[], None] | None) -> None:
-        self._exchange.on_pause = call
-
-    @property
-    def on_resume(self) -> Callable[[], None] | None:
-        return self._exchange.on_resume
-
-    @on_resume.setter
-    def on_resume(self, call: Callable[[], None] | None) -> None:
-        self._exchange.on_resume = call
+    @passes.setter
+    def passes(self, source: Passing | None) -> None:
+        self._exchange.passes = source
 
     @property
     def body_ended(self) -> bool:
         return not self._body
+
+    def forget_head(self) -> None:
+        self.head.forget()
+        self.head.reading = None
 
     def read_whole(self) -> bytes:
         body, self._body = self._body, b""

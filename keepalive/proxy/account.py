@@ -1,6 +1,6 @@
 """What is measured of one request while it goes: its caller is told some of it, metrics and the log the rest."""
 
-import asyncio
+from collections.abc import Callable
 
 from keepalive.core.callers import Begun, Key, Outcome, Seen
 from keepalive.core.facts import ModelId
@@ -25,8 +25,8 @@ class Account:
         "waited",
     )
 
-    def __init__(self, route: str) -> None:
-        self.now = asyncio.get_running_loop().time
+    def __init__(self, route: str, now: Callable[[], float]) -> None:
+        self.now = now
         self.route = route
         self.began = self.now()
         self.key: Key | None = None

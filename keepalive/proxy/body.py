@@ -90,6 +90,10 @@ class Body:
         self._kept = 0
 
 
+#: Of every request whose body nobody needs any more.
+RELEASED: Final = Body(Room(0))
+
+
 class _Plain:
     """What a body asks for, that can be read as it comes."""
 

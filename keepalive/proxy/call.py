@@ -18,7 +18,7 @@ from keepalive.protocols.meter import Meter, Words
 from keepalive.protocols.routes import Heartbeat, Route
 from keepalive.proxy.account import Account
 from keepalive.proxy.answer import Answer
-from keepalive.proxy.body import Body, Room
+from keepalive.proxy.body import RELEASED, Body, Room
 from keepalive.proxy.patience import Patience
 from keepalive.proxy.reading import Reading
 from keepalive.proxy.relay import Events, Whole, first_error, first_event, looks_like_error, no_error
@@ -51,6 +51,7 @@ class Owner(Protocol):
     stored: Stored
     seen: Callable[[Seen], None]
     notes: Notes | None
+    now: Callable[[], float]  # the event loop's
 
 
 class Call:
@@ -80,7 +81,7 @@ class Call:
         self.caller = caller
         self.reading = reading
         self.route = route = reading.route
-        self.account = Account(route.name)
+        self.account = Account(route.name, owner.now)
         self.answer = Answer(caller, route, self.account, reading.grant)
         self._patience: Patience | None = None
         self.body = Body(owner.room)
@@ -231,7 +232,7 @@ class Call:
             self._owner.keeping.record(InstanceLost(self.account.now(), model, message, why))
 
     def close(self, reply: Reply) -> None:
-        self.caller.on_pause = self.caller.on_resume = None
+        self.caller.passes = None
         self._stop_listening()
         reply.close()
         self._told(answered=False)
@@ -257,37 +258,34 @@ class Call:
 
     # --- back to the caller -----------------------------------------------------------------------
 
-    async def relay(self, reply: Reply) -> None:
-        """The upstream's answer becomes ours, byte for byte; `reply` is closed in the end."""
-        caller, head = self.caller, reply.head
+    def relay(self, reply: Reply) -> Coroutine[object, object, None]:
+        """The upstream's answer becomes ours, byte for byte, while what is returned here is awaited.
+
+        `reply` is closed in the end. Only one step waits for it: a stream goes on for long.
+        """
         try:
-            self._note_later(head.status)
-            self.body.release()
-            self.asked = NOTHING_ASKED  # what it asked goes no further: a stream goes on for long
-            if self._stalled():
-                return
-            stream = head.stream and head.status == 200 and caller.head.method != b"HEAD"
-            if self.answer.promised and not stream:
-                await self._explain(reply)
-                return
-            self.answer.begin(head, stream=stream)
-            readable = head.status == 200 and not head.values(b"content-encoding")
-            words = Words(self.route.protocol) if readable and not stream else None
-            caller.head.headers = head.headers = []
-            caller.head.reading = None
-            if caller.paused:
-                await caller.drained()
-            caller.on_pause, caller.on_resume = reply.pause, reply.resume
-            if stream:
-                await self._relay_events(reply)
-            else:
-                whole = self._pass_whole(reply, words)
-                if reply.complete or await reply.ended():
-                    self._whole_ended(whole, reply.head.status)
-                else:
-                    self._broke_off()
-        finally:
+            return self._begin(reply)
+        except BaseException:
             self.close(reply)
+            raise
+
+    def _begin(self, reply: Reply) -> Coroutine[object, object, None]:
+        caller, head = self.caller, reply.head
+        self._note_later(head.status)
+        self.body.release()
+        self.body, self.asked = RELEASED, NOTHING_ASKED  # what it asked goes no further
+        stream = head.stream and head.status == 200 and caller.head.method != b"HEAD"
+        if self._stalled():
+            return self._leave(reply)
+        if self.answer.promised and not stream:
+            return self._explain(reply)
+        self.answer.begin(head, stream=stream)
+        readable = head.status == 200 and not head.values(b"content-encoding")
+        caller.forget_head()
+        head.forget()
+        if stream:
+            return self._relay_events(reply)
+        return self._relay_whole(reply, Words(self.route.protocol) if readable else None)
 
     def _note_later(self, status: int) -> None:
         """What the request begins with is looked at once the first bytes of its answer are on their way."""
@@ -306,52 +304,59 @@ class Call:
 
     async def _relay_events(self, reply: Reply) -> None:
         account, answer = self.account, self.answer
-        stalled = False
-        events = Events(
-            answer.push, account.now, Meter(self.route.protocol, account.began), lambda: answer.spoke
-        )
+        try:
+            events = await self._pass_events(reply)
+            while not (reply.complete or reply.cut):
+                await reply.ending()
+            meter = events.meter
+            error = meter.error if meter is not None else None
+            stalled = False
+            if not reply.complete:
+                stalled = self._broke_off()
+            else:
+                events.finish()
+                account.outcome = Outcome.OK
+                if meter is not None and not meter.ended:
+                    account.outcome = Outcome.CUT if error is None else Outcome.UPSTREAM_ERROR
+                    if error is not None:
+                        answer.told_error(error)
+                elif meter is not None and not meter.said and error is None:
+                    account.outcome = Outcome.EMPTY
+                self.caller.finish()
+            lost = self._look(200, error) if error is not None else None
+            answered = meter is not None and meter.first_token_seconds is not None
+            self._told(answered=answered and lost is None and not stalled)
+        finally:
+            self.close(reply)
+
+    async def _pass_events(self, reply: Reply) -> Events:
+        """From now on they go to the caller as they come."""
+        answer, now = self.answer, self.account.now
+        await self._readied(reply)
+        events = Events(answer.push, now, Meter(self.route.protocol, self.account.began), answer)
         answer.passed = events
-        take = self._watched(events.take)
-        if self._first:
-            take(self._first)
-            self._first = b""  # a stream goes on for long
-        reply.pour(take)
+        self._pour(reply, events.take)
         self.caller.flush()
         write = self.caller.chunk_writer()
         if write is not None and self._watch is None and answer.unseen:
             reply.chunk_sink = events.chunk_sink(write)
-        complete = await reply.ended()
-        meter = events.meter
-        error = meter.error if meter is not None else None
-        if not complete:
-            stalled = self._broke_off()
-        else:
-            events.finish()
-            account.outcome = Outcome.OK
-            if meter is not None and not meter.ended:
-                account.outcome = Outcome.CUT if error is None else Outcome.UPSTREAM_ERROR
-                if error is not None:
-                    answer.told_error(error)
-            elif meter is not None and not meter.said and error is None:
-                account.outcome = Outcome.EMPTY
-            self.caller.finish()
-        lost = self._look(200, error) if error is not None else None
-        answered = meter is not None and meter.first_token_seconds is not None
-        self._told(answered=answered and lost is None and not stalled)
+        return events
 
-    def _pass_whole(self, reply: Reply, words: Words | None) -> Whole:
-        """From now on it goes to the caller as it comes."""
-        if self._patience is not None:
-            self._patience.stop()
-        whole = self.answer.passed = Whole(self.caller.push, words)
-        take = self._watched(whole.take)
-        if self._first:
-            take(self._first)
-            self._first = b""
-        reply.pour(take)
-        if not (reply.complete or reply.cut):
-            self.caller.flush()
-        return whole
+    async def _relay_whole(self, reply: Reply, words: Words | None) -> None:
+        try:
+            await self._readied(reply)
+            if self._patience is not None:
+                self._patience.stop()
+            whole = self.answer.passed = Whole(self.caller.push, words)
+            self._pour(reply, whole.take)
+            if not (reply.complete or reply.cut):
+                self.caller.flush()
+            if reply.complete or await reply.ended():
+                self._whole_ended(whole, reply.head.status)
+            else:
+                self._broke_off()
+        finally:
+            self.close(reply)
 
     def _whole_ended(self, whole: Whole, status: int) -> None:
         self.caller.finish()
@@ -363,6 +368,22 @@ class Call:
             self.account.outcome = Outcome.UPSTREAM_ERROR
             if status < 400:
                 self._look(status, whole.first)
+
+    async def _leave(self, reply: Reply) -> None:
+        self.close(reply)
+
+    async def _readied(self, reply: Reply) -> None:
+        if self.caller.paused:
+            await self.caller.drained()
+        self.caller.passes = reply
+
+    def _pour(self, reply: Reply, take: Callable[[bytes], None]) -> None:
+        """What has come of it, and what comes."""
+        take = self._watched(take)
+        if self._first:
+            take(self._first)
+            self._first = b""  # a stream goes on for long
+        reply.pour(take)
 
     def _watched(self, take: Callable[[bytes], None]) -> Callable[[bytes], None]:
         watch = self._watch
@@ -377,9 +398,12 @@ class Call:
 
     async def _explain(self, reply: Reply) -> None:
         """An answer that is no event stream, to a caller that was promised one."""
-        body = self._first or await reply.read(ERROR_BYTES)
-        if not self._stalled():
-            self.answer.explain(reply.head.status, body)
+        try:
+            body = self._first or await reply.read(ERROR_BYTES)
+            if not self._stalled():
+                self.answer.explain(reply.head.status, body)
+        finally:
+            self.close(reply)
 
     def _broke_off(self) -> bool:
         """The upstream's answer has ended before its end; whether because we gave it up."""

@@ -61,6 +61,7 @@ class Proxy:
         self.notes = notes
         self.keeping = keeping
         self.seen = seen
+        self.now = asyncio.get_running_loop().time
         #: Requests that have not been answered to the end, and those of them that wait for a model.
         self.in_progress = 0
         self.waiting = 0

@@ -4,7 +4,7 @@ Bytes go to the caller first, unchanged, and are looked at afterwards; what look
 """
 
 from collections.abc import Callable
-from typing import Final
+from typing import Final, Protocol
 
 from keepalive.http1 import CHUNK_SIZES, Reply
 from keepalive.protocols.meter import Meter, Words, closing_quote
@@ -62,6 +62,12 @@ def looks_like_error(first: bytes) -> bool:
     return b"error" in first and b"".join(first.split()).startswith(_ERRORS)
 
 
+class Speaker(Protocol):
+    """Who may have said something of ours before the upstream's first byte."""
+
+    spoke: bool
+
+
 class Whole:
     """A body of any kind."""
 
@@ -95,8 +101,8 @@ class Events:
         "_now",
         "_push",
         "_push_on",
-        "_split",
-        "_spoke",
+        "_speaker",
+        "_splitter",
         "_tail",
         "_write",
         "bytes",
@@ -105,14 +111,14 @@ class Events:
     )
 
     def __init__(
-        self, push: Push, now: Callable[[], float], meter: Meter, spoke: Callable[[], bool] = lambda: False
+        self, push: Push, now: Callable[[], float], meter: Meter, speaker: Speaker | None = None
     ) -> None:
         self._push: Push = self._push_first
         self._push_on = push
-        self._spoke = spoke
+        self._speaker = speaker
         self._now = now
-        self._split = Splitter().feed
-        self._tail = bytearray()
+        self._splitter = Splitter()
+        self._tail: bytearray | None = None  # of an event that has begun
         self._at_end = False  # nothing is held back, and what came last ended an event as nearly all do
         self._write: Push | None = None
         self.bytes = 0
@@ -158,7 +164,7 @@ class Events:
         return at
 
     def take(self, data: bytes) -> None:
-        end = self._split(data)
+        end = self._splitter.feed(data)
         if end == len(data) and not self._tail:
             self._push(data)
             self.torn = False
@@ -178,21 +184,24 @@ class Events:
         # A byte order mark is one at the very start alone: behind a comment of ours it would be a part of the
         # first line, and the first event lost. The splitter holds one back until it is whole.
         self._push = self._push_on
-        self._push(data.removeprefix(BOM) if self._spoke() else data)
+        spoke = self._speaker is not None and self._speaker.spoke
+        self._push(data.removeprefix(BOM) if spoke else data)
 
     def _take_part(self, data: bytes, end: int) -> None:
+        tail = self._tail or bytearray()
         if end:
-            self._tail += memoryview(data)[:end]
-            self._push(bytes(self._tail))
-            self._tail = bytearray(memoryview(data)[end:])
+            tail += memoryview(data)[:end]
+            self._push(bytes(tail))
+            tail = bytearray(memoryview(data)[end:])
             self.torn = False
         else:
-            self._tail += data
-        if len(self._tail) > HELD_BACK_BYTES:
-            self._push(bytes(self._tail))
-            self._tail.clear()
+            tail += data
+        if len(tail) > HELD_BACK_BYTES:
+            self._push(bytes(tail))
+            tail.clear()
             self.torn = True
+        self._tail = tail or None
 
     def finish(self) -> None:
         """The upstream is through: what it did not end as an event is the caller's, too."""
-        self._push(bytes(self._tail))
+        self._push(bytes(self._tail or b""))

@@ -10,7 +10,7 @@ import ipaddress
 import os
 import secrets
 import socket
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import replace
 
 from keepalive import prompts
@@ -130,7 +130,7 @@ class Front:
         )
         return url_of(sockets[0].getsockname())
 
-    def _handle(self, exchange: Exchange) -> Awaitable[None]:
+    def _handle(self, exchange: Exchange) -> Coroutine[object, object, None]:
         """By the raw path: another spelling is for the upstream to understand or not."""
         ours = prompts.serves(exchange.head)
         return self._prompts(exchange) if ours else self._proxy(exchange)

@@ -390,6 +390,17 @@ def test_a_head_that_says_anything_else_is_read_anew(said, instead):
     assert remembered(ASKED).find(ASKED.replace(said, instead)) is None
 
 
+@pytest.mark.parametrize(
+    "length", [b"", b"+3", b"3 ", b"3,3", b"1234567890123456789", b"3\r\ncontent-length: 3"]
+)
+def test_a_length_that_is_none_is_not_that_of_a_head_that_came_before(length):
+    plain = ASKED.replace(b"X-Strength: 7\r\n", b"")  # in which the digits are found
+    changed = plain.replace(b"content-length: 3", b"content-length: " + length)
+
+    assert remembered(plain).find(plain) is not None
+    assert remembered(plain).find(changed) is None
+
+
 def test_what_is_made_of_one_head_does_not_show_in_the_next():
     familiar = remembered(ASKED)
     first, _ = familiar.find(ASKED)
