@@ -21,6 +21,11 @@ _FIELD_LINES = re.compile(rb"(?:" + _TOKEN + rb":[\t\x20-\x7e\x80-\xff]*+\r\n)*+
 _DIGITS = re.compile(rb"[0-9]{1,18}")
 _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]{2,45}\]|[0-9A-Za-z._~!$&'()*+,;=%-]*)(?::([0-9]{0,5}))?")
 
+# As text or quoted, and with parameters, of which none is known (RFC 7240). People write fractions, too.
+_WAIT = re.compile(
+    rb"[ \t]*wait[ \t]*=[ \t]*\"?([0-9]{1,9}(?:\.[0-9]{1,9})?)\"?[ \t]*(?:;.*)?", re.IGNORECASE
+)
+
 #: A body whose end only the end of the connection shows; one in chunks.
 UNTIL_CLOSE = -2
 CHUNKED = -1
@@ -389,9 +394,8 @@ def preferred_wait(head: RequestHead) -> float | None:
     """Seconds of `Prefer: wait=N`."""
     for value in head.values(b"prefer"):
         for part in value.split(b","):
-            name, _, seconds = part.partition(b"=")
-            if name.strip().lower() == b"wait" and seconds.strip().isdigit():
-                return float(seconds.strip()[:9])
+            if found := _WAIT.fullmatch(part):
+                return float(found[1])
     return None
 
 

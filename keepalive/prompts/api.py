@@ -16,7 +16,7 @@ from keepalive.prompts.asked import Find, Refusal, Settings, read_order, read_wa
 from keepalive.prompts.stream import Forward, Stream, Visit, milliseconds, view_of
 from keepalive.protocols.encodings import BadEncoding, Unpacker, codings
 from keepalive.protocols.routes import PROMPTS, Heartbeat, chosen_heartbeat, heartbeat_in
-from keepalive.protocols.words import no_heartbeat, refusal_code
+from keepalive.protocols.words import no_heartbeat, refusal_code, told_people
 
 #: Of the bodies that are being read, together.
 READING_BYTES: Final = 128 * 1024 * 1024
@@ -137,7 +137,7 @@ class Prompts:
                 model = await self._hold(visit.exchange, self._keeping.ensure_warm(models))
         except TimeoutError:
             view = view_of(self._keeping, models)
-            message = f"{models[0].key} is {view.state} and did not get warm in time"
+            message = f"{models[0].key} is {told_people(view.state)} and did not get warm in time"
             message += f": {view.reason}" if view.reason else ""
             later = view.eta or view.retry_after or 5
             raise _unavailable(message, "model_not_ready", later, Outcome.TIMEOUT) from None

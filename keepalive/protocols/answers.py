@@ -140,3 +140,21 @@ def error_code(error: Mapping[str, object]) -> str | None:
     if any(_NO_CONTEXT.search(said) for said in told) and not message.casefold().startswith("failed to load"):
         return CONTEXT_LENGTH_EXCEEDED
     return code or None
+
+
+_TITLE: Final = re.compile(r"<title[^>]*>([^<]*)", re.IGNORECASE)
+_LINE: Final = 200
+
+
+def plain_words(body: bytes) -> str | None:
+    """What an answer says that is no JSON: its first line, or the title of its page; None where it has no such words.
+
+    Servers in between (nginx, a tunnel) answer like that.
+    """
+    said = text(body[:4096])
+    title = _TITLE.search(said)
+    if title is not None:
+        said = title[1]
+    line = next((line for line in said.splitlines() if line.strip()), "")
+    words = "".join(c for c in " ".join(line.split()) if c.isprintable())
+    return words[:_LINE] if words and not words.startswith(("<", "{", "[", "data:", "event:")) else None

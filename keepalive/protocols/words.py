@@ -217,6 +217,11 @@ _TO_PEOPLE: Final = {
 }
 
 
+def told_people(state: str) -> str:
+    """A model's state, in a sentence: it `is` that."""
+    return _TO_PEOPLE.get(state, state)
+
+
 def heartbeat_reasoning(
     route: Route, model: str, state: str, elapsed: float, eta: float | None, progress: float | None = None
 ) -> bytes:
@@ -229,7 +234,7 @@ def heartbeat_reasoning(
         return heartbeat_comment(model, state, elapsed, eta, progress=progress)
     to_go = "" if eta is None else f", about {eta:.0f} s to go"
     done = "" if progress is None else f", {progress:.0%} done"
-    text = f"{model} is {_TO_PEOPLE.get(state, state)}: {elapsed:.0f} s so far{done}{to_go}.\n"
+    text = f"{model} is {told_people(state)}: {elapsed:.0f} s so far{done}{to_go}.\n"
     chunk = {
         "id": "chatcmpl-keepalive",
         "object": "chat.completion.chunk",

@@ -14,10 +14,10 @@ from keepalive.core.errors import Cut, TimedOut, Unreachable, UpstreamError
 from keepalive.core.facts import ModelId
 from keepalive.core.keeping import View
 from keepalive.http1 import NO_STORE, Caller, Headers, ReplyHead, cors, end_to_end
-from keepalive.protocols.answers import error_code, error_object
+from keepalive.protocols.answers import error_code, error_object, plain_words
 from keepalive.protocols.begun import Begun
 from keepalive.protocols.routes import Protocol, Route
-from keepalive.protocols.words import NO_ERROR, error_body, error_event, response_failed
+from keepalive.protocols.words import NO_ERROR, error_body, error_event, response_failed, told_people
 from keepalive.proxy.account import Account
 from keepalive.proxy.relay import Events, Push, Whole
 from keepalive.proxy.silence import Silence
@@ -172,14 +172,16 @@ class Answer:
     def explain(self, status: int, body: bytes) -> None:
         """The upstream gave another answer than the events that were promised."""
         error = error_object(body)
-        message = str(error.get("message") or f"the upstream answered {status} without events")
+        words = plain_words(body)
+        instead = f"the upstream answered {status}{f': {words}' if words else ' without events'}"
+        message = str(error.get("message") or instead)
         self.fail(502 if status < 400 else status, message, f"upstream_{status}", error=error)
 
     def not_ready(self, model: ModelId, view: View) -> None:
         reason = f": {view.reason}" if view.reason else ""
         self.fail(
             503,
-            f"{model.key} is {view.state} and did not get warm in time{reason}",
+            f"{model.key} is {told_people(view.state)} and did not get warm in time{reason}",
             "model_not_ready",
             retry_after=view.eta or view.retry_after or 5,
             outcome=Outcome.TIMEOUT,

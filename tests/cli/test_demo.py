@@ -40,6 +40,8 @@ def test_one_sees_cold_loading_warm_an_eviction_and_its_repair(tmp_path: Path) -
     running = Running([sys.executable, "-c", QUICK], tmp_path, "demo")
     with ending(running):
         wait_until(lambda: demo.MENDED in running.out.read_text(), "the repair")
+        # Which of the two lines comes first is left to chance.
+        wait_until(lambda: states(running.out.read_text(), "medicine-llm")[-1] == "warm", "its last line")
         running.signal(signal.SIGINT)
         code = running.ended()
     text = running.out.read_text()

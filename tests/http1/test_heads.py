@@ -13,6 +13,7 @@ from keepalive.http1.heads import (
     RequestHead,
     end_to_end,
     host_of,
+    preferred_wait,
     reply_head,
     reply_reader,
     request_head,
@@ -347,6 +348,24 @@ def test_headers_that_were_changed_are_asked_for_anew():
 
     assert before == ([b"a", b"b, C"], None, {b"a", b"b", b"c"})
     assert (head.get(b"accept"), head.values(b"host")) == (b"c", [])
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"),
+    [
+        (b"wait=7", 7.0),
+        (b"respond-async, Wait = 7", 7.0),
+        (b'wait="7"', 7.0),
+        (b"wait=7; why=tired", 7.0),
+        (b"wait=0.5", 0.5),
+        (b"wait=soon", None),
+        (b"wait=-1", None),
+        (b"await=7", None),
+        (b"wait=", None),
+    ],
+)
+def test_how_long_a_caller_would_wait(said, seconds):
+    assert preferred_wait(RequestHead(b"GET", b"/", [(b"Prefer", said)])) == seconds
 
 
 def remembered(data, familiar=None):

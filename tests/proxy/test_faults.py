@@ -660,6 +660,14 @@ async def test_u23_without_a_length_a_reset_is_a_cut():
             "the upstream answered 500 without events",
         ),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", "the upstream answered 200 without events"),
+        (
+            ok(b"<html>\r\n<head><title>502 Bad\tGateway</title></head>", b"Content-Type: text/html"),
+            "the upstream answered 200: 502 Bad Gateway",
+        ),
+        (
+            ok(b"\nPayload too \x1b[1mlarge\nsecond line", b"Content-Type: text/plain"),
+            "the upstream answered 200: Payload too [1mlarge",
+        ),
         (b"", "closed the connection before it answered"),
     ],
 )
