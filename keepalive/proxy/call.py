@@ -193,7 +193,7 @@ class Call:
     def fine(self, reply: Reply, *, ahead: bool) -> bool:
         """Whether `read_refusal` need not be asked: so much has come of an answer that it is seen to be none."""
         head = reply.head
-        return head.status == 200 and not head.stream and (not ahead or no_error(reply.begun))
+        return head.status == 200 and (not ahead or no_error(reply.begun, stream=head.stream))
 
     async def read_refusal(self, reply: Reply, *, ahead: bool) -> Lost | None:
         """Whether this answer says that the model went away; then the keeper knows it too.

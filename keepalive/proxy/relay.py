@@ -18,6 +18,8 @@ FIRST_BYTES: Final = 4096
 Push = Callable[[bytes], None]
 
 _CHUNK_SIZES: Final = len(CHUNK_SIZES)
+#: From so many bytes on the size of a chunk, as it stands on the wire, has three digits.
+_THREE_DIGITS: Final = len(CHUNK_SIZES[256]) + 256 + len(b"\r\n")
 
 # An error says so at once, and so much is enough to see it.
 _LOOK_BYTES: Final = 64
@@ -44,9 +46,10 @@ async def first_error(reply: Reply) -> bytes:
     return first
 
 
-def no_error(first: bytes) -> bool:
+def no_error(first: bytes, *, stream: bool) -> bool:
     """Whether so much of a body is enough to see that it is none."""
-    return len(first) >= _LOOK_BYTES and b'"error"' not in first
+    enough = first.endswith(b"\n\n") if stream else len(first) >= _LOOK_BYTES
+    return enough and b'"error"' not in first
 
 
 def _may_be_error(first: bytes) -> bool:
@@ -139,8 +142,22 @@ class Events:
         if not self._at_end or meter is None or write is None or not meter.prefix:
             return 0
         prefix, suffix = meter.prefix, meter.wire_suffix
+        whole = len(wire)
+        size_line = 4 if whole < _THREE_DIGITS else 5
+        size = whole - size_line - 2
+        if (
+            size < _CHUNK_SIZES
+            and wire.find(b'"', size_line + len(prefix)) == whole - len(suffix)
+            and wire.endswith(suffix)
+            and wire.startswith(prefix, size_line)
+            and wire.startswith(CHUNK_SIZES[size])
+        ):
+            write(wire)
+            self.bytes += size
+            meter.count(self._now(), 1)
+            return whole
         at = events = passed = 0
-        while True:
+        while at < whole:
             begin = wire.find(b"\n", at, at + 6) + 1
             if not wire.startswith(prefix, begin):
                 break
@@ -157,10 +174,9 @@ class Events:
             events += 1
             passed += size
         if events:
-            write(wire if at == len(wire) else wire[:at])
+            write(wire if at == whole else wire[:at])
             self.bytes += passed
-            now = self._now
-            meter.count(now(), events)
+            meter.count(self._now(), events)
         return at
 
     def take(self, data: bytes) -> None:
