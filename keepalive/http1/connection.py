@@ -33,7 +33,7 @@ from keepalive.http1.reply import Reply
 from keepalive.http1.ticker import Ticker
 from keepalive.http1.tunnel import Between, Tunnel, pause, resume
 from keepalive.http1.turns import Turns
-from keepalive.http1.vanished import LOOK_SECONDS, sees_vanished
+from keepalive.http1.vanished import next_look, sees_vanished
 from keepalive.http1.watch import Watch
 
 log = logging.getLogger("keepalive.http1")
@@ -123,7 +123,7 @@ class Connection(Sender):
         self._unread = False
         self._lingering = False
         self._tunnel: Tunnel | None = None
-        self._look_at = 0.0
+        self._look_at = next_look(listener.loop.time())
 
     # --- from the transport -----------------------------------------------------------------------
 
@@ -182,7 +182,7 @@ class Connection(Sender):
 
     def tick(self, now: float) -> None:
         if now >= self._look_at:
-            self._look_at = now + LOOK_SECONDS
+            self._look_at = next_look(now)
             if sees_vanished(self.transport):
                 self.transport.abort()
                 return

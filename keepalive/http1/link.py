@@ -22,7 +22,7 @@ from keepalive.http1.outbox import Outbox, Sender
 from keepalive.http1.reply import Reply
 from keepalive.http1.ticker import Ticker
 from keepalive.http1.tunnel import Between, Tunnel, resume
-from keepalive.http1.vanished import LOOK_SECONDS, sees_vanished
+from keepalive.http1.vanished import next_look, sees_vanished
 
 
 class Owner(Protocol):
@@ -89,7 +89,7 @@ class Link(Sender):
         self._paused = False
         self._drained: asyncio.Future[None] | None = None
         self._tunnel: Tunnel | None = None
-        self._look_at = 0.0
+        self._look_at = next_look(pool.loop.time())
 
     # --- one request ------------------------------------------------------------------------------
 
@@ -326,7 +326,7 @@ class Link(Sender):
         if self._head_began and now - self._head_began > self._owner.limits.header_timeout:
             self._fail(TimedOut(f"{self._owner.name} stopped in the middle of a head"))
         elif now >= self._look_at:
-            self._look_at = now + LOOK_SECONDS
+            self._look_at = next_look(now)
             if sees_vanished(self.transport):
                 self._fail(Cut(f"{self._owner.name} is gone without a word"))
 

@@ -70,8 +70,13 @@ def has_vanished(sock: socket.socket) -> bool:
     return info[_PROBES] > 1 or (info[_RETRANSMITS] > 1 and silent > info[_RTO] / 1_000_000)
 
 
+def next_look(now: float) -> float:
+    """When a connection is worth the next look."""
+    return now + LOOK_SECONDS
+
+
 def sees_vanished(transport: asyncio.BaseTransport) -> bool:
-    """Whether the other end of a connection has vanished. Look every `LOOK_SECONDS`."""
+    """Whether the other end of a connection has vanished."""
     sock = transport.get_extra_info("socket")
     return sock is not None and has_vanished(sock)
 
