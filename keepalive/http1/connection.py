@@ -340,8 +340,12 @@ class Connection(Sender):
         self._exchange = None
         self.task = None
         exchange.passes = None
-        if exchange.gone or self.transport.is_closing():
+        if exchange.gone or (self.transport.is_closing() and not exchange.finished):
             self.transport.abort()
+        elif self.transport.is_closing():
+            # It ends by itself once all is written, if that is taken.
+            self._lingering = True
+            self._deadline = self.listener.loop.time() + self.listener.limits.linger
         elif exchange.refused is not None and not exchange.started:
             self._refuse(exchange.refused, exchange.head)
         elif not exchange.started:
@@ -389,7 +393,8 @@ class Connection(Sender):
     def _leave(self) -> None:
         """The caller has left: by FIN, half-close or reset."""
         exchange = self._exchange
-        if exchange is not None and not exchange.gone:
+        # Who leaves behind the whole answer, a moment before all is settled here, has it.
+        if exchange is not None and not exchange.gone and not exchange.finished:
             exchange.gone = True
             self._interrupt(exchange)
 
