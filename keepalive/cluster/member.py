@@ -830,6 +830,10 @@ class Cluster:
 
         So our own row, which nobody else writes, is written anew with it, and has to be as it was seen.
         """
+        for model in [m for m in self._reminders if rows.wish_key(m) in self._seen.values]:
+            # Somebody has asked since. Of a model that is kept no longer nobody else would take it back.
+            self._reminders.discard(model)
+            self._wishes.pop(model, None)
         asked = dict(self._wishes)
         wishes = {
             rows.wish_key(m): rows.wish_row(self._life, number, warm=warm)

@@ -45,6 +45,15 @@ RETRY_AFTER = 5
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset
 
 
+def _tell_bug(error: BaseException) -> None:
+    # The text of an error may quote a caller's bytes, so where it happened has to do.
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    where = f"{place.tb_frame.f_code.co_filename}:{place.tb_lineno}" if place is not None else "?"
+    log.error("http1.handler_failed", extra={"error": type(error).__name__, "where": where})
+
+
 class Handler(Protocol):
     def __call__(self, exchange: "Exchange", /) -> Coroutine[object, object, None]: ...
 
@@ -152,6 +161,7 @@ class Connection(Sender):
         if self._tunnel is not None:
             return self._tunnel.client_ended()
         self._leave()
+        self.flush()  # the transport is closed behind this, and what a finished answer ends with may still be here
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -320,18 +330,19 @@ class Connection(Sender):
         if exchange.gone or exchange.refused is not None:
             self._settle(exchange)
             return
-        self.task = self.listener.loop.create_task(self.listener.handler(exchange))
+        try:
+            answering = self.listener.handler(exchange)
+        except Exception as error:  # noqa: BLE001  a bug costs this request and no other
+            _tell_bug(error)
+            self._settle(exchange)
+            return
+        self.task = self.listener.loop.create_task(answering)
         self.task.add_done_callback(self._done, context=self.listener.context)
 
     def _done(self, task: asyncio.Task[None]) -> None:
         error = None if task.cancelled() else task.exception()
-        if error is not None:  # a bug costs this request and no other
-            # The text of an error may quote a caller's bytes, so where it happened has to do.
-            place = error.__traceback__
-            while place is not None and place.tb_next is not None:
-                place = place.tb_next
-            where = f"{place.tb_frame.f_code.co_filename}:{place.tb_lineno}" if place is not None else "?"
-            log.error("http1.handler_failed", extra={"error": type(error).__name__, "where": where})
+        if error is not None:
+            _tell_bug(error)
         if self._exchange is not None:
             self._settle(self._exchange)
 

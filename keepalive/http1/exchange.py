@@ -143,11 +143,11 @@ class Exchange:
 
     def forget_head(self) -> None:
         """Of the head nobody needs more than the method any more: a stream goes on for long."""
-        if self.head.like is self.head:
+        if self.head.like.shared:
+            self.head = self.head.like  # which is there in any case
+        else:
             self.head.forget()
             self.head.reading = None
-        else:
-            self.head = self.head.like  # which is there in any case
 
     def read_whole(self) -> bytes | None:
         """All of the request body, where it has come in one piece; else `read` it."""

@@ -178,12 +178,24 @@ class _Head:
 class RequestHead(_Head):
     """What a caller asked. `body` is the length of its body, or CHUNKED."""
 
-    __slots__ = ("body", "expects", "keeps_alive", "like", "method", "minor", "reading", "target", "upgrade")
+    __slots__ = (
+        "body",
+        "expects",
+        "keeps_alive",
+        "like",
+        "method",
+        "minor",
+        "reading",
+        "shared",
+        "target",
+        "upgrade",
+    )
 
     def __init__(self, method: bytes, target: bytes, headers: Headers, minor: int = 1) -> None:
         super().__init__(headers)
         #: The first of the heads that said the same, and what whoever answers made of that one. It does not change.
         self.like: RequestHead = self
+        self.shared = False  # it is remembered, for others
         self.reading: object = None
         self.method = method
         self.target = target
@@ -198,7 +210,7 @@ class RequestHead(_Head):
         """Another one that says the same, but for the length of its body."""
         head = object.__new__(RequestHead)
         head._headers, head._by_name = self._headers, self._by_name
-        head.like, head.reading = self, None
+        head.like, head.reading, head.shared = self, None, False
         head.method, head.target, head.minor = self.method, self.target, self.minor
         head.body, head.expects, head.upgrade = body, self.expects, self.upgrade
         head.keeps_alive = self.keeps_alive
@@ -257,10 +269,10 @@ class Familiar:
         if not 4 <= end <= _REMEMBERED_BYTES:
             return
         if len(self._heads) >= _REMEMBERED:
-            self._heads.clear()
+            del self._heads[next(iter(self._heads))]
         begin, stop = _length_in(data, end)
         head.like = head.again(head.body)
-        head.like.like = head.like
+        head.like.like, head.like.shared = head.like, True
         if stop:
             head.like.headers = [pair for pair in head.headers if pair[0].lower() != b"content-length"]
         # In two parts: joined, a Content-Length without digits would be the same as one whose digits were left out.

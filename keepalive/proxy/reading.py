@@ -71,8 +71,10 @@ def _ours(head: RequestHead, mark: str) -> str | None:
 
 def reading(head: RequestHead, settings: Settings, route: Route | None = None) -> Reading:
     """What `head` says; `route` where it is not its path that tells."""
+    if route is not None:
+        return Reading(head, settings, route)
     known = head.like.reading
-    if isinstance(known, Reading) and known.settings is settings and (route is None or route is known.route):
+    if isinstance(known, Reading) and known.settings is settings:
         return known
-    found = head.like.reading = Reading(head.like, settings, route)
+    found = head.like.reading = Reading(head.like, settings)
     return found

@@ -29,7 +29,7 @@ from keepalive.http1.heads import (
 )
 
 LIMIT = 400
-NOT_SAID = ("like", "reading")
+NOT_SAID = ("like", "reading", "shared")
 
 REQUESTS = [
     b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",

@@ -5,7 +5,7 @@ import contextlib
 import errno
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 
 import pytest
 
@@ -158,3 +158,39 @@ def test_every_interface_of_a_machine_without_ipv6_is_those_of_ipv4(monkeypatch:
     del found[0]
     with pytest.raises(OSError, match=os.strerror(errno.EAFNOSUPPORT)):
         bind("", 0)
+
+
+async def test_who_leaves_in_the_turn_in_which_the_answer_ends_has_all_of_it() -> None:
+    async def handler(exchange: Exchange) -> None:
+        (connection,) = listener.connections
+        listener.outbox.begin()  # somebody else has written in this turn, so what follows leaves when it is over
+        exchange.answer(200, [], b"all of it")
+        if not connection.eof_received():
+            connection.transport.close()  # as the loop does behind it
+
+    listener = await serve(handler, sockets=bind("127.0.0.1", 0))
+    reader, writer = await connect(listener)
+    writer.write(REQUEST)
+    answer = await asyncio.wait_for(reader.read(), PATIENCE)
+    writer.close()
+    await listener.close()
+
+    assert answer.endswith(b"all of it")
+
+
+async def test_a_handler_that_fails_before_it_begins_costs_this_request_alone() -> None:
+    def handler(exchange: Exchange) -> Coroutine[object, object, None]:
+        if exchange.head.target == b"/fails":
+            raise ValueError
+        return say_no(exchange)
+
+    listener = await serve(handler, sockets=bind("127.0.0.1", 0))
+    answers = []
+    for request in (REQUEST.replace(b"/ ", b"/fails "), REQUEST):
+        reader, writer = await asyncio.open_connection("127.0.0.1", listener.port)
+        writer.write(request)
+        answers.append(await asyncio.wait_for(reader.readuntil(b"\r\n"), PATIENCE))
+        writer.close()
+    await listener.close()
+
+    assert [answer[9:12] for answer in answers] == [b"500", b"404"]
