@@ -188,13 +188,7 @@ class Meter:
         """As `feed`, for whoever has seen that what came is so many whole events of the known form."""
         self.last_at = now
         self.events += events
-        # As `_observe`, for each event of a stream.
-        gap = now - self._event_at
-        self._event_at = now
-        self.gap_seconds += gap
-        self.gaps[bisect_left(GAP_BOUNDS, gap)] += 1
-        if events > 1:
-            self.gaps[0] += events - 1
+        self._observe(now, events)
 
     def _observe(self, now: float, events: int) -> None:
         gap = now - self._event_at
