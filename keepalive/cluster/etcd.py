@@ -35,7 +35,7 @@ from keepalive.core.errors import KeepaliveError
 ANSWER_MAX = 32 * 2**20
 UNAUTHENTICATED = 16
 # What to do about what etcd says in few words.
-TODO = {
+REMEDIES = {
     "user name is empty": "it wants to know who asks: see cluster.user",
     "authentication is not enabled": "leave cluster.user out, or enable it there",
     "permission denied": "cluster.user is to read and write all keys below /keepalive/",
@@ -321,8 +321,8 @@ def _refused(answer: Json, address: str) -> EngineError:
         said = said.get("message")
     words = str(said).removeprefix("etcdserver: ") if said else "no"
     words = "".join(c for c in words if c.isprintable())[:200]
-    todo = f" ({TODO[words]})" if words in TODO else ""
-    return EngineError(f"etcd at {address} says: {words}{todo}")
+    remedy = f" ({REMEDIES[words]})" if words in REMEDIES else ""
+    return EngineError(f"etcd at {address} says: {words}{remedy}")
 
 
 def _why(error: aiohttp.ClientError, url: str) -> str:
