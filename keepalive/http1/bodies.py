@@ -70,8 +70,9 @@ class Chunks:
         return parts.pop() if len(parts) == 1 else self.rescued()
 
     def rest(self) -> None:
-        """Between two chunks there is nothing to remember, and a parser takes as much memory as all the rest of a
-        stream's connection. A stream goes on for long, so let it `rest` now and then.
+        """Between two chunks: lets go of what can be made anew. Call it now and then.
+
+        A stream goes on for long, and a parser takes a tenth of its memory.
         """
         if self.between and not self.done:
             self._parser = self.on_body = None

@@ -194,3 +194,23 @@ async def test_a_handler_that_fails_before_it_begins_costs_this_request_alone() 
     await listener.close()
 
     assert [answer[9:12] for answer in answers] == [b"500", b"404"]
+
+
+async def test_what_one_request_forgets_of_its_head_is_there_for_the_next() -> None:
+    hosts = []
+
+    async def handler(exchange: Exchange) -> None:
+        hosts.append(exchange.head.get(b"host"))
+        exchange.forget_head()
+        exchange.forget_head()
+        exchange.answer(200, [], b"ok")
+
+    listener = await serve(handler, sockets=bind("127.0.0.1", 0))
+    reader, writer = await connect(listener)
+    for _ in range(3):
+        writer.write(REQUEST)
+        await asyncio.wait_for(reader.readuntil(b"ok"), PATIENCE)
+    writer.close()
+    await listener.close()
+
+    assert hosts == [b"here"] * 3
