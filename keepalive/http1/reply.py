@@ -104,8 +104,8 @@ class Reply:
 
     @property
     def begun(self) -> bytes:
-        """The beginning of the body, where it has come; nobody has taken it yet."""
-        return self._parts[0] if self._parts else b""
+        """What has come of the body, and nobody has taken yet."""
+        return self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
 
     @property
     def kept_bytes(self) -> int:
