@@ -20,7 +20,7 @@ from keepalive.cluster.hold import Hold
 from keepalive.cluster.member import Cluster
 from keepalive.cluster.rows import Picture
 from keepalive.core import apply as applying
-from keepalive.core import listings
+from keepalive.core import listings, room
 from keepalive.core.facts import ListingFailed, Trouble
 from keepalive.core.records import Model
 from tests.kit.cluster_world import CLUSTER_KINDS, MORE_KINDS, Member, live_together
@@ -163,6 +163,13 @@ def tells_nobody_whose_copies_there_are(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Model, "unknown_there", property(lambda model: frozenset()))
 
 
+def lets_go_of_what_is_waited_for(patch: pytest.MonkeyPatch) -> None:
+    def is_in_use(model: Model, now: float) -> bool:
+        return model.in_use or model.calling or model.pending is not None or model.wanted
+
+    patch.setattr(room, "is_in_use", is_in_use)
+
+
 LOADING = ("killed while loading", "stopped while loading", "a model is lost")
 # Each with what finds it, in what trouble, and how far from the first seed the first world lies that has what it takes.
 PLANTED: list[tuple[Callable[[pytest.MonkeyPatch], None], tuple[str, ...], tuple[str, ...], int]] = [
@@ -177,6 +184,7 @@ PLANTED: list[tuple[Callable[[pytest.MonkeyPatch], None], tuple[str, ...], tuple
     (unloads_what_others_use, ("I5",), ("a clock is set",), 5),
     (takes_a_closed_port_for_the_end_of_a_load, ("I3",), ("cut from a server while loading",), 0),
     (tells_nobody_whose_copies_there_are, ("C5",), ("cut from a server",), 6),
+    (lets_go_of_what_is_waited_for, ("C6",), ("a clock is set",), 0),
 ]
 
 
@@ -195,10 +203,13 @@ def test_a_planted_bug_is_found(
         takes_a_watch_for_whole,
         unloads_what_others_use,
         tells_nobody_whose_copies_there_are,
+        lets_go_of_what_is_waited_for,
     )
     changes: dict[str, Any] = {"kinds": kinds, "pace": 30.0}
     if plant is unloads_what_others_use:
         changes |= {"callers": 10.0, "token_seconds": 5.0}
+    if plant is lets_go_of_what_is_waited_for:
+        changes |= {"callers": 5.0, "token_seconds": 0.2}
     found = None
     for seed in range(FIRST + first, FIRST + first + 20):
         try:

@@ -300,3 +300,19 @@ async def test_another_etcd_in_its_place_is_told_once_and_nobody_acts_for_a_whil
     assert told == ["cluster.engine_replaced"]
     assert cluster._quiet_until > cluster._awake()
     assert standing(etcd, "loads") == [rows.load_key(GEMMA)]
+
+
+async def test_what_was_to_be_reminded_of_is_dropped_once_somebody_has_asked_since(etcd: SimulatedEtcd):
+    """Also of a model that is kept here no longer, of which no picture tells: it would be refused again and again."""
+    cluster, way = await there(etcd, replace(warm(), asked_for=True))
+    await cluster._remind()
+    await write(cluster, {rows.wish_key(GEMMA): rows.wish_row("another", "1", warm=False)})
+    del cluster._keeping().models[GEMMA]  # type: ignore[attr-defined]  # the config was read anew
+    for _ in range(2):
+        await look(cluster)
+    way.asked.clear()
+    await look(cluster)
+
+    assert [body for body in way.asked if "success" in body] == []
+    wish = rows.picture(await cluster._rows()).wishes[GEMMA]
+    assert (wish.warm, wish.life) == (False, "another")

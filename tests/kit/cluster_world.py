@@ -8,7 +8,8 @@ Judged by the log of each LM Studio, whoever did it: no load beside another one 
 unload of what a member's callers use; nothing begun by one while another holds that upstream. Where nothing is wrong
 with LM Studio itself (`sound`), besides: every caller of what is warm there is answered soon, by every member that
 reaches it, whatever etcd does; nobody is sent away but for want of etcd; and after each trouble all is warm everywhere
-within `ttl`, the loads and 15 s.
+within `ttl`, the loads and 15 s. Where models take turns for want of room, what was loaded goes no sooner than whoever
+waited for it has had it, and nobody waits longer than `a_turn`.
 
 Not judged, because nobody could know better:
 - what callers use through a member whose lease in etcd has run out: the holder does not know of it, unless LM Studio's
@@ -51,6 +52,7 @@ from keepalive.core.facts import (
 )
 from keepalive.core.moves import BACKOFF_MAX
 from keepalive.core.records import LISTING_LAG, Policy
+from keepalive.core.room import SETTLE
 from keepalive.http1.vanished import ASKED_SECONDS
 from keepalive.keeper.keeper import Keep, Keeper, Server
 from keepalive.simulator.exchange import Cut, Refusal, Request
@@ -414,6 +416,7 @@ class Member(Process):
         self.tasks: list[asyncio.Task[Any]] = []
         self.users: dict[asyncio.Task[Any], None] = {}
         self.using: Counter[tuple[str, str]] = Counter()
+        self.held: dict[asyncio.Task[Any], tuple[ModelId, float]] = {}  # callers that wait, and since when
 
     def monotonic(self) -> float:
         return asyncio.get_running_loop().time() - self.slept
@@ -615,6 +618,9 @@ class ClusterJudge(Judge):
                 super().happened(site, event)
                 self.in_use[place] = used
                 return
+            self.world.has_answered(
+                ModelId(site.name, event["model"]), self.born.get((site.name, event["instance_id"]), 0.0)
+            )
         super().happened(site, event)
 
 
@@ -745,6 +751,9 @@ class ClusterWorld(World):
         """A request through a member's proxy."""
         LIFE.set(None)
         model, began = keep.model, self.judge.now()
+        task = asyncio.current_task()
+        assert task is not None
+        member.held[task] = model, began
         try:
             async with asyncio.timeout(HOUR):
                 await member.keeper.ensure_warm([model])
@@ -756,6 +765,8 @@ class ClusterWorld(World):
         except TimeoutError:
             self.judge.fail("C5", f"a caller of {model.key} at {member.machine.name} has waited for an hour")
             return
+        finally:
+            del member.held[task]
         waited = self.judge.now() - began
         self.answers["at once" if waited < 0.1 else "held"] += 1
         # What is let go for others may just be about to go, and stay.
@@ -791,6 +802,19 @@ class ClusterWorld(World):
         copies = [i for i in site.studio.memory.instances.values() if i.model.key == model.key]
         known = since - KNOWN_WITHIN
         return member.machine.well.was(known) and any(i.listed_at < known and not i.crashed for i in copies)
+
+    def has_answered(self, model: ModelId, since: float) -> None:
+        """What was loaded goes no sooner than those have it who waited for that, but at whom there was trouble."""
+        if not self.sound or not self.etcd_well.was(since) or self.released[model]:
+            return
+        for member in self.living():
+            well = member.machine.well.was(since) and member.machine.reaches_etcd.was(since)
+            early = [began for held, began in member.held.values() if held == model and began < since]
+            if early and well:
+                self.judge.fail(
+                    "C6",
+                    f"{model} is unloaded, and {len(early)} at {member.machine.name} who waited for it have not had it",
+                )
 
     def are_strangers(self, site: Site, why: str) -> bool:
         """Whether what was said to be somebody else's is: nobody saw its load end, or a caller's request was it."""
@@ -1127,17 +1151,28 @@ class ClusterWorld(World):
             if self.judge.now() > began + within:
                 self.judge.fail("C3", f"{within:.0f} s after {after}: {missing}")
                 self.check()
+        self.check()
         self.judge.counted["well again"] += 1
 
+    def a_turn(self, model: ModelId) -> float:
+        """How long a caller may wait: where not all have room at once, until all others had theirs."""
+        site = next(s for s in self.sites if s.name == model.upstream)
+        policies = [k.policy for k in self.keeps if k.model.upstream == site.name]
+        # Without a limit that is known there is one place for all that are let go for each other.
+        if sum(policy.auto for policy in policies) < 2:
+            return 0.0
+        return self.loads() + len(policies) * (self.ttl + SETTLE) + max(p.patience for p in policies)
+
     def missing(self) -> list[str]:
-        found, roomy = [], {site.name for site in self.sites if site.memory is None}
+        found, now = [], self.judge.now()
         for member in self.living():
+            late = {model for model, began in member.held.values() if now > began + self.a_turn(model)}
             for model in member.keeper.snapshot().models:
                 if model.wanted and not model.given:
                     found.append(f"{model.id.key} at {member.machine.name} is {model.state}: {model.reason}")
                 if model.asked_for is False:
                     found.append(f"{model.id.key} is released at {member.machine.name} still")
-                if model.waiting and (model.wanted or model.id.upstream in roomy):
+                if model.waiting and (model.wanted or model.id in late):
                     found.append(f"{model.waiting} wait for {model.id.key} at {member.machine.name}")
         left = (f"{PREFIX}loads/", f"{PREFIX}yields/")
         under_way = any(m.calling for one in self.living() for m in one.keeper.snapshot().models)
