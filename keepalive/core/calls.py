@@ -144,9 +144,10 @@ def load_ended(model: Model, fact: LoadEnded) -> Model:
         return _loaded(model, fact, started)
     if fact.outcome is LoadOutcome.GIVEN_UP:
         return absent(model, fact.at, None)
-    if fact.why is Reason.LOADING:
+    if fact.why is Reason.LOADING and model.blind:
         return says_that_it_loads(model, fact.at, fact.message or "no more words")
-    if fact.outcome is LoadOutcome.UNKNOWN:
+    if fact.outcome is LoadOutcome.UNKNOWN or fact.why is Reason.LOADING:
+        # It had listed its models a moment before: what loads there is this one, as likely as not.
         return _unanswered(model, fact, started)
     model = failed(model, fact.at, fact.message or "the load failed")
     if fact.outcome is LoadOutcome.REFUSED:

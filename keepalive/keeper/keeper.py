@@ -1007,6 +1007,8 @@ def _load_outcome(error: Refused | Unexpected, tier: Tier) -> LoadOutcome:
         return LoadOutcome.REFUSED
     if isinstance(error, Refused) and error.reason is Reason.LOADING:
         return LoadOutcome.UNKNOWN
+    if isinstance(error, Refused) and error.reason is Reason.OTHER and error.status in (408, 409):
+        return LoadOutcome.UNKNOWN  # somebody on the way lost patience, or it stands in the way of itself
     if tier is Tier.OPENAI and error.status is not None and 400 <= error.status <= 500:
         # There the load is part of the request, and a whole answer of the server's own ends both. (502 to 504
         # may be a gateway's, and say nothing about what goes on behind it.)

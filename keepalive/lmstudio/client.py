@@ -42,6 +42,8 @@ from keepalive.lmstudio.router import Router
 
 # A listing of a thousand models is about 1 MB. More than this is not a listing.
 ANSWER_MAX = 8 * 1024 * 1024
+# What stands in front of a server says these of its own accord, in a page: of the route they say nothing.
+NOT_NOW = (408, 425, 429)
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,13 +320,17 @@ class Client:
     async def _probe(self, path: str) -> wire.Json | None:
         """The answer of a route, or None where it is not served."""
         try:
-            return await self._call("GET", path)
+            answer = await self._call("GET", path)
         except Refused as error:
             if error.reason is not Reason.UNKNOWN_ROUTE:
                 raise
         except Unexpected as error:
-            if error.status is None or not 400 <= error.status < 500:
+            if error.status is None or not 400 <= error.status < 500 or error.status in NOT_NOW:
                 raise  # a broken answer is an answer: the route is there, and in trouble
+        else:
+            if answer is None:
+                raise Unexpected(f"GET {path} was answered with null")
+            return answer
         return None
 
     async def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> wire.Json:
@@ -398,6 +404,12 @@ class Client:
         except Unexpected as error:
             if status == 503 and retry_after:
                 raise Refused("HTTP 503 with Retry-After", reason=Reason.LOADING, status=status) from None
+            if status == 503 and wire.says_loading(content.decode("utf-8", "replace")):
+                raise Refused("HTTP 503, in words", reason=Reason.LOADING, status=status) from None
+            if status == 400 and b"HTTPS" in content and self.url.startswith("http:"):
+                https = self.url.replace("http:", "https:", 1)
+                why = f'{self.url} takes TLS alone; if LM Studio is there, write "{https}" as url'
+                raise Unexpected(why) from None
             raise Unexpected(f"{error}, with status {status}", status=status) from None
         refused = wire.refusal(status, answer, retry_after=retry_after)
         if refused:

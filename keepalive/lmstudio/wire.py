@@ -28,7 +28,11 @@ _REASONS: tuple[tuple[str, Reason], ...] = (
     ("invalid_api_key", Reason.UNAUTHORIZED),
     ("insufficient system resources", Reason.RESOURCES),
     ("model loading guardrails", Reason.RESOURCES),
+    ("insufficient memory", Reason.RESOURCES),  # Metal
+    ("not enough memory", Reason.RESOURCES),
     ("unable to allocate", Reason.RESOURCES),
+    ("failed to allocate", Reason.RESOURCES),
+    ("cannot allocate", Reason.RESOURCES),
     ("out of memory", Reason.RESOURCES),
     ("has crashed", Reason.CRASHED),
     ("model was unloaded", Reason.UNLOADED),
@@ -86,7 +90,7 @@ def refusal(status: int, answer: Json, *, retry_after: bool = False) -> Refused 
         message = error if isinstance(error, str) else ""
     haystack = f"{message} {kind} {code}".lower()
     otherwise = Reason.UNKNOWN_ROUTE if status in (404, 405) else Reason.OTHER
-    if status == 503 and (retry_after or "loading model" in haystack or "unavailable_error" in haystack):
+    if status == 503 and (retry_after or "unavailable_error" in haystack or says_loading(str(answer))):
         otherwise = Reason.LOADING  # how llama-server says it, on every path
     why = reason(haystack, otherwise)
     return Refused(clean(message) or f"HTTP {status} {kind or code}".strip(), reason=why, status=status)
@@ -96,6 +100,17 @@ def reason(text: str, otherwise: Reason = Reason.OTHER) -> Reason:
     """What an error text of LM Studio's means."""
     haystack = text.lower()
     return next((reason for part, reason in _REASONS if part in haystack), otherwise)
+
+
+_TAG = re.compile(r"<[^>]*>")
+_LOADING = re.compile(
+    r"\b(?:(?:re)?loading|starting|warming up|initiali[sz]ing|not (?:yet )?ready)\b", re.IGNORECASE
+)
+
+
+def says_loading(text: str) -> bool:
+    """Whether a 503, in whatever layout, says that something is still on its way, and not that something is wrong."""
+    return _LOADING.search(_TAG.sub(" ", text[: 4 * MESSAGE_MAX])) is not None
 
 
 def clean(text: str) -> str:
@@ -109,12 +124,34 @@ def clean(text: str) -> str:
 
 def by_key(entries: Iterable[Entry]) -> dict[str, Entry]:
     """Entries by folded key, and by each variant that is nobody's key."""
-    entries = list(entries)
+    entries = _once(entries)
     index = {fold_key(e.key): e for e in entries}
     for entry in entries:
         for variant in entry.variants:
             index.setdefault(fold_key(variant), entry)
     return index
+
+
+def _once(entries: Iterable[Entry]) -> list[Entry]:
+    """Each key once. Of two rows for one model either may show the instance that must not be loaded again."""
+    found: dict[str, Entry] = {}
+    for entry in entries:
+        key = fold_key(entry.key)
+        one = found.get(key)
+        found[key] = entry if one is None else _both(one, entry)
+    return list(found.values())
+
+
+def _both(one: Entry, other: Entry) -> Entry:
+    known = {instance.id for instance in one.instances}
+    return replace(
+        one,
+        size_bytes=one.size_bytes or other.size_bytes,
+        instances=one.instances + tuple(i for i in other.instances if i.id not in known),
+        loading=one.loading or other.loading,
+        variants=tuple(dict.fromkeys(one.variants + other.variants)),
+        selected=one.selected or other.selected,
+    )
 
 
 def _rows(answer: Json, name: str, what: str) -> list[Mapping[str, Json]]:
@@ -161,7 +198,7 @@ def v1_entries(answer: Json) -> list[Entry]:
                 context_max=_count(row.get("max_context_length")),
             )
         )
-    return entries
+    return _once(entries)
 
 
 def _variants(row: Mapping[str, Json]) -> tuple[str, ...]:
@@ -206,7 +243,7 @@ def v0_entries(answer: Json) -> list[Entry]:
         if _COPY.fullmatch(key):
             copies.append(entry)
         else:
-            found[key] = entry
+            found[key] = _both(found[key], entry) if key in found else entry
     for copy in copies:
         match = _COPY.fullmatch(copy.key)
         base = found.get(match["key"]) if match else None
@@ -215,7 +252,7 @@ def v0_entries(answer: Json) -> list[Entry]:
             continue
         loading = bool(base.loading or copy.loading)
         found[base.key] = replace(base, instances=base.instances + copy.instances, loading=loading)
-    return list(found.values())
+    return _once(found.values())
 
 
 def openai_entries(answer: Json) -> list[Entry]:

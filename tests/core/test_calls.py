@@ -349,11 +349,12 @@ def test_a_load_that_failed_says_why_and_is_tried_again():
 
 def test_a_load_that_the_server_answers_by_saying_that_it_loads_goes_on():
     for outcome in (LoadOutcome.UNKNOWN, LoadOutcome.FAILED):
-        model = apply(loading(), load_ended(50, outcome, message="not yet", why=Reason.LOADING))
+        before = loading(blind=True)
+        model = apply(before, load_ended(50, outcome, message="not yet", why=Reason.LOADING))
 
         assert (model.state, model.reason) == (State.LOADING, "the server says that it is loading: not yet")
         assert (model.load_started, model.failures) == (None, 2)
-    silent = apply(loading(), load_ended(50, LoadOutcome.UNKNOWN, why=Reason.LOADING))
+    silent = apply(loading(blind=True), load_ended(50, LoadOutcome.UNKNOWN, why=Reason.LOADING))
     assert silent.reason == "the server says that it is loading: no more words"
 
 

@@ -919,10 +919,21 @@ def test_a_ping_that_hears_that_the_server_loads_is_no_failure():
 
 def test_a_load_that_hears_that_the_server_loads_is_no_failure_and_is_not_believed_in():
     no = load_ended(21, LoadOutcome.UNKNOWN, message="Loading model", why=Reason.LOADING)
-    model = after(cold(), LoadStarted(20, GEMMA), no)
+    model = after(cold(), LoadStarted(20, GEMMA))
+    model = apply(replace(model, blind=True), no)
 
     assert (model.state, model.failures, model.retry_at) == (State.LOADING, 0, None)
     assert model.pending == Pending(21, 23, alive_at=21, seen=True, ours=False)
+
+
+@pytest.mark.parametrize("outcome", [LoadOutcome.UNKNOWN, LoadOutcome.FAILED])
+def test_where_it_shows_what_is_loaded_a_load_that_hears_that_it_loads_may_be_that_load(outcome: LoadOutcome):
+    no = load_ended(21, outcome, message="loading", why=Reason.LOADING)
+    state = Box(after(cold(), LoadStarted(20, GEMMA), no))
+    later = state.see(listed(24, entry("gemma")), listed(60, entry("gemma")))
+
+    assert (later[GEMMA].state, later.plan(60.1)) == (State.LOADING, [])
+    assert later.see(listed(70, entry("gemma", "gemma"))).plan(70.1) == [SendPing(GEMMA, "gemma")]
 
 
 def test_what_a_load_will_need_is_kept_until_it_is_estimated_anew():

@@ -495,6 +495,47 @@ async def test_what_is_no_listing_is_an_error_of_its_kind(answer: bytes, kind: t
     assert message.isprintable()
 
 
+PAGES = [
+    http(b"<html>Too Many Requests</html>", "429 Too Many Requests"),
+    http(b"<html>Request Time-out</html>", "408 Request Timeout"),
+    http(b"null"),
+]
+
+
+@pytest.mark.parametrize("page", PAGES)
+async def test_what_stands_in_front_says_nothing_of_the_version_behind_it(page: bytes):
+    async with raw(GREETING, page, http(b'{"data":[]}')) as server:
+        await fails(server, Unexpected)
+
+        assert len(server.heads) == 2
+
+
+@pytest.mark.parametrize(
+    ("page", "kind"),
+    [
+        (b"The model is loading. Please wait.", Refused),
+        (b"<html><body>The model is <b>loading</b>. Please wait.</body></html>", Refused),
+        (b'<html><img loading="lazy">Down for maintenance</html>', Unexpected),
+    ],
+)
+async def test_a_page_that_says_that_something_loads_is_believed(page: bytes, kind: type[UpstreamError]):
+    async with raw(http(page, "503 Service Unavailable")) as server, client(server.url) as upstream:
+        with pytest.raises(kind) as caught:
+            await upstream.listing()
+
+    if kind is Refused:
+        assert caught.value.reason is Reason.LOADING
+
+
+async def test_who_writes_http_where_tls_is_spoken_is_told_so():
+    said = b"Client sent an HTTP request to an HTTPS server.\n"
+    async with raw(http(said, "400 Bad Request")) as server:
+        message = await fails(server, Unexpected)
+
+    https = server.url.replace("http", "https")
+    assert message == f'{server.url} takes TLS alone; if LM Studio is there, write "{https}" as url'
+
+
 async def test_a_redirect_is_not_followed():
     async with raw(WHOLE) as target:
         to = http(b"", "302 Found", f"Location: {target.url}/lmstudio-greeting")

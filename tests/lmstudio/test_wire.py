@@ -70,6 +70,25 @@ def test_a_variant_never_hides_a_model_of_that_key():
     assert index["b"].key == "b"
 
 
+def test_of_two_rows_for_one_model_none_hides_what_the_other_shows():
+    newer = [
+        {"key": "a", "loaded_instances": [{"id": "a"}, {"id": "a:2"}], "size_bytes": 7},
+        {"key": "A", "loaded_instances": [{"id": "a:2"}, {"id": "a:3"}]},
+        {"key": "a", "loaded_instances": []},
+    ]
+    ids = (Instance("a"), Instance("a:2"), Instance("a:3"))
+    older = [v0_row("a", "loaded"), v0_row("a"), v0_row("b"), v0_row("b", "loading"), v0_row("B")]
+
+    for order in (newer, newer[::-1]):
+        (one,) = wire.v1_entries({"models": order})
+        assert sorted(one.instances, key=lambda i: i.id) == list(ids)
+        assert wire.by_key([one])["a"].size_bytes == 7
+    for order in (older, older[::-1]):
+        a, b = sorted(wire.v0_entries({"data": order}), key=lambda e: e.key.lower())
+        assert (a.instances, a.loading, b.instances, b.loading) == ((Instance("a"),), False, (), True)
+    assert wire.by_key([Entry("a", instances=ids), Entry("a")])["a"].instances == ids
+
+
 def test_both_listings_say_how_much_context_a_model_was_made_for():
     row = {"key": "a", "loaded_instances": [], "max_context_length": 32768}
     rows = [v0_row("a", max_context_length=32768), v0_row("b", max_context_length="many")]
@@ -234,6 +253,8 @@ def test_what_is_no_json_is_said_without_being_quoted(body: bytes, said: str):
             Reason.RESOURCES,
             None,
         ),
+        (500, {"error": "Failed to load model: Insufficient Memory"}, Reason.RESOURCES, None),
+        (400, {"error": {"message": "error loading model: failed to allocate buffer"}}, Reason.RESOURCES, None),
         (500, {"error": {"type": "model_load_failed", "message": "it broke"}}, Reason.LOAD_FAILED, "it broke"),
         (404, {"error": {"message": "Failed to load", "code": "model_not_found"}}, Reason.LOAD_FAILED, None),
         (400, {"error": {"message": "Which?", "code": "model_not_found"}}, Reason.UNKNOWN_MODEL, "Which?"),
@@ -327,6 +348,17 @@ LOADING = {"error": {"message": "Loading model", "type": "unavailable_error", "c
         (503, {"error": {"message": "loading model"}}, False, Reason.LOADING),
         (503, {"error": "busy"}, True, Reason.LOADING),
         (503, {"error": "busy"}, False, Reason.OTHER),
+        (
+            503,
+            {"error": "Model acme/tiny is currently loading", "estimated_time": 20.0},
+            False,
+            Reason.LOADING,
+        ),
+        (503, {"detail": "Model is loading"}, False, Reason.LOADING),
+        (503, {"detail": {"msg": "The engine is starting"}}, False, Reason.LOADING),
+        (503, {"status": "loading model"}, False, Reason.LOADING),
+        (503, {"message": "not ready yet: warming up"}, False, Reason.LOADING),
+        (503, {"error": "downloading is overloaded"}, False, Reason.OTHER),
         (500, LOADING, True, Reason.OTHER),
         (503, {"error": "Error loading model. (Exit code: 1)"}, True, Reason.LOAD_FAILED),
         (503, {"error": "insufficient system resources"}, True, Reason.RESOURCES),
