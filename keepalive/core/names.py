@@ -1,7 +1,8 @@
 """Who is meant by the name in a request. Everything that is given a name asks here.
 
 A name is looked up in this order, case folded: key, alias, instance id of the newest listing, variant, any model
-that some upstream lists, the default model, and then LM Studio decides. What an upstream listed last keeps its
+that some upstream lists, the default model, and then LM Studio decides. A copy number that is nobody's means the
+model, and Ollama's `:latest` may stand there or not. What an upstream listed last keeps its
 meaning while that one is away. Where nothing is known of variants, a variant is the kept model: a request that
 waits in vain does less harm than a second copy.
 """
@@ -16,6 +17,8 @@ from keepalive.core.facts import Entry, ModelId, fold_key
 
 # LM Studio calls further copies of a model `key:2`, `key:3`, …
 COPY_NUMBER: Final = re.compile(r":[0-9]+$")
+# Ollama lists what was pulled without a tag under this one, and takes it without. Whose clients speak to others, too.
+_TAG: Final = ":latest"
 
 NONE_UP: Final[Collection[str]] = frozenset()
 
@@ -37,6 +40,11 @@ class Meaning:
     open: frozenset[str] = frozenset()
     renamed: bool = False
     name: str | None = None
+
+    @property
+    def stands_in(self) -> bool:
+        """The default model is meant, in the place of nobody."""
+        return self.name is not None
 
     def written(self, model: ModelId | None = None) -> str | None:
         """The name that LM Studio knows `model` by, or what is meant in its place; None: as it was asked for."""
@@ -76,6 +84,10 @@ class _Listing:
     def find(self, name: str) -> Entry | None:
         """The entry that a folded name means."""
         return self.entries.get(name) or self.instances.get(name) or self.row(name)
+
+    def find_near(self, name: str) -> Entry | None:
+        """The same for one that is not listed so anywhere: a copy that is gone, or not listed yet; a tag too much."""
+        return self.entries.get(_twin(name)) or self.row(COPY_NUMBER.sub("", name))
 
 
 class Names:
@@ -125,7 +137,7 @@ class Names:
     def row(self, upstream: str, name: str) -> Entry | None:
         """The entry there that a name means; none where it means another variant than the one that is loaded."""
         listing, folded = self._listings.get(upstream), fold_key(name)
-        entry = listing.find(folded) if listing is not None else None
+        entry = (listing.find(folded) or listing.find_near(folded)) if listing is not None else None
         if entry is None:
             return None
         other = "@" in folded and entry.selected is not None and fold_key(entry.selected) != folded
@@ -184,24 +196,30 @@ class Names:
         folded = fold_key(name)
         models, renamed = self._kept(folded)
         if models:
-            sure = folded in self._by_key or renamed
+            sure = folded in self._by_key or folded in self._by_alias
             still = frozenset[str]() if sure else self._open(folded)
             order = {m.upstream: (m.upstream not in up, not self._loaded(m)) for m in models}
             return Meaning(min(order, key=order.__getitem__), models, open=still, renamed=renamed)
+        here = self._where(folded, up, _Listing.find) or self._where(folded, up, _Listing.find_near)
+        if here is None:
+            waits = frozenset(self._upstreams) - self._heard
+            return Meaning(self._upstreams[0], known=False, open=waits)
+        # A variant that is loaded answers to the key, and may stand in for another one.
+        related = self._related(folded)
+        perhaps = tuple(m for m in related if m.upstream == here and self._loaded(m))
+        return Meaning(here, perhaps=perhaps)
+
+    def _where(
+        self, folded: str, up: Collection[str], find: Callable[[_Listing, str], Entry | None]
+    ) -> str | None:
+        """The best of the upstreams that list it."""
         here = []
         for place, upstream in enumerate(self._upstreams):
             listing = self._listings.get(upstream)
-            entry = listing.find(folded) if listing is not None else None
+            entry = find(listing, folded) if listing is not None else None
             if entry is not None:
                 here.append((upstream not in up, not entry.instances, place, upstream))
-        if not here:
-            waits = frozenset(self._upstreams) - self._heard
-            return Meaning(self._upstreams[0], known=False, open=waits)
-        upstream = min(here)[-1]
-        # A variant that is loaded answers to the key, and may stand in for another one.
-        related = self._related(folded)
-        perhaps = tuple(m for m in related if m.upstream == upstream and self._loaded(m))
-        return Meaning(upstream, perhaps=perhaps)
+        return min(here)[-1] if here else None
 
     def _kept(self, folded: str) -> tuple[tuple[ModelId, ...], bool]:
         """The kept models of a folded name, and whether LM Studio knows them by another one."""
@@ -214,11 +232,16 @@ class Names:
         models = tuple(m for m in self._aliases if self._is_instance(m, folded)) or self._by_variant(folded)
         if models:
             return models, False
+        twins = self._by_key.get(_twin(folded), ())
+        models = tuple(m for m in twins if self._lists(m, folded) and not self._lists(m, _twin(folded)))
+        if models:
+            return models, False
         if any(folded in listing.entries for listing in self._listings.values()):
             return (), False
-        # A copy that is gone, or not listed yet.
+        # A copy that is gone, or not listed yet: nobody there may know it by that name.
         plain = COPY_NUMBER.sub("", folded)
-        return self._by_key.get(plain) or self._by_variant(plain), False
+        models = self._by_key.get(plain) or self._by_variant(plain) or twins
+        return models, bool(models)
 
     def _by_variant(self, folded: str) -> tuple[ModelId, ...]:
         """`key@variant` where the key is kept, and the key where a variant of it is kept."""
@@ -230,12 +253,18 @@ class Names:
 
     def _entry(self, model: ModelId) -> Entry | None:
         listing = self._listings.get(model.upstream)
-        return listing.row(fold_key(model.key)) if listing is not None else None
+        key = fold_key(model.key)
+        return (listing.row(key) or listing.entries.get(_twin(key))) if listing is not None else None
 
     def _selected(self, model: ModelId) -> str | None:
         """The variant that its key means there, folded; None where that is not known."""
         entry = self._entry(model)
         return fold_key(entry.selected) if entry is not None and entry.selected is not None else None
+
+    def _lists(self, model: ModelId, name: str) -> bool:
+        """Whether the upstream of a model lists one under that name."""
+        listing = self._listings.get(model.upstream)
+        return listing is not None and name in listing.entries
 
     def _is_instance(self, model: ModelId, folded: str) -> bool:
         listing = self._listings.get(model.upstream)
@@ -253,6 +282,11 @@ class Names:
     def _related(self, folded: str) -> tuple[ModelId, ...]:
         """The kept models of which this may be a variant, or which may be a variant of this."""
         return (*self._by_key.get(folded.rpartition("@")[0], ()), *self._by_base.get(folded, ()))
+
+
+def _twin(folded: str) -> str:
+    """The same name with Ollama's tag, or without."""
+    return folded.removesuffix(_TAG) if folded.endswith(_TAG) else folded + _TAG
 
 
 def _grouped(

@@ -7,6 +7,7 @@ by recording facts, and never raises for anything that the world does.
 
 import asyncio
 import contextlib
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
@@ -91,6 +92,8 @@ from keepalive.core.upstreams import apply_upstream
 UNLOAD_TIMEOUT = 60.0
 # Names are the callers', who may make up any number of them.
 MEANINGS_REMEMBERED = 256
+# llama.cpp says of a template with 500 what LM Studio says of it with 400.
+_TEMPLATE = re.compile(r"jinja|raise_exception", re.IGNORECASE)
 # What is kept of its own accord once it is asked for, where the config says so.
 ADOPTED = ("llm", "embedding")
 FORGONE = "which daemon acts here was not sure at the moment when its load was to begin"
@@ -1042,7 +1045,8 @@ def _refuses_the_request(error: Refused, tier: Tier) -> bool:
     if error.reason is Reason.UNKNOWN_ROUTE:
         # Elsewhere a 404 may as well mean that there is no such model.
         return tier is not Tier.OPENAI or error.status == 405
-    return error.reason is Reason.OTHER and error.status in (400, 405, 413, 415, 422, 501)
+    template = error.status == 500 and _TEMPLATE.search(str(error)) is not None
+    return error.reason is Reason.OTHER and (template or error.status in (400, 405, 413, 415, 422, 501))
 
 
 def _trouble(error: UpstreamError) -> Trouble:

@@ -1,5 +1,6 @@
 """What an answer says: its errors, in any of LM Studio's layouts, and the events of a chat."""
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -142,16 +143,33 @@ def error_code(error: Mapping[str, object]) -> str | None:
     return code or None
 
 
+def _told_in(value: object) -> str | None:
+    match value:
+        case str():
+            return value
+        case [first, *_]:
+            return _told_in(first)
+        case dict():
+            return next((told for name in _TOLD_IN if (told := _told_in(value.get(name)))), None)
+    return None
+
+
 _TITLE: Final = re.compile(r"<title[^>]*>([^<]*)", re.IGNORECASE)
 _LINE: Final = 200
 
 
-def plain_words(body: bytes) -> str | None:
-    """What an answer says that is no JSON: its first line, or the title of its page; None where it has no such words.
+_TOLD_IN: Final = ("message", "msg", "detail", "title", "error", "errors")
 
-    Servers in between (nginx, a tunnel) answer like that.
+
+def plain_words(body: bytes) -> str | None:
+    """What an answer says in no layout of ours: its first line, the title of its page, or what a JSON object tells.
+
+    Servers in between (nginx, a tunnel, a gateway) answer like that. None where it has no such words.
     """
     said = text(body[:4096])
+    if said.lstrip().startswith(("{", "[")):
+        with contextlib.suppress(ValueError, RecursionError):
+            said = _told_in(json.loads(text(body), parse_constant=str)) or said
     title = _TITLE.search(said)
     if title is not None:
         said = title[1]

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Final, Protocol
 
 from keepalive.protocols.json_text import text
 
@@ -18,12 +18,17 @@ class Loaded(Protocol):
     def load_fields(self) -> Mapping[str, object]: ...
 
 
+_PLAIN: Final = frozenset(("model", "echo_load_config"))
+
+
+def is_plain(body: bytes) -> bool:
+    """Whether a load asks for nothing but its model."""
+    return _asked(body).keys() <= _PLAIN
+
+
 def joined(body: bytes, loaded: Loaded, key: str, waited: float) -> tuple[bytes, list[str]]:
     """The answer to the load in `body`, and the names of what it asked for and does not get."""
-    try:
-        asked = json.loads(text(body))
-    except (ValueError, RecursionError):
-        asked = {}  # it names a model, so it is no worse than nested without end
+    asked = _asked(body)
     config = dict(loaded.load_fields)
     if loaded.context_length is not None:
         config["context_length"] = loaded.context_length
@@ -38,3 +43,10 @@ def joined(body: bytes, loaded: Loaded, key: str, waited: float) -> tuple[bytes,
     if asked.get("echo_load_config") is True:
         answer["load_config"] = config
     return json.dumps(answer, separators=(",", ":")).encode(), differs
+
+
+def _asked(body: bytes) -> dict[str, Any]:
+    try:
+        return dict(json.loads(text(body)))
+    except (ValueError, RecursionError):
+        return {}  # it names a model, so it is no worse than nested without end

@@ -87,7 +87,7 @@ _WORD: Final = {
 
 _BACKSLASH: Final = ord("\\")
 
-_ERROR: Final = re.compile(rb'"error"\s*:\s*["{]|"type"\s*:\s*"error"')
+_ERROR: Final = re.compile(rb'"error"\s*:\s*["{]|"(?:type|object)"\s*:\s*"error"')
 
 
 def closing_quote(text: bytes, quote: int) -> int:

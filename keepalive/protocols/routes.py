@@ -103,17 +103,34 @@ _ROUTES: Final = (
         (b"POST", path): Route(name, Protocol.OPENAI, inference=True, kind=kind, foreign=True)
         for name, kind, paths in (
             ("embeddings", "embedding", (b"/embeddings", b"/embedding")),
-            ("rerank", "reranker", (b"/rerank", b"/reranking", b"/v1/reranking")),
+            ("rerank", "reranker", (b"/rerank", b"/reranking", b"/v1/reranking", b"/v2/rerank")),
             # These stream, too, in ways of their own: they are held without a word.
             ("completions", "llm", (b"/completions", b"/completion", b"/infill")),
             # They count, and say no word: measured as a chat their answers would be empty.
             (
                 "other",
                 "llm",
-                (b"/tokenize", b"/detokenize", b"/apply-template", b"/v1/messages/count_tokens"),
+                (
+                    b"/tokenize",
+                    b"/detokenize",
+                    b"/apply-template",
+                    b"/v1/messages/count_tokens",
+                    b"/v1/responses/input_tokens",
+                    b"/v1/responses/compact",
+                ),
             ),
         )
         for path in paths
+    }
+    | {
+        # Ollama's own, in streams of its own.
+        (b"POST", path): Route(name, Protocol.PLAIN, inference=True, kind=kind, foreign=True)
+        for path, name, kind in (
+            (b"/api/chat", "chat", "llm"),
+            (b"/api/generate", "completions", "llm"),
+            (b"/api/embed", "embeddings", "embedding"),
+            (b"/api/embeddings", "embeddings", "embedding"),
+        )
     }
     | {
         (b"GET", b"/" + namespace): _SDK

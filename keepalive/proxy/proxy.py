@@ -27,7 +27,7 @@ from keepalive.http1 import (
     plain_refusal,
 )
 from keepalive.protocols.asked import NO_BODY
-from keepalive.protocols.joined import joined
+from keepalive.protocols.joined import is_plain, joined
 from keepalive.protocols.routes import Route, heartbeat_in, named_in, route_of, stored_in
 from keepalive.protocols.words import error_body, no_heartbeat, refusal_code
 from keepalive.proxy import access
@@ -162,6 +162,9 @@ class Proxy:
             return call.then(self._pass(call, self.upstreams.default))  # LM Studio says what is wrong with it
         # In a body that is not there the default could not be named.
         meaning = await self.keeping.meaning(asked.model, default=route.inference and asked is not NO_BODY)
+        if meaning.stands_in and any(self._is_of_another_kind(model, route) for model in meaning.models):
+            # Whoever asks for vectors is not to wait for a model that only writes, nor to have it loaded.
+            meaning = await self.keeping.meaning(asked.model, default=False)
         models, upstream = meaning.models, meaning.upstream
         if route.foreign:
             models = tuple(model for model in models if not self.keeping.is_lm_studio(model.upstream))
@@ -169,8 +172,11 @@ class Proxy:
                 # Which only says so. Whoever got his base URL wrong is not to wait for a model first.
                 return call.then(self._pass(call, upstream))
         call.meaning = meaning
-        if route.name == "load" and models and self.settings.join_loads:
-            return call.then(self._join(call, models))
+        if route.name == "load" and self.settings.join_loads:
+            if not models and asked.model and is_plain(call.body.plain()):
+                models = tuple(await self.keeping.meant(asked.model))
+            if models:
+                return call.then(self._join(call, models))
         if not route.inference:
             return call.then(self._pass(call, upstream))
         home = await self._home(call, asked.previous) if asked.previous and route.stores else None
@@ -184,6 +190,12 @@ class Proxy:
         upstream = home or upstream
         perhaps = meaning.perhaps if meaning.known else self.keeping.present(upstream, route.kind)
         return call.then(self._pass(call, upstream, perhaps))
+
+    def _is_of_another_kind(self, model: ModelId, route: Route) -> bool:
+        """Where that is known: LM Studio's listings tell it."""
+        view = self.keeping.view(model)
+        known = view.state != "unknown" and self.keeping.is_lm_studio(model.upstream)
+        return known and view.kind != route.kind
 
     async def _show(self, call: Call) -> None:
         """What no body names a model for."""

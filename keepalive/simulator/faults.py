@@ -182,6 +182,8 @@ FAULTS: Mapping[str, Fault] = {fault.name: fault for fault in (
           "the model's template fails (400) on messages whose content is plain text; on those that have a list of "
           "parts",
           choices=("no", "plain", "list")),
+    Fault("content_refused_status", 400,
+          "the status for that; with 500 in the words of llama.cpp"),
     Fault("needs_image", False,
           "a request without an image is refused (400)"),
     Fault("answer", "ok",

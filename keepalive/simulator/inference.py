@@ -108,6 +108,10 @@ def _check_content(call: Call, model: SimModel) -> None:
     kinds = {"plain" if isinstance(content, str) else "list" for content in contents(call.payload)}
     how = call.word("content_refused")
     if how in kinds:
+        if call.number("content_refused_status") == 500:
+            raise openai_error(
+                500, "Error: Jinja Exception: Unexpected content", code=None, kind="server_error"
+            )
         wanted = "an iterable, got StringValue" if how == "plain" else "a string, got ArrayValue"
         message = f'Error rendering prompt with jinja template: "Expected `content` as {wanted}".'
         raise broken_off(call, message)

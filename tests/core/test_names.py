@@ -36,12 +36,49 @@ LOADED = row(
 )
 
 
-@pytest.mark.parametrize(
-    "name", ["acme/tiny-4b", "ACME/Tiny-4B", "acme/tiny-4b:2", "acme/tiny-4b:17", "my-own"]
-)
+@pytest.mark.parametrize("name", ["acme/tiny-4b", "ACME/Tiny-4B", "acme/tiny-4b:2", "my-own"])
 @pytest.mark.parametrize("how", [str, str.upper])
 def test_a_kept_model_is_meant_by_its_key_and_by_each_instance(name, how):
     assert names(LOADED).meaning(how(name)) == Meaning("a", (TINY,))
+
+
+@pytest.mark.parametrize("name", ["acme/tiny-4b:17", "acme/tiny-4b:latest", "acme/tiny-4b@q4_k_m:17"])
+@pytest.mark.parametrize("how", [str, str.upper])
+def test_a_copy_that_is_gone_and_a_tag_that_lm_studio_does_not_know_become_the_key(name, how):
+    meaning = names(LOADED).meaning(how(name))
+
+    assert (meaning.upstream, meaning.models) == ("a", (TINY,))
+    assert meaning.written(TINY) == "acme/tiny-4b"
+
+
+@pytest.mark.parametrize("kept", ["llama3", "llama3:latest"])
+@pytest.mark.parametrize("name", ["llama3", "Llama3:Latest"])
+def test_ollamas_tag_may_stand_there_or_not(kept, name):
+    model = ModelId("b", kept)
+    both = names(row("coder"), kept={model: ["al"]}, upstreams=("a", "b"), b=[row("llama3:latest")])
+    nobodys = names(row("coder"), kept={}, upstreams=("a", "b"), b=[row("llama3:latest")])
+
+    assert both.meaning(name).models == (model,)
+    assert both.meaning("llama3:8b") == Meaning("a", known=False)
+    assert both.rows("b") == {"llama3:latest": ["al"]}
+    assert nobodys.meaning(name) == Meaning("b")
+
+
+def test_a_tag_that_is_listed_beside_its_name_is_another_model():
+    bare = ModelId("a", "llama3")
+    here = names(row("llama3"), row("llama3:latest"), kept={bare: ()})
+    there = names(row("llama3"), kept={bare: ()}, upstreams=("a", "b"), b=[row("llama3:latest")])
+
+    assert here.meaning("llama3:latest") == Meaning("a")
+    assert there.meaning("llama3:latest") == Meaning("b")
+
+
+@pytest.mark.parametrize("name", ["on-b:2", "ON-B:7", "on-b@q8_0:2"])
+def test_a_copy_that_is_not_listed_is_asked_for_where_its_model_is(name):
+    listing = [row("on-b", "on-b", variants=("on-b@q8_0",))]
+    made = names(LOADED, upstreams=("a", "b"), b=listing, default="gpt-4o-mini")
+
+    assert made.meaning(name) == Meaning("b")
 
 
 @pytest.mark.parametrize("how", [str, str.upper])

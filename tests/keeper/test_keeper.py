@@ -469,10 +469,21 @@ def test_a_server_that_says_that_it_loads_is_loading_for_those_who_wait_and_warm
     assert took <= 6.0
 
 
-@pytest.mark.parametrize("tier", ["v1", "v0", "openai"])
-def test_a_model_that_takes_no_ping_is_loaded_once_and_warm_and_says_what_to_set(tier: str):
+@pytest.mark.parametrize(
+    ("tier", "faults"),
+    [
+        ("v1", {"needs_image": True}),
+        ("v0", {"needs_image": True}),
+        ("openai", {"needs_image": True}),
+        ("v1", {"content_refused": "plain", "content_refused_status": 500}),
+        ("openai", {"content_refused": "plain", "content_refused_status": 500}),
+    ],
+)
+def test_a_model_that_takes_no_ping_is_loaded_once_and_warm_and_says_what_to_set(
+    tier: str, faults: dict[str, Any]
+):
     async def go(judge: Judge) -> tuple[Model, list[dict[str, Any]]]:
-        site = a_site(judge, "local", SimModel("a", load_seconds=5.0), tier=tier, needs_image=True)
+        site = a_site(judge, "local", SimModel("a", load_seconds=5.0), tier=tier, **faults)
         world = a_world(site)
         world.start()
         await warm(world, 120)

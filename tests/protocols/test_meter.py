@@ -172,6 +172,11 @@ def test_a_route_without_streams_is_never_cut():
         (Protocol.CHAT, b'event: error\ndata: {"error": {"message":"m"}}\n\n', b'{"error": {"message":"m"}}'),
         (Protocol.CHAT, b'data: {"error":"m"}\r\n\r\n', b'{"error":"m"}'),
         (
+            Protocol.CHAT,
+            b'data: {"object":"error","message":"m","code":400}\n\n',
+            b'{"object":"error","message":"m","code":400}',
+        ),
+        (
             Protocol.RESPONSES,
             b'event: error\ndata: {"type":"error","code":null,"message":"m","sequence_number":1}\n\n',
             b'{"type":"error","code":null,"message":"m","sequence_number":1}',

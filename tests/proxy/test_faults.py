@@ -668,6 +668,10 @@ async def test_u23_without_a_length_a_reset_is_a_cut():
             ok(b"\nPayload too \x1b[1mlarge\nsecond line", b"Content-Type: text/plain"),
             "the upstream answered 200: Payload too [1mlarge",
         ),
+        (ok(b'{"detail":{"msg":"busy","type":"x"}}'), "the upstream answered 200: busy"),
+        (ok(b'{"title":"Bad Gateway","status":502}'), "the upstream answered 200: Bad Gateway"),
+        (ok(b'[{"error":{"code":400,"message":"no key"}}]'), "the upstream answered 200: no key"),
+        (ok(b'{"errors":[{"code":7,"message":"No route"}]}'), "the upstream answered 200: No route"),
         (b"", "closed the connection before it answered"),
     ],
 )

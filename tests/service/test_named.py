@@ -120,6 +120,20 @@ async def test_embeddings_understand_an_alias_and_the_default() -> None:
         assert loads(studio) == 1
 
 
+async def test_the_default_stands_in_only_for_models_of_its_kind() -> None:
+    embed = SimModel("text-embedding-x", kind="embedding", load_seconds=0.1)
+    server = f'default_model = "{KEY}"'
+    async with named(TINY, embed, server=server, load_seconds=600.0) as (running, studio):
+        await until(lambda: model(running, KEY)["state"] == "loading", "our load is under way")
+        for name in ("text-embedding-3-small", None):
+            status, _ = await post(running, "/v1/embeddings", said("/v1/embeddings", name))
+            assert status == 400  # LM Studio says so at once
+        asked_for = [e.get("asked") for e in studio.log(0) if e.get("route") == "embeddings"]
+
+        assert KEY not in asked_for
+        assert model(running, KEY)["waiting"] == 0
+
+
 async def test_another_variant_is_another_model() -> None:
     async with named() as (running, studio):
         await warm(running)
@@ -210,6 +224,17 @@ async def test_what_only_another_upstream_lists_is_asked_there() -> None:
         assert loads(far, "on-b-only") == 1
         for path in ("/api/v0/models/on-b-only", "/api/v0/models/gpt-4o-mini"):
             assert (await asked(running.url + path))[0] == 200
+
+
+async def test_a_copy_that_has_just_been_loaded_is_asked_for_where_it_is() -> None:
+    async with two((TINY,), (ONLY_B,), KEPT + '\nupstream = "local"') as (running, _, far):
+        await warm(running)
+        await post(running, CHAT, said(CHAT, "on-b-only"))
+        _, loaded = await post(running, LOAD, {"model": "on-b-only"})
+        far.set_faults(list_reply="error_500")  # what was listed before is all that is known
+        status, answer = await post(running, CHAT, said(CHAT, loaded["instance_id"]))
+
+        assert (status, answer["model"]) == (200, "on-b-only:2")
 
 
 @pytest.mark.parametrize(
@@ -325,6 +350,22 @@ async def test_a_callers_load_joins_ours(name: str) -> None:
             assert (answer["type"], answer["instance_id"], answer["status"]) == ("llm", KEY, "loaded")
             assert answer["load_config"]["context_length"] == 4096
         assert loads(studio) == 1
+
+
+async def test_where_all_is_kept_that_is_asked_for_a_load_is_asking() -> None:
+    async with (
+        simulator(TINY, ONLY_B, **AT_ONCE) as upstream,
+        daemon(settings(upstream.url, server='unlisted = "auto"')) as running,
+    ):
+        answers = [post(running, LOAD, {"model": "on-b-only", "echo_load_config": True}) for _ in range(3)]
+        ids = [answer["instance_id"] for _, answer in await asyncio.gather(*answers)]
+        # Who wants more than the model has it made.
+        _, own = await post(running, LOAD, {"model": KEY, "context_length": 8192})
+
+        assert ids == ["on-b-only"] * 3
+        assert loads(upstream.studio, "on-b-only") == 1
+        assert own["instance_id"] == KEY
+        assert (await post(running, LOAD, {"model": "nobody-lists-this"}))[0] == 404
 
 
 async def test_a_callers_load_of_a_released_model_is_a_wish_for_it() -> None:
