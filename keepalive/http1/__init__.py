@@ -28,7 +28,7 @@ May import: core.
 
 from keepalive.http1 import cors
 from keepalive.http1.bodies import CHUNK_SIZES
-from keepalive.http1.exchange import Caller, Exchange, Passing
+from keepalive.http1.exchange import Caller, Exchange, Passing, Writer
 from keepalive.http1.heads import (
     CHUNKED,
     NO_STORE,
@@ -67,6 +67,7 @@ __all__ = [
     "RequestHead",
     "Ticker",
     "Tunnel",
+    "Writer",
     "bind",
     "cors",
     "end_to_end",

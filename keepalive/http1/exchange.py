@@ -1,7 +1,6 @@
 """One request of one caller, and the answer to it."""
 
 import asyncio
-from collections.abc import Callable
 from http import HTTPStatus
 from typing import Protocol
 
@@ -49,8 +48,8 @@ class Caller(Protocol):
     ) -> None: ...
     def push(self, data: bytes) -> None: ...
     def flush(self) -> None: ...
-    def chunk_writer(self) -> Callable[[bytes], None] | None:
-        """What writes a chunk of the body as it stands on the wire, where that is how the body is written."""
+    def chunk_writer(self) -> "Writer | None":
+        """Who writes a chunk of the body as it stands on the wire, where that is how the body is written."""
 
     def finish(self) -> None: ...
     def cancel(self) -> None:
@@ -68,13 +67,18 @@ class Passing(Protocol):
     def resume(self) -> None: ...
 
 
-class Connection(Protocol):
+class Writer(Protocol):
+    """Who sends bytes as they are."""
+
+    def write(self, data: bytes, /) -> None: ...
+
+
+class Connection(Writer, Protocol):
     """What the exchange stands on."""
 
     ending: bool  # this exchange is the last one on it
     write_paused: bool
 
-    def write(self, data: bytes, /) -> None: ...
     def invite(self) -> None:
         """Somebody waits for the body."""
 
@@ -236,9 +240,9 @@ class Exchange:
             self._connection.write(self._head)
             self._head = b""
 
-    def chunk_writer(self) -> Callable[[bytes], None] | None:
+    def chunk_writer(self) -> Writer | None:
         """Once the head has left. Bytes written to a caller who has left since go nowhere."""
-        return self._connection.write if self._chunked and not self._head else None
+        return self._connection if self._chunked and not self._head else None
 
     def finish(self) -> None:
         """The answer is complete."""

@@ -19,7 +19,7 @@ from keepalive.http1.heads import (
 )
 from keepalive.http1.limits import Limits
 from keepalive.http1.outbox import Outbox, Sender
-from keepalive.http1.reply import Reply
+from keepalive.http1.reply import ChunkSink, Reply
 from keepalive.http1.ticker import Ticker
 from keepalive.http1.tunnel import Between, Tunnel, resume
 from keepalive.http1.vanished import next_look, sees_vanished
@@ -48,6 +48,7 @@ class Link(Sender):
     __slots__ = (
         "_answered",
         "_asked_upgrade",
+        "_chunk_sink",
         "_chunks",
         "_drained",
         "_got_bytes",
@@ -86,6 +87,8 @@ class Link(Sender):
         self._reply: Reply | None = None
         self._left = 0
         self._chunks: Chunks | None = None
+        #: That of the reply, while no chunk has begun.
+        self._chunk_sink: ChunkSink | None = None
         self._paused = False
         self._drained: asyncio.Future[None] | None = None
         self._tunnel: Tunnel | None = None
@@ -118,6 +121,7 @@ class Link(Sender):
     def let_go(self, reply: Reply | None) -> None:
         """The request is over for whoever asked."""
         self._owner.ticker.discard(self)
+        self._chunk_sink = None
         sent = self._stop_upload()
         if (
             sent
@@ -156,16 +160,21 @@ class Link(Sender):
         super().connection_made(transport)
         self._owner.links.add(self)
 
+    def pour_chunks(self, reply: Reply) -> None:
+        if reply is self._reply and self._chunks is not None and self._chunks.between:
+            self._chunk_sink = reply.chunk_sink
+
     def data_received(self, data: bytes) -> None:
+        chunk_sink = self._chunk_sink
+        if chunk_sink is not None:
+            # The hot path: whole chunks of a body. Beside hundreds of other streams nothing that is looked at here
+            # is in the processor's caches, so nothing is looked at that need not be.
+            taken = chunk_sink.take_chunks(data)
+            if taken == len(data):
+                return
+            data = data[taken:]
         reply, chunks = self._reply, self._chunks
         if chunks is not None and reply is not None:
-            # The hot path: bytes of a body in chunks.
-            chunk_sink = reply.chunk_sink
-            if chunk_sink is not None and chunks.between:
-                taken = chunk_sink(data)
-                if taken == len(data):
-                    return
-                data = data[taken:]
             try:
                 piece = chunks.feed(data)
             except BadHead:
@@ -178,8 +187,10 @@ class Link(Sender):
                 else:
                     reply.take(piece)
             if chunks.done:
-                self._chunks = None
+                self._chunks = self._chunk_sink = None
                 self._finish(reply, followed=chunks.followed)
+            else:
+                self._chunk_sink = reply.chunk_sink if chunks.between else None
         elif self._tunnel is not None:
             self._tunnel.from_upstream(data)
         elif reply is not None:
@@ -210,6 +221,7 @@ class Link(Sender):
 
     def _break_off(self, reply: Reply, chunks: Chunks) -> None:
         """The framing is broken: what came before that is still the caller's."""
+        self._chunk_sink = None
         piece = chunks.rescued()
         if piece:
             reply.take(piece)

@@ -36,8 +36,10 @@ class Outbox:
         self.busy = False
         later, self.later = self.later, []
         for sender in later:
+            data, sender.unsent = sender.unsent, b""
             try:
-                sender.flush()
+                if data and not sender.transport.is_closing():
+                    sender.transport.write(data)
             except Exception as error:  # noqa: BLE001  one bad connection must not keep what others have to say
                 log.error("http1.write_failed", extra={"error": type(error).__name__})
 
@@ -45,13 +47,14 @@ class Outbox:
 class Sender(asyncio.Protocol):
     """A connection that writes by way of an outbox. Whoever ends its transport flushes it before."""
 
-    __slots__ = ("_outbox", "_unsent", "transport")
+    __slots__ = ("_outbox", "transport", "unsent")
 
     transport: asyncio.Transport
 
     def __init__(self, outbox: Outbox) -> None:
         self._outbox = outbox
-        self._unsent = b""
+        #: What leaves when this turn of the loop is over.
+        self.unsent = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
@@ -61,18 +64,18 @@ class Sender(asyncio.Protocol):
         if len(data) > TOGETHER_BYTES:
             self.flush()
             self.transport.write(data)
-        elif self._unsent:
-            self._unsent += data
-            if len(self._unsent) > TOGETHER_BYTES:
+        elif self.unsent:
+            self.unsent += data
+            if len(self.unsent) > TOGETHER_BYTES:
                 self.flush()
         elif not outbox.busy:
             outbox.begin()
             self.transport.write(data)
         else:
-            self._unsent = data
+            self.unsent = data
             outbox.later.append(self)
 
     def flush(self) -> None:
-        data, self._unsent = self._unsent, b""
+        data, self.unsent = self.unsent, b""
         if data and not self.transport.is_closing():
             self.transport.write(data)

@@ -20,6 +20,13 @@ AHEAD_BYTES = 65_536
 _NO_PARTS: list[bytes] = []
 
 
+class ChunkSink(Protocol):
+    """Who takes chunks as they stand on the wire."""
+
+    def take_chunks(self, wire: bytes, /) -> int:
+        """How many bytes of whole chunks it took. It must be quick and must not raise."""
+
+
 class Source(Protocol):
     """The connection that it comes from."""
 
@@ -27,6 +34,9 @@ class Source(Protocol):
 
     def let_go(self, reply: "Reply", /) -> None:
         """Nobody wants more of it."""
+
+    def pour_chunks(self, reply: "Reply", /) -> None:
+        """From now on its `chunk_sink` has them."""
 
     def tunnel_to(self, client: asyncio.Transport, first: bytes, between: Between | None, /) -> Tunnel: ...
 
@@ -58,8 +68,7 @@ class Reply:
         self._parts_bytes = 0
         self._read_bytes = 0
         self.sink: Callable[[bytes], None] | None = None
-        #: Beside `sink`, for chunks as they stand on the wire: how many bytes of whole ones it took.
-        self.chunk_sink: Callable[[bytes], int] | None = None
+        self.chunk_sink: ChunkSink | None = None
         self._ended: asyncio.Future[None] | None = None
 
     def pour(self, sink: Callable[[bytes], None]) -> None:
@@ -73,6 +82,12 @@ class Reply:
             sink(b"".join(parts) if len(parts) > 1 else parts[0])
         if self._parts_bytes > AHEAD_BYTES:
             self.resume()
+
+    def pour_chunks(self, sink: ChunkSink) -> None:
+        """Beside `pour`: `sink` is offered each chunk first, as it stands on the wire."""
+        self.chunk_sink = sink
+        if self._link is not None:
+            self._link.pour_chunks(self)
 
     async def ended(self) -> bool:
         """Waits for the end of the body; True when it was complete, False when it was cut."""

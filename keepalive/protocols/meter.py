@@ -106,19 +106,17 @@ class Meter:
         "_carry",
         "_end",
         "_end_hint",
-        "_event_at",
         "_first",
         "_looks",
         "_mid_line",
         "_sent_at",
+        "_uncounted",
         "_word",
         "ended",
         "error",
-        "events",
+        "event_at",
         "first_token_seconds",
-        "gap_seconds",
         "gaps",
-        "last_at",
         "prefix",
         "said",
         "suffix",
@@ -128,15 +126,9 @@ class Meter:
     def __init__(self, protocol: Protocol, sent_at: float) -> None:
         #: From `sent_at` to the first non-empty delta; None until then.
         self.first_token_seconds: float | None = None
-        #: Events so far, of any kind; comments are none.
-        self.events: int = 0
         #: Gaps between events from the first token to the end, counted per bucket of GAP_BOUNDS. Events that
         #: come together have none between them, and count in the first bucket.
         self.gaps: list[int] = [0] * (len(GAP_BOUNDS) + 1)
-        #: Their sum.
-        self.gap_seconds: float = 0.0
-        #: When the last bytes came.
-        self.last_at: float = sent_at
         #: The route's own sign that the answer is whole was seen, or it knows none. An answer that is over
         #: without it was cut, however properly its body ended.
         self.ended: bool = protocol not in _END
@@ -147,7 +139,9 @@ class Meter:
         self.said: bool = protocol not in _WORD
 
         self._sent_at = sent_at
-        self._event_at = sent_at
+        self._uncounted = 0  # events that no gap stands for
+        #: When the last event came that a gap stands for, or may.
+        self.event_at = sent_at
         self._first = _FIRST.get(protocol)
         self._word = _WORD.get(protocol)
         self._end = _END.get(protocol)
@@ -162,9 +156,20 @@ class Meter:
         self.wire_suffix = b""
         self._looks = _LOOKS
 
+    @property
+    def events(self) -> int:
+        """Events so far, of any kind; comments are none."""
+        return self._uncounted + sum(self.gaps)
+
+    @property
+    def gap_seconds(self) -> float:
+        """The sum of the gaps."""
+        if self.first_token_seconds is None:
+            return 0.0
+        return self.event_at - self._sent_at - self.first_token_seconds
+
     def feed(self, now: float, chunk: bytes) -> None:
         """The next bytes of the body, decoded from their transfer coding, at monotonic time `now`."""
-        self.last_at = now
         prefix = self.prefix
         if prefix and not self._carry:
             # Event by event: the form that was learnt, and whatever stands between two quotes in it.
@@ -179,22 +184,14 @@ class Meter:
                 events += 1
                 at = quote + len(suffix)
                 if at == end:
-                    self.events += events
-                    self._observe(now, events)
+                    self.count(now, events)
                     return
         self._look(now, chunk)
 
     def count(self, now: float, events: int) -> None:
         """As `feed`, for whoever has seen that what came is so many whole events of the known form."""
-        self.last_at = now
-        self.events += events
-        self._observe(now, events)
-
-    def _observe(self, now: float, events: int) -> None:
-        gap = now - self._event_at
-        self._event_at = now
-        self.gap_seconds += gap
-        self.gaps[bisect_left(GAP_BOUNDS, gap)] += 1
+        self.gaps[bisect_left(GAP_BOUNDS, now - self.event_at)] += 1
+        self.event_at = now
         if events > 1:
             self.gaps[0] += events - 1
 
@@ -213,7 +210,7 @@ class Meter:
         events = chunk.count(b"\ndata:")
         if chunk.startswith(b"data:") and not mid_line:
             events += 1
-        self.events += events
+        self._uncounted += events
         if b'"error"' in chunk and _ERROR.search(chunk):
             self._read_error(chunk)
         if self.ended:
@@ -226,7 +223,8 @@ class Meter:
             events = chunk.count(b"\ndata:", 0, end) - (not chunk.startswith(b"data:"))
         if self.first_token_seconds is not None:
             if events > 0:
-                self._observe(now, events)
+                self._uncounted -= events
+                self.count(now, events)
                 if events == 1 and self._looks and end < 0:
                     self._learn(chunk)
             return
@@ -237,9 +235,10 @@ class Meter:
         if first := self._first.search(chunk, 0, stop):
             self.said = True
             self.first_token_seconds = now - self._sent_at
-            self._event_at = now
-            behind = chunk.count(b"\ndata:", first.end(), stop) - (end >= 0)
-            self.gaps[0] += max(behind, 0)
+            self.event_at = now
+            behind = max(chunk.count(b"\ndata:", first.end(), stop) - (end >= 0), 0)
+            self._uncounted -= behind
+            self.gaps[0] += behind
         elif self._word is not None and self._word.search(chunk):
             self.said = True
 

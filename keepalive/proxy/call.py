@@ -337,9 +337,9 @@ class Call:
         answer.passed = events
         self._pour(reply, events.take)
         self.caller.flush()
-        write = self.caller.chunk_writer()
-        if write is not None and self._watch is None and answer.unseen:
-            reply.chunk_sink = events.chunk_sink(write)
+        events.writer = self.caller.chunk_writer()
+        if events.writer is not None and self._watch is None and answer.unseen:
+            reply.pour_chunks(events)
         return events
 
     async def _relay_whole(self, reply: Reply, words: Words | None) -> None:

@@ -233,7 +233,6 @@ def test_gaps_are_counted_from_the_first_token_to_the_end():
     assert meter.gap_seconds == pytest.approx(60.32)
     assert meter.first_token_seconds == 2
     assert meter.events == 10
-    assert meter.last_at == 99
 
 
 def test_what_comes_with_the_first_token_has_no_gap_before_it():
@@ -342,7 +341,6 @@ def test_what_is_seen_does_not_depend_on_where_the_stream_is_cut(data):
 def test_no_bytes_make_it_raise(protocol, chunks):
     meter = metered(protocol, *chunks)
 
-    assert meter.last_at == len(chunks)
     assert len(meter._carry) <= 16 * 1024
 
 

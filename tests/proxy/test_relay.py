@@ -142,6 +142,13 @@ class Sink:
         raise AssertionError("the framing was taken for broken")
 
 
+class Caller:
+    """Who has what is written as it stands on the wire."""
+
+    def __init__(self, out: list[bytes]) -> None:
+        self.write = out.append
+
+
 def chunk(data: bytes, size: bytes = b"%x") -> bytes:
     return size % len(data) + b"\r\n" + data + b"\r\n"
 
@@ -158,7 +165,8 @@ async def relayed(pieces: list[bytes], *, quick: bool) -> tuple[Events, list[byt
     relay = Events(lambda data: out.append(chunk(data)), lambda: next(clock), Meter(Protocol.CHAT, 0.0))
     reply.pour(relay.take)
     if quick:
-        reply.chunk_sink = relay.chunk_sink(out.append)
+        relay.writer = Caller(out)
+        reply.pour_chunks(relay)
     for piece in pieces:
         link.data_received(piece)
     assert reply.complete
