@@ -229,3 +229,18 @@ async def test_who_leaves_while_it_waits_is_waited_for_no_longer():
         await live.until(lambda: live.model(running, KEPT.key)["state"] == "warm")
         assert [one.identifier for one in await client.llm.list_loaded()] == [KEPT.key]
         assert live.loads(studio) == 1
+
+
+async def test_where_all_is_kept_that_is_asked_for_two_who_ask_at_once_share_one_load():
+    async with (
+        live.simulator(SMALL) as server,
+        live.daemon(live.settings(server.url, server='unlisted = "auto"')) as running,
+        sdk(port(running)) as one,
+        sdk(port(running)) as other,
+    ):
+        await live.until(lambda: running.status()["upstreams"][0]["state"] == "up", "it is listed")
+        await asyncio.gather(one.llm.model(SMALL.key), other.llm.model(SMALL.key))
+        kept = live.model(running, SMALL.key)
+
+    assert live.loads(server.studio) == 1
+    assert (kept["ours"], kept["state"]) == (True, "warm")

@@ -42,6 +42,9 @@ class Keeping(Protocol):
         May wait for an upstream's first listing.
         """
 
+    def take_up(self, name: str, /) -> None:
+        """Keep what LM Studio lists under that name from now on, where that is wanted of what is asked for."""
+
     def offered(self) -> Collection[str]:
         """The names that may be asked for, for whoever wrote another."""
 

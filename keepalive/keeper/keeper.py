@@ -422,6 +422,11 @@ class Keeper:
             found = self.find(name)
         return found
 
+    def take_up(self, name: str) -> None:
+        """Keeps what is listed under that name from now on, where that is wanted of what is asked for."""
+        if self._adopt is not None and not self.find(name):
+            self._meaning(name, default=True)
+
     def offered(self) -> list[str]:
         """The keys of all that is kept, and, where that is wanted, of all that would be if it were asked for."""
         keys = {model.key: None for model in self._keeps}

@@ -57,6 +57,8 @@ class Said:
     id: Id | None = None
     name: str | None = None
     reference: str | None = None
+    #: Asks for nothing but the model, as far as it is about a load.
+    plain: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +104,8 @@ def said(text: bytes) -> Said:
 def _asked(ident: Id | None, endpoint: object, parameter: object) -> Said:
     wanted = _object(parameter)
     if endpoint == "getOrLoad":
-        return Said(Wish.GET_OR_LOAD, ident, _text(wanted.get("identifier")))
+        plain = not any(_fields(wanted.get("loadConfigStack")))
+        return Said(Wish.GET_OR_LOAD, ident, _text(wanted.get("identifier")), plain=plain)
     if endpoint == "loadModel":
         return Said(Wish.LOAD, ident, _text(wanted.get("modelKey")))
     if endpoint == "unloadModel":
@@ -113,6 +116,13 @@ def _asked(ident: Id | None, endpoint: object, parameter: object) -> Said:
     query = _object(specifier.get("query"))
     name = _text(query.get("identifier")) or _text(query.get("path"))
     return Said(Wish.USE, ident, name, _text(specifier.get("instanceReference")))
+
+
+def _fields(stack: object) -> Iterator[object]:
+    """What a load is to be made with."""
+    layers = _object(stack).get("layers")
+    for layer in layers if isinstance(layers, list) else ():
+        yield _object(_object(layer).get("config")).get("fields")
 
 
 def load_progress(ident: Id, progress: float) -> bytes | None:

@@ -162,6 +162,8 @@ class SdkCalls:
     def _on(self, piece: Piece, asked: Said) -> bytes:
         """A message whose turn it is."""
         if asked.wish in self._waits:
+            if asked.plain and asked.name is not None:
+                self._owner.keeping.take_up(asked.name)
             models = self._kept([asked.name] if asked.name is not None else [])
             if models and all(self._owner.keeping.view(model).state != "warm" for model in models):
                 for model in models:

@@ -174,6 +174,9 @@ class Front:
     async def meant(self, name: str) -> Sequence[ModelId]:
         return await self._keeper.meant(name, self._list_timeout)
 
+    def take_up(self, name: str) -> None:
+        self._keeper.take_up(name)
+
     def offered(self) -> Collection[str]:
         return self._keeper.offered()
 

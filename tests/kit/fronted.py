@@ -189,6 +189,9 @@ class Keep:
     async def meant(self, name: str, /) -> Sequence[ModelId]:
         return self.find(name)
 
+    def take_up(self, name: str, /) -> None:
+        pass
+
     def offered(self) -> list[str]:
         return [model.key for model in self.models]
 

@@ -31,6 +31,8 @@ def test_progress_is_told_in_lm_studios_own_message_under_the_callers_number():
     assert load_progress(("channelId", 1.5), 0.5) is load_progress(("channelId", 1e300), 0.5) is None
 
 
+NO_CONFIG = {"layers": [{"layerName": "apiOverride", "config": {"fields": []}}]}
+LARGE = {"layers": [{"config": {"fields": [{"key": "llm.load.contextLength", "value": 8192}]}}]}
 QUERY = {"type": "query", "query": {"identifier": "chat"}}
 REFERENCE = {"type": "instanceReference", "instanceReference": "r1"}
 INFO = {"identifier": "mine", "instanceReference": "r1", "modelKey": "chat"}
@@ -41,7 +43,18 @@ SHOWN = (Shown("r1", "mine", "chat"),)
     ("message", "meant"),
     [
         (text(type="keepAlive"), Said(Wish.KEEP_ALIVE)),
-        (channel("getOrLoad", {"identifier": "chat"}), Said(Wish.GET_OR_LOAD, ("channelId", 3), "chat")),
+        (
+            channel("getOrLoad", {"identifier": "chat"}),
+            Said(Wish.GET_OR_LOAD, ("channelId", 3), "chat", plain=True),
+        ),
+        (
+            channel("getOrLoad", {"identifier": "chat", "loadConfigStack": NO_CONFIG}),
+            Said(Wish.GET_OR_LOAD, ("channelId", 3), "chat", plain=True),
+        ),
+        (
+            channel("getOrLoad", {"identifier": "chat", "loadConfigStack": LARGE}),
+            Said(Wish.GET_OR_LOAD, ("channelId", 3), "chat"),
+        ),
         (
             channel("loadModel", {"modelKey": "chat", "identifier": "mine"}),
             Said(Wish.LOAD, ("channelId", 3), "chat"),
@@ -64,7 +77,7 @@ SHOWN = (Shown("r1", "mine", "chat"),)
             Said(id=("callId", 3)),
         ),
         (text(type="channelSend", channelId=3, message="cancel"), Said()),
-        (channel("getOrLoad", ["chat"]), Said(Wish.GET_OR_LOAD, ("channelId", 3))),
+        (channel("getOrLoad", ["chat"]), Said(Wish.GET_OR_LOAD, ("channelId", 3), plain=True)),
         (channel("predict", {"modelSpecifier": "chat"}, number="3"), Said(Wish.USE)),
         (b'"keepAlive"', Said()),
         (b'{"type":"keepAlive"', Said()),
