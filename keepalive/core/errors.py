@@ -15,6 +15,7 @@ KeepaliveError
     └── Refused            it understood and said no; `reason` classifies why
 """
 
+import re
 from enum import StrEnum
 
 
@@ -92,3 +93,15 @@ class Refused(UpstreamError):
         super().__init__(message)
         self.reason = reason
         self.status = status
+
+
+_TAG = re.compile(r"<[^>]*>")
+_LOADING = re.compile(
+    r"\b(?:(?<!error )(?<!failed )(?:re)?loading|starting|warming up|initiali[sz]ing|not (?:yet )?ready)\b",
+    re.IGNORECASE,
+)
+
+
+def says_loading(text: str) -> bool:
+    """Whether a 503, in whatever layout, says that something is still on its way, and not that something is wrong."""
+    return _LOADING.search(_TAG.sub(" ", text[:4096])) is not None

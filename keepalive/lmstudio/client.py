@@ -33,6 +33,7 @@ from keepalive.core.errors import (
     Unauthorized,
     Unexpected,
     Unreachable,
+    says_loading,
 )
 from keepalive.core.facts import NO_SIGHT, Entry, Sight, Tier
 from keepalive.lmstudio import llama, wire
@@ -404,7 +405,7 @@ class Client:
         except Unexpected as error:
             if status == 503 and retry_after:
                 raise Refused("HTTP 503 with Retry-After", reason=Reason.LOADING, status=status) from None
-            if status == 503 and wire.says_loading(content.decode("utf-8", "replace")):
+            if status == 503 and says_loading(content.decode("utf-8", "replace")):
                 raise Refused("HTTP 503, in words", reason=Reason.LOADING, status=status) from None
             if status == 400 and b"HTTPS" in content and self.url.startswith("http:"):
                 https = self.url.replace("http:", "https:", 1)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from keepalive.core.errors import Reason, Refused, Unexpected
+from keepalive.core.errors import Reason, Refused, Unexpected, says_loading
 from keepalive.core.facts import Entry, Instance, Tier, fold_key
 
 Json = Any
@@ -100,17 +100,6 @@ def reason(text: str, otherwise: Reason = Reason.OTHER) -> Reason:
     """What an error text of LM Studio's means."""
     haystack = text.lower()
     return next((reason for part, reason in _REASONS if part in haystack), otherwise)
-
-
-_TAG = re.compile(r"<[^>]*>")
-_LOADING = re.compile(
-    r"\b(?:(?:re)?loading|starting|warming up|initiali[sz]ing|not (?:yet )?ready)\b", re.IGNORECASE
-)
-
-
-def says_loading(text: str) -> bool:
-    """Whether a 503, in whatever layout, says that something is still on its way, and not that something is wrong."""
-    return _LOADING.search(_TAG.sub(" ", text[: 4 * MESSAGE_MAX])) is not None
 
 
 def clean(text: str) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Final
 
-from keepalive.core.errors import Reason
+from keepalive.core.errors import Reason, says_loading
 from keepalive.protocols.answers import error_message
 
 
@@ -51,6 +51,9 @@ _LOST: Final = (
     ("operation canceled", Lost(Reason.UNLOADED, "a load of the model was cancelled", retryable=True)),
 )
 
+#: It was started anew, and nobody has noticed yet.
+_LOADS: Final = Lost(Reason.LOADING, "the server says that it is loading", retryable=True)
+
 
 def looks_lost(status: int, body: bytes) -> Lost | None:
     """Whether an error says that the model went away. `body` is that of an answer, or an error event's data.
@@ -63,4 +66,5 @@ def looks_lost(status: int, body: bytes) -> Lost | None:
     if message is None:
         return None
     message = message.casefold()
-    return next((lost for words, lost in _LOST if words in message), None)
+    lost = next((lost for words, lost in _LOST if words in message), None)
+    return _LOADS if lost is None and status == 503 and says_loading(message) else lost

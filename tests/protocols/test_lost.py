@@ -21,6 +21,13 @@ from keepalive.protocols.lost import looks_lost
         (404, b'{"error":"Failed to load model \\"x\\". Error: Operation canceled"}', "unloaded", True),
         (400, b'{"error":"Model reloaded."}', "unloaded", True),
         (400, b'{"error":{"code":400,"message":"model is not loaded"}}', "unloaded", True),
+        (
+            503,
+            b'{"error":{"message":"Loading model","type":"unavailable_error","code":503}}',
+            "loading",
+            True,
+        ),
+        (503, b"The model is loading. Please wait.", "loading", True),
         (500, b"proxy error: Could not establish connection", "unloaded", True),
         (500, b"proxy error: Failed to read connection", "unloaded", False),
         (
@@ -58,6 +65,9 @@ def test_answers_that_say_the_model_went_away_are_understood(status, body, reaso
         (400, b'{"error":{"message":"Failed to load model \\"x\\". Error: insufficient system resources"}}'),
         (400, b'{"error":{"message":"the prompt exceeds the context length"}}'),
         (500, b"<html>Internal Server Error</html>"),
+        (503, b'{"error":"Model is overloaded"}'),
+        (503, b'{"error":"Error loading model. (Exit code: 1)"}'),
+        (400, b'{"error":{"message":"Loading model"}}'),
         (500, b"\xff\xfe"),
         (500, b""),
         (500, b"[" * 100_000),

@@ -192,6 +192,21 @@ async def test_a_request_whose_model_is_unloaded_while_it_queues_joins_the_next_
         assert loads(studio) == 2
 
 
+@pytest.mark.parametrize("streaming", [True, False])
+async def test_who_finds_a_server_that_was_started_anew_and_loads_waits_for_it(streaming: bool) -> None:
+    async with front(SimModel(KEY, load_seconds=0.2)) as (running, studio):
+        await until(lambda: model(running, KEY)["state"] == "warm", "warm")
+        studio.set_faults(loading_503="always")
+        caller = await Caller.send(running.url, chat(max_tokens=3, stream=streaming))
+        await until(lambda: model(running, KEY)["state"] == "loading", "it is seen to load")
+        studio.set_faults(loading_503=None)
+        answer = await caller.to_the_end()
+
+        assert " 200 " in answer.partition("\r\n")[0]
+        assert "This answer" in answer if not streaming else deltas(answer) == 3
+        assert "Loading model" not in answer
+
+
 async def test_a_crash_that_a_user_meets_is_mended_before_the_next_refresh() -> None:
     table = f'key = "{KEY}"\nrefresh_interval = "5m"'
     async with front(SimModel(KEY, load_seconds=0.2), keep=(table,)) as (running, studio):
