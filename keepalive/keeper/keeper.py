@@ -445,6 +445,8 @@ class Keeper:
 
     def _meaning(self, name: str | None, *, default: bool) -> Meaning:
         meaning = self._names.meaning(name, self._up(), default=default)
+        if any(self._is_misspelt(name, model) for model in meaning.models):
+            meaning = replace(meaning, renamed=True)
         if meaning.models or not meaning.known or self._adopt is None or not default:
             return meaning
         entry = self._names.row(meaning.upstream, meaning.written() or name or "")
@@ -453,6 +455,11 @@ class Keeper:
             return meaning
         self.adopt(ModelId(meaning.upstream, entry.key), entry.kind)
         return self._names.meaning(name, self._up(), default=default)
+
+    def _is_misspelt(self, name: str | None, model: ModelId) -> bool:
+        """Whether it is the key of a model but for its letter case, where that counts: everywhere but in LM Studio."""
+        same = name is not None and name != model.key and fold_key(name) == fold_key(model.key)
+        return same and not self.is_lm_studio(model.upstream)
 
     def adopt(self, model: ModelId, kind: str = "llm") -> None:
         """Keep a model from now on that is not in the config, where that is wanted of such models."""

@@ -96,3 +96,17 @@ def unpacked(body: bytes, names: list[str]) -> bytes:
         return body
     unpacker = Unpacker(names)
     return b"".join(unpacker.feed(body))
+
+
+def readable(body: bytes, encodings: Iterable[bytes]) -> bytes:
+    """What an answer with these Content-Encoding headers says, as far as one piece goes; else `body`.
+
+    Callers take packed answers, and a server in between packs LM Studio's errors like everything else.
+    """
+    names = codings(encodings)
+    if not names:
+        return body
+    try:
+        return next(Unpacker(names).feed(body), b"")
+    except BadEncoding:
+        return body

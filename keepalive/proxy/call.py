@@ -13,6 +13,7 @@ from keepalive.core.names import Meaning
 from keepalive.http1 import Caller, Reply, Ticker
 from keepalive.protocols.answers import event_error
 from keepalive.protocols.asked import NOTHING_ASKED
+from keepalive.protocols.encodings import readable
 from keepalive.protocols.lost import Lost, looks_lost
 from keepalive.protocols.meter import Meter, Words
 from keepalive.protocols.routes import Heartbeat, Route
@@ -203,7 +204,7 @@ class Call:
         head = reply.head
         if head.status >= 400:
             self._first = await reply.read(ERROR_BYTES)
-            return self._look(head.status, self._first)
+            return self._look(head.status, readable(self._first, head.values(b"content-encoding")))
         if not ahead or head.status != 200:
             return None
         if head.stream:
@@ -401,7 +402,8 @@ class Call:
         try:
             body = self._first or await reply.read(ERROR_BYTES)
             if not self._stalled():
-                self.answer.explain(reply.head.status, body)
+                said = readable(body, reply.head.values(b"content-encoding"))
+                self.answer.explain(reply.head.status, said)
         finally:
             self.close(reply)
 

@@ -532,6 +532,21 @@ def test_a_model_is_pinged_with_what_its_kind_or_its_owner_says(
     assert routes == ["load", route, route, route]
 
 
+@pytest.mark.parametrize(("tier", "written"), [("v1", None), ("v0", None), ("openai", "a")])
+def test_a_key_in_other_letters_is_written_as_it_is_where_that_counts(tier: str, written: str | None):
+    async def go(judge: Judge) -> str | None:
+        world = a_world(a_site(judge, "local", SimModel("a", load_seconds=5.0), tier=tier))
+        life = world.start()
+        await warm(world, 120)
+        meaning = await life.keeper.meaning("A", 1.0)
+        same = await life.keeper.meaning("a", 1.0)
+        await world.kill()
+        assert same.written(same.models[0]) is None
+        return meaning.written(meaning.models[0])
+
+    assert virtually(go) == written
+
+
 def test_a_model_whose_ping_is_off_is_never_asked():
     async def go(judge: Judge) -> tuple[State, list[str]]:
         site = a_site(judge, "local", SimModel("a", load_seconds=5.0))

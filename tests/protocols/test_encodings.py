@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keepalive.protocols.encodings import PIECE_BYTES, BadEncoding, Unpacker, codings, unpacked
+from keepalive.protocols.encodings import PIECE_BYTES, BadEncoding, Unpacker, codings, readable, unpacked
 
 TEXT = b'{"model":"m","input":"' + random.Random(7).randbytes(300).hex().encode() + b'"}'
 
@@ -71,3 +71,14 @@ def test_a_bomb_is_unpacked_a_piece_at_a_time():
     assert sum(sizes) == 50_000_000
     assert max(sizes) <= PIECE_BYTES
     assert peak < 4_000_000
+
+
+def test_an_answer_is_read_as_far_as_it_can_be_and_no_bomb_goes_off():
+    bomb = gzip.compress(b" " * 10_000_000)
+
+    assert readable(gzip.compress(TEXT), [b"gzip"]) == TEXT
+    assert readable(gzip.compress(TEXT)[:-9], [b"gzip"])
+    assert readable(TEXT, [b"gzip"]) == TEXT
+    assert readable(TEXT, [b"br"]) == readable(TEXT, []) == TEXT
+    assert len(readable(bomb, [b"gzip"])) == PIECE_BYTES
+    assert readable(b"", [b"gzip"]) == b""

@@ -1,6 +1,7 @@
 """What an upstream can do to us, row by row; nobody is told that half an answer is a whole one."""
 
 import asyncio
+import gzip
 import json
 import re
 import socket
@@ -430,13 +431,12 @@ async def test_u10_200_with_an_error_passes_unchanged_and_counts_as_error():
         assert not facts(front.keep, RequestEnded)[0].answered
 
 
-def refusal(text, status=b"400 Bad Request"):
+def refusal(text, status=b"400 Bad Request", packed=False):
     body = json.dumps({"error": text}).encode()
-    return b"HTTP/1.1 %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (
-        status,
-        len(body),
-        body,
-    )
+    coding = b"Content-Encoding: gzip\r\n" if packed else b""
+    body = gzip.compress(body) if packed else body
+    head = b"HTTP/1.1 %b\r\n%bContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    return head % (status, coding, len(body)) + body
 
 
 LOST = [
@@ -446,6 +446,7 @@ LOST = [
     refusal({"message": "Model unloaded.", "code": None}, b"500 Internal Server Error"),
     refusal("Failed to load model. Error: Operation canceled", b"404 Not Found"),
     refusal("Model is unloaded.", b"200 OK"),
+    refusal("Model is unloaded.", packed=True),  # nginx with `gzip on`
     stream(b'event: error\ndata: {"error":{"message":"Model is unloaded."}}\n\n', DONE),
     stream(b'data: {"type":"error",', b'"message":"Model unloaded."}\r\n\r\n'),
 ]
@@ -650,6 +651,7 @@ async def test_u23_without_a_length_a_reset_is_a_cut():
     ("reply", "says_what"),
     [
         (refusal("prompt is longer than the context length"), "prompt is longer than the context length"),
+        (refusal("prompt is too long", packed=True), "prompt is too long"),
         (ok(b'{"error":{"message":"no such thing"}}'), "no such thing"),
         (
             ok(b'{"choices":[]}', b"Content-Type: application/json"),
