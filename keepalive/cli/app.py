@@ -109,6 +109,21 @@ def main() -> None:
             )
         # Whoever reads the exit code alone must not take a full disk for a state of the models.
         sys.exit(view.CANNOT_TELL)
+    except (LookupError, TypeError, ValueError, AttributeError):
+        if not _foreign:
+            raise
+        # Nor what could not be read.
+        (address, version), *_ = _foreign.items()
+        typer.echo(
+            f"the daemon at {address} is keepalive {version}, and this is {__version__}, which does not understand "
+            "all that it says; use the command of that version",
+            err=True,
+        )
+        sys.exit(view.CANNOT_TELL)
+
+
+# The daemons that answered and are of another version, by their addresses.
+_foreign: dict[str, str] = {}
 
 
 def _occupy_standard_streams() -> None:
@@ -618,13 +633,18 @@ def _fetch(
         with error:
             message = f"{address} answered {error.code}: {_refusal(error)}{hint}"
         raise _NoAnswer(message, final=True) from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _NoAnswer(f"what answers at {address} is not keepalive") from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
-        reason = getattr(reason, "strerror", None) or reason
+        reason = _line(getattr(reason, "strerror", None) or reason)
         where = "Another address: --url or KEEPALIVE_ADMIN_URL."
         raise _NoAnswer(f"no daemon at {address} ({reason}). Is it running? {where}") from error
     if not isinstance(document, dict) or holds not in document:
         raise _NoAnswer(f"what answers at {address} is not keepalive", final=True)
+    version = document.get("version", __version__)
+    if version != __version__:
+        _foreign[address] = _line(version)
     return document
 
 
@@ -634,7 +654,11 @@ def _refusal(error: urllib.error.HTTPError) -> str:
         reason = json.loads(error.read(REFUSAL_MAX))["error"]
     except (OSError, ValueError, TypeError, KeyError, http.client.HTTPException):
         reason = error.reason
-    return "".join(c if c.isprintable() else " " for c in str(reason))
+    return _line(reason)
+
+
+def _line(said: object) -> str:
+    return "".join(c if c.isprintable() else " " for c in str(said))
 
 
 def _ask(address: str, route: str = "/api/status", *, method: str = "GET") -> Any:

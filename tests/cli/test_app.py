@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -166,8 +167,9 @@ def test_a_daemon_that_does_not_run_is_a_sentence_and_3(nowhere: str) -> None:
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        ((200, b"<html>"), "no daemon at {url} ("),
-        ((200, b""), "no daemon at {url} ("),
+        ((200, b"<html>"), "what answers at {url} is not keepalive"),
+        ((200, b""), "what answers at {url} is not keepalive"),
+        ((200, b"[" * 100_000), "what answers at {url} is not keepalive"),
         ((200, b"[]"), "what answers at {url} is not keepalive"),
         ((200, {"models": None, "x": 1}) and (200, {"x": 1}), "what answers at {url} is not keepalive"),
         ((0, b""), "no daemon at {url} ("),
@@ -186,6 +188,23 @@ def test_whatever_else_answers_is_a_sentence_and_3(answer: Any, said: str) -> No
     assert (told.code, told.out) == (3, "")
     assert told.err.startswith(said.format(url=server.url))
     assert len(told.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("words", [["status"], ["wait"], ["warm", "a"], ["status", "--json"]])
+def test_what_a_daemon_of_another_version_says_and_nobody_understands_is_a_sentence_and_3(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = {"version": "9.9\n", "models": [{"key": "a", "state": "hibernating"}], "upstreams": []}
+    with answering(other) as server:
+        monkeypatch.setattr(cli, "_foreign", {})
+        monkeypatch.setattr(sys, "argv", ["keepalive", *words, "--url", server.url])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+
+    said = capsys.readouterr().err
+    assert ended.value.code == 3
+    assert said.startswith(f"the daemon at {server.url} is keepalive 9.9 , and this is {__version__}, which ")
+    assert len(said.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
