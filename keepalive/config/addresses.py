@@ -57,7 +57,7 @@ def read_address(value: object) -> Address:
 def read_host_name(value: str) -> str:
     if not _is_host(value):
         raise ValueError(f'{shown(value)} is no host name; write one such as "llm.example.org"')
-    return value.lower()
+    return value.lower().rstrip(".")  # as it is compared
 
 
 def read_url(value: str) -> str:
@@ -126,9 +126,12 @@ def read_origin(value: str) -> str:
 def _origin(text: str) -> str | None:
     """In the one spelling that browsers use; None where it is no origin."""
     found = _ORIGIN.fullmatch(text)
-    if found is None or not _is_host(found[2]) or not 0 < int(found[3] or 80) < 2**16:
+    if found is None or not 0 < int(found[3] or 80) < 2**16:
         return None
     scheme, host, port = found.groups()
+    # Programs with a browser inside call themselves what they like: `app://-`, `app://.`.
+    if not _is_host(host) and (scheme in _DEFAULT_PORTS or host.startswith("[")):
+        return None
     if host.startswith("["):
         host = f"[{ipaddress.IPv6Address(host[1:-1]).compressed}]"
     return f"{scheme}://{host}" + (

@@ -193,9 +193,7 @@ class Proxy:
 
     def _is_of_another_kind(self, model: ModelId, route: Route) -> bool:
         """Where that is known: LM Studio's listings tell it."""
-        view = self.keeping.view(model)
-        known = view.state != "unknown" and self.keeping.is_lm_studio(model.upstream)
-        return known and view.kind != route.kind
+        return self.keeping.is_lm_studio(model.upstream) and self.keeping.view(model).kind != route.kind
 
     async def _show(self, call: Call) -> None:
         """What no body names a model for."""

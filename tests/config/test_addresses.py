@@ -141,6 +141,9 @@ def test_keepalive_does_not_ask_itself_under_a_path_either() -> None:
             "vscode-webview://0n1qf7s5fl8tkq9v6a2c3d4e5f60n1qf7s5fl8tkq9v6a2c3d4e5",
         ),
         ("app://localhost:80", "app://localhost:80"),
+        ("app://-/", "app://-"),
+        ("app://.", "app://."),
+        ("capacitor-electron://-", "capacitor-electron://-"),
     ],
 )
 def test_an_origin_is_read_as_a_browser_sends_it(text: str, origin: str) -> None:
@@ -172,6 +175,8 @@ NULL = (
         ("htps://chat.example.org", 'is not scheme, host and port; write "https://chat.example.org"'),
         ("https://chat.example.org/app", 'is not scheme, host and port; write "https://chat.example.org"'),
         ("app://obsidian.md/index.html", 'is not scheme, host and port; write "app://obsidian.md"'),
+        ("app://[1]", 'is not scheme, host and port; write "https://chat.example.org"'),
+        ("https://-", 'is not scheme, host and port; write "https://chat.example.org"'),
         ("chrome-extension:abc", 'is not scheme, host and port; write "https://chat.example.org"'),
         ("https://chat.example.org:0", 'is not scheme, host and port; write "https://chat.example.org"'),
         ("", 'is not scheme, host and port; write "https://chat.example.org"'),

@@ -132,7 +132,7 @@ def test_a_model_on_several_upstreams_is_kept_on_each_in_the_order_of_the_file()
 def test_text_is_a_list_too_and_what_stands_twice_counts_once() -> None:
     found = parse(f"""
         [server]
-        allowed_hosts = "a.example, b.example"
+        allowed_hosts = "a.example, B.example."
         {MODEL}
         upstream = ["local", "local"]
     """)
