@@ -9,7 +9,9 @@ meanwhile. Several worlds run beside each other. What is judged, by LM Studio's 
   LM Studio never heard of it, within what docs/cluster.md says of that;
 - no stream breaks that has begun, but at the moment at which its model was lost or its daemon killed, or while that one
   was cut off from LM Studio;
-- no daemon that reaches LM Studio refuses anybody a model that is warm there;
+- nobody is refused, but by what could do that, at whoever it befell, and while it did: a daemon that is killed or ended
+  lets nobody in; one that is cut off from LM Studio cannot pass anything on; and without etcd, saying so, one refuses what
+  is lost, and never what is warm there;
 - no daemon spins.
 
 Without root there are no other machines, and nothing is cut. A world in which a judge says no leaves its logs behind,
@@ -34,6 +36,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count
+from math import inf
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -59,8 +62,6 @@ BELIEVED = 2 * LOAD + 45.0
 WORDS, WORD_SECONDS = 20, 0.2
 # Of one processor, over a life of at least ten seconds.
 SPINS = 0.6
-# Until a daemon has seen that what was away is back.
-SETTLED = 20.0
 # How soon a caller has seen that what answered it is gone; no two clocks are compared.
 SEEN = 2.0
 
@@ -99,20 +100,39 @@ class Stream:
     words: int = 0
     whole: bool = False
     said: str = ""
+    shut: bool = False
+    error: str = ""
+
+    def failed(self) -> str:
+        """How."""
+        if self.shut:
+            return NOT_LET_IN
+        if self.words or (self.status == 200 and not self.said):
+            return BROKEN
+        if self.status == 0:
+            return UNANSWERED
+        return WITHOUT_ETCD if ENGINE in self.said else REFUSED
 
 
-@dataclass(frozen=True)
+# How a request may fail: an answer breaks, nobody listens, the connection ends before an answer, and the answer is no.
+BROKEN, NOT_LET_IN, UNANSWERED, REFUSED = "broken", "not let in", "unanswered", "refused"
+WITHOUT_ETCD = "refused for want of etcd"
+ENGINE = "nothing is loaded or unloaded, because"
+
+
+@dataclass
 class Blow:
-    """What ends the streams that it befalls: all of a daemon, or all of a model; None: of whichever."""
+    """What makes requests fail that it befalls: all of a daemon, or all of a model; None: of whichever."""
 
     what: str
+    fails: tuple[str, ...]  # in which ways
     began: float
-    ended: float
+    ended: float = inf
     daemon: str | None = None
     model: str | None = None
 
-    def ends(self, stream: Stream, model: str) -> bool:
-        """Whether that one could break by this, when it did; `model` is what answered it."""
+    def befell(self, stream: Stream, model: str) -> bool:
+        """Whether that one could fail by this when it did; `model` is what answered it."""
         return (
             self.daemon in (None, stream.daemon)
             and self.model in (None, model)
@@ -170,9 +190,8 @@ class World:
         self.born: dict[str, float] = {}
         self.over = threading.Event()
         self.blows: list[Blow] = []
-        # From when until when nobody need be answered there.
-        self.unwell: dict[str, list[tuple[float, float]]] = {name: [] for name in NAMES}
-        self.lost: dict[str, list[float]] = {key: [] for key in MODELS}
+        # What is missing from when until all is well again.
+        self.lost: list[Blow] = []
         self.streams: list[Stream] = []
         self.events: list[dict[str, Any]] = []
         self.seen = 0
@@ -183,7 +202,7 @@ class World:
     def run(self, go_on: Callable[[], bool]) -> None:
         with contextlib.ExitStack() as stack:
             self._make(stack)
-            for n in range(len(NAMES)):
+            for n in range(2 * len(NAMES)):
                 thread = threading.Thread(target=self.traffic, args=(n,), daemon=True)
                 thread.start()
                 stack.callback(thread.join, 30)
@@ -308,7 +327,9 @@ class World:
                 self.all_lost()
                 ask(f"{self.lm_studio.url}/simulator/restart", "POST", {"down_seconds": seconds})
         done = time.monotonic()
-        here = NAMES if kind.startswith("LM Studio") else (name,) if "etcd" not in kind else ()
+        if "etcd" in kind or kind == "cut off from both":
+            here = name if kind in CUTS else None
+            self.blows.append(Blow(kind, (WITHOUT_ETCD,), began, daemon=here))  # until all is well again
         yield
         match kind:
             case "killed" | "ended":
@@ -333,33 +354,38 @@ class World:
                 there.sees_all()
             case "LM Studio restarted":
                 wait(lambda: got(f"{self.lm_studio.url}/simulator/state"), 60.0)
-                self.all_lost()
         now = time.monotonic()
-        for one in here:
-            self.unwell[one].append((began, now + SETTLED))
         if kind == "LM Studio restarted":
-            self.blows.append(Blow(kind, began, done))
+            self.blows.append(Blow(kind, (BROKEN, REFUSED), began, done))
         elif kind == "killed":
-            self.blows.append(Blow(kind, began, done, name))
-        elif kind in CUTS and here:
+            self.blows.append(Blow(kind, (BROKEN, UNANSWERED), began, done, name))
+            self.blows.append(Blow(kind, (NOT_LET_IN,), began, now, name))
+        elif kind == "ended":
+            self.blows.append(Blow(kind, (NOT_LET_IN, REFUSED), began, now, name))
+        elif kind in CUTS and not kind.endswith("etcd"):
             # What was not received is sent again after as long again at the latest, and may be refused then.
-            self.blows.append(Blow(kind, began, now + (now - began), name))
+            self.blows.append(Blow(kind, (BROKEN, REFUSED), began, now + (now - began), name))
         elif kind == "stopped and woken":
             # What was lost meanwhile is seen when it wakes.
             late = [blow for blow in self.blows if blow.model and blow.ended + SEEN >= began]
             self.blows += [replace(blow, ended=now, daemon=name) for blow in late]
 
     def all_lost(self) -> None:
-        for key in MODELS:
-            self.lost[key].append(time.monotonic())
+        self.lost += [Blow("a model lost", (), time.monotonic(), model=key) for key in MODELS]
 
     def lose(self, key: str) -> None:
         began = time.monotonic()
-        self.lost[key].append(began)
+        self.lost.append(Blow("a model lost", (), began, model=key))
         # It may not be there to be lost, nor LM Studio to lose it.
         with contextlib.suppress(OSError):
             ask(f"{self.lm_studio.url}/simulator/evict", "POST", {"model": key})
-        self.blows.append(Blow("a model lost", began, time.monotonic(), model=key))
+        self.blows.append(Blow("a model lost", (BROKEN, REFUSED), began, time.monotonic(), model=key))
+
+    def is_well(self) -> None:
+        now = time.monotonic()
+        for blow in (*self.blows, *self.lost):
+            if blow.ended == inf:
+                blow.ended = now
 
     def held_by(self) -> tuple[str, str]:
         """Who acts, and of which life, as etcd has it."""
@@ -373,25 +399,29 @@ class World:
 
     # --- who judges ---------------------------------------------------------------------------------
 
-    def warm(self) -> bool:
+    def well(self) -> bool:
+        """Whether all is warm at every daemon, and each of them sees what it is to see."""
         for process in self.daemons.values():
             status = got(f"{process.url}/api/status")
             if status is None or not all(m["state"] == "warm" for m in status["models"]):
+                return False
+            if not status["cluster"]["engine"]["up"] or any(u["state"] != "up" for u in status["upstreams"]):
                 return False
         return True
 
     def recovers(self, what: str, since: float, within: float = WITHIN) -> float:
         """In how many seconds all is warm again."""
         within *= self.factor
-        if not wait(self.warm, within):
+        if not wait(self.well, within):
             believed = self.believed()
             self.tally.late.append(
                 f"world {self.number}: {what}{', a load is believed in' if believed else ''}"
             )
-            if not believed or not wait(self.warm, BELIEVED * self.factor):
+            if not believed or not wait(self.well, BELIEVED * self.factor):
                 shown = {name: got(f"{one.url}/api/status") for name, one in self.daemons.items()}
                 (self.folder / "status.json").write_text(json.dumps(shown, indent=1))
-                raise Wrong(f"{what}: not warm within {time.monotonic() - since:.0f} s")
+                raise Wrong(f"{what}: not well within {time.monotonic() - since:.0f} s")
+        self.is_well()
         return time.monotonic() - since
 
     def believed(self) -> bool:
@@ -426,21 +456,17 @@ class World:
         if stream.whole:
             self.tally.add(answers_whole=1)
             return
-        first, last = stream.began - 0.2, stream.ended + 0.2
-        lost = any(first - SETTLED <= at <= last for at in self.lost[stream.model])
-        unwell = any(began <= last and first <= ended for began, ended in self.unwell[stream.daemon])
-        if stream.words:
-            # Somebody was being answered, by another model where his own was gone: LM Studio does that.
-            answering = MODELS if lost else (stream.model,)
-            blow = next((b for b in self.blows for model in answering if b.ends(stream, model)), None)
-            if blow is None:
-                raise Wrong(f"{what}: a stream broke that nothing had befallen: {stream}; {self.blows[-5:]}")
-            self.tally.add(**{f"streams broken by: {blow.what}": 1})
-        elif unwell or lost or stream.began < self.born[stream.daemon] + SETTLED:
-            why = "daemon was unwell" if unwell else "model was lost" if lost else "daemon had just begun"
-            self.tally.add(**{f"requests not answered, whose {why}": 1})
-        else:
-            raise Wrong(f"{what}: a warm model was refused: {stream}")
+        how = stream.failed()
+        lost = any(blow.befell(stream, stream.model) for blow in self.lost)
+        # Where his own was gone, LM Studio may have answered by another one.
+        answering = MODELS if lost else (stream.model,)
+        could = [b for b in self.blows if how in b.fails]
+        blow = next((b for b in could for model in answering if b.befell(stream, model)), None)
+        if blow is None or (how == WITHOUT_ETCD and not lost):
+            raise Wrong(
+                f"{what}: {how}, and nothing had befallen it: {stream}; {self.blows[-8:]}; {self.lost[-4:]}"
+            )
+        self.tally.add(**{f"{how} by: {blow.what}": 1})
 
     def spins(self, name: str) -> None:
         process, lived = self.daemons[name].process, time.monotonic() - self.born[name]
@@ -455,22 +481,24 @@ class World:
     def traffic(self, n: int) -> None:
         chance = random.Random(n)
         while not self.over.is_set():
-            stream = Stream(NAMES[n], chance.choice(MODELS), time.monotonic())
-            if (daemon := self.daemons.get(NAMES[n])) is not None and daemon.process.poll() is None:
-                with contextlib.suppress(OSError, http.client.HTTPException):
-                    self.call(stream)
-                stream.ended = time.monotonic()
-                # Who was not even let in has asked nobody.
-                if stream.status or stream.ended - stream.began > 1.0:
-                    self.streams.append(stream)
+            name = NAMES[n % len(NAMES)]
+            stream = Stream(name, chance.choice(MODELS), time.monotonic())
+            try:
+                self.call(stream, WORDS if n < len(NAMES) else 1)
+            except ConnectionRefusedError:
+                stream.shut = True
+            except (OSError, http.client.HTTPException) as error:
+                stream.error = repr(error)
+            stream.ended = time.monotonic()
+            self.streams.append(stream)
             self.over.wait(0.3)
 
-    def call(self, stream: Stream) -> None:
+    def call(self, stream: Stream, words: int) -> None:
         connection = http.client.HTTPConnection(urlsplit(self.urls[stream.daemon]).netloc, timeout=90.0)
         body = {
             "model": stream.model,
             "messages": [{"role": "user", "content": "x"}],
-            "max_tokens": WORDS,
+            "max_tokens": words,
             "stream": True,
         }
         with contextlib.closing(connection):
@@ -479,6 +507,8 @@ class World:
             stream.status = answer.status
             while line := answer.readline():
                 text = line.decode()
+                if stream.status != 200:
+                    stream.said += text[:300]
                 stream.words += '"content"' in text
                 if '"error"' in text:
                     stream.said = text[:300]
