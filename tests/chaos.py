@@ -10,8 +10,8 @@ meanwhile. Several worlds run beside each other. What is judged, by LM Studio's 
 - no stream breaks that has begun, but at the moment at which its model was lost or its daemon killed, or while that one
   was cut off from LM Studio;
 - nobody is refused, but by what could do that, at whoever it befell, and while it did: a daemon that is killed or ended
-  lets nobody in; one that is cut off from LM Studio cannot pass anything on; and without etcd, saying so, one refuses what
-  is lost, and never what is warm there;
+  lets nobody in; one that is cut off from LM Studio cannot pass anything on; and without etcd one refuses what is lost,
+  saying so, and never what is warm there;
 - no daemon spins.
 
 Without root there are no other machines, and nothing is cut. A world in which a judge says no leaves its logs behind,
@@ -62,7 +62,7 @@ BELIEVED = 2 * LOAD + 45.0
 WORDS, WORD_SECONDS = 20, 0.2
 # Of one processor, over a life of at least ten seconds.
 SPINS = 0.6
-# How soon a caller has seen that what answered it is gone; no two clocks are compared.
+# How soon a caller, or a daemon that passes him on, has seen that what answered is gone; no two clocks are compared.
 SEEN = 2.0
 
 KINDS = {
@@ -136,7 +136,8 @@ class Blow:
         return (
             self.daemon in (None, stream.daemon)
             and self.model in (None, model)
-            and stream.began <= self.ended
+            # An answer had begun by then; who came a moment later is refused by it, too.
+            and stream.began <= self.ended + (0.0 if stream.failed() == BROKEN else SEEN)
             and self.began <= stream.ended <= self.ended + SEEN
         )
 

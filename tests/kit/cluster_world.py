@@ -965,7 +965,7 @@ class ClusterWorld(World):
             await asyncio.sleep(seconds)
             self.record(WarmAsked, model)
             if not all(way.was(began) for way in ways):
-                # Of two words that no other could be told of at once the one counts that etcd has last: he says it again.
+                # Of two words of which no other could be told at once the one counts that etcd has last. So: once more.
                 while any(way.troubles for way in ways):
                     await asyncio.sleep(1.0)
                 await asyncio.sleep(2 * self.ttl)
