@@ -82,6 +82,12 @@ KINDS = {
     "all of etcd emptied": 1,
     "LM Studio restarted": 1,
 }
+# Somebody, or everybody, is without etcd.
+ALONE = {
+    kind
+    for kind in KINDS
+    if kind.endswith(("from etcd", "of etcd", "both")) or kind.startswith("all of etcd")
+}
 CUTS = {kind for kind in KINDS if kind.startswith(("cut", "hears"))}
 DURING = ("at rest", "at rest", "a model lost before", "a model lost after", "a model lost at its end")
 
@@ -263,6 +269,8 @@ class World:
         seconds = self.chance.choice((0.1, TTL / 2, 1.5 * TTL, 1.5 * TTL, 1.5 * TTL, 2.5 * TTL))
         if kind.endswith("LM Studio") and self.chance.random() < 0.5:
             seconds = 25.0  # whoever does not see it lets go
+        elif kind in ALONE and self.chance.random() < 0.4:
+            seconds = 5 * TTL  # whoever waits is sent away
         self.forgive()
         what = f"{name}{' (acts)' if name == holder else ''} {kind} for {seconds:.1f} s, {during}"
         lost = self.chance.choice(MODELS)

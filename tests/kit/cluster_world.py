@@ -475,6 +475,8 @@ class Member(Process):
         self.replayable = False
         if not any(keep.policy.auto for keep in self.world.keeps):
             # As if its servers were elsewhere from now on. What is loaded is anybody's then, and would not be let go.
+            for client in self.clients:
+                client.is_replaced()
             self.clients = self.make_clients()
         self.cluster.kept(keep.model for keep in self.world.keeps)
         self.closing += self.keeper.configure(self.servers(), self.keeps())

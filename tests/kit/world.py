@@ -250,14 +250,25 @@ class SeenClient(Client):
             acts=acts,
         )
         self.site, self.life = site, life
+        self.loads_under_way: Counter[str] = Counter()
 
     async def load(self, key: str, fields: Any, **more: Any) -> Any:
-        judge = self.site.judge
-        judge.load_begins(self.site, self.life, key)
+        self.site.judge.load_begins(self.site, self.life, key)
+        self.loads_under_way[key] += 1
         try:
             return await super().load(key, fields, **more)
         finally:
-            judge.load_ends(self.site, self.life, key)
+            self._load_ends(key)
+
+    def is_replaced(self) -> None:
+        """By another one, as of another server: nobody waits for what this one has asked."""
+        for key in list(self.loads_under_way.elements()):
+            self._load_ends(key)
+
+    def _load_ends(self, key: str) -> None:
+        if self.loads_under_way[key]:
+            self.loads_under_way[key] -= 1
+            self.site.judge.load_ends(self.site, self.life, key)
 
 
 @dataclass
