@@ -6,6 +6,7 @@ import functools
 import hashlib
 import hmac
 import ipaddress
+import re
 import socket
 from collections.abc import Sequence
 from typing import Final
@@ -13,6 +14,9 @@ from typing import Final
 from keepalive.core.callers import Key
 from keepalive.http1 import RequestHead, host_of
 from keepalive.proxy.settings import Settings
+
+# What a container or a virtual machine calls the machine that it runs on: `host.docker.internal`.
+_OUTSIDE: Final = re.compile(r"(?:host|gateway)\.[a-z0-9-]+\.internal")
 
 Refused = tuple[int, str, str]  # status, message and code
 
@@ -46,6 +50,9 @@ def _is_expected(host: str, settings: Settings) -> bool:
     """A name that no stranger can have pointed at this listener."""
     # Names below `localhost` are this machine by definition: nobody can own one.
     if host == "localhost" or host.endswith(".localhost"):
+        return True
+    # Nor can anybody register one below `.internal`.
+    if host.endswith(".internal") and _OUTSIDE.fullmatch(host):
         return True
     if host in settings.allowed_hosts or _is_address(host):
         return True
