@@ -92,6 +92,8 @@ from keepalive.core.upstreams import apply_upstream
 UNLOAD_TIMEOUT = 60.0
 # Names are the callers', who may make up any number of them.
 MEANINGS_REMEMBERED = 256
+# What stands in front of a server says these when that is too busy, or does not answer in time: no verdict on a model.
+_TOO_BUSY = (408, 425, 429, 504)
 # llama.cpp says of a template with 500 what LM Studio says of it with 400.
 _TEMPLATE = re.compile(r"jinja|raise_exception", re.IGNORECASE)
 # What is kept of its own accord once it is asked for, where the config says so.
@@ -1041,6 +1043,8 @@ def _what_came_of_it(
     """The outcome of a ping, or of an opening, that was not answered as it should be, and what kind of error it is."""
     match error:
         case TimedOut():
+            return "timeout", None
+        case Refused(reason=Reason.OTHER) | Unexpected() if error.status in _TOO_BUSY:
             return "timeout", None
         case Refused():
             return ("refused", None) if _refuses_the_request(error, tier) else ("error", error.reason)

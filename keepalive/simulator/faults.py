@@ -184,6 +184,8 @@ FAULTS: Mapping[str, Fault] = {fault.name: fault for fault in (
           choices=("no", "plain", "list")),
     Fault("content_refused_status", 400,
           "the status for that; with 500 in the words of llama.cpp"),
+    Fault("turned_away", 0,
+          "with this status something in front turns away every request for an answer (429, 504); 0: none"),
     Fault("needs_image", False,
           "a request without an image is refused (400)"),
     Fault("answer", "ok",

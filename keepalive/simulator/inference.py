@@ -105,6 +105,8 @@ def _went_before(call: Call) -> Stored | None:
 
 def _check_content(call: Call, model: SimModel) -> None:
     """What the model's template makes of the messages, and what the model cannot be asked without."""
+    if status := int(call.number("turned_away")):
+        raise openai_error(status, "Too many requests", code=None)
     kinds = {"plain" if isinstance(content, str) else "list" for content in contents(call.payload)}
     how = call.word("content_refused")
     if how in kinds:

@@ -532,6 +532,26 @@ def test_a_model_is_pinged_with_what_its_kind_or_its_owner_says(
     assert routes == ["load", route, route, route]
 
 
+@pytest.mark.parametrize("status", [429, 504])
+@pytest.mark.parametrize("tier", ["v1", "v0"])
+def test_a_ping_that_something_in_front_turns_away_is_no_verdict_on_the_model(tier: str, status: int):
+    async def go(judge: Judge) -> Model:
+        site = a_site(judge, "local", SimModel("a", load_seconds=5.0), tier=tier)
+        world = a_world(site)
+        world.start()
+        await warm(world, 120)
+        site.studio.set_faults({"turned_away": status})
+        await asyncio.sleep(1000)
+        kept = model(world, "a")
+        await world.kill()
+        return kept
+
+    kept = virtually(go)
+
+    assert (kept.state, kept.last_ping.outcome) == (State.WARM, PingOutcome.TIMEOUT)
+    assert kept.reason is not None
+
+
 @pytest.mark.parametrize(("tier", "written"), [("v1", None), ("v0", None), ("openai", "a")])
 def test_a_key_in_other_letters_is_written_as_it_is_where_that_counts(tier: str, written: str | None):
     async def go(judge: Judge) -> str | None:
