@@ -414,6 +414,7 @@ class Upstream:
     tier: Tier | None = None
     error: str | None = None
     failures: int = 0
+    silent_since: float | None = None  # from then on it has answered nothing, and not said that it is gone
     listing: bool = False  # one is under way
     tried_at: float = -inf  # when the newest one began
     asked: float = -inf

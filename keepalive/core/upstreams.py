@@ -63,7 +63,7 @@ def apply_upstream(upstream: Upstream, fact: Fact) -> Upstream:
             return _upstream_failed(upstream, fact)
         case ClockJumped():
             # Whatever we knew is as old as the machine slept: look before anything else is decided.
-            return replace(upstream, answered_at=-inf, due_at=-inf)
+            return replace(upstream, answered_at=-inf, due_at=-inf, silent_since=None)
         case HandTaken():
             return replace(upstream, acts=True, answered_at=-inf, due_at=-inf)
         case HandLost():
@@ -109,6 +109,7 @@ def _upstream_listed(upstream: Upstream, fact: Listed) -> Upstream:
         tier=fact.tier,
         error=None,
         failures=0,
+        silent_since=None,
         asked=fact.asked,
         answered_at=fact.at,
         due_at=fact.at + upstream.refresh_interval,
@@ -133,6 +134,9 @@ def _upstream_failed(upstream: Upstream, fact: ListingFailed) -> Upstream:
     elif fact.trouble is Trouble.TIMEOUT and upstream.state is UpstreamState.UP:
         # A busy server answers late. One late answer is no outage.
         state = UpstreamState.DOWN if failures >= DOWN_AFTER_TIMEOUTS else UpstreamState.UP
+    silent_since = None
+    if fact.trouble in (Trouble.TIMEOUT, Trouble.UNREACHABLE):
+        silent_since = fact.asked if upstream.silent_since is None else upstream.silent_since
     sdk = upstream.sight.sdk
     if fact.trouble in (Trouble.REFUSED, Trouble.UNREACHABLE) and sdk is Sdk.UP:
         sdk = Sdk.ABSENT
@@ -143,6 +147,7 @@ def _upstream_failed(upstream: Upstream, fact: ListingFailed) -> Upstream:
         since=fact.at if state is not upstream.state else upstream.since,
         error=fact.message,
         failures=failures,
+        silent_since=silent_since,
         sight=replace(upstream.sight, sdk=sdk),
         answered_at=-inf,
         # From try to try: a time-out of its own does not make them rarer.

@@ -422,6 +422,20 @@ class Call:
         self.lost(silence.why)  # a model that does so has to prove that it answers
         return True
 
+    def unheard(self, upstream: str, silent: float) -> str | None:
+        """Why nothing will come of it any more; `upstream` has been silent for so long, in all that it is asked.
+
+        A long prompt may be read for as long as it takes, but not by somebody who does not answer anything.
+        """
+        model, silence = self.account.model, self.answer.silence
+        if model is None or model.upstream != upstream or not self._forwarded:
+            return None
+        timeout = self._owner.keeping.view(model).stall_timeout
+        begun = (silence is not None and silence.begun) or self.passed_bytes()
+        if timeout is None or begun or min(silent, self.account.now() - self.account.sent_at) < timeout:
+            return None
+        return f"LM Studio has answered nothing at all for {timeout:g} s"
+
     def end(self) -> None:
         """The request is over, however it went."""
         if self._patience is not None:

@@ -75,6 +75,7 @@ class Proxy:
         self.tunnels: set[SdkCalls] = set()
         self._draining = False
         self._homes = Homes()
+        self._given_up: dict[Call, str] = {}
 
     def configure(self, settings: Settings) -> None:
         """New settings for the requests that come from now on; those under way keep what they began with."""
@@ -105,6 +106,9 @@ class Proxy:
                 call.account.outcome, call.account.status = Outcome.REJECTED, caller.refused.status
             elif self.stopping is not None:
                 call.answer.fail(503, self.stopping, "shutting_down", retry_after=5)
+                return
+            elif call in self._given_up:
+                call.answer.stalled(self._given_up.pop(call))
                 return
             else:
                 call.account.outcome = Outcome.TIMEOUT  # of whoever asked in the name of a caller
@@ -400,6 +404,15 @@ class Proxy:
         grant = cors.granted(head, self.settings.allowed_origins)
         body = error_body(route, status, message, refusal_code(status))
         return [(b"Content-Type", b"application/json"), *NO_STORE, *grant], body
+
+    def give_up(self, upstream: str, silent: float) -> None:
+        """Ends the requests that wait for a first byte of an upstream which has been silent for so long."""
+        self._given_up = {call: why for call, why in self._given_up.items() if call in self.calls}
+        for call in self.calls - self._given_up.keys():
+            why = call.unheard(upstream, silent)
+            if why is not None:
+                self._given_up[call] = why
+                call.caller.cancel()
 
     def drain(self) -> None:
         """Ends the connections of SDKs on which nothing is under way, and the others when that is over."""

@@ -498,6 +498,7 @@ class Daemon:
                 self._open[model] = is_open
                 self.keeper.record((WindowOpened if is_open else WindowClosed)(self._clock(), model))
         self.keeper.tick()
+        self._front.tick()
         self._notify.tick(self._clock())
 
     def _told(self, event: str, fields: Mapping[str, object]) -> None:

@@ -22,7 +22,7 @@ from keepalive.core.explain import eta
 from keepalive.core.facts import ModelFact, ModelId, OpeningRead, PrimedAnswered, UpstreamFact, WarmAsked
 from keepalive.core.keeping import View
 from keepalive.core.names import Meaning
-from keepalive.core.records import Model
+from keepalive.core.records import Model, UpstreamState
 from keepalive.core.states import State
 from keepalive.http1 import Exchange, Headers, Limits, Listener, RequestHead, bind, serve
 from keepalive.keeper.keeper import Keeper
@@ -161,6 +161,13 @@ class Front:
         if self._listener is not None:
             await self._listener.close()
         await self._proxy.close()
+
+    def tick(self) -> None:
+        """A second has passed: nobody waits for the first word of a server that has long not answered anything."""
+        now = self._clock()
+        for upstream in self._keeper.snapshot().upstreams:
+            if upstream.silent_since is not None and upstream.state is UpstreamState.DOWN:
+                self._proxy.give_up(upstream.name, now - upstream.silent_since)
 
     def silences(self) -> Mapping[ModelId | None, float]:
         """See `Proxy.silences`."""

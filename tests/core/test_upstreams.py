@@ -147,6 +147,23 @@ def test_one_late_answer_is_no_outage_and_three_are():
     assert states == [UpstreamState.UP, UpstreamState.UP, UpstreamState.DOWN]
 
 
+def test_it_has_been_silent_since_it_was_first_asked_in_vain_and_says_nothing_else():
+    upstream = apply_upstream(Upstream("local"), listed(1, entry("gemma")))
+    for at, trouble in ((20, Trouble.TIMEOUT), (40, Trouble.UNREACHABLE), (60, Trouble.TIMEOUT)):
+        upstream = apply_upstream(upstream, failed(at, trouble))
+
+    assert upstream.silent_since == 19.99
+    for heard in (
+        listed(80),
+        failed(80, Trouble.REFUSED),
+        failed(80, Trouble.BAD_ANSWER),
+        failed(80, Trouble.LOADING),
+        failed(80, Trouble.UNAUTHORIZED),
+        ClockJumped(80, "local", 60.0),  # it may be we who were away
+    ):
+        assert apply_upstream(upstream, heard).silent_since is None
+
+
 def test_a_clock_jump_makes_the_next_plan_look_first():
     state = Box(warm()).see(listed(20, entry("gemma", "gemma")), ClockJumped(20.5, "local", 86400.0))
 

@@ -310,3 +310,53 @@ async def test_a_tunnel_may_be_silent_for_ever():
         writer.close()
 
         assert got.endswith(b"hellostill here")
+
+
+@pytest.mark.parametrize("streams", [True, False])
+@pytest.mark.parametrize("said", [b"", SSE_HEAD])
+async def test_a_first_word_is_not_waited_for_where_nothing_else_is_answered_either(said, streams):
+    left, keep = [], warm()
+    async with fronted(falls_silent(said, left=left), keep=keep, heartbeat=5.0) as (front, _):
+        asking = asyncio.create_task(ask(front.port, chat(stream=streams)))
+        await asyncio.sleep(61)
+        for upstream, silent in (("other", LONG), ("local", 59.9)):
+            front.proxy.give_up(upstream, silent)
+        await asyncio.sleep(5)
+        assert not asking.done()
+        front.proxy.give_up("local", 60.0)
+        front.proxy.give_up("local", 61.0)
+        status, _, body = await asking
+        seen = await front.last()
+
+        assert b"LM Studio has answered nothing at all for 60 s" in body
+        assert b'"code":"stalled"' in body
+        assert (status, seen.outcome) == (200 if streams or said else 504, "stalled")
+        assert left
+        assert [ended.answered for ended in facts(keep, RequestEnded)] == [False]
+
+
+async def drips(asking):
+    await asking.send(SSE_HEAD)
+    for _ in range(5):
+        await asking.send(chunk(delta("Hel")))
+        await asyncio.sleep(20)
+    await asking.send(chunk(STOP) + chunk(DONE) + b"0\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    ("bound", "script", "waits"),
+    [(60.0, falls_silent(b""), 30), (None, falls_silent(b""), 90), (60.0, drips, 90)],
+)
+async def test_who_has_just_come_who_may_wait_for_ever_and_who_is_answered_are_not_given_up(
+    bound, script, waits
+):
+    async with fronted(script, keep=warm(bound), heartbeat=5.0) as (front, _):
+        _, writer = await asyncio.open_connection("127.0.0.1", front.port)
+        writer.write(chat())
+        await asyncio.sleep(waits)
+        front.proxy.give_up("local", LONG)
+        await asyncio.sleep(1)
+
+        assert front.proxy.in_progress == 1
+        writer.close()
+        await writer.wait_closed()
