@@ -652,6 +652,12 @@ async def test_u23_without_a_length_a_reset_is_a_cut():
     [
         (refusal("prompt is longer than the context length"), "prompt is longer than the context length"),
         (refusal("prompt is too long", packed=True), "prompt is too long"),
+        (
+            ok(
+                b'event: error\ndata: {"error":"no such field"}\n\n', b"Content-Type: text/event-stream"
+            ).replace(b"200 OK", b"400 Bad Request"),
+            "no such field",
+        ),
         (ok(b'{"error":{"message":"no such thing"}}'), "no such thing"),
         (
             ok(b'{"choices":[]}', b"Content-Type: application/json"),
