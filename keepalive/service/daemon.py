@@ -34,7 +34,8 @@ from keepalive.core.records import Policy, UpstreamState
 from keepalive.core.states import State
 from keepalive.http1 import bind
 from keepalive.http1.vanished import notice_vanished, socket_options
-from keepalive.keeper.keeper import Alone, Keep, Keeper, Server
+from keepalive.keeper.given import Alone, Keep, Server
+from keepalive.keeper.keeper import Keeper
 from keepalive.keeper.ledger import Ledger
 from keepalive.keeper.schedule import Schedule
 from keepalive.lmstudio.client import Client
@@ -247,15 +248,15 @@ class Daemon:
         return [status.state(model) for model in self.keeper.snapshot().models]
 
     def find(self, name: str) -> tuple[ModelId, ...]:
-        return self.keeper.find(name)
+        return self.keeper.meanings.find(name)
 
     async def meant(self, name: str) -> tuple[ModelId, ...]:
-        return await self.keeper.meant(
+        return await self.keeper.meanings.meant(
             name, max(upstream.list_timeout for upstream in self._config.upstreams)
         )
 
     def offered(self) -> list[str]:
-        return self.keeper.offered()
+        return self.keeper.meanings.offered()
 
     def metrics(self, accept: str) -> tuple[bytes, str]:
         self._scraped = self._wall()
@@ -271,7 +272,7 @@ class Daemon:
 
     def requests(self) -> Mapping[str, Any]:
         # Whoever has not written a config yet may want to pin what is in memory, whoever has loaded it.
-        loaded = self.keeper.loaded() if self._path is None else ()
+        loaded = self.keeper.meanings.loaded() if self._path is None else ()
         unnamed = self._recent.unnamed(self._kept, self._adopted, loaded)
         return status.requests_document(self._recent.requests(), unnamed)
 

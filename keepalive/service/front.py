@@ -112,7 +112,7 @@ class Front:
         self._proxy.configure(self._settings(settings, tokens, known))
         self._prompts.settings = prompts.Settings(
             settings.prompts,
-            self._keeper.offered,
+            self._keeper.meanings.offered,
             heartbeat=settings.server.heartbeat,
             body_bytes=min(prompts.BODY_BYTES, settings.server.max_body),
             allowed_origins=frozenset(settings.server.allowed_origins),
@@ -176,21 +176,21 @@ class Front:
     # --- what the proxy asks ------------------------------------------------------------------------
 
     def find(self, name: str) -> Sequence[ModelId]:
-        return self._keeper.find(name)
+        return self._keeper.meanings.find(name)
 
     async def meant(self, name: str) -> Sequence[ModelId]:
-        return await self._keeper.meant(name, self._list_timeout)
+        return await self._keeper.meanings.meant(name, self._list_timeout)
 
     def take_up(self, name: str) -> None:
-        self._keeper.take_up(name)
+        self._keeper.meanings.take_up(name)
 
     def offered(self) -> Collection[str]:
-        return self._keeper.offered()
+        return self._keeper.meanings.offered()
 
     async def meaning(self, name: str | None, *, default: bool = True) -> Meaning:
-        meaning = await self._keeper.meaning(name, self._list_timeout, default=default)
+        meaning = await self._keeper.meanings.meaning(name, self._list_timeout, default=default)
         if default and name and meaning.known and not meaning.models:
-            key = self._keeper.listed_as(meaning.upstream, name)
+            key = self._keeper.meanings.listed_as(meaning.upstream, name)
             if key is not None:
                 self._recent.passed(ModelId(meaning.upstream, key))
         return meaning
@@ -202,7 +202,7 @@ class Front:
         return self._keeper.is_lm_studio(upstream)
 
     def rows(self, upstream: str) -> Mapping[str, Sequence[str]]:
-        return self._keeper.rows(upstream)
+        return self._keeper.meanings.rows(upstream)
 
     def view(self, model: ModelId) -> View:
         known = self._keeper.glance(model)
@@ -253,10 +253,10 @@ class Front:
         return None if left is None else max(0.0, left - (now - at))
 
     def ready(self, models: Sequence[ModelId]) -> ModelId | None:
-        return self._keeper.ready(models)
+        return self._keeper.waiting.ready(models)
 
     async def ensure_warm(self, models: Sequence[ModelId]) -> ModelId:
-        return await self._keeper.ensure_warm(models)
+        return await self._keeper.waiting.ensure_warm(models)
 
     def record(self, fact: ModelFact | UpstreamFact) -> None:
         self._keeper.record(fact)

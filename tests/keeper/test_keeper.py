@@ -56,8 +56,9 @@ from keepalive.core.facts import (
 )
 from keepalive.core.records import Cause, Eviction, Model, Pending, Policy, Upstream, UpstreamState
 from keepalive.core.states import IllegalMove, State
-from keepalive.keeper import keeper as keeping
-from keepalive.keeper.keeper import Keep, Keeper, Server
+from keepalive.keeper import errands
+from keepalive.keeper.given import Keep, Server
+from keepalive.keeper.keeper import Keeper
 from keepalive.lmstudio.client import Client
 from keepalive.simulator.models import SimModel
 from keepalive.simulator.studio import Studio
@@ -453,7 +454,7 @@ def test_a_server_that_says_that_it_loads_is_loading_for_those_who_wait_and_warm
         life = world.life
         assert life is not None
         kept, upstream = model(world, "a"), life.keeper.snapshot().upstreams[0]
-        waiting = asyncio.ensure_future(life.keeper.ensure_warm([kept.id]))
+        waiting = asyncio.ensure_future(life.keeper.waiting.ensure_warm([kept.id]))
         await asyncio.sleep(100)
         site.studio.set_faults({"loading_503": "no"})
         began = loop.time()
@@ -558,8 +559,8 @@ def test_a_key_in_other_letters_is_written_as_it_is_where_that_counts(tier: str,
         world = a_world(a_site(judge, "local", SimModel("a", load_seconds=5.0), tier=tier))
         life = world.start()
         await warm(world, 120)
-        meaning = await life.keeper.meaning("A", 1.0)
-        same = await life.keeper.meaning("a", 1.0)
+        meaning = await life.keeper.meanings.meaning("A", 1.0)
+        same = await life.keeper.meanings.meaning("a", 1.0)
         await world.kill()
         assert same.written(same.models[0]) is None
         return meaning.written(meaning.models[0])
@@ -957,12 +958,12 @@ async def settled(task: asyncio.Future[Any]) -> bool:
 def test_a_name_means_a_kept_key_in_any_case_or_a_numbered_copy_of_one():
     still = Still("Acme/Gemma", "qwen:2")
 
-    assert still.keeper.find("acme/GEMMA") == (ModelId("local", "Acme/Gemma"),)
-    assert still.keeper.find("acme/gemma:3") == (ModelId("local", "Acme/Gemma"),)
-    assert still.keeper.find("qwen:2") == (ModelId("local", "qwen:2"),)
-    assert still.keeper.find("qwen:2:1") == (ModelId("local", "qwen:2"),)
-    assert still.keeper.find("qwen") == ()
-    assert still.keeper.find("acme/gemma:q4") == ()
+    assert still.keeper.meanings.find("acme/GEMMA") == (ModelId("local", "Acme/Gemma"),)
+    assert still.keeper.meanings.find("acme/gemma:3") == (ModelId("local", "Acme/Gemma"),)
+    assert still.keeper.meanings.find("qwen:2") == (ModelId("local", "qwen:2"),)
+    assert still.keeper.meanings.find("qwen:2:1") == (ModelId("local", "qwen:2"),)
+    assert still.keeper.meanings.find("qwen") == ()
+    assert still.keeper.meanings.find("acme/gemma:q4") == ()
 
 
 def test_a_name_that_several_servers_keep_means_all_of_them_in_the_order_of_the_config():
@@ -971,7 +972,7 @@ def test_a_name_that_several_servers_keep_means_all_of_them_in_the_order_of_the_
     keeper = Keeper(Still().clock)
     keeper.configure(servers, keeps)
 
-    assert keeper.find("a") == (ModelId("two", "a"), ModelId("one", "A"))
+    assert keeper.meanings.find("a") == (ModelId("two", "a"), ModelId("one", "A"))
     assert keeper.siblings(ModelId("one", "A"))[0].id == ModelId("one", "A")
     assert keeper.siblings(ModelId("three", "a")) == ()
     assert keeper.model(ModelId("three", "a")) is None
@@ -984,8 +985,8 @@ async def test_who_asks_for_a_warm_model_is_sent_to_the_least_busy_and_never_cou
     for model in still.ids:
         still.warm(model)
     still.keeper.record(RequestStarted(still.clock(), still.ids[0]))
-    both = await still.keeper.ensure_warm(still.ids)
-    one = await still.keeper.ensure_warm(still.ids[:1])
+    both = await still.keeper.waiting.ensure_warm(still.ids)
+    one = await still.keeper.waiting.ensure_warm(still.ids[:1])
 
     assert (both.key, one.key) == ("b", "a")
     assert still.of(WaitStarted) == []
@@ -1040,7 +1041,7 @@ async def test_with_several_warm_models_those_that_are_counted_and_not_folded_ye
         still.warm(model)
     sent = []
     for _ in range(4):
-        sent.append(await still.keeper.ensure_warm(still.ids))
+        sent.append(await still.keeper.waiting.ensure_warm(still.ids))
         still.keeper.record(RequestStarted(still.clock(), sent[-1]))
 
     assert [model.key for model in sent] == ["a", "b", "a", "b"]
@@ -1061,10 +1062,10 @@ def test_an_answer_brings_a_model_back_at_once_that_is_not_taken_for_warm():
 async def test_what_a_name_means_follows_what_is_listed():
     still = Still("a")
     still.listed("a", keys="a")
-    unknown = await still.keeper.meaning("other", 0.0)
-    again = await still.keeper.meaning("other", 0.0)
+    unknown = await still.keeper.meanings.meaning("other", 0.0)
+    again = await still.keeper.meanings.meaning("other", 0.0)
     still.listed("a", keys=["a", "other"])
-    known = await still.keeper.meaning("other", 0.0)
+    known = await still.keeper.meanings.meaning("other", 0.0)
 
     assert again is unknown
     assert (unknown.known, known.known) == (False, True)
@@ -1073,7 +1074,7 @@ async def test_what_a_name_means_follows_what_is_listed():
 async def test_who_waits_is_woken_when_it_is_warm_and_is_told_of_as_served():
     still = Still("a", "b")
     still.listed("a", "b")
-    waiting = asyncio.ensure_future(still.keeper.ensure_warm(still.ids))
+    waiting = asyncio.ensure_future(still.keeper.waiting.ensure_warm(still.ids))
     early = await settled(waiting)
     still.now = 110.0
     still.warm(still.ids[1])
@@ -1091,7 +1092,7 @@ async def test_who_waits_is_woken_when_it_is_warm_and_is_told_of_as_served():
 async def test_who_leaves_while_waiting_was_not_served_and_wakes_nobody_else():
     still = Still("a")
     still.listed("a")
-    leaving, staying = (asyncio.ensure_future(still.keeper.ensure_warm(still.ids)) for _ in range(2))
+    leaving, staying = (asyncio.ensure_future(still.keeper.waiting.ensure_warm(still.ids)) for _ in range(2))
     await settled(leaving)
     leaving.cancel()
     gone = await settled(leaving)
@@ -1105,7 +1106,7 @@ async def test_who_leaves_while_waiting_was_not_served_and_wakes_nobody_else():
 async def refusal(still: Still, *models: ModelId) -> tuple[str, float | None]:
     """Why waiting is of no use, and for how long."""
     with pytest.raises(NotWarm) as caught:
-        await asyncio.wait_for(still.keeper.ensure_warm(models or still.ids), 10)
+        await asyncio.wait_for(still.keeper.waiting.ensure_warm(models or still.ids), 10)
     return str(caught.value), caught.value.retry_after
 
 
@@ -1114,14 +1115,14 @@ async def test_what_is_not_kept_is_not_waited_for():
 
     assert await refusal(still, ModelId("local", "z")) == ("z is no longer kept here", None)
     with pytest.raises(NotWarm, match=r"^no such model is kept here$"):
-        await still.keeper.ensure_warm([])
+        await still.keeper.waiting.ensure_warm([])
 
 
 async def test_a_load_that_failed_is_waited_for_once_and_then_said():
     still = Still("a")
     still.listed()
     still.load_fails(still.ids[0])
-    waiting = asyncio.ensure_future(still.keeper.ensure_warm(still.ids))
+    waiting = asyncio.ensure_future(still.keeper.waiting.ensure_warm(still.ids))
     first = await settled(waiting)
     still.listed()
     still.load_fails(still.ids[0])
@@ -1140,7 +1141,7 @@ async def test_what_was_taken_is_waited_for_however_long_it_is_held_off():
         still.warm(still.ids[0])
         still.listed()
     held_off = still.keeper.model(still.ids[0])
-    waiting = asyncio.ensure_future(still.keeper.ensure_warm(still.ids))
+    waiting = asyncio.ensure_future(still.keeper.waiting.ensure_warm(still.ids))
 
     assert held_off is not None
     assert (held_off.state, held_off.contested) == (State.BACKOFF, True)
@@ -1172,7 +1173,7 @@ async def test_what_is_not_listed_or_would_push_out_another_is_not_waited_for():
 async def test_where_one_of_several_may_get_warm_it_is_waited_for_and_else_the_first_says_why():
     still = Still("a", "b")
     still.listed(keys="b")
-    waiting = asyncio.ensure_future(still.keeper.ensure_warm(still.ids))
+    waiting = asyncio.ensure_future(still.keeper.waiting.ensure_warm(still.ids))
     early = await settled(waiting)
     still.listed(keys="x")
 
@@ -1185,7 +1186,7 @@ async def test_where_one_of_several_may_get_warm_it_is_waited_for_and_else_the_f
 async def test_who_waits_for_what_a_reload_removes_is_told():
     still = Still("a")
     still.listed()
-    waiting = asyncio.ensure_future(still.keeper.ensure_warm(still.ids))
+    waiting = asyncio.ensure_future(still.keeper.waiting.ensure_warm(still.ids))
     early = await settled(waiting)
     still.keeper.configure([still.server], [])
 
@@ -1352,7 +1353,7 @@ def said_no(reason: Reason, status: int) -> Refused:
 def test_a_load_has_failed_only_where_the_answer_says_that_it_is_over(
     error: Refused | Unexpected, tier: Tier, outcome: LoadOutcome
 ):
-    assert keeping._load_outcome(error, tier) is outcome
+    assert errands._load_outcome(error, tier) is outcome
 
 
 @pytest.mark.parametrize(
@@ -1368,7 +1369,7 @@ def test_a_load_has_failed_only_where_the_answer_says_that_it_is_over(
     ],
 )
 def test_only_a_closed_port_says_that_what_ran_there_is_gone(error: UpstreamError, trouble: Trouble):
-    assert keeping._trouble(error) is trouble
+    assert errands._trouble(error) is trouble
 
 
 # --- each promise, broken once: the judge sees it ----------------------------------------------------------------

@@ -22,7 +22,7 @@ from keepalive.core.facts import (
 )
 from keepalive.core.records import Policy
 from keepalive.core.states import State
-from keepalive.keeper.keeper import Keep
+from keepalive.keeper.given import Keep
 from keepalive.simulator.models import SimModel
 from keepalive.simulator.studio import Studio
 from tests.kit.world import Judge, Site, World, virtually
@@ -62,7 +62,7 @@ class People:
         assert world.life is not None
         keeper, model = world.life.keeper, ModelId(site.name, caller.model)
         try:
-            await keeper.ensure_warm([model])
+            await keeper.waiting.ensure_warm([model])
         except NotWarm as error:
             caller.refused = str(error)
             return
@@ -351,18 +351,18 @@ def test_of_two_upstreams_one_loads_what_is_asked_for_and_the_other_where_that_o
         life = world.start()
         await asyncio.sleep(20)
         both = [keep.model for keep in keeps]
-        first = await life.keeper.ensure_warm(both)
+        first = await life.keeper.waiting.ensure_warm(both)
         await asyncio.sleep(60)
         seen = [[first.upstream], *(loaded(site) for site in sites)]
         sites[0].studio.restart(3000.0)
         await asyncio.sleep(30)
-        seen.append([(await life.keeper.ensure_warm(both)).upstream])
+        seen.append([(await life.keeper.waiting.ensure_warm(both)).upstream])
         sites[0].studio.restart(0.0)
         await asyncio.sleep(30)
         sites[1].studio.restart(3000.0)
         await asyncio.sleep(5)
         # Who waits where it then goes away does not wait there.
-        waits = asyncio.ensure_future(life.keeper.ensure_warm(both))
+        waits = asyncio.ensure_future(life.keeper.waiting.ensure_warm(both))
         await asyncio.sleep(2)
         sites[0].studio.restart(3000.0)
         sites[1].studio.restart(10.0)

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from keepalive.core import names as naming
 from keepalive.core.facts import Listed, ModelId, Tier
 from keepalive.core.records import Policy
-from keepalive.keeper.keeper import Keep, Keeper, Server
+from keepalive.keeper.given import Keep, Server
+from keepalive.keeper.keeper import Keeper
 from keepalive.lmstudio import wire
 from keepalive.protocols.asked import read_body
 from keepalive.protocols.renamed import renamed
@@ -128,7 +129,7 @@ async def reaches(
             entries = listing_of(studios[upstream], site.tier)
             keeper.record(Listed(3.0, upstream, 2.0, site.tier, entries))
     body = json.dumps({} if name is None else {"model": name}).encode()
-    meaning = await keeper.meaning(read_body(body).model, 0.0)
+    meaning = await keeper.meanings.meaning(read_body(body).model, 0.0)
     if meaning.models:
         # Whoever is warm has an instance; nobody else is asked.
         warm = [m for m in meaning.models if (known := keeper.model(m)) is not None and known.instances]

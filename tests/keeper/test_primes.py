@@ -24,7 +24,7 @@ from keepalive.core.facts import (
 )
 from keepalive.core.records import Model
 from keepalive.core.states import State
-from keepalive.keeper.keeper import Keep, Replay, Server
+from keepalive.keeper.given import Keep, Replay, Server
 from keepalive.lmstudio.client import Client
 from keepalive.simulator.exchange import Refusal, Request
 from keepalive.simulator.models import SimModel
@@ -408,7 +408,7 @@ async def visit(world: World, arrival: Arrival, n: int) -> float | None:
     """The way of a request through the daemon: held until the model is warm, then passed on; its first token."""
     began, life = asyncio.get_running_loop().time(), world.life
     assert life is not None
-    await life.keeper.ensure_warm([A])
+    await life.keeper.waiting.ensure_warm([A])
     waited = asyncio.get_running_loop().time() - began
     world.record(RequestStarted, A)
     answered = False

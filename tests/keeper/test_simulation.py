@@ -34,7 +34,7 @@ from keepalive.core.facts import (
 from keepalive.core.records import Model, Policy
 from keepalive.core.states import State
 from keepalive.keeper import keeper
-from keepalive.keeper.keeper import Keep
+from keepalive.keeper.given import Keep
 from keepalive.simulator.models import SimModel
 from keepalive.simulator.studio import Studio
 from tests.kit import PROJECT

@@ -54,7 +54,8 @@ from keepalive.core.moves import BACKOFF_MAX
 from keepalive.core.records import LISTING_LAG, Policy
 from keepalive.core.room import SETTLE
 from keepalive.http1.vanished import ASKED_SECONDS
-from keepalive.keeper.keeper import Keep, Keeper, Server
+from keepalive.keeper.given import Keep, Server
+from keepalive.keeper.keeper import Keeper
 from keepalive.simulator.exchange import Cut, Refusal, Request
 from keepalive.simulator.models import Load, SimModel
 from keepalive.simulator.sdk import SdkSession
@@ -758,7 +759,7 @@ class ClusterWorld(World):
         member.held[task] = model, began
         try:
             async with asyncio.timeout(HOUR):
-                await member.keeper.ensure_warm([model])
+                await member.keeper.waiting.ensure_warm([model])
         except NotWarm as error:
             self.answers["sent away"] += 1
             if self.sound:

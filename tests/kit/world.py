@@ -48,7 +48,8 @@ from keepalive.core.moves import BACKOFF_MAX
 from keepalive.core.plan import arranged, blocked_by
 from keepalive.core.records import LISTING_LAG, Model, Policy, Upstream
 from keepalive.core.states import State
-from keepalive.keeper.keeper import Keep, Keeper, Replay, Server
+from keepalive.keeper.given import Keep, Replay, Server
+from keepalive.keeper.keeper import Keeper
 from keepalive.keeper.ledger import UNSEEN_LEAST
 from keepalive.lmstudio.client import Client
 from keepalive.simulator.exchange import Cut, Refusal, Request
