@@ -54,6 +54,9 @@ _LOST: Final = (
 #: It was started anew, and nobody has noticed yet.
 _LOADS: Final = Lost(Reason.LOADING, "the server says that it is loading", retryable=True)
 
+#: A page of what stands in front of it: LM Studio, and every other server, says what it says as JSON or in words above.
+_AWAY: Final = Lost(Reason.OTHER, "what stands in front of LM Studio does not reach it", retryable=True)
+
 
 def looks_lost(status: int, body: bytes) -> Lost | None:
     """Whether an error says that the model went away. `body` is that of an answer, or an error event's data.
@@ -61,10 +64,13 @@ def looks_lost(status: int, body: bytes) -> Lost | None:
     A 200 counts only with an `error` in it: an answer may well speak about crashes.
     """
     message = error_message(body)
+    told = message is not None
     if message is None and status >= 400:
         message = body[:4096].decode("utf-8", "replace")
     if message is None:
         return None
     message = message.casefold()
     lost = next((lost for words, lost in _LOST if words in message), None)
-    return _LOADS if lost is None and status == 503 and says_loading(message) else lost
+    if lost is None and status == 503 and says_loading(message):
+        return _LOADS
+    return _AWAY if lost is None and status == 502 and not told else lost

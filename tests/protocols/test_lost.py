@@ -28,6 +28,8 @@ from keepalive.protocols.lost import looks_lost
             True,
         ),
         (503, b"The model is loading. Please wait.", "loading", True),
+        (502, b"<html>502 Bad Gateway</html>", "other", True),
+        (502, b"", "other", True),
         (500, b"proxy error: Could not establish connection", "unloaded", True),
         (500, b"proxy error: Failed to read connection", "unloaded", False),
         (
@@ -66,6 +68,9 @@ def test_answers_that_say_the_model_went_away_are_understood(status, body, reaso
         (400, b'{"error":{"message":"the prompt exceeds the context length"}}'),
         (500, b"<html>Internal Server Error</html>"),
         (503, b'{"error":"Model is overloaded"}'),
+        (503, b"<html>503 Service Temporarily Unavailable</html>"),
+        (504, b"<html>504 Gateway Time-out</html>"),
+        (502, b'{"error":{"message":"the engine said something odd"}}'),
         (503, b'{"error":"Error loading model. (Exit code: 1)"}'),
         (400, b'{"error":{"message":"Loading model"}}'),
         (500, b"\xff\xfe"),

@@ -447,6 +447,9 @@ LOST = [
     refusal("Failed to load model. Error: Operation canceled", b"404 Not Found"),
     refusal("Model is unloaded.", b"200 OK"),
     refusal("Model is unloaded.", packed=True),  # nginx with `gzip on`
+    refusal({"message": "Loading model", "type": "unavailable_error"}, b"503 Service Unavailable"),
+    b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 17\r\n\r\n<html>502</html>\n",
+    b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n",
     stream(b'event: error\ndata: {"error":{"message":"Model is unloaded."}}\n\n', DONE),
     stream(b'data: {"type":"error",', b'"message":"Model unloaded."}\r\n\r\n'),
 ]
