@@ -196,8 +196,9 @@ class Proxy:
         return call.then(self._pass(call, upstream, perhaps))
 
     def _is_of_another_kind(self, model: ModelId, route: Route) -> bool:
-        """Where that is known: LM Studio's listings tell it."""
-        return self.keeping.is_lm_studio(model.upstream) and self.keeping.view(model).kind != route.kind
+        """Where that is known: LM Studio's listings tell these two apart."""
+        both = {self.keeping.view(model).kind, route.kind}
+        return both == {"llm", "embedding"} and self.keeping.is_lm_studio(model.upstream)
 
     async def _show(self, call: Call) -> None:
         """What no body names a model for."""
