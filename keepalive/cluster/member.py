@@ -592,6 +592,8 @@ class Cluster:
         ids = {folded(model.id): model.id for model in snapshot.models}
         # What is kept only since a reload has not been told anything yet; the others are told what is news.
         old, known = self._seen, self._known
+        # Nor has what is asked through another client since then: it has forgotten what it had been told.
+        told_once = {folded(m.id) for m in snapshot.models if m.told_at > -inf} & known
         for key in new.unreadable:
             if new.values[key] != old.values.get(key):
                 counts = UNREADABLE.get(key.partition("/")[0], "it is passed over")
@@ -614,7 +616,7 @@ class Cluster:
             # What we had there ourselves to say may just be what its next holder says.
             before = {} if upstream in self._own_word else old.states.get(upstream, {})
             for model, told in states.items():
-                if model in ids and (model not in known or told != before.get(model)):
+                if model in ids and (model not in told_once or told != before.get(model)):
                     keeping.record(self._told(ids[model], told))
         self._own_word = {*held, *(self._own_word - new.states.keys())}
         self._see_uses(new, ids, held)

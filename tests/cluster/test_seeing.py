@@ -88,6 +88,22 @@ def test_what_is_let_go_no_more_is_given_again_though_the_config_was_read_anew_j
     assert keeping.models[GEMMA].given
 
 
+def test_what_whoever_acts_has_said_is_known_again_of_a_server_that_is_asked_through_another_client_since():
+    """Where nothing shows what is loaded, its word is all there is; it need not say another one for days."""
+    said = rows.states_row({GEMMA: rows.Told(warm=True)})
+    standing = rows.picture([HELD, rows.Row(rows.states_key("local"), said, 3)])
+    keeping = Records(a_model())
+    cluster = a_member(keeping)
+    cluster._see(standing)
+    assert keeping.models[GEMMA].proved_elsewhere
+
+    keeping.models[GEMMA] = a_model()
+    cluster.kept([GEMMA])
+    cluster._see(standing)
+
+    assert keeping.models[GEMMA].proved_elsewhere
+
+
 RELEASED = rows.Row(rows.wish_key(GEMMA), rows.wish_row("life", "1", warm=False), 3)
 QWEN_RELEASED = rows.Row(rows.wish_key(QWEN), rows.wish_row("life", "2", warm=False), 4)
 
