@@ -49,6 +49,7 @@ from keepalive.core.facts import (
     Tier,
     Trouble,
     UnloadStarted,
+    UsedElsewhere,
     WaitEnded,
     WaitStarted,
     WarmAsked,
@@ -1275,6 +1276,7 @@ def test_behind_another_client_all_is_unknown_but_what_users_and_people_did_and_
     still.keeper.record(RequestStarted(still.clock(), model))
     still.keeper.record(WaitStarted(still.clock(), model))
     still.keeper.record(WarmAsked(still.clock(), model))
+    still.keeper.record(UsedElsewhere(still.clock(), model, 2, True))
     still.keeper.record(LoadStarted(120.0, model))
     before = still.keeper.model(model)
     still.now = 125.0
@@ -1296,8 +1298,11 @@ def test_behind_another_client_all_is_unknown_but_what_users_and_people_did_and_
         last_eviction=before.last_eviction,
         waiting=1,
         waiting_since=before.waiting_since,
+        callers_elsewhere=2,
         in_flight=1,
+        used_elsewhere=True,
         use_at=before.use_at,
+        elsewhere_at=before.elsewhere_at,
         asks=1.0,
         asks_at=before.asks_at,
         pending=Pending(120.0, 120.0 + 12.0 + 45.0, alive_at=after.since, expected=6.0, why=why),
