@@ -10,7 +10,7 @@ meanwhile. Several worlds run beside each other. What is judged, by LM Studio's 
 - no stream breaks that has begun, but at the moment at which its model was lost or its daemon killed, or while that one
   was cut off from LM Studio;
 - nobody is refused, but by what could do that, at whoever it befell, and while it did: a daemon that is killed or ended
-  lets nobody in; one that is cut off from LM Studio cannot pass anything on; and without etcd one refuses what is lost,
+  lets nobody in; one that is cut off from LM Studio cannot pass anything on; without etcd one refuses what it misses,
   saying so, and never what is warm there;
 - no daemon spins.
 
@@ -198,7 +198,7 @@ class World:
         self.over = threading.Event()
         self.blows: list[Blow] = []
         # What is missing from when until all is well again.
-        self.lost: list[Blow] = []
+        self.missing: list[Blow] = []
         self.streams: list[Stream] = []
         self.events: list[dict[str, Any]] = []
         self.seen = 0
@@ -339,6 +339,8 @@ class World:
         if "etcd" in kind or kind == "cut off from both":
             here = name if kind in CUTS else None
             self.blows.append(Blow(kind, (WITHOUT_ETCD,), began, daemon=here))  # until all is well again
+            if here and "etcd" not in kind:
+                self.missing.append(Blow(kind, (), began, daemon=here))  # it cannot see what is there
         yield
         match kind:
             case "killed" | "ended":
@@ -380,11 +382,11 @@ class World:
             self.blows += [replace(blow, ended=now, daemon=name) for blow in late]
 
     def all_lost(self) -> None:
-        self.lost += [Blow("a model lost", (), time.monotonic(), model=key) for key in MODELS]
+        self.missing += [Blow("a model lost", (), time.monotonic(), model=key) for key in MODELS]
 
     def lose(self, key: str) -> None:
         began = time.monotonic()
-        self.lost.append(Blow("a model lost", (), began, model=key))
+        self.missing.append(Blow("a model lost", (), began, model=key))
         # It may not be there to be lost, nor LM Studio to lose it.
         with contextlib.suppress(OSError):
             ask(f"{self.lm_studio.url}/simulator/evict", "POST", {"model": key})
@@ -392,7 +394,7 @@ class World:
 
     def is_well(self) -> None:
         now = time.monotonic()
-        for blow in (*self.blows, *self.lost):
+        for blow in (*self.blows, *self.missing):
             if blow.ended == inf:
                 blow.ended = now
 
@@ -466,14 +468,14 @@ class World:
             self.tally.add(answers_whole=1)
             return
         how = stream.failed()
-        lost = any(blow.befell(stream, stream.model) for blow in self.lost)
+        missing = any(blow.befell(stream, stream.model) for blow in self.missing)
         # Where his own was gone, LM Studio may have answered by another one.
-        answering = MODELS if lost else (stream.model,)
+        answering = MODELS if missing else (stream.model,)
         could = [b for b in self.blows if how in b.fails]
         blow = next((b for b in could for model in answering if b.befell(stream, model)), None)
-        if blow is None or (how == WITHOUT_ETCD and not lost):
+        if blow is None or (how == WITHOUT_ETCD and not missing):
             raise Wrong(
-                f"{what}: {how}, and nothing had befallen it: {stream}; {self.blows[-8:]}; {self.lost[-4:]}"
+                f"{what}: {how}, and nothing had befallen it: {stream}; {self.blows[-8:]}; {self.missing[-4:]}"
             )
         self.tally.add(**{f"{how} by: {blow.what}": 1})
 
