@@ -279,7 +279,8 @@ def _upstream(seen: Evidence, upstream: Upstream) -> Iterator[Finding]:
             yield Finding(
                 f"LM Studio does not answer: {probe.error}",
                 "it is overloaded or hangs, and whether a model is loaded cannot be seen meanwhile",
-                f"curl -m 10 {upstream.url}/lmstudio-greeting; if it stays silent, restart LM Studio",
+                f"curl -m 10 {upstream.url}/lmstudio-greeting; if it stays silent, restart LM Studio; if it "
+                f"is only late, raise list_timeout in [[upstreams]] {upstream.name!r}",
             )
         case Unexpected():
             yield Finding(

@@ -143,7 +143,8 @@ class Client:
     async def listing(self, *, loading: bool = False) -> Listing:
         """What is there and what is loaded; with `loading` also what is being loaded, where that shows."""
         try:
-            async with _bound(self._list_timeout, f"{self.url} did not answer the listing"):
+            late = f"{self.url} did not answer the listing within {self._list_timeout:g} s"
+            async with _bound(self._list_timeout, late):
                 if self._tier is None:
                     self._tier = await self._detect()
                 tier, entries = self._tier, await self._entries(self._tier, loading=loading)

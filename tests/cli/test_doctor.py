@@ -231,7 +231,8 @@ async def test_a_server_that_hangs_is_found() -> None:
     async with simulator(SimModel("gemma"), stalled=True) as server:
         found = await examine(settings(server.url, "gemma", upstream='list_timeout = "200ms"'), None)
 
-    assert found[1].what == f"LM Studio does not answer: {server.url} did not answer the listing"
+    assert found[1].what == f"LM Studio does not answer: {server.url} did not answer the listing within 0.2 s"
+    assert "raise list_timeout in [[upstreams]] 'local'" in found[1].do
 
 
 async def test_another_server_of_the_same_protocol_is_found() -> None:
