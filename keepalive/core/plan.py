@@ -295,6 +295,10 @@ def _unloads(
         for instance in [i for i in m.instances if i.id in m.ours][:1]
         if _is_unloadable(m, now)
     }
+    if any(m.retired for m, _ in gone.values()):
+        # A config that writes a key in other letters means what is loaded already.
+        kept = {fold_key(m.id.key) for m in models if m.held}
+        gone = {i: pair for i, pair in gone.items() if not (pair[0].retired and fold_key(i.key) in kept)}
     for model, instance_id in room.unloads if room is not None else ():
         gone.setdefault(model.id, (model, Unload(model.id, instance_id, UnloadCause.ROOM)))
     return list(gone.values())

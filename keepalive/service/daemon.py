@@ -5,6 +5,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from keepalive.core.errors import KeepaliveError
 from keepalive.core.facts import (
     ClockJumped,
     DemandRecalled,
+    LoadRemembered,
     LoadsRecalled,
     ModelId,
     OpeningsLearned,
@@ -29,8 +31,9 @@ from keepalive.core.facts import (
     WarmAsked,
     WindowClosed,
     WindowOpened,
+    fold_key,
 )
-from keepalive.core.records import Policy, UpstreamState
+from keepalive.core.records import Policy, UpstreamState, is_loading
 from keepalive.core.states import State
 from keepalive.http1 import bind
 from keepalive.http1.vanished import notice_vanished, socket_options
@@ -215,10 +218,11 @@ class Daemon:
             self._log.info("config.unchanged", reason="it comes from the environment alone")
             return
         try:
-            known = self._kept.keys()
+            known, loading = self._kept.keys(), self._loading()
             self._apply(config.load(self._path, self._environ))
             self._adopt_ours()
             self._recall(self._kept.keys() - known)
+            self._go_on(self._kept.keys() - known, loading)
         except KeepaliveError as error:
             mistakes = error.mistakes if isinstance(error, ConfigError) else (error,)
             self._mistakes = tuple(str(mistake) for mistake in mistakes)
@@ -448,6 +452,26 @@ class Daemon:
             ours = self._ledger.recall_ours(model, self._clock()) if self._ledger else None
             if ours:
                 self.keeper.record(ours)
+
+    def _loading(self) -> dict[tuple[str, str], LoadRemembered]:
+        """Our loads under way, by where LM Studio is and what it calls the model: names of ours may change."""
+        return {
+            (self._urls[m.id.upstream], fold_key(m.id.key)): LoadRemembered(
+                self._clock(), m.id, m.loading_since, m.expected_load, m.tells_loading
+            )
+            for m in self.keeper.snapshot().models
+            if m.loading_since is not None and is_loading(m)
+        }
+
+    def _go_on(self, models: Iterable[ModelId], loading: Mapping[tuple[str, str], LoadRemembered]) -> None:
+        """What is loaded already under the name that it had is not to be loaded under its new one."""
+        for model in list(models):
+            load, known = (
+                loading.get((self._urls[model.upstream], fold_key(model.key))),
+                self.keeper.model(model),
+            )
+            if load is not None and known is not None and known.loading_since is None:
+                self.keeper.record(replace(load, model=model))
 
     def _learned(self, model: ModelId, openings: tuple[str, ...]) -> None:
         self.keeper.record(OpeningsLearned(self._clock(), model, openings))

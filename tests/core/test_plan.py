@@ -725,6 +725,19 @@ def test_only_what_is_ours_and_idle_and_wanted_by_nobody_is_unloaded(
     assert planned == ([Unload(GEMMA, "gemma", cause)] if unloaded else [])
 
 
+@pytest.mark.parametrize(
+    ("key", "held", "kept"), [("Gemma", True, True), ("Gemma", False, False), ("qwen", True, False)]
+)
+def test_what_is_kept_under_the_same_key_in_other_letters_is_not_unloaded(key: str, held: bool, kept: bool):
+    gone = there(window_open=False, retired=True, ours=OURS, ping_at=999.0)
+    other = there(id=ModelId("local", key), window_open=held, ping_at=999.0, ours=frozenset())
+    fresh = up(asked=100.0, answered_at=100.0, due_at=115.0)
+
+    assert plan(fresh, [gone, other], 100.5) == (
+        [] if kept else [Unload(GEMMA, "gemma", UnloadCause.RELEASED)]
+    )
+
+
 def test_copies_are_unloaded_one_after_the_other_and_only_ours():
     foreign = Instance("gemma:9")
     model = there(window_open=False, instances=(foreign, ONE, TWO), ours=OURS)

@@ -438,6 +438,23 @@ async def test_a_reload_is_a_difference(tmp_path: Path) -> None:
     assert seen == [1, 1, 1]
 
 
+@pytest.mark.parametrize("change", [("local", "renamed"), ('"gemma"', '"Gemma"')])
+async def test_a_load_goes_on_under_another_name_though_nothing_is_written_down(
+    change: tuple[str, str], tmp_path: Path
+) -> None:
+    path = tmp_path / "config.toml"
+    slow = SimModel("gemma", load_seconds=1.5)
+    async with simulator(slow, v0_shows_loading=False) as studio:
+        text = settings(studio.url, "gemma").replace("[defaults]", "max_loading = 2\n[defaults]", 1)
+        async with daemon(text, path=path) as running:
+            await until(lambda: studio.studio.memory.loads_of(slow), "it loads")
+            path.write_text(text.replace(*change))
+            running.reload()
+            await until(lambda: all(m["state"] == "warm" for m in running.status()["models"]), "it is warm")
+
+            assert loads(studio.studio, "gemma") == 1
+
+
 BAD = {
     "a mistake": lambda path: path.write_text("[servre]\n"),
     "not TOML": lambda path: path.write_text("= = ="),
