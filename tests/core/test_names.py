@@ -64,6 +64,27 @@ def test_ollamas_tag_may_stand_there_or_not(kept, name):
     assert nobodys.meaning(name) == Meaning("b")
 
 
+def test_a_tag_is_taken_away_where_nobody_lists_it():
+    model = ModelId("a", "llama3")
+
+    for made in (names(row("coder"), kept={model: ()}), names(kept={model: ()}, a=None)):
+        assert made.meaning("llama3:latest").written(model) == "llama3"
+
+
+def test_a_row_is_found_by_a_copy_that_is_gone_and_by_a_tag():
+    made = names(row("coder"), row("llama3:latest"), kept={})
+
+    assert made.row("a", "coder:7").key == "coder"
+    assert made.row("a", "llama3").key == "llama3:latest"
+
+
+def test_whether_the_default_stands_in_for_nobody_is_told():
+    made = names(LOADED, default="gpt-4o-mini")
+
+    assert made.meaning("nobody").stands_in
+    assert not made.meaning("gpt-4o-mini").stands_in
+
+
 def test_a_tag_that_is_listed_beside_its_name_is_another_model():
     bare = ModelId("a", "llama3")
     here = names(row("llama3"), row("llama3:latest"), kept={bare: ()})
