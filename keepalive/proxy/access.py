@@ -111,8 +111,10 @@ def _shown(head: RequestHead) -> list[bytes]:
             shown.append(given)
         elif scheme.lower() == b"basic":
             try:
-                name, _, password = base64.b64decode(given.strip(), validate=True).partition(b":")
+                both = base64.b64decode(given.strip(), validate=True)
             except binascii.Error:
                 continue
-            shown += (name, password)
+            # A key may hold a colon, as LM Studio's own tokens do.
+            name, _, password = both.partition(b":")
+            shown += (name, password, both, both.removesuffix(b":"))
     return shown

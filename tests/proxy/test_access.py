@@ -10,7 +10,7 @@ from keepalive.proxy.settings import Settings
 
 OPEN = Settings({})
 NAMED = Settings({}, allowed_hosts=frozenset(["studio.lan"]), allowed_origins=frozenset(["https://app.lan"]))
-KEYS = (Key("ci", "secret"), Key("desk", "other"))
+KEYS = (Key("ci", "secret"), Key("desk", "other"), Key("lm", "sk-lm-a:b"))
 LOCKED = Settings({}, keys=KEYS, allowed_origins=frozenset(["https://app.lan"]))
 PUBLIC = Settings({}, loopback=False)
 APPS = Settings({}, allowed_origins=frozenset(["app://obsidian.md"]))
@@ -78,6 +78,9 @@ def test_who_may_ask(settings, lines, code):
         ("Api-Key: secret", "ci"),
         ("Authorization: Basic " + base64.b64encode(b"me:secret").decode(), "ci"),
         ("Authorization: Basic " + base64.b64encode(b"other:").decode(), "desk"),
+        ("Authorization: Basic " + base64.b64encode(b"sk-lm-a:b").decode(), "lm"),
+        ("Authorization: Basic " + base64.b64encode(b"sk-lm-a:b:").decode(), "lm"),
+        ("Authorization: Basic " + base64.b64encode(b"me:sk-lm-a:b").decode(), "lm"),
     ],
 )
 def test_a_key_is_known_by_its_name(line, name):
