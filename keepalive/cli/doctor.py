@@ -25,7 +25,15 @@ from keepalive import __version__
 from keepalive.admin.words import span
 from keepalive.config import Cluster, Config, Kept, Upstream, overbooked, written
 from keepalive.core.callers import Outcome
-from keepalive.core.errors import KeepaliveError, TimedOut, Unauthorized, Unexpected, Unreachable
+from keepalive.core.errors import (
+    KeepaliveError,
+    Reason,
+    Refused,
+    TimedOut,
+    Unauthorized,
+    Unexpected,
+    Unreachable,
+)
 from keepalive.core.explain import RIVAL
 from keepalive.core.facts import Entry, Tier, fold_key
 from keepalive.core.primes import USELESS
@@ -281,6 +289,16 @@ def _upstream(seen: Evidence, upstream: Upstream) -> Iterator[Finding]:
                 "it is overloaded or hangs, and whether a model is loaded cannot be seen meanwhile",
                 f"curl -m 10 {upstream.url}/lmstudio-greeting; if it stays silent, restart LM Studio; if it "
                 f"is only late, raise list_timeout in [[upstreams]] {upstream.name!r}",
+            )
+        case Refused(reason=Reason.LOADING):
+            yield Finding(
+                f"{upstream.url} says that it is loading: {probe.error}", cold, "wait until it has loaded"
+            )
+        case Unexpected(status=502 | 503 | 504):
+            yield Finding(
+                f"what stands in front of LM Studio at {upstream.url} does not reach it: {probe.error}",
+                cold,
+                "start LM Studio's server where that looks for it, or mend where it looks",
             )
         case Unexpected():
             yield Finding(

@@ -227,6 +227,24 @@ async def test_a_program_that_speaks_another_protocol_is_found() -> None:
     assert found[1].what.startswith(f"LM Studio at {url} does not list its models: ")
 
 
+@pytest.mark.parametrize(
+    ("status", "page", "said"),
+    [
+        (b"502 Bad Gateway", b"<html>", "what stands in front of LM Studio at {url} does not reach it: "),
+        (b"503 No", b"The model is loading.", "{url} says that it is loading: "),
+    ],
+)
+async def test_who_is_there_and_cannot_answer_yet_is_no_stranger(
+    status: bytes, page: bytes, said: str
+) -> None:
+    reply = b"HTTP/1.1 %b\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%b" % (status, len(page), page)
+    async with RawServer([Read(), reply, Close()]) as other:
+        url = f"http://127.0.0.1:{other.port}"
+        found = await examine(settings(url, "gemma"), None)
+
+    assert found[1].what.startswith(said.format(url=url))
+
+
 async def test_a_server_that_hangs_is_found() -> None:
     async with simulator(SimModel("gemma"), stalled=True) as server:
         found = await examine(settings(server.url, "gemma", upstream='list_timeout = "200ms"'), None)
