@@ -62,6 +62,9 @@ TESTS: Mapping[str, Sequence[str]] = {
         "tests/core/test_states.py",
         "tests/test_readme.py::test_its_diagram_is_the_table_of_the_program",
     ),
+    # What a member stands on, and for, shows in what it sees and writes.
+    "keepalive/cluster/grounds.py": ("tests/cluster/test_seeing.py", "tests/cluster/test_writing.py"),
+    "keepalive/cluster/place.py": ("tests/cluster/test_writing.py",),
     # A call is what callers and upstreams see of it.
     "keepalive/proxy/call.py": (
         "tests/proxy/test_callers.py",

@@ -19,7 +19,8 @@ from keepalive.service import platform, tokens
 from keepalive.service.front import is_loopback
 
 if TYPE_CHECKING:
-    from keepalive.cluster.member import Cluster, Keeping
+    from keepalive.cluster.given import Keeping
+    from keepalive.cluster.member import Cluster
 
 
 class MembershipError(KeepaliveError):
@@ -34,8 +35,9 @@ def member(
     if not wanted.on:
         return None
     from keepalive.cluster.etcd import Access, Etcd
+    from keepalive.cluster.given import Self
     from keepalive.cluster.hold import Hold
-    from keepalive.cluster.member import Cluster, Self
+    from keepalive.cluster.member import Cluster
 
     access = Access(wanted.user, tokens.of_cluster(wanted, environ), tls(wanted))
     # No call may take so long that the next renewal of the lease would come too late.

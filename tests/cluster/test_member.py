@@ -232,20 +232,20 @@ async def test_what_was_written_since_the_last_look_keeps_nothing_else_from_bein
     keeping = Records(half)
     engine = Etcd([server.url], Access(), timeout=20)
     holding = a_member(keeping, server.url, cluster="since", awake=lambda: now)
-    holding._lease, holding._life = await engine.grant(60), "life"
+    holding._grounds.lease, holding._grounds.life = await engine.grant(60), "life"
     prefix = "/keepalive/since/"
     begun = {
         rows.holder_key("local"): rows.holder_row("a", "life"),
         rows.load_key(GEMMA_THERE): rows.load_row(rows.Intent("a", "life", 0)),
     }
     await engine.commit([], [put(prefix + key, value) for key, value in begun.items()])
-    holding._see(rows.picture(await engine.rows(prefix)))
+    holding._seeing.see(rows.picture(await engine.rows(prefix)))
     since = holding.picture.holders["local"].created
-    await holding._publish_state("local", since, keeping.snapshot())
+    await holding._writing._publish_state("local", since, keeping.snapshot())
     # It is further before it was looked at again; and something has failed meanwhile.
     now = 110.0
     keeping.models[GEMMA_THERE] = replace(half, progress=0.4, failures=7)
-    await holding._publish_state("local", since, keeping.snapshot())
+    await holding._writing._publish_state("local", since, keeping.snapshot())
 
     found = rows.picture(await engine.rows(prefix))
     assert found.states["local"][GEMMA_THERE].failures == 7
@@ -431,7 +431,7 @@ async def test_two_of_one_name_are_told_so_and_what_the_callers_of_both_use_is_k
         assert len(json.loads((await asked(f"{first.admin_url}/api/targets"))[2])) == 2
         # Whoever acts is to know what the other one's callers use.
         seen = first.cluster
-        while not seen.picture.uses_elsewhere(seen._name).get(GEMMA_THERE, rows.Use()).used:
+        while not seen.picture.uses_elsewhere(seen._grounds.name).get(GEMMA_THERE, rows.Use()).used:
             assert (await chat(other))[0] == 200
         assert loads(studio.studio) == 1
 
@@ -460,7 +460,7 @@ async def test_whoever_starts_again_while_its_last_life_is_not_forgotten_takes_p
         assert (await held)[0] == 200
         assert names == ["a", "b"]
         assert not running.cluster.doubled
-        assert seen.picture.members["a"].life == running.cluster._life
+        assert seen.picture.members["a"].life == running.cluster._grounds.life
     await engine.close()
 
 

@@ -12,8 +12,9 @@ from aiohttp import web
 
 from keepalive.cluster import rows
 from keepalive.cluster.etcd import Access, Etcd
+from keepalive.cluster.given import Self
 from keepalive.cluster.hold import Hold
-from keepalive.cluster.member import Cluster, Self
+from keepalive.cluster.member import Cluster
 from keepalive.core.apply import apply
 from keepalive.core.facts import (
     ModelId,
@@ -78,11 +79,11 @@ def a_member(
 def test_what_is_let_go_no_more_is_given_again_though_the_config_was_read_anew_just_then():
     keeping = Records(warm())
     cluster = a_member(keeping)
-    cluster._see(rows.picture([HELD, YIELD]))
+    cluster._seeing.see(rows.picture([HELD, YIELD]))
     assert not keeping.models[GEMMA].given
 
     keeping.models[QWEN] = replace(a_model(), id=QWEN)
-    cluster._see(rows.picture([HELD]))
+    cluster._seeing.see(rows.picture([HELD]))
     keeping.look()
 
     assert keeping.models[GEMMA].given
@@ -94,12 +95,12 @@ def test_what_whoever_acts_has_said_is_known_again_of_a_server_that_is_asked_thr
     standing = rows.picture([HELD, rows.Row(rows.states_key("local"), said, 3)])
     keeping = Records(a_model())
     cluster = a_member(keeping)
-    cluster._see(standing)
+    cluster._seeing.see(standing)
     assert keeping.models[GEMMA].proved_elsewhere
 
     keeping.models[GEMMA] = a_model()
     cluster.kept([GEMMA])
-    cluster._see(standing)
+    cluster._seeing.see(standing)
 
     assert keeping.models[GEMMA].proved_elsewhere
 
@@ -112,14 +113,14 @@ def test_a_wish_that_is_known_is_not_wished_again_because_the_config_was_read_an
     keeping = Records(warm())
     cluster = a_member(keeping)
     standing = rows.picture([HELD, RELEASED, QWEN_RELEASED])
-    cluster._see(standing)
+    cluster._seeing.see(standing)
     assert keeping.models[GEMMA].asked_for is False
     # It is spent here: that the holder has yet to take it away is no reason to begin anew.
     keeping.models[GEMMA] = replace(keeping.models[GEMMA], asked_for=None)
 
     keeping.models[QWEN] = replace(a_model(), id=QWEN)
     cluster.kept([GEMMA, QWEN])
-    cluster._see(standing)
+    cluster._seeing.see(standing)
 
     assert keeping.models[GEMMA].asked_for is None
     assert keeping.models[QWEN].asked_for is False
@@ -128,10 +129,10 @@ def test_a_wish_that_is_known_is_not_wished_again_because_the_config_was_read_an
 def test_a_wish_is_spent_here_when_it_is_where_another_one_acts_though_only_an_older_one_was_seen():
     keeping = Records(warm())
     cluster = a_member(keeping)
-    cluster._see(rows.picture([HELD, RELEASED]))
+    cluster._seeing.see(rows.picture([HELD, RELEASED]))
     assert keeping.models[GEMMA].asked_for is False
 
-    cluster._see(rows.picture([HELD]))
+    cluster._seeing.see(rows.picture([HELD]))
 
     assert keeping.models[GEMMA].asked_for is None
 
@@ -140,8 +141,8 @@ def test_what_a_person_has_asked_for_here_is_not_undone_by_an_older_wish_that_is
     keeping = Records(warm(asked_for=True))
     cluster = a_member(keeping)
     cluster.observe(WarmAsked(60.0, GEMMA), warm(), warm(asked_for=True))
-    cluster._see(rows.picture([HELD, RELEASED]))
-    cluster._see(rows.picture([HELD]))
+    cluster._seeing.see(rows.picture([HELD, RELEASED]))
+    cluster._seeing.see(rows.picture([HELD]))
 
     assert keeping.models[GEMMA].asked_for is True
 
@@ -149,11 +150,11 @@ def test_what_a_person_has_asked_for_here_is_not_undone_by_an_older_wish_that_is
 async def test_what_was_known_before_etcd_was_emptied_yields_to_what_stands_there_now():
     keeping = Records(warm(asked_for=True))
     cluster = a_member(keeping)
-    await cluster._remind()
-    cluster._see(rows.picture([HELD, RELEASED]))
+    await cluster._writing.remind()
+    cluster._seeing.see(rows.picture([HELD, RELEASED]))
 
     assert keeping.models[GEMMA].asked_for is False
-    assert not cluster._wishes
+    assert not cluster._writing.wishes
 
 
 def test_what_others_load_is_known_again_of_a_model_that_the_config_names_again():
@@ -163,14 +164,14 @@ def test_what_others_load_is_known_again_of_a_model_that_the_config_names_again(
     new = replace(a_model(), id=QWEN)
     keeping = Records(new)
     cluster = a_member(keeping)
-    cluster._see(loading)
+    cluster._seeing.see(loading)
     assert keeping.models[QWEN].pending
 
     # Twice within an instant: no picture is seen in between.
     cluster.kept([])
     keeping.models[QWEN] = new
     cluster.kept([QWEN])
-    cluster._see(loading)
+    cluster._seeing.see(loading)
 
     assert keeping.models[QWEN].pending
 
@@ -178,23 +179,23 @@ def test_what_others_load_is_known_again_of_a_model_that_the_config_names_again(
 def test_a_request_for_what_is_warm_is_no_write_of_its_own():
     now = 100.0
     cluster = a_member(Records(), ttl=9.0, awake=lambda: now)
-    cluster._uses_at = now
+    cluster._writing._uses_at = now
     used = {GEMMA: rows.Use(used=True)}
     now = 102.0
 
-    assert not cluster._is_news(used)
-    assert cluster._is_news({GEMMA: rows.Use(waiting=1, used=True)})
-    assert cluster._is_news({GEMMA: rows.Use(used=True, yielded=True)})
+    assert not cluster._writing._is_news(used)
+    assert cluster._writing._is_news({GEMMA: rows.Use(waiting=1, used=True)})
+    assert cluster._writing._is_news({GEMMA: rows.Use(used=True, yielded=True)})
     now = 102.9
-    assert cluster._is_news(used)
-    assert not cluster._is_news({})
+    assert cluster._writing._is_news(used)
+    assert not cluster._writing._is_news({})
 
 
 def test_only_its_own_callers_are_a_use_that_a_member_tells_and_neither_a_ping_of_another_nor_a_persons_wish():
     seen = replace(warm(), use_at=50.0)  # LM Studio works for somebody just now, or a person has asked for it
     keeping = Records(seen, replace(seen, id=QWEN))
     cluster = a_member(keeping)
-    assert cluster._uses(keeping.snapshot()) == {}
+    assert cluster._writing._uses(keeping.snapshot()) == {}
 
     used = {GEMMA: rows.Use(used=True)}
     for at in (44.0, 43.0):
@@ -206,22 +207,22 @@ def test_only_its_own_callers_are_a_use_that_a_member_tells_and_neither_a_ping_o
         ):
             cluster = a_member(keeping)
             cluster.observe(fact, seen, seen)
-            assert cluster._uses(keeping.snapshot()) == (used if at == 44.0 else {})
+            assert cluster._writing._uses(keeping.snapshot()) == (used if at == 44.0 else {})
 
 
 def test_the_word_that_a_model_is_given_to_nobody_is_taken_back_at_once():
     now = 100.0
     cluster = a_member(Records(), ttl=9.0, awake=lambda: now)
-    cluster._see(rows.picture([rows.Row(rows.uses_key("a"), b'{"v":1}', 1)]))
-    cluster._uses_at = now
-    cluster._uses_said = {GEMMA: rows.Use(yielded=True)}
+    cluster._seeing.see(rows.picture([rows.Row(rows.uses_key("a"), b'{"v":1}', 1)]))
+    cluster._writing._uses_at = now
+    cluster._writing._uses_said = {GEMMA: rows.Use(yielded=True)}
 
-    assert not cluster._is_news(cluster._uses_said)
-    assert cluster._is_news({})
-    assert cluster._is_news({GEMMA: rows.Use(used=True)})
-    assert cluster._is_news({GEMMA: rows.Use(used=True, yielded=True)})
-    cluster._uses_said = {GEMMA: rows.Use(used=True, yielded=True)}
-    assert not cluster._is_news({GEMMA: rows.Use(yielded=True)})
+    assert not cluster._writing._is_news(cluster._writing._uses_said)
+    assert cluster._writing._is_news({})
+    assert cluster._writing._is_news({GEMMA: rows.Use(used=True)})
+    assert cluster._writing._is_news({GEMMA: rows.Use(used=True, yielded=True)})
+    cluster._writing._uses_said = {GEMMA: rows.Use(used=True, yielded=True)}
+    assert not cluster._writing._is_news({GEMMA: rows.Use(yielded=True)})
 
 
 def member_row(name: str, **more: Any) -> rows.Row:
@@ -233,24 +234,26 @@ def test_who_has_left_is_shown_for_an_hour_and_then_forgotten():
     cluster = a_member(Records(), awake=lambda: now)
     for n in range(100):
         now = 60.0 * n
-        cluster._see(rows.picture([member_row("b"), member_row(f"pod-{n}")]))
+        cluster._seeing.see(rows.picture([member_row("b"), member_row(f"pod-{n}")]))
 
     assert list(cluster.instances.items())[:3] == [("b", True), ("pod-99", True), ("pod-40", False)]
     assert len(cluster.instances) == 61
 
     now = 3600.0 * 3
-    cluster._see(rows.picture([member_row("b")]))
+    cluster._seeing.see(rows.picture([member_row("b")]))
     assert cluster.instances == {"b": True}
 
 
 def test_whoever_waits_for_its_last_life_to_be_forgotten_is_not_shown_as_another_one():
     cluster = a_member(Records())
     waits = rows.stand_in("b", "5f5f5f5f")
-    cluster._see(rows.picture([member_row("b"), member_row(waits)]))
+    cluster._seeing.see(rows.picture([member_row("b"), member_row(waits)]))
     assert cluster.instances == {"b": True}
     assert cluster.differences == []
 
-    cluster._see(rows.picture([member_row("b", host="h1"), member_row(waits, host="h2", doubled=True)]))
+    cluster._seeing.see(
+        rows.picture([member_row("b", host="h1"), member_row(waits, host="h2", doubled=True)])
+    )
     assert cluster.instances == {"b": True, waits: True}
     assert cluster.differences == ["two daemons go by the name 'b', on h2 and on h1"]
 
@@ -260,7 +263,7 @@ def test_whoever_writes_a_newer_format_is_named_once():
     cluster = a_member(Records(), told=told)
     newer = json.dumps({"v": 2, "instance": "b", "life": "5f", "version": "3.0"}).encode()
     for value in (newer, newer + b" "):
-        cluster._see(rows.picture([rows.Row(rows.member_key("b"), value, 1)]))
+        cluster._seeing.see(rows.picture([rows.Row(rows.member_key("b"), value, 1)]))
 
     assert told == ["cluster.member_newer"]
     assert cluster.differences == [
@@ -272,17 +275,23 @@ def test_whoever_has_slept_longer_than_its_lease_does_not_say_that_it_acts_and_w
     now, told = 100.0, []
     cluster = a_member(Records(warm()), ttl=9.0, awake=lambda: now)
     cluster.changed = lambda: told.append(cluster.holders)
-    cluster._lease, cluster._life, cluster._hold = 7, "life of a", Hold(9.0, now)
+    cluster._grounds.lease, cluster._grounds.life, cluster._grounds.hold = 7, "life of a", Hold(9.0, now)
     there = [member_row("a"), member_row("b"), rows.Row("holders/far", rows.holder_row("b", "life of b"), 1)]
-    cluster._see(rows.picture([*there, rows.Row("holders/local", rows.holder_row("a", "life of a"), 1)]))
+    cluster._seeing.see(
+        rows.picture([*there, rows.Row("holders/local", rows.holder_row("a", "life of a"), 1)])
+    )
     now = 108.0
 
     assert told == [{"far": "b", "local": "a"}]
     assert cluster.holders == {"far": "b"}
-    for change in (cluster._is_up, lambda: cluster._is_down("etcd does not answer"), cluster._is_up):
+    for change in (
+        cluster._grounds.is_up,
+        lambda: cluster._grounds.is_down("etcd does not answer"),
+        cluster._grounds.is_up,
+    ):
         change()
     assert len(told) == 4
-    cluster._is_up()
+    cluster._grounds.is_up()
     assert len(told) == 4
 
 
@@ -290,13 +299,13 @@ def test_what_was_to_be_let_go_is_given_again_where_etcd_is_away_and_nobody_can_
     now = 100.0
     keeping = Records(warm())
     cluster = a_member(keeping, awake=lambda: now)
-    cluster._see(rows.picture([HELD, YIELD]))
+    cluster._seeing.see(rows.picture([HELD, YIELD]))
 
     now = 120.0
-    cluster._is_down("etcd does not answer")
+    cluster._grounds.is_down("etcd does not answer")
     assert not keeping.models[GEMMA].given
     now = 120.1
-    cluster._is_down("etcd does not answer")
+    cluster._grounds.is_down("etcd does not answer")
     keeping.look()
 
     assert keeping.models[GEMMA].given
@@ -306,10 +315,10 @@ def test_it_is_given_again_too_where_etcd_renews_a_lease_now_and_then_and_shows_
     now = 100.0
     keeping = Records(warm())
     cluster = a_member(keeping, awake=lambda: now)
-    cluster._see(rows.picture([HELD, YIELD]))
+    cluster._seeing.see(rows.picture([HELD, YIELD]))
 
     now = 120.1
-    cluster._is_answered()
+    cluster._grounds.is_answered()
     keeping.look()
 
     assert keeping.models[GEMMA].given
@@ -356,9 +365,9 @@ async def test_an_etcd_that_goes_away_is_told_in_one_line_whatever_was_asked_of_
         url = await etcd.enter_async_context(in_place_of_etcd(answer))
         cluster = a_member(Records(warm()), url, told=told, ttl=1.0)
         await stack.enter_async_context(going_on(cluster))
-        await until(lambda: cluster.engine_up and cluster._saw, "etcd is there")
+        await until(lambda: cluster.engine_up and cluster._grounds.saw, "etcd is there")
         await etcd.aclose()
-        cluster._look_again()
+        cluster.look_again()
         await until(lambda: not cluster.engine_up, "it is missed")
 
         assert told == ["cluster.engine_down"]
@@ -368,7 +377,7 @@ async def test_an_etcd_that_goes_away_is_told_in_one_line_whatever_was_asked_of_
 
 
 def holds(cluster: Cluster) -> rows.Row:
-    cluster._lease, cluster._life = 1, "mine"
+    cluster._grounds.lease, cluster._grounds.life = 1, "mine"
     return rows.Row(rows.holder_key("local"), rows.holder_row("a", "mine"), 1)
 
 
@@ -380,9 +389,9 @@ def told(warm: bool) -> rows.Row:
 def test_who_does_not_act_any_more_takes_the_word_of_whoever_does_though_it_is_its_own_of_before():
     keeping = Records(warm())
     cluster = a_member(keeping)
-    cluster._see(rows.picture([holds(cluster), told(warm=True)]))
+    cluster._seeing.see(rows.picture([holds(cluster), told(warm=True)]))
     before = keeping.models[GEMMA]
-    cluster._see(rows.picture([HELD, told(warm=True)]))
+    cluster._seeing.see(rows.picture([HELD, told(warm=True)]))
 
     assert (before.told, before.proved_elsewhere) == (frozenset(), False)
     assert (keeping.models[GEMMA].told, keeping.models[GEMMA].proved_elsewhere) == ({"gemma"}, True)
@@ -392,12 +401,12 @@ def test_who_acts_alone_is_told_which_copies_others_know_for_ours():
     keeping = Records(warm())
     cluster = a_member(keeping)
     use = rows.Row(rows.uses_key("b"), rows.uses_row({GEMMA: rows.Use(ours=frozenset({"gemma"}))}), 4)
-    cluster._see(rows.picture([HELD, use]))
+    cluster._seeing.see(rows.picture([HELD, use]))
     elsewhere = keeping.models[GEMMA].vouched
     mine = holds(cluster)
-    cluster._see(rows.picture([mine, use]))
+    cluster._seeing.see(rows.picture([mine, use]))
     acting = keeping.models[GEMMA].vouched
-    cluster._see(rows.picture([mine]))
+    cluster._seeing.see(rows.picture([mine]))
 
     assert (elsewhere, acting, keeping.models[GEMMA].vouched) == (frozenset(), {"gemma"}, frozenset())
 
@@ -409,8 +418,10 @@ def test_a_word_that_a_model_is_given_to_nobody_holds_for_the_one_time_that_it_w
 
     def yielded(said: int | None) -> bool:
         use = rows.uses_row({GEMMA: rows.Use(yielded=True, asked=said)})
-        cluster._see(rows.picture([holds(cluster), member, asked, rows.Row(rows.uses_key("b"), use, 4)]))
-        return cluster._is_yielded(GEMMA)
+        cluster._seeing.see(
+            rows.picture([holds(cluster), member, asked, rows.Row(rows.uses_key("b"), use, 4)])
+        )
+        return cluster._seeing.is_yielded(GEMMA)
 
     assert not yielded(8)
     assert yielded(9)
@@ -420,9 +431,9 @@ def test_a_word_that_a_model_is_given_to_nobody_holds_for_the_one_time_that_it_w
 def test_who_has_not_heard_from_the_others_since_etcd_was_away_does_not_know_what_is_ours():
     cluster = a_member(Records(warm()))
     at_first = cluster.knows("local")
-    cluster._see(rows.picture([HELD]), 50.0)
+    cluster._seeing.see(rows.picture([HELD]), 50.0)
     seen = cluster.knows("local")
-    cluster._is_down("refused")
+    cluster._grounds.is_down("refused")
 
     assert (at_first, seen, cluster.knows("local")) == (False, True, False)
 
@@ -434,7 +445,7 @@ def test_whose_copy_came_into_a_listing_since_the_others_were_heard_nobody_knows
     loading = rows.Row(rows.load_key(QWEN), rows.load_row(rows.Intent("b", "life", 0)), 5)
 
     def knows(asked: float, *more: rows.Row) -> bool:
-        cluster._see(rows.picture([HELD, *more]), asked)
+        cluster._seeing.see(rows.picture([HELD, *more]), asked)
         return cluster.knows("local")
 
     assert not knows(59.9)

@@ -16,9 +16,12 @@ import pytest
 
 from keepalive.cluster import hold
 from keepalive.cluster.etcd import Etcd
+from keepalive.cluster.grounds import Grounds
 from keepalive.cluster.hold import Hold
 from keepalive.cluster.member import Cluster
 from keepalive.cluster.rows import Picture
+from keepalive.cluster.seeing import Seeing
+from keepalive.cluster.writing import Writing
 from keepalive.core import apply as applying
 from keepalive.core import listings, room
 from keepalive.core.facts import ListingFailed, Trouble
@@ -102,24 +105,24 @@ def writes_no_intent(patch: pytest.MonkeyPatch) -> None:
 
 
 def passes_over_the_intent_of_another(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Cluster, "_see_load", lambda *_: None)
+    patch.setattr(Seeing, "_see_load", lambda *_: None)
 
 
 def forgets_an_intent_that_is_resolved(patch: pytest.MonkeyPatch) -> None:
-    spent = Cluster._spent
+    spent = Writing._spent
 
     def all_but_loads(
-        cluster: Cluster, upstream: str, models: Mapping[Any, Any]
+        writing: Writing, upstream: str, models: Mapping[Any, Any]
     ) -> Iterable[tuple[str, bytes | None]]:
-        found = spent(cluster, upstream, models)
+        found = spent(writing, upstream, models)
         return [(key, value) for key, value in found if not key.startswith("loads/") or value]
 
-    patch.setattr(Cluster, "_spent", all_but_loads)
+    patch.setattr(Writing, "_spent", all_but_loads)
 
 
 def takes_a_watch_for_whole(patch: pytest.MonkeyPatch) -> None:
     """It looks when it is told, and neither when it renews its lease nor when a watch begins."""
-    watch, answered, look_again = Etcd.watch, Cluster._is_answered, Cluster._look_again
+    watch, answered, look_again = Etcd.watch, Grounds.is_answered, Cluster.look_again
 
     async def told(etcd: Etcd, prefix: str) -> Any:
         first = True
@@ -128,19 +131,19 @@ def takes_a_watch_for_whole(patch: pytest.MonkeyPatch) -> None:
                 yield
             first = False
 
-    def renewed(cluster: Cluster) -> None:
-        answered(cluster)
-        cluster.renewed = cluster._saw  # type: ignore[attr-defined]
+    def renewed(grounds: Grounds) -> None:
+        answered(grounds)
+        grounds.renewed = grounds.saw  # type: ignore[attr-defined]
 
     def look(cluster: Cluster) -> None:
-        if getattr(cluster, "renewed", False):
-            cluster.renewed = False  # type: ignore[attr-defined]
+        if getattr(cluster._grounds, "renewed", False):
+            cluster._grounds.renewed = False  # type: ignore[attr-defined]
         else:
             look_again(cluster)
 
     patch.setattr(Etcd, "watch", told)
-    patch.setattr(Cluster, "_is_answered", renewed)
-    patch.setattr(Cluster, "_look_again", look)
+    patch.setattr(Grounds, "is_answered", renewed)
+    patch.setattr(Cluster, "look_again", look)
 
 
 def unloads_what_others_use(patch: pytest.MonkeyPatch) -> None:

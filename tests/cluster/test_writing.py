@@ -68,21 +68,21 @@ async def there(etcd: SimulatedEtcd, *models: Model) -> tuple[Cluster, On]:
     """A member that has joined."""
     way = On(etcd)
     cluster = a_member(Keeps(*models))
-    cluster._engine = Etcd(["http://x"], Access(), 5.0, way)
-    cluster._lease, cluster._life = await cluster._engine.grant(60), "life"
+    cluster._grounds.engine = Etcd(["http://x"], Access(), 5.0, way)
+    cluster._grounds.lease, cluster._grounds.life = await cluster._grounds.engine.grant(60), "life"
     await look(cluster)
     return cluster, way
 
 
 async def write(cluster: Cluster, written: Mapping[str, bytes]) -> None:
-    await cluster._engine.commit([], [put(PREFIX + key, value) for key, value in written.items()])
+    await cluster._grounds.engine.commit([], [put(PREFIX + key, value) for key, value in written.items()])
 
 
 async def look(cluster: Cluster) -> None:
     """As in each pass of its life."""
-    cluster._see(rows.picture(await cluster._rows()))
-    await cluster._stand()
-    await cluster._publish()
+    cluster._seeing.see(rows.picture(await cluster._rows()))
+    await cluster._place.stand()
+    await cluster._writing.publish()
 
 
 def standing(etcd: SimulatedEtcd, kind: str) -> list[str]:
@@ -96,12 +96,12 @@ def intent(life: str = "life") -> bytes:
 async def test_a_load_that_is_given_up_while_another_is_taken_away_ends_nothing(etcd: SimulatedEtcd):
     cluster, way = await there(etcd, *(replace(cold(), id=m) for m in (GEMMA, QWEN, PHI)))
     await write(cluster, {rows.load_key(m): intent() for m in (GEMMA, QWEN, PHI)})
-    cluster._see(rows.picture(await cluster._rows()))
-    cluster._unsent, cluster._begun = {GEMMA: "life", QWEN: "life"}, {PHI: "life"}
+    cluster._seeing.see(rows.picture(await cluster._rows()))
+    cluster._writing.unsent, cluster._writing._begun = {GEMMA: "life", QWEN: "life"}, {PHI: "life"}
     phi = replace(cold(), id=PHI)
     way.meanwhile = lambda _: cluster.observe(LoadForgone(20, PHI, "no"), phi, phi)
 
-    await cluster._publish()
+    await cluster._writing.publish()
     await look(cluster)
 
     assert standing(etcd, "loads") == []
@@ -114,7 +114,7 @@ async def test_who_has_its_name_back_stands_there_once(etcd: SimulatedEtcd):
         await look(cluster)
     [stand_in] = standing(etcd, "uses")
     assert stand_in != rows.uses_key("a")
-    await cluster._engine.commit(
+    await cluster._grounds.engine.commit(
         [], [{"request_delete_range": put(PREFIX + "members/a", b"")["request_put"]}]
     )
     cluster.addresses = ("http://new", "")  # so that its row is another one, as of one that was doubled
@@ -136,19 +136,19 @@ async def test_what_is_loaded_by_a_persons_word_is_not_taken_for_a_load_of_earli
     alone = replace(LOADING, alone=True)
     cluster, _ = await there(etcd, alone)
     await look(cluster)
-    cluster._unsent = {GEMMA: "life"}
+    cluster._writing.unsent = {GEMMA: "life"}
     cluster.observe(LoadStarted(10, GEMMA), cold(), alone)
-    assert not cluster._unsent
+    assert not cluster._writing.unsent
 
-    cluster._unsent = {GEMMA: "life"}
-    await cluster._tell_loads()
+    cluster._writing.unsent = {GEMMA: "life"}
+    await cluster._writing.tell_loads()
     await look(cluster)
     assert standing(etcd, "loads") == [rows.load_key(GEMMA)]
 
     etcd.kvs.clear()
-    cluster._unsent = {GEMMA: "life"}
-    cluster._see(rows.picture([]))
-    await cluster._remind()
+    cluster._writing.unsent = {GEMMA: "life"}
+    cluster._seeing.see(rows.picture([]))
+    await cluster._writing.remind()
     await look(cluster)
     await look(cluster)
     assert standing(etcd, "loads") == [rows.load_key(GEMMA)]
@@ -157,26 +157,26 @@ async def test_what_is_loaded_by_a_persons_word_is_not_taken_for_a_load_of_earli
 async def test_a_load_that_a_person_has_begun_while_others_were_told_is_told_too(etcd: SimulatedEtcd):
     loading = {m: replace(LOADING, id=m, alone=True) for m in (QWEN, GEMMA)}
     cluster, way = await there(etcd, *loading.values())
-    cluster._alone = {GEMMA}
+    cluster._writing._alone = {GEMMA}
 
     def begin(_: str) -> None:
         way.meanwhile = lambda _: None
         cluster.observe(LoadStarted(10, QWEN), replace(cold(), id=QWEN), loading[QWEN])
 
     way.meanwhile = begin
-    await cluster._tell_loads()
+    await cluster._writing.tell_loads()
 
     assert standing(etcd, "loads") == [rows.load_key(m) for m in (GEMMA, QWEN)]
 
 
 async def test_a_load_that_could_not_be_told_is_told_later(etcd: SimulatedEtcd):
     cluster, way = await there(etcd, replace(LOADING, alone=True))
-    cluster._alone, way.full = {GEMMA}, True
+    cluster._writing._alone, way.full = {GEMMA}, True
     with pytest.raises(EngineError):
-        await cluster._tell_loads()
+        await cluster._writing.tell_loads()
 
     way.full = False
-    await cluster._tell_loads()
+    await cluster._writing.tell_loads()
 
     assert standing(etcd, "loads") == [rows.load_key(GEMMA)]
 
@@ -184,12 +184,12 @@ async def test_a_load_that_could_not_be_told_is_told_later(etcd: SimulatedEtcd):
 async def test_without_a_lease_nothing_is_written_that_would_never_go(etcd: SimulatedEtcd):
     cluster, _ = await there(etcd, cold())
     await look(cluster)
-    lease, cluster._lease = cluster._lease, None
+    lease, cluster._grounds.lease = cluster._grounds.lease, None
 
-    assert not await cluster._commit([], {rows.holder_key("another"): b"{}"})
+    assert not await cluster._grounds.commit([], {rows.holder_key("another"): b"{}"})
     assert standing(etcd, "holders/another") == []
-    cluster._lease = lease
-    assert await cluster._commit([], {rows.holder_key("another"): b"{}"})
+    cluster._grounds.lease = lease
+    assert await cluster._grounds.commit([], {rows.holder_key("another"): b"{}"})
 
 
 async def test_a_full_etcd_is_rid_of_what_is_spent_and_is_of_no_use_for_anything_else(etcd: SimulatedEtcd):
@@ -200,16 +200,16 @@ async def test_a_full_etcd_is_rid_of_what_is_spent_and_is_of_no_use_for_anything
     assert standing(etcd, "loads")
 
     way.full = True
-    keeping: Any = cluster._keeping()
+    keeping: Any = cluster._grounds.keeping()
     keeping.models[GEMMA] = warm()
     with pytest.raises(EngineError):  # its end, and what came of it
-        await cluster._publish()
-    assert "writes" in cluster._refused
+        await cluster._writing.publish()
+    assert "writes" in cluster._grounds.refused
     with pytest.raises(EngineError):
-        await cluster._publish()
+        await cluster._writing.publish()
 
     assert standing(etcd, "loads") == []
-    assert "writes" in cluster._refused
+    assert "writes" in cluster._grounds.refused
 
 
 async def test_what_stands_there_and_not_what_was_said_is_what_is_written_anew(etcd: SimulatedEtcd):
@@ -218,7 +218,7 @@ async def test_what_stands_there_and_not_what_was_said_is_what_is_written_anew(e
         await look(cluster)
     keys = (rows.uses_key("a"), rows.states_key("local"))
     written = {key: etcd.kvs[PREFIX + key].value for key in keys}
-    assert cluster._seen.uses["a"][GEMMA].used
+    assert cluster._grounds.seen.uses["a"][GEMMA].used
     writes = etcd.writes
     await look(cluster)
     assert etcd.writes == writes
@@ -226,7 +226,7 @@ async def test_what_stands_there_and_not_what_was_said_is_what_is_written_anew(e
     # A write that was long on its way, or an older copy of etcd.
     old = {keys[0]: rows.uses_row({}), keys[1]: rows.states_row({GEMMA: rows.Told(failures=7)})}
     await write(cluster, old)
-    cluster._uses_at = -inf
+    cluster._writing._uses_at = -inf
     await look(cluster)
     await look(cluster)
 
@@ -242,8 +242,8 @@ async def test_a_wish_that_arrives_once_more_when_it_is_spent_is_nobodys_wish(et
     key = put(PREFIX + rows.wish_key(GEMMA), b"")["request_put"]["key"]
     [late] = [one for one in way.asked if any(key in str(change) for change in one.get("success", []))]
     assert standing(etcd, "wishes") == [rows.wish_key(GEMMA)]
-    assert not cluster._wishes
-    keeping: Any = cluster._keeping()
+    assert not cluster._writing.wishes
+    keeping: Any = cluster._grounds.keeping()
     keeping.models[GEMMA] = warm()
     await look(cluster)
     assert standing(etcd, "wishes") == []
@@ -256,11 +256,11 @@ async def test_a_wish_is_written_whatever_was_written_since_the_last_look(etcd: 
     cluster, _ = await there(etcd, warm())
     await look(cluster)
     cluster.addresses = ("http://new", "")
-    await cluster._publish()
+    await cluster._writing.publish()
     cluster.observe(WarmAsked(60, GEMMA), warm(), warm(asked_for=True))
-    keeping: Any = cluster._keeping()
+    keeping: Any = cluster._grounds.keeping()
     keeping.models[GEMMA] = warm(asked_for=True)
-    await cluster._publish()
+    await cluster._writing.publish()
     await look(cluster)
 
     assert standing(etcd, "wishes") == [rows.wish_key(GEMMA)]
@@ -284,7 +284,7 @@ async def test_another_etcd_in_its_place_is_told_once_and_nobody_acts_for_a_whil
 ):
     cluster, way = await there(etcd, LOADING)
     told: list[str] = []
-    cluster._tell = lambda event, *, well, **fields: told.append(event)
+    cluster._grounds.tell = lambda event, *, well, **fields: told.append(event)
     await look(cluster)
     assert told == []
     etcd.kvs.clear()
@@ -298,16 +298,16 @@ async def test_another_etcd_in_its_place_is_told_once_and_nobody_acts_for_a_whil
     await look(cluster)
 
     assert told == ["cluster.engine_replaced"]
-    assert cluster._quiet_until > cluster._awake()
+    assert cluster._grounds.quiet_until > cluster._grounds.awake()
     assert standing(etcd, "loads") == [rows.load_key(GEMMA)]
 
 
 async def test_what_was_to_be_reminded_of_is_dropped_once_somebody_has_asked_since(etcd: SimulatedEtcd):
     """Also of a model that is kept here no longer, of which no picture tells: it would be refused again and again."""
     cluster, way = await there(etcd, replace(warm(), asked_for=True))
-    await cluster._remind()
+    await cluster._writing.remind()
     await write(cluster, {rows.wish_key(GEMMA): rows.wish_row("another", "1", warm=False)})
-    del cluster._keeping().models[GEMMA]  # type: ignore[attr-defined]  # the config was read anew
+    del cluster._grounds.keeping().models[GEMMA]  # type: ignore[attr-defined]  # the config was read anew
     for _ in range(2):
         await look(cluster)
     way.asked.clear()

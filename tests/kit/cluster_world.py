@@ -33,8 +33,9 @@ from typing import Any
 import httpx
 
 from keepalive.cluster.etcd import Access, Answer, Etcd
+from keepalive.cluster.given import Self
 from keepalive.cluster.hold import Hold
-from keepalive.cluster.member import Cluster, Self
+from keepalive.cluster.member import Cluster
 from keepalive.core import errors
 from keepalive.core.errors import NotWarm, Unreachable
 from keepalive.core.facts import (
