@@ -411,7 +411,11 @@ class World:
     # --- who judges ---------------------------------------------------------------------------------
 
     def well(self) -> bool:
-        """Whether all is warm at every daemon, and each of them sees what it is to see."""
+        """Whether all is there and warm at every daemon, and each of them sees what it is to see."""
+        # What was lost a moment ago is warm for everybody until the next listing.
+        state = got(f"{self.lm_studio.url}/simulator/state")
+        if state is None or not all(m["instances"] for m in state["models"]):
+            return False
         for process in self.daemons.values():
             status = got(f"{process.url}/api/status")
             if status is None or not all(m["state"] == "warm" for m in status["models"]):
