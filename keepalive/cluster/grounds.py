@@ -60,6 +60,7 @@ class Grounds:
         self._said_refused = False
         self._useless = False  # that has lasted
         self._down_since: float | None = awake()
+        self._missed_at = awake()  # when it last was
         self._said_down = False
         self.hopeless = False
         self.trouble: str | None = "etcd has not been asked yet"
@@ -182,6 +183,10 @@ class Grounds:
         self._owner.changed()
         if self._down_since is None:
             self._down_since = now
+        else:
+            # While we slept, or were stopped, nobody looked whether it was there.
+            self._down_since += max(now - self._missed_at - self.hold.ttl, 0.0)
+        self._missed_at = now
         if not self._said_down:
             self._said_down = True
             self.tell("cluster.engine_down", well=False, reason=why)

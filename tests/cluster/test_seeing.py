@@ -295,6 +295,21 @@ def test_whoever_has_slept_longer_than_its_lease_does_not_say_that_it_acts_and_w
     assert len(told) == 4
 
 
+def test_time_in_which_it_was_stopped_is_no_absence_of_etcd():
+    now = 100.0
+    cluster = a_member(Records(warm()), ttl=3.0, awake=lambda: now)
+    cluster._grounds.is_up()
+    cluster._grounds.is_away("it does not answer")
+    now += 60  # stopped; the answer that was waited for is late now
+    cluster._grounds.is_away("it does not answer")
+
+    assert cluster.hopeless("local") is None
+    for _ in range(4):
+        now += 2
+        cluster._grounds.is_away("it does not answer")
+    assert cluster.hopeless("local") is not None
+
+
 def test_what_was_to_be_let_go_is_given_again_where_etcd_is_away_and_nobody_can_have_our_word():
     now = 100.0
     keeping = Records(warm())

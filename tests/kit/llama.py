@@ -145,7 +145,8 @@ class LlamaRouter:
             )
         deadline = time.monotonic() + START_TIMEOUT
         while True:
-            with contextlib.suppress(OSError, http.client.HTTPException):
+            # It may answer before it knows its models, with an error.
+            with contextlib.suppress(OSError, http.client.HTTPException, LookupError):
                 self.states()
                 return
             if self._process.poll() is not None or time.monotonic() > deadline:
