@@ -102,6 +102,10 @@ _LOADING = re.compile(
 )
 
 
+_NOT = re.compile(r"overload|\bbusy\b|\bfailed\b|out of memory|too many", re.IGNORECASE)
+
+
 def says_loading(text: str) -> bool:
     """Whether a 503, in whatever layout, says that something is still on its way, and not that something is wrong."""
-    return _LOADING.search(_TAG.sub(" ", text[:4096])) is not None
+    said = _TAG.sub(" ", text[:4096])
+    return _LOADING.search(said) is not None and _NOT.search(said) is None

@@ -44,7 +44,7 @@ class Meaning:
     @property
     def stands_in(self) -> bool:
         """The default model is meant, in the place of nobody."""
-        return self.name is not None
+        return self.name is not None and bool(self.models)
 
     def written(self, model: ModelId | None = None) -> str | None:
         """The name that LM Studio knows `model` by, or what is meant in its place; None: as it was asked for."""
@@ -200,13 +200,18 @@ class Names:
             still = frozenset[str]() if sure else self._open(folded)
             order = {m.upstream: (m.upstream not in up, not self._loaded(m)) for m in models}
             return Meaning(min(order, key=order.__getitem__), models, open=still, renamed=renamed)
-        here = self._where(folded, up, _Listing.find) or self._where(folded, up, _Listing.find_near)
+        here, near = self._where(folded, up, _Listing.find), None
+        if here is None:
+            here = self._where(folded, up, _Listing.find_near)
+            near = self._listings[here].entries.get(_twin(folded)) if here is not None else None
         if here is None:
             waits = frozenset(self._upstreams) - self._heard
             return Meaning(self._upstreams[0], known=False, open=waits)
         # A variant that is loaded answers to the key, and may stand in for another one.
         related = self._related(folded)
         perhaps = tuple(m for m in related if m.upstream == here and self._loaded(m))
+        if near is not None:  # nobody there knows it by the name that was asked for
+            return Meaning(here, perhaps=perhaps, renamed=True, name=near.key)
         return Meaning(here, perhaps=perhaps)
 
     def _where(

@@ -1,6 +1,7 @@
 """The callers' side: who is accepted, and how that ends."""
 
 import asyncio
+import contextlib
 import contextvars
 import errno
 import logging
@@ -38,9 +39,16 @@ class Listener:
     """Accepts callers and runs `handler` for each of their requests."""
 
     def __init__(
-        self, handler: Handler, sockets: list[socket.socket], limits: Limits, refusal: Refusal = plain_refusal
+        self,
+        handler: Handler,
+        sockets: list[socket.socket],
+        limits: Limits,
+        refusal: Refusal = plain_refusal,
+        *,
+        shared: bool = False,
     ) -> None:
         self.handler = handler
+        self._shared = shared
         self.limits = limits
         self.refusal = refusal
         self.loop = asyncio.get_running_loop()
@@ -109,6 +117,15 @@ class Listener:
         except OSError:
             sock.close()
 
+    def _empty_queue(self, listening: socket.socket) -> None:
+        """Who waits to be accepted on a socket that is closed is reset, and not told why."""
+        with contextlib.suppress(OSError):
+            while True:
+                sock, _ = listening.accept()
+                opening = self.loop.create_task(self._open(sock))
+                self._opening.add(opening)
+                opening.add_done_callback(self._opened)
+
     def _opened(self, opening: asyncio.Task[None]) -> None:
         self._opening.discard(opening)
         self._room.set()
@@ -131,9 +148,11 @@ class Listener:
         for woken in self._idle:
             _wake(woken)
         await asyncio.gather(*self._accepting, return_exceptions=True)
-        await asyncio.gather(*self._opening, return_exceptions=True)
         for sock in self.sockets:
+            if not self._shared:
+                self._empty_queue(sock)
             sock.close()
+        await asyncio.gather(*self._opening, return_exceptions=True)
         for connection in list(self.connections):
             connection.shut_idle()
 
@@ -204,6 +223,10 @@ async def serve(
     sockets: list[socket.socket],
     limits: Limits | None = None,
     refusal: Refusal = plain_refusal,
+    shared: bool = False,
 ) -> Listener:
-    """Serves `handler` on listening, non-blocking `sockets` (see `bind`), which it closes in the end."""
-    return Listener(handler, sockets, limits or Limits(), refusal)
+    """Serves `handler` on listening, non-blocking `sockets` (see `bind`), which it closes in the end.
+
+    `shared`: somebody else has them open, too, so that whoever waits in their queue then waits for another process.
+    """
+    return Listener(handler, sockets, limits or Limits(), refusal, shared=shared)

@@ -29,7 +29,6 @@ class Owner(Protocol):
         """The upstreams that answer."""
 
     def tier(self, upstream: str, /) -> Tier | None: ...
-    def is_lm_studio(self, upstream: str, /) -> bool: ...
 
 
 class Meanings:
@@ -56,7 +55,7 @@ class Meanings:
         known = self._found.get((name, default))
         if known is not None:
             return known
-        meaning = self._meaning(name, default=default)
+        meaning = self._meaning(name, default=default, adopts=default)
         if not meaning.open:
             if len(self._found) >= MEANINGS_REMEMBERED:
                 self._found.clear()
@@ -66,7 +65,7 @@ class Meanings:
             async with asyncio.timeout(within):
                 for unheard in [self._unheard[name] for name in meaning.open if name in self._unheard]:
                     await unheard.wait()
-        return self._meaning(name, default=default)
+        return self._meaning(name, default=default, adopts=default)
 
     async def meant(self, name: str, within: float) -> tuple[ModelId, ...]:
         """The same as `find`, for whoever asks for one: what is only listed is kept from now on, where that is wanted.
@@ -74,14 +73,15 @@ class Meanings:
         A first listing is waited for as by `meaning`.
         """
         if not (found := self.find(name)) and self._owner.adopts:
-            await self.meaning(name, within)
+            await self.meaning(name, within, default=False)
+            self.take_up(name)
             found = self.find(name)
         return found
 
     def take_up(self, name: str) -> None:
         """Keeps what is listed under that name from now on, where that is wanted of what is asked for."""
         if self._owner.adopts and not self.find(name):
-            self._meaning(name, default=True)
+            self._meaning(name, default=False, adopts=True)
 
     def offered(self) -> list[str]:
         """The keys of all that is kept, and, where that is wanted, of all that would be if it were asked for."""
@@ -103,23 +103,27 @@ class Meanings:
         """The aliases that belong to each row of a listing of `upstream`, by the row's folded key."""
         return self._names.rows(upstream)
 
-    def _meaning(self, name: str | None, *, default: bool) -> Meaning:
+    def _meaning(self, name: str | None, *, default: bool, adopts: bool) -> Meaning:
         owner = self._owner
         meaning = self._names.meaning(name, owner.up(), default=default)
+        if not meaning.models and meaning.known and owner.adopts and adopts:
+            entry = self._names.row(meaning.upstream, meaning.written() or name or "")
+            if (
+                entry is not None
+                and entry.kind in ADOPTED
+                and owner.tier(meaning.upstream) is not Tier.OPENAI
+            ):
+                owner.adopt(ModelId(meaning.upstream, entry.key), entry.kind)
+                meaning = self._names.meaning(name, owner.up(), default=default)
         if any(self._is_misspelt(name, model) for model in meaning.models):
             meaning = replace(meaning, renamed=True)
-        if meaning.models or not meaning.known or not owner.adopts or not default:
-            return meaning
-        entry = self._names.row(meaning.upstream, meaning.written() or name or "")
-        if entry is None or entry.kind not in ADOPTED or owner.tier(meaning.upstream) is Tier.OPENAI:
-            return meaning
-        owner.adopt(ModelId(meaning.upstream, entry.key), entry.kind)
-        return self._names.meaning(name, owner.up(), default=default)
+        return meaning
 
     def _is_misspelt(self, name: str | None, model: ModelId) -> bool:
         """Whether it is the key of a model but for its letter case, where that counts: everywhere but in LM Studio."""
         same = name is not None and name != model.key and fold_key(name) == fold_key(model.key)
-        return same and not self._owner.is_lm_studio(model.upstream)
+        tier = self._owner.tier(model.upstream) if same else None
+        return tier is not None and not tier.lm_studio
 
     # --- what is known ------------------------------------------------------------------------------
 

@@ -5,7 +5,14 @@ from math import inf
 
 from keepalive.core.apply import apply
 from keepalive.core.changed import replace
-from keepalive.core.facts import LoadRemembered, ModelId, RequestEnded, RequestsCounted, RequestStarted
+from keepalive.core.facts import (
+    LoadRemembered,
+    ModelId,
+    RequestEnded,
+    RequestsCounted,
+    RequestStarted,
+    fold_key,
+)
 from keepalive.core.primes import chosen
 from keepalive.core.records import Model, Priming, Upstream, UpstreamState
 from keepalive.core.states import State
@@ -58,6 +65,8 @@ class Shelf:
 
     def place(self, keeps: Sequence[Keep], kept: Collection[ModelId], now: float) -> None:
         """Its models from now on. Those that are not `kept` are let go, and forgotten once nothing of ours is there."""
+        for keep in keeps:
+            self._respell(keep.model, kept)
         gone = {key: m for key, m in self.models.items() if m.id not in kept}
         models: dict[str, Model] = {}
         for rank, keep in enumerate(keeps):
@@ -81,6 +90,19 @@ class Shelf:
         for key, model in gone.items():
             models[key] = replace(model, retired=True, rank=len(models))
         self.models = models
+
+    def _respell(self, model: ModelId, kept: Collection[ModelId]) -> None:
+        """Where the config now writes a key in other letters, what is known of it goes on, and whose copies are ours.
+
+        Unless a call is under way, or a caller there, who would tell of his end by the old letters.
+        """
+        if model.key in self.models:
+            return
+        for key, known in list(self.models.items()):
+            busy = known.calling or known.in_flight or known.waiting
+            if fold_key(key) == fold_key(model.key) and known.id not in kept and not busy:
+                del self.models[key]
+                self.models[model.key] = replace(known, id=model)
 
     # --- requests -----------------------------------------------------------------------------------
 

@@ -15,8 +15,10 @@ from keepalive.core.callers import Key
 from keepalive.http1 import RequestHead, host_of
 from keepalive.proxy.settings import Settings
 
-# What a container or a virtual machine calls the machine that it runs on: `host.docker.internal`.
-_OUTSIDE: Final = re.compile(r"(?:host|gateway)\.[a-z0-9-]+\.internal")
+# What containers and virtual machines call the machine that they run on. Each program has its own name for it.
+_OUTSIDE: Final = re.compile(
+    r"host\.(?:docker|containers|lima|orb|minikube|k3d|rancher-desktop)\.internal|gateway\.docker\.internal"
+)
 
 Refused = tuple[int, str, str]  # status, message and code
 
@@ -51,7 +53,7 @@ def _is_expected(host: str, settings: Settings) -> bool:
     # Names below `localhost` are this machine by definition: nobody can own one.
     if host == "localhost" or host.endswith(".localhost"):
         return True
-    # Nor can anybody register one below `.internal`.
+    # Nor can anybody register one below `.internal`, and a network that makes up its own does not make up these.
     if host.endswith(".internal") and _OUTSIDE.fullmatch(host):
         return True
     if host in settings.allowed_hosts or _is_address(host):

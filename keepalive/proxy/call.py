@@ -53,6 +53,7 @@ class Owner(Protocol):
     seen: Callable[[Seen], None]
     notes: Notes | None
     now: Callable[[], float]  # the event loop's
+    heard: dict[str, float]  # when each upstream last answered to the end
 
 
 class Call:
@@ -255,7 +256,10 @@ class Call:
         answered = answered and self._only is not None
         models, self._forwarded = self._forwarded, ()
         for model in models:
-            self._owner.keeping.record(RequestEnded(self.account.now(), model, answered))
+            now = self.account.now()
+            self._owner.keeping.record(RequestEnded(now, model, answered))
+            if answered:
+                self._owner.heard[model.upstream] = now
 
     # --- back to the caller -----------------------------------------------------------------------
 
@@ -421,6 +425,12 @@ class Call:
         self.answer.stalled(silence.why)
         self.lost(silence.why)  # a model that does so has to prove that it answers
         return True
+
+    def silent(self, upstream: str) -> float | None:
+        """For how long the answer has been silent; None where none of that upstream has begun."""
+        model, silence = self.account.model, self.answer.silence
+        here = model is not None and model.upstream == upstream and silence is not None
+        return silence.seconds if here and silence is not None else None
 
     def unheard(self, upstream: str, silent: float) -> str | None:
         """Why nothing will come of it any more; `upstream` has been silent for so long, in all that it is asked.

@@ -7,6 +7,7 @@ nothing is tried again. What measures a stream stands behind it and cannot touch
 
 import asyncio
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import Final
 from urllib.parse import quote
 
@@ -76,6 +77,8 @@ class Proxy:
         self._draining = False
         self._homes = Homes()
         self._given_up: dict[Call, str] = {}
+        #: When an upstream was last heard of, by an answer that came to its end.
+        self.heard: dict[str, float] = {}
 
     def configure(self, settings: Settings) -> None:
         """New settings for the requests that come from now on; those under way keep what they began with."""
@@ -108,13 +111,14 @@ class Proxy:
                 call.answer.fail(503, self.stopping, "shutting_down", retry_after=5)
                 return
             elif call in self._given_up:
-                call.answer.stalled(self._given_up.pop(call))
+                call.answer.stalled(self._given_up[call])
                 return
             else:
                 call.account.outcome = Outcome.TIMEOUT  # of whoever asked in the name of a caller
             raise
         finally:
             self.calls.discard(call)
+            self._given_up.pop(call, None)
             self.in_progress -= 1
             call.end()
 
@@ -407,8 +411,14 @@ class Proxy:
         return [(b"Content-Type", b"application/json"), *NO_STORE, *grant], body
 
     def give_up(self, upstream: str, silent: float) -> None:
-        """Ends the requests that wait for a first byte of an upstream which has been silent for so long."""
-        self._given_up = {call: why for call, why in self._given_up.items() if call in self.calls}
+        """Ends the requests that wait for a first byte of an upstream which has listed nothing for so long.
+
+        Where it answers others, it works, and listings are merely late.
+        """
+        others = (call.silent(upstream) for call in self.calls)
+        silent = min(
+            silent, self.now() - self.heard.get(upstream, -inf), *(s for s in others if s is not None)
+        )
         for call in self.calls - self._given_up.keys():
             why = call.unheard(upstream, silent)
             if why is not None:

@@ -120,13 +120,14 @@ class Front:
 
     async def listen(self, address: Listen, sockets: list[socket.socket] | None = None) -> str:
         """Accept callers, on sockets that somebody else has opened or on `address`; returns the URL."""
+        shared = bool(sockets)
         if not sockets:
             try:
                 sockets = bind(address.host, address.port)
             except OSError as error:
                 raise StartError(cannot_listen("server.listen", address, error)) from error
         self._listener = await serve(
-            self._handle, sockets=sockets, limits=self._limits, refusal=self._refusal
+            self._handle, sockets=sockets, limits=self._limits, refusal=self._refusal, shared=shared
         )
         return url_of(sockets[0].getsockname())
 
@@ -233,7 +234,7 @@ class Front:
             stall_timeout=kept.stall_timeout if kept else None,
             resting=_resting(known, now),
             wanted=known.wanted,
-            kind=known.kind,
+            kind=(kept.kind if kept else None) or known.kind,
             context_length=known.instances[0].context_length if known.instances else None,
             # As a load over HTTP has them: that is what callers compare with theirs.
             load_fields={n: v for n, v in kept.load_fields.items() if n not in SDK_ALONE} if kept else {},

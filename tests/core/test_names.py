@@ -61,7 +61,9 @@ def test_ollamas_tag_may_stand_there_or_not(kept, name):
     assert both.meaning(name).models == (model,)
     assert both.meaning("llama3:8b") == Meaning("a", known=False)
     assert both.rows("b") == {"llama3:latest": ["al"]}
-    assert nobodys.meaning(name) == Meaning("b")
+    assert nobodys.meaning(name).upstream == "b"
+    assert nobodys.meaning(name).written() == (None if name.endswith("Latest") else "llama3:latest")
+    assert not nobodys.meaning(name).stands_in
 
 
 def test_a_tag_is_taken_away_where_nobody_lists_it():

@@ -76,11 +76,27 @@ async def test_a_caller_between_two_requests_is_let_go_at_once(listener: Listene
     writer.close()
 
 
+async def test_who_waits_to_be_accepted_when_the_listener_stops_is_answered_and_not_reset() -> None:
+    listener = await serve(say_no, sockets=bind("127.0.0.1", 0), limits=Limits())
+    with contextlib.ExitStack() as stack:
+        callers = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", listener.port))) for _ in range(9)
+        ]
+        for caller in callers:  # nothing of ours has run since they came
+            caller.sendall(REQUEST)
+
+        await listener.stop_accepting()
+        async with asyncio.timeout(PATIENCE):
+            await listener.emptied()
+
+        assert {caller.recv(9) for caller in callers} == {b"HTTP/1.1 "}
+
+
 async def test_whoever_connects_while_the_listener_stops_is_answered_or_was_never_accepted() -> None:
     """Whom nobody accepted waits in the queue of the socket, which another process may go on serving."""
     sockets = bind("127.0.0.1", 0)
     kept = [one.dup() for one in sockets]
-    first = await serve(say_no, sockets=sockets, limits=Limits())
+    first = await serve(say_no, sockets=sockets, limits=Limits(), shared=True)
     port = first.port
 
     async def ask() -> bytes:

@@ -15,7 +15,7 @@ import pytest
 from keepalive.core import apply as applying
 from keepalive.core import calls, listings
 from keepalive.core import plan as planning
-from keepalive.core.actions import Unload
+from keepalive.core.actions import Load, SendPing, Unload
 from keepalive.core.errors import (
     Cut,
     NotWarm,
@@ -907,6 +907,50 @@ def test_facts_about_what_is_no_longer_in_the_config_are_ignored():
         keeper.record(WarmAsked(2.0, ModelId("gone", "a")))
 
         assert keeper.snapshot().models == ()
+
+    run_virtually(go)
+
+
+def test_a_key_that_a_reload_writes_in_other_letters_is_the_same_model_and_its_copy_is_let_go_for_nobody():
+    async def go() -> None:
+        now = 0.0
+
+        def clock() -> float:
+            nonlocal now
+            now += 0.001
+            return now
+
+        keeper, gib = Keeper(clock), 1 << 30
+        server = Server("local", Client("local", "http://127.0.0.1:1"), memory=20 * gib)
+        policy = Policy(auto=True, memory=9 * gib)
+        before, after, other = (ModelId("local", key) for key in ("Foo", "foo", "bar"))
+
+        def lists(*loaded: str) -> None:
+            rows = {
+                k: Entry(k, instances=(Instance(k),) if k in loaded else (), loading=False)
+                for k in ("foo", "bar")
+            }
+            keeper.record(Listed(clock(), "local", clock() - 0.0005, Tier.V1, rows, True))
+
+        keeper.configure([server], [Keep(before, policy)])
+        lists()
+        keeper.record(LoadStarted(clock(), before))
+        keeper.record(LoadEnded(clock(), before, LoadOutcome.OK, elapsed=5.0, seconds=5.0, instance_id="foo"))
+        lists("foo")
+        keeper.configure([server], [Keep(after, policy), Keep(other, policy)])
+        lists("foo")
+
+        kept = keeper.model(after)
+        assert kept is not None
+        assert [m.id for m in keeper.siblings(after)] == [after, other]
+        assert kept.ours == {"foo"}
+        keeper.record(RequestStarted(clock(), after))
+        keeper.record(WaitStarted(clock(), other))
+        now += 100
+        lists("foo")
+        planned = planning.plan(keeper.upstream("local"), keeper.siblings(after), clock())
+        assert [type(action) for action in planned if not isinstance(action, SendPing)] == [Load]
+        await server.client.close()
 
     run_virtually(go)
 

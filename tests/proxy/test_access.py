@@ -37,6 +37,7 @@ def head(*lines: str, method: bytes = b"POST") -> RequestHead:
         (OPEN, ["Host: host.docker.internal:1235"], None),
         (PUBLIC, ["Host: Host.Containers.Internal"], None),
         (OPEN, ["Host: docker.internal"], "host"),
+        (OPEN, ["Host: host.evil.internal"], "host"),
         (OPEN, ["Host: host.evil.example.internal"], "host"),
         (OPEN, ["Host: host.docker.internal.evil.example"], "host"),
         (OPEN, ["Host: localhost", "Sec-Fetch-Site: same-origin"], None),
