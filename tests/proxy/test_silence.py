@@ -360,3 +360,41 @@ async def test_who_has_just_come_who_may_wait_for_ever_and_who_is_answered_are_n
         assert front.proxy.in_progress == 1
         writer.close()
         await writer.wait_closed()
+
+
+SAID = b'{"choices":[{"message":{"content":"Hi"}}]}'
+WHOLE = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (
+    len(SAID),
+    SAID,
+)
+
+
+@pytest.mark.parametrize("ended", [False, True])
+async def test_nobody_is_given_up_by_a_server_that_lists_nothing_and_answers_others(ended):
+    asked = []
+
+    async def script(asking):
+        asked.append(asking)
+        if len(asked) == 1:
+            await asking.left()
+        elif ended:
+            await asking.send(WHOLE)
+        else:
+            await drips(asking)
+
+    async with fronted(script, keep=warm(), heartbeat=5.0) as (front, _):
+        first = asyncio.create_task(Watching(front.port).call(chat("m", "Connection: close")))
+        await asyncio.sleep(70)
+        other = asyncio.create_task(
+            Watching(front.port).call(chat("m", "Connection: close", stream=not ended))
+        )
+        await asyncio.sleep(30)
+        front.proxy.give_up("local", LONG)
+        await asyncio.sleep(1)
+        assert other.done() is ended
+        assert not first.done()
+
+        await other
+        await asyncio.sleep(61)
+        front.proxy.give_up("local", LONG)
+        assert b"stalled" in (await first)[2]
