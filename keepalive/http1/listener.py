@@ -101,9 +101,7 @@ class Listener:
                 continue
             # Beside each other: one after the other, newcomers would wait a turn of the loop for each of those before
             # them, and those turns are long when there are many who already ask.
-            opening = self.loop.create_task(self._open(sock))
-            self._opening.add(opening)
-            opening.add_done_callback(self._opened)
+            self._begin(sock)
             if len(self._opening) >= OPENED_AT_ONCE:
                 await asyncio.sleep(0)
 
@@ -122,9 +120,12 @@ class Listener:
         with contextlib.suppress(OSError):
             while True:
                 sock, _ = listening.accept()
-                opening = self.loop.create_task(self._open(sock))
-                self._opening.add(opening)
-                opening.add_done_callback(self._opened)
+                self._begin(sock)
+
+    def _begin(self, sock: socket.socket) -> None:
+        opening = self.loop.create_task(self._open(sock))
+        self._opening.add(opening)
+        opening.add_done_callback(self._opened)
 
     def _opened(self, opening: asyncio.Task[None]) -> None:
         self._opening.discard(opening)

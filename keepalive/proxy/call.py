@@ -429,8 +429,9 @@ class Call:
     def silent(self, upstream: str) -> float | None:
         """For how long the answer has been silent; None where none of that upstream has begun."""
         model, silence = self.account.model, self.answer.silence
-        here = model is not None and model.upstream == upstream and silence is not None
-        return silence.seconds if here and silence is not None else None
+        if model is None or model.upstream != upstream or silence is None:
+            return None
+        return silence.seconds
 
     def unheard(self, upstream: str, silent: float) -> str | None:
         """Why nothing will come of it any more; `upstream` has been silent for so long, in all that it is asked.
