@@ -190,12 +190,13 @@ def _where(record: logging.LogRecord) -> str:
 
 
 def start(*, level: str, as_json: bool | None, stream: TextIO | None) -> Callable[[], None]:
-    """Log to `stream` from now on; returns what ends it.
+    """Log to `stream` from now on; returns what puts all back as it was.
 
     `as_json` None: unless `stream` is a terminal or the journal. `stream` None: nothing is written, by anybody.
     """
     journal = stream is not None and _is_journal(stream)
     root, own = logging.getLogger(), logging.getLogger("keepalive")
+    before, handlers, levels = structlog.get_config(), root.handlers[:], (root.level, own.level)
     handler = logging.NullHandler() if stream is None else _Output(stream)
     root.handlers[:] = [handler]
     root.setLevel(max(logging.WARNING, logging.getLevelName(level.upper())))
@@ -232,7 +233,10 @@ def start(*, level: str, as_json: bool | None, stream: TextIO | None) -> Callabl
     def stop() -> None:
         global _requests
         _requests = _tell_request
-        root.handlers.remove(handler)
+        structlog.configure(**before)
+        root.handlers[:] = handlers
+        root.setLevel(levels[0])
+        own.setLevel(levels[1])
         if isinstance(handler, _Output):
             handler.end()
 

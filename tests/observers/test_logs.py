@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 from keepalive.core.apply import apply
 from keepalive.core.callers import Outcome, Seen
@@ -370,6 +371,21 @@ def test_console_format_can_be_asked_for_without_a_terminal(tmp_path: Path) -> N
     assert "daemon.started" in text
     assert "\x1b[" not in text
     assert "models=2" in text
+
+
+def test_what_ends_it_puts_back_all_that_was_before_for_whoever_logs_in_the_same_process(
+    tmp_path: Path,
+) -> None:
+    def standing() -> list[Any]:
+        root, own = logging.getLogger(), logging.getLogger("keepalive")
+        return [structlog.get_config(), root.handlers[:], root.level, own.level]
+
+    before = standing()
+    with log_to(tmp_path / "log", "error"):
+        within = standing()
+
+    assert all(now != was for now, was in zip(within, before, strict=True))
+    assert standing() == before
 
 
 @pytest.mark.parametrize(
