@@ -464,6 +464,7 @@ def doctor(url: UrlOption = None, path: ConfigOption = None) -> None:
     Asks the config, the daemon, LM Studio and this machine, and changes nothing.
     """
     from keepalive.cli import doctor as practice
+    from keepalive.cli import evidence
 
     try:
         found = config.find(path, _environ())
@@ -478,7 +479,7 @@ def doctor(url: UrlOption = None, path: ConfigOption = None) -> None:
         silence = str(error)
     with contextlib.suppress(_NoAnswer):  # a daemon before 1.1 does not tell them
         requests = _fetch(address, "/api/requests", holds="requests")["requests"] if status else []
-    seen = asyncio.run(practice.gather(settings, found, _environ(), address, status, silence, requests))
+    seen = asyncio.run(evidence.gather(settings, found, _environ(), address, status, silence, requests))
     findings = practice.findings(seen)
     console = _console()
     for finding in findings:

@@ -1,32 +1,24 @@
 """What is wrong between the config, the daemon and LM Studio, and how to mend it.
 
-`gather` asks and changes nothing: it lists, which loads nothing and renews no lease. `findings` is pure and says
-what the answers mean. What the daemon sees outranks what is seen from here: a token may be for its eyes alone.
+Pure: `evidence.py` has asked. What the daemon sees outranks what is seen from here: a token may be for its eyes alone.
 """
 
-import asyncio
-import importlib.util
 import json
-import os
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, tzinfo
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
 from difflib import get_close_matches
 from itertools import islice
-from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
-from zoneinfo import ZoneInfoNotFoundError
 
 from keepalive import __version__
 from keepalive.admin.words import span
-from keepalive.config import Cluster, Config, Kept, Upstream, overbooked, written
+from keepalive.cli.evidence import Evidence, Json, Probe
+from keepalive.config import Cluster, Kept, Upstream, overbooked, written
 from keepalive.core.callers import Outcome
 from keepalive.core.errors import (
-    KeepaliveError,
     Reason,
     Refused,
     TimedOut,
@@ -37,13 +29,10 @@ from keepalive.core.errors import (
 from keepalive.core.explain import RIVAL
 from keepalive.core.facts import Entry, Tier, fold_key
 from keepalive.core.primes import USELESS
-from keepalive.lmstudio.client import Client, Listing
+from keepalive.lmstudio.client import Listing
 from keepalive.lmstudio.wire import SDK_ALONE
-from keepalive.service import tokens
 from keepalive.service.front import is_loopback
 from keepalive.service.tokens import TokenError
-
-Json = Mapping[str, Any]
 
 # Prometheus asks every 15 s to 2 min. A daemon that nobody has asked for this long is not watched.
 UNSCRAPED = 300.0
@@ -51,8 +40,6 @@ UNSCRAPED = 300.0
 SKEW_MAX = 60.0
 # Comparing a key with each of a hundred thousand listed ones would take seconds.
 SUGGESTED_FROM = 1000
-# A question to systemd that takes longer will not be answered.
-SYSTEM_TIMEOUT = 5.0
 # As the alerts have it: who generates a tool call may well say nothing for some minutes.
 SILENT_FOR = 300.0
 # An answer without a word happens. Not to half of those who ask, nor so often in a quarter of an hour.
@@ -68,138 +55,6 @@ class Finding:
     what: str
     why: str
     do: str
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """What one upstream said to a listing, or why it said nothing."""
-
-    listing: Listing | None = None
-    error: KeepaliveError | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Host:
-    """This machine. None: it could not be asked."""
-
-    now: datetime
-    zone: tzinfo | str | None = None  # as text: why there is none
-    synchronized: bool | None = None
-    memory_bytes: int | None = None
-    unit: str | None = None  # what systemd says of keepalive.service: "enabled", "disabled", …
-    messages: bool = True  # what sends them is installed
-
-
-@dataclass(frozen=True, slots=True)
-class Evidence:
-    """`status` is the daemon's, or None with `silence`: why it did not answer at `address`."""
-
-    config: Config
-    path: Path | None
-    address: str
-    status: Json | None
-    silence: str
-    host: Host
-    probes: Mapping[str, Probe] = field(default_factory=dict)
-    requests: Sequence[Json] = ()  # those of the last minutes
-
-    def upstream_status(self, name: str) -> Json | None:
-        return next((u for u in (self.status or {}).get("upstreams", ()) if u["name"] == name), None)
-
-    def model_status(self, kept: Kept) -> Json | None:
-        wanted = (kept.upstream, kept.key)
-        models = (self.status or {}).get("models", ())
-        return next((m for m in models if (m["upstream"], m["key"]) == wanted), None)
-
-
-# --- asking -------------------------------------------------------------------------------------------
-
-
-async def gather(
-    config: Config,
-    path: Path | None,
-    environ: Mapping[str, str],
-    address: str,
-    status: Json | None,
-    silence: str = "",
-    requests: Sequence[Json] = (),
-) -> Evidence:
-    """Ask every upstream and this machine. Bounded by the longest `list_timeout`, three times."""
-    probes = await asyncio.gather(*(_probe(config, upstream, environ) for upstream in config.upstreams))
-    names = [upstream.name for upstream in config.upstreams]
-    messages = importlib.util.find_spec("apprise") is not None
-    host = Host(datetime.now(UTC), _zone(config), memory_bytes=_memory(), messages=messages)
-    if _has_systemd():
-        clock = await _said("timedatectl", "show", "--property=NTPSynchronized", "--value")
-        unit = await _said("systemctl", "is-enabled", "keepalive.service")
-        # Newer ones have a word for a unit that does not exist.
-        unit = None if unit == "not-found" else unit
-        host = replace(host, synchronized={"yes": True, "no": False}.get(clock or ""), unit=unit)
-    probed = dict(zip(names, probes, strict=True))
-    return Evidence(config, path, address, status, silence, host, probed, requests)
-
-
-async def _probe(config: Config, upstream: Upstream, environ: Mapping[str, str]) -> Probe:
-    try:
-        token = tokens.of_upstream(upstream, environ)
-        async with Client(
-            upstream.name,
-            upstream.url,
-            token=token,
-            connect_timeout=upstream.connect_timeout,
-            list_timeout=upstream.list_timeout,
-            sdk=upstream.sdk == "auto",
-        ) as client:
-            client.expect(
-                {kept.key: kept.load_fields for kept in config.kept if kept.upstream == upstream.name}
-            )
-            listing = await client.listing()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(upstream.list_timeout):
-                    await client.estimated()
-                    listing = await client.listing()
-            return Probe(listing=listing)
-    except KeepaliveError as error:
-        return Probe(error=error)
-
-
-def _zone(config: Config) -> tzinfo | str:
-    try:
-        return config.zone
-    except (ZoneInfoNotFoundError, OSError, ValueError) as error:
-        return str(error) or type(error).__name__
-
-
-def _memory() -> int | None:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None  # not every system tells
-
-
-def _has_systemd() -> bool:
-    return Path("/run/systemd/system").is_dir()
-
-
-async def _said(*words: str) -> str | None:
-    """What a command of the system prints; None when it says nothing."""
-    try:
-        process = await asyncio.create_subprocess_exec(
-            *words, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
-        )
-    except OSError:
-        return None
-    try:
-        async with asyncio.timeout(SYSTEM_TIMEOUT):
-            out, _ = await process.communicate()
-    except TimeoutError:
-        process.kill()
-        await process.wait()
-        return None
-    return out.decode(errors="replace").strip() or None
-
-
-# --- what it means --------------------------------------------------------------------------------------
 
 
 def findings(seen: Evidence) -> list[Finding]:

@@ -13,7 +13,8 @@ import pytest
 
 from keepalive import __version__, config
 from keepalive.cli import doctor
-from keepalive.cli.doctor import Evidence, Finding, Host, findings
+from keepalive.cli.doctor import Finding, findings
+from keepalive.cli.evidence import Evidence, Host, gather
 from keepalive.service.daemon import Daemon
 from keepalive.simulator.models import SimModel
 from tests.kit.live import asked, command, daemon, model, settings, simulator, until
@@ -39,9 +40,7 @@ async def examine(text: str, running: Daemon | None, **environ: str) -> list[Fin
     )
     address = running.admin_url if running else "http://127.0.0.1:9235"
     parsed = config.parse(text, "config.toml", environ)
-    seen = await doctor.gather(
-        parsed, Path("config.toml"), environ, address, status, "no daemon answers", requests
-    )
+    seen = await gather(parsed, Path("config.toml"), environ, address, status, "no daemon answers", requests)
     return findings(replace(seen, host=Host(datetime.now(UTC), ZoneInfo("Europe/Lisbon"))))
 
 
@@ -704,7 +703,7 @@ async def test_models_that_will_be_refused_or_do_not_fit_together_are_found_befo
     big, small = SimModel("big", size_bytes=40_000_000_000), SimModel("small", size_bytes=8_000_000_000)
     async with simulator(big, small, memory_bytes=20_000_000_000) as server:
         parsed = config.parse(settings(server.url, "big", "small"), "config.toml", {})
-        seen = await doctor.gather(
+        seen = await gather(
             parsed, Path("config.toml"), {}, "http://10.0.0.9:9235", None, "no daemon answers"
         )
         seen = replace(seen, host=Host(NOW, ZoneInfo("Europe/Lisbon"), memory_bytes=32_000_000_000))

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from keepalive import config
-from keepalive.cli.doctor import findings, gather
+from keepalive.cli.doctor import findings
+from keepalive.cli.evidence import gather
 from keepalive.simulator.models import SimModel
 from tests.kit.live import (
     DaemonProcess,
