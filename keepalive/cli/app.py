@@ -4,15 +4,12 @@ import asyncio
 import contextlib
 import errno
 import gc
-import http.client
 import io
 import json
 import os
 import shlex
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Coroutine, Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -26,7 +23,7 @@ from rich.text import Text
 
 from keepalive import __version__, config
 from keepalive.admin import words
-from keepalive.cli import view
+from keepalive.cli import asking, view
 from keepalive.core.errors import KeepaliveError
 
 BAD_CONFIG = 3
@@ -34,12 +31,8 @@ _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 # What shells say of a command that Ctrl-C ended.
 INTERRUPTED = 130
 POLL = 0.5
-# The daemon answers from memory. Longer than this, it is not the daemon.
-ANSWER_TIMEOUT = 10.0
 # Whoever waits for no longer than this still gets an answer from a machine that is busy loading a model.
 ANSWER_MIN = 2.0
-# A refusal of the daemon is a sentence. More than this is somebody else's page.
-REFUSAL_MAX = 4096
 # Without a terminal nothing is wrapped: lines are read by programs, or by somebody who has a pager.
 ENDLESS = 100_000
 
@@ -76,7 +69,7 @@ UrlOption = Annotated[
 def _models_beginning(incomplete: str) -> list[str]:
     """For the shell, when somebody presses the tabulator: what the daemon keeps, or nothing."""
     with contextlib.suppress(Exception):
-        document = _fetch(_admin_url(None, None), timeout=1.0)
+        document = asking.fetch(_admin_url(None, None), timeout=1.0)
         return [m["key"] for m in document["models"] if m["key"].startswith(incomplete)]
     return []
 
@@ -110,20 +103,16 @@ def main() -> None:
         # Whoever reads the exit code alone must not take a full disk for a state of the models.
         sys.exit(view.CANNOT_TELL)
     except (LookupError, TypeError, ValueError, AttributeError):
-        if not _foreign:
+        if not asking.foreign:
             raise
         # Nor what could not be read.
-        (address, version), *_ = _foreign.items()
+        (address, version), *_ = asking.foreign.items()
         typer.echo(
             f"the daemon at {address} is keepalive {version}, and this is {__version__}, which does not understand "
             "all that it says; use the command of that version",
             err=True,
         )
         sys.exit(view.CANNOT_TELL)
-
-
-# The daemons that answered and are of another version, by their addresses.
-_foreign: dict[str, str] = {}
 
 
 def _occupy_standard_streams() -> None:
@@ -345,8 +334,8 @@ def wait(
         while True:
             try:
                 left = deadline - time.monotonic()
-                document = _fetch(address, timeout=min(ANSWER_TIMEOUT, max(ANSWER_MIN, left)))
-            except _NoAnswer as error:
+                document = asking.fetch(address, timeout=min(asking.ANSWER_TIMEOUT, max(ANSWER_MIN, left)))
+            except asking.NoAnswer as error:
                 # It may be starting just now.
                 if error.final or time.monotonic() >= deadline:
                     trouble = str(error)
@@ -474,11 +463,11 @@ def doctor(url: UrlOption = None, path: ConfigOption = None) -> None:
     address, status, silence = _admin_url(url, path), None, ""
     requests: list[dict[str, Any]] = []
     try:
-        status = _fetch(address)
-    except _NoAnswer as error:
+        status = asking.fetch(address)
+    except asking.NoAnswer as error:
         silence = str(error)
-    with contextlib.suppress(_NoAnswer):  # a daemon before 1.1 does not tell them
-        requests = _fetch(address, "/api/requests", holds="requests")["requests"] if status else []
+    with contextlib.suppress(asking.NoAnswer):  # a daemon before 1.1 does not tell them
+        requests = asking.fetch(address, "/api/requests", holds="requests")["requests"] if status else []
     seen = asyncio.run(evidence.gather(settings, found, _environ(), address, status, silence, requests))
     findings = practice.findings(seen)
     console = _console()
@@ -524,9 +513,9 @@ def _watch(address: str, document: Any, *, as_json: bool) -> Any:
                     live.update(view.table(document), refresh=True)
                 time.sleep(2 * POLL)
                 try:
-                    document = _fetch(address)
+                    document = asking.fetch(address)
                     said.pop("", None)
-                except _NoAnswer as error:
+                except asking.NoAnswer as error:
                     document, trouble = None, str(error)
         except KeyboardInterrupt:
             return document
@@ -547,8 +536,8 @@ def _keys(address: str, document: Any, names: list[str]) -> list[str]:
     for name in names:
         meant = [name]
         if view.unknown_keys(document, [name]):
-            with contextlib.suppress(_NoAnswer):
-                found = _fetch(address, f"/api/status?model={quote(name, safe='')}")
+            with contextlib.suppress(asking.NoAnswer):
+                found = asking.fetch(address, f"/api/status?model={quote(name, safe='')}")
                 if found.get("named") == [name]:
                     meant = [m["key"] for m in found["models"]]
         keys += meant
@@ -605,68 +594,11 @@ def _admin_url(url: str | None, path: Path | None) -> str:
     return f"http://[{host}]:{address.port}" if ":" in host else f"http://{host}:{address.port}"
 
 
-class _NoAnswer(KeepaliveError):
-    """The daemon cannot be asked; `final` when asking again will not help."""
-
-    def __init__(self, message: str, *, final: bool = False) -> None:
-        super().__init__(message)
-        self.final = final
-
-
-def _fetch(
-    address: str,
-    route: str = "/api/status",
-    *,
-    method: str = "GET",
-    timeout: float = ANSWER_TIMEOUT,
-    holds: str = "models",
-) -> Any:
-    # No proxy: the daemon is near, and a proxy would not be.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    key = os.environ.get("KEEPALIVE_ADMIN_KEY")
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    try:
-        request = urllib.request.Request(address + route, method=method, headers=headers)  # noqa: S310
-        with opener.open(request, timeout=timeout) as answer:
-            document = json.load(answer)
-    except urllib.error.HTTPError as error:
-        hint = "; set KEEPALIVE_ADMIN_KEY" if error.code == 401 else ""
-        with error:
-            message = f"{address} answered {error.code}: {_refusal(error)}{hint}"
-        raise _NoAnswer(message, final=True) from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise _NoAnswer(f"what answers at {address} is not keepalive") from error
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        reason = _line(getattr(reason, "strerror", None) or reason)
-        where = "Another address: --url or KEEPALIVE_ADMIN_URL."
-        raise _NoAnswer(f"no daemon at {address} ({reason}). Is it running? {where}") from error
-    if not isinstance(document, dict) or holds not in document:
-        raise _NoAnswer(f"what answers at {address} is not keepalive", final=True)
-    version = document.get("version", __version__)
-    if version != __version__:
-        _foreign[address] = _line(version)
-    return document
-
-
-def _refusal(error: urllib.error.HTTPError) -> str:
-    """What the daemon says about it, else the phrase of its status."""
-    try:
-        reason = json.loads(error.read(REFUSAL_MAX))["error"]
-    except (OSError, ValueError, TypeError, KeyError, http.client.HTTPException):
-        reason = error.reason
-    return _line(reason)
-
-
-def _line(said: object) -> str:
-    return "".join(c if c.isprintable() else " " for c in str(said))
-
-
 def _ask(address: str, route: str = "/api/status", *, method: str = "GET") -> Any:
     """The daemon's answer, or the end with exit code 3 and a sentence."""
     try:
-        return _fetch(address, route, method=method)
-    except _NoAnswer as error:
+        return asking.fetch(address, route, method=method)
+    except asking.NoAnswer as error:
         _fail(str(error), view.CANNOT_TELL)
 
 

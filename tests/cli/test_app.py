@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from keepalive import __version__
 from keepalive.cli import app as cli
+from keepalive.cli import asking
 from tests.kit.live import (
     KEEPALIVE,
     DaemonProcess,
@@ -100,7 +101,7 @@ def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "POLL", 0.02)
     # A `--timeout` of a moment is about what is said then, not about how fast this machine answers.
-    monkeypatch.setattr(cli, "ANSWER_MIN", cli.ANSWER_TIMEOUT)
+    monkeypatch.setattr(cli, "ANSWER_MIN", asking.ANSWER_TIMEOUT)
 
 
 class Told:
@@ -196,7 +197,7 @@ def test_what_a_daemon_of_another_version_says_and_nobody_understands_is_a_sente
 ) -> None:
     other = {"version": "9.9\n", "models": [{"key": "a", "state": "hibernating"}], "upstreams": []}
     with answering(other) as server:
-        monkeypatch.setattr(cli, "_foreign", {})
+        monkeypatch.setattr(asking, "foreign", {})
         monkeypatch.setattr(sys, "argv", ["keepalive", *words, "--url", server.url])
         with pytest.raises(SystemExit) as ended:
             cli.main()
@@ -323,7 +324,7 @@ def test_wait_waits_for_the_daemon_too_and_says_so() -> None:
 def test_wait_does_not_wait_longer_than_its_timeout_for_a_daemon_that_hangs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cli, "ANSWER_TIMEOUT", 3600.0)  # what it must not wait for
+    monkeypatch.setattr(asking, "ANSWER_TIMEOUT", 3600.0)  # what it must not wait for
     monkeypatch.setattr(cli, "ANSWER_MIN", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         told = Told("wait", "--timeout", "300ms", "--url", f"http://127.0.0.1:{silent.getsockname()[1]}")
