@@ -21,7 +21,7 @@ Origins = Container[str]
 def granted(head: RequestHead, origins: Origins) -> Headers:
     """What an answer to `head` carries; nothing where no page asks, or one that is not among `origins`."""
     origin = head.get(b"origin")
-    if origin is None or origin.decode("latin-1") not in origins:
+    if origin is None or origin.decode("latin-1").lower() not in origins:
         return []
     return [
         (b"Access-Control-Allow-Origin", origin),

@@ -127,7 +127,10 @@ def event_error(stream: bytes) -> bytes:
     return data if error_message(data) is not None else b""
 
 
-_NO_CONTEXT: Final = re.compile(r"exceed_context_size|context[ _](?:length|size|window)", re.IGNORECASE)
+# LM Studio and llama.cpp speak of the context in many words, MLX and vLLM of the prompt, and gateways in one word.
+_NO_CONTEXT: Final = re.compile(
+    r"context[ _]?(?:length|size|window|limit|overflow)|\bn_ctx\b|\bprompt (?:is )?too long\b", re.IGNORECASE
+)
 
 #: What OpenAI calls a prompt that is too long. Agents shorten theirs when they read it, and at no other word.
 CONTEXT_LENGTH_EXCEEDED: Final = "context_length_exceeded"

@@ -28,7 +28,8 @@ SHOWN_IN: Final = (b"authorization", b"x-api-key", b"api-key")
 
 def admit(head: RequestHead, settings: Settings) -> tuple[Key | None, Refused | None]:
     """The caller's key, where it showed one; what a caller is told that may not ask."""
-    origin = (head.get(b"origin") or b"").decode("latin-1")
+    # Safari names its extensions in capital letters; no other browser tells two origins apart by them.
+    origin = (head.get(b"origin") or b"").decode("latin-1").lower()
     if not settings.keys:
         # Wherever we listen, and most of all where more than this machine can reach us.
         host = _host_of(head.get(b"host") or b"")
@@ -87,7 +88,7 @@ def _is_foreign(head: RequestHead, origin: str) -> bool:
     site = head.get(b"sec-fetch-site")
     if site is not None:
         return site not in (b"same-origin", b"none")
-    return bool(origin) and origin.partition("://")[2] != (head.get(b"host") or b"").decode("latin-1")
+    return bool(origin) and origin.partition("://")[2] != (head.get(b"host") or b"").decode("latin-1").lower()
 
 
 def _key_of(head: RequestHead, keys: Sequence[Key]) -> Key | None:

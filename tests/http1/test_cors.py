@@ -23,6 +23,14 @@ def test_a_page_that_may_ask_may_read_the_answer(origin):
     assert b"Retry-After" in granted[b"Access-Control-Expose-Headers"]
 
 
+def test_safari_names_its_extensions_in_capital_letters_and_reads_its_own_name_back():
+    origin = "safari-web-extension://140BB581-A2C0-422A-9DD3-6982A5ABEE5E"
+
+    granted = cors.granted(head(f"Origin: {origin}"), frozenset([origin.lower()]))
+
+    assert granted[0] == (b"Access-Control-Allow-Origin", origin.encode())
+
+
 @pytest.mark.parametrize(
     "lines", [[], ["Origin: https://evil.example"], ["Origin: null"], [f"Origin: {MINE}", f"Origin: {MINE}"]]
 )

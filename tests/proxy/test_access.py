@@ -13,7 +13,7 @@ NAMED = Settings({}, allowed_hosts=frozenset(["studio.lan"]), allowed_origins=fr
 KEYS = (Key("ci", "secret"), Key("desk", "other"), Key("lm", "sk-lm-a:b"))
 LOCKED = Settings({}, keys=KEYS, allowed_origins=frozenset(["https://app.lan"]))
 PUBLIC = Settings({}, loopback=False)
-APPS = Settings({}, allowed_origins=frozenset(["app://obsidian.md"]))
+APPS = Settings({}, allowed_origins=frozenset(["app://obsidian.md", "safari-web-extension://1af9"]))
 MACHINE = socket.gethostname()
 
 
@@ -56,6 +56,7 @@ def head(*lines: str, method: bytes = b"POST") -> RequestHead:
         (PUBLIC, [f"Host: {MACHINE.partition('.')[0].upper()}.local"], None),
         (OPEN, ["Host: ward-7"], "host"),
         (APPS, ["Host: localhost", "Origin: app://obsidian.md", "Sec-Fetch-Site: cross-site"], None),
+        (APPS, ["Host: localhost", "Origin: safari-web-extension://1AF9"], None),
         (LOCKED, ["Host: evil.example", "Authorization: Bearer secret"], None),
         (LOCKED, ["Host: localhost"], "invalid_api_key"),
         (LOCKED, ["Host: localhost", "Authorization: Bearer wrong"], "invalid_api_key"),
