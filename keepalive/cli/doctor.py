@@ -65,6 +65,7 @@ def findings(seen: Evidence) -> list[Finding]:
         *(finding for kept in seen.config.kept for finding in _model(seen, kept)),
         *_without_room(seen),
         *_answers(seen),
+        *_refused(seen),
         *_cluster(seen),
         *_listeners(seen),
         *_clock(seen),
@@ -399,6 +400,39 @@ def _answers(seen: Evidence) -> Iterator[Finding]:
                 "ask it in LM Studio's own chat window: silent there, too, load another build of it; else look at "
                 "what the callers send",
             )
+
+
+_REFUSED = {
+    "origin": (
+        "came from web pages of other origins",
+        "a page may ask only where the config names it; browsers call that a CORS error",
+        "where a page is yours, add its origin, which the browser's console names, to allowed_origins under [server]",
+    ),
+    "host": (
+        "came by a name that is not known here",
+        "whoever answers to every name can be reached by web pages under names of their own",
+        "add the name that callers use, which the refusal repeats, to allowed_hosts under [server]",
+    ),
+    "invalid_api_key": (
+        "showed no valid key",
+        "with client_keys under [auth] nobody is served without one",
+        "give the callers a key of client_keys; it is sent as Authorization: Bearer KEY",
+    ),
+}
+
+
+def _refused(seen: Evidence) -> Iterator[Finding]:
+    """Callers who were turned away, which they often hear nothing of: a browser tells its page no reason."""
+    counts = Counter(request.get("error") for request in seen.requests)
+    for code, (what, why, do) in _REFUSED.items():
+        match counts[code]:
+            case 0:
+                continue
+            case 1:
+                many, were = "1 request", "was"
+            case count:
+                many, were = f"{count} requests", "were"
+        yield Finding(f"{many} of the last minutes {what}, and {were} refused", why, do)
 
 
 def _without_room(seen: Evidence) -> Iterator[Finding]:

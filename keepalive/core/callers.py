@@ -52,3 +52,4 @@ class Seen:
     events: int = 0
     gaps: tuple[int, ...] = ()
     gap_seconds: float = 0.0
+    error: str | None = None  # the code of what it was told by us instead of an answer, or at its end

@@ -310,6 +310,7 @@ def _tell_request(seen: Seen, level: str) -> None:
         bytes=seen.bytes,
         events=seen.events,
         key=seen.key,
+        error=seen.error,
     )
 
 
@@ -341,7 +342,7 @@ class _Requests:
             return
         first = None if seen.first_token_seconds is None else round(seen.first_token_seconds, 3)
         waited, seconds = round(seen.wait_seconds, 3), round(seen.seconds, 3)
-        known = seen.route, seen.model, seen.outcome, seen.status, seen.start, seen.key, level
+        known = seen.route, seen.model, seen.outcome, seen.status, seen.start, seen.key, seen.error, level
         frame = self._frames.get(known)
         if frame is None:
             if len(self._frames) >= FRAMES:
@@ -378,6 +379,7 @@ def _frame(
     status: int,
     start: str | None,
     key: str | None,
+    error: str | None,
     level: str,
     *,
     as_json: bool,
@@ -392,8 +394,8 @@ def _frame(
         "start": start,
     }
     if not as_json:
-        return f"proxy.request {_fields(None, '', before)}", _fields(None, "", {"key": key})
-    after = {"key": key, "event": "proxy.request", "level": level}
+        return f"proxy.request {_fields(None, '', before)}", _fields(None, "", {"key": key, "error": error})
+    after = {"key": key, "error": error, "event": "proxy.request", "level": level}
     return json.dumps(before)[:-1], json.dumps(after)[1:-1]
 
 

@@ -67,6 +67,7 @@ def _document(at: float, seen: Seen) -> dict[str, Any]:
         "start": seen.start,
         "outcome": seen.outcome.value,
         "status": seen.status,
+        "error": seen.error,
         "wait_seconds": round(seen.wait_seconds, 3),
         "first_token_seconds": None
         if seen.first_token_seconds is None

@@ -91,15 +91,21 @@ class Prompts:
                 raise Refusal(405, message, "method_not_allowed", headers=allow)
         except Refusal as refusal:
             visit.refuse(refusal)
-            self._count(visit, route.name, refusal.outcome, refusal.status)
+            self._count(visit, route.name, refusal.outcome, refusal.status, error=refusal.code)
 
     def _count(
-        self, visit: Visit, route: str, outcome: Outcome, status: int, model: ModelId | None = None
+        self,
+        visit: Visit,
+        route: str,
+        outcome: Outcome,
+        status: int,
+        model: ModelId | None = None,
+        error: str | None = None,
     ) -> None:
         """For metrics and the log, as the proxy does for what it answers."""
         seconds = asyncio.get_running_loop().time() - visit.began
         key = None if visit.key is None else visit.key.name
-        self._seen(Seen(model, route, key, outcome, status, seconds=seconds))
+        self._seen(Seen(model, route, key, outcome, status, seconds=seconds, error=error))
 
     # --- its routes ---------------------------------------------------------------------------------
 

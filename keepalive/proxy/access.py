@@ -20,6 +20,8 @@ _OUTSIDE: Final = re.compile(
     r"host\.(?:docker|containers|lima|orb|minikube|k3d|rancher-desktop)\.internal|gateway\.docker\.internal"
 )
 
+_QUOTED: Final = 100
+
 Refused = tuple[int, str, str]  # status, message and code
 
 #: Where callers show their key: what an upstream is not to see of them.
@@ -34,10 +36,11 @@ def admit(head: RequestHead, settings: Settings) -> tuple[Key | None, Refused | 
         # Wherever we listen, and most of all where more than this machine can reach us.
         host = _host_of(head.get(b"host") or b"")
         if host and not _is_expected(host, settings):
-            why = "this Host is not expected here; if it is yours, add it to server.allowed_hosts"
+            why = f"the Host {_quoted(host)} is not expected here; if it is yours, add it to server.allowed_hosts"
             return None, (403, why, "host")
         if _is_foreign(head, origin) and origin not in settings.allowed_origins:
-            why = "a page of another origin may not do this; if it is yours: server.allowed_origins"
+            page = f"a page of {_quoted(origin)}" if origin else "a page of another origin"
+            why = f"{page} may not do this; if it is yours, add its origin to server.allowed_origins"
             return None, (403, why, "origin")
     if settings.keys and not (head.method == b"OPTIONS" and origin in settings.allowed_origins):
         # Browsers send no key with a preflight.
@@ -47,6 +50,11 @@ def admit(head: RequestHead, settings: Settings) -> tuple[Key | None, Refused | 
             return None, (401, why, "invalid_api_key")
         return key, None
     return None, None
+
+
+def _quoted(name: str) -> str:
+    """A name that is the caller's own word, as it is said back."""
+    return f'"{name[:_QUOTED]}"'
 
 
 def _is_expected(host: str, settings: Settings) -> bool:

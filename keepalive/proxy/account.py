@@ -14,6 +14,7 @@ class Account:
     __slots__ = (
         "began",
         "begun",
+        "error",
         "key",
         "model",
         "now",
@@ -37,6 +38,7 @@ class Account:
         self.sent_at = 0.0
         self.status = 0
         self.outcome = Outcome.UPSTREAM_ERROR
+        self.error: str | None = None  # the code of ours
 
     def headers(self) -> Headers:
         """What the caller is told of it."""
@@ -70,4 +72,5 @@ class Account:
             events=meter.events if meter is not None else 0,
             gaps=tuple(meter.gaps) if meter is not None else (),
             gap_seconds=meter.gap_seconds if meter is not None else 0.0,
+            error=self.error,
         )

@@ -149,6 +149,7 @@ class Answer:
         self._account.outcome = outcome
         if caller.finished or caller.gone:
             return
+        self._account.error = code
         if not caller.started:
             self._account.status = status
             kind = (b"Content-Type", b"application/json")

@@ -181,6 +181,22 @@ def test_answers_without_a_word_are_found_where_they_are_no_exception(
     ] * count
 
 
+def test_callers_who_are_turned_away_at_the_door_are_found() -> None:
+    requests = [{"model": None, "upstream": None, "outcome": "rejected", "error": "host"}] * 2
+    requests += [{"model": None, "upstream": None, "outcome": "rejected", "error": "origin"}]
+    old = [{"model": None, "upstream": None, "outcome": "rejected"}]  # of a daemon before 1.1
+
+    found = at_rest("", requests=[*requests, *old])
+
+    assert [(finding.what, finding.do.partition("add ")[2].partition(",")[0]) for finding in found] == [
+        ("1 request of the last minutes came from web pages of other origins, and was refused", "its origin"),
+        (
+            "2 requests of the last minutes came by a name that is not known here, and were refused",
+            "the name that callers use",
+        ),
+    ]
+
+
 async def test_a_model_that_says_nothing_is_found_by_what_an_operator_types(tmp_path: Path) -> None:
     async with simulator(SimModel("gemma", load_seconds=0.05), answer_tokens=0) as server:
         text = settings(server.url, "gemma")

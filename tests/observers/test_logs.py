@@ -557,7 +557,7 @@ SEEN = [
         bytes=257,
         events=3,
     ),
-    Seen(None, "other", "ward", Outcome.REJECTED, 403, seconds=0.00049),
+    Seen(None, "other", "ward", Outcome.REJECTED, 403, seconds=0.00049, error="origin"),
     Seen(
         ModelId("a b", 'odd "quoted" = \\ é'),
         "chat",

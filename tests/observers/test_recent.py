@@ -23,8 +23,8 @@ def test_a_request_is_told_by_who_was_asked_and_how_it_went() -> None:
     assert recent.requests() == [
         {
             "at": 1000.0, "model": "gemma", "upstream": "local", "route": "chat", "start": "cold", "outcome": "ok",
-            "status": 200, "wait_seconds": 12.346, "first_token_seconds": 13.0, "tokens_per_second": 20.0,
-            "seconds": 14.5,
+            "status": 200, "error": None, "wait_seconds": 12.346, "first_token_seconds": 13.0,
+            "tokens_per_second": 20.0, "seconds": 14.5,
         }
     ]  # fmt: skip
 

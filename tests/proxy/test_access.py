@@ -102,3 +102,19 @@ def test_a_preflight_of_an_allowed_page_needs_no_key():
     assert (
         admit(head("Host: localhost", "Origin: https://evil.lan", method=b"OPTIONS"), LOCKED)[1] is not None
     )
+
+
+@pytest.mark.parametrize(
+    ("lines", "named"),
+    [
+        (["Host: Studio.Home:1235"], '"studio.home"'),
+        (["Host: localhost", "Origin: https://chat.lan"], '"https://chat.lan"'),
+        (["Host: localhost", "Sec-Fetch-Site: cross-site"], "of another origin"),
+        (["Host: " + "x" * 9999], '"' + "x" * 100 + '"'),
+    ],
+)
+def test_who_is_turned_away_is_told_by_which_name(lines, named):
+    refused = admit(head(*lines), OPEN)[1]
+
+    assert refused is not None
+    assert named in refused[1]

@@ -516,7 +516,8 @@ async def test_c20_foreign_pages_cause_no_load(headers):
         assert b"server.allowed_origins" in body
         assert keep.warm_asked == 0
         assert upstream.requests == []
-        assert (await front.last()).outcome == "rejected"
+        last = await front.last()
+        assert (last.outcome, last.error) == ("rejected", "origin")
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ function row(request) {
   const waited = request.wait_seconds >= 0.05 ? `waited ${span(request.wait_seconds)}` : "";
   const first = request.first_token_seconds === null ? "" : `first token ${span(request.first_token_seconds)}`;
   const rate = request.tokens_per_second === null ? "" : `${request.tokens_per_second.toFixed(0)} tokens/s`;
-  const outcome = request.outcome.replace("_", " ") + (FINE.has(request.outcome) ? "" : ` (${request.status || "no answer"})`);
+  const outcome = request.outcome.replace("_", " ") + (FINE.has(request.outcome) ? "" : ` (${[request.status || "no answer", request.error].filter(Boolean).join(", ")})`);
   return h("tr", { "data-tone": FINE.has(request.outcome) ? "warm" : "failing" },
     h("td", {}, moment(time(request.at))), h("th", { scope: "row" }, request.model === null ? "another model" : short(request.model, 60)), cell("route", request.route),
     cell("wait", waited), cell("first", first), cell("rate", rate), cell("took", span(request.seconds)), cell("outcome", outcome));
