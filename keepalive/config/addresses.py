@@ -2,6 +2,7 @@
 
 import ipaddress
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import quote
 
@@ -14,7 +15,7 @@ _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9.])?", re.ASCII)
 
 # What people copy together with the address, and what every client of LM Studio adds by itself.
 _API = re.compile(
-    r"(/(v1|api/v[01])(/(models|chat|chat/completions|completions|embeddings|responses|messages))?)+$",
+    r"(/(v1|api/v[01])(/(models(/(load|unload|download))?|chat|chat/completions|completions|embeddings|responses|messages))?)+$",
     re.IGNORECASE,
 )
 
@@ -56,8 +57,20 @@ def read_address(value: object) -> Address:
 
 def read_host_name(value: str) -> str:
     if not _is_host(value):
-        raise ValueError(f'{shown(value)} is no host name; write one such as "llm.example.org"')
+        raise ValueError(f"{shown(value)} is no host name; write {_host_meant(value)}")
     return value.lower().rstrip(".")  # as it is compared
+
+
+def _host_meant(value: str) -> str:
+    """People write more than the name, stars for names that they would have to list, and letters of their language."""
+    found = re.fullmatch(r"(?:[a-z]+://)?([^/:]+)(?::\d+)?(?:/.*)?", value.strip().lower())
+    meant = _plain(found[1]) if found else ""
+    if meant.startswith("*."):
+        return (
+            f'each name by itself, such as "llm{meant[1:]}"' if _is_host(meant[2:]) else "each name by itself"
+        )
+    advice = _fit(meant) if _is_host(meant) else ""
+    return f'"{advice}"' if advice else 'one such as "llm.example.org"'
 
 
 def read_url(value: str) -> str:
@@ -148,11 +161,20 @@ def _meant(scheme: str) -> str:
 def _no_origin(value: str, scheme: str, example: str) -> str:
     # People leave the scheme out, or write more behind the port.
     found = re.match(r"(?:([a-z][a-z0-9+.-]*)://)?([^/?#\s]+)", value.lower())
-    meant = f"{_meant(found[1] or _usual(found[2], scheme))}://{found[2]}" if found else ""
+    meant = f"{_meant(found[1] or _usual(found[2], scheme))}://{_plain(found[2])}" if found else ""
     # An upstream speaks http; a page may be of any program.
     sound = _origin(meant) and (scheme == "https" or meant.startswith("http"))
     advice = (_fit(meant) if sound else "") or example
     return f'{shown(value)} is not scheme, host and port; write "{advice}"'
+
+
+def _plain(host: str) -> str:
+    """As browsers and resolvers say a name that has letters of its language."""
+    name, colon, port = host.partition(":")
+    if not name.isascii() and len(name) < 256:
+        with suppress(UnicodeError):
+            name = name.encode("idna").decode("ascii")
+    return name + colon + port
 
 
 def _usual(host: str, scheme: str) -> str:

@@ -1,5 +1,6 @@
 """Answers that say that the model went away."""
 
+import re
 from dataclasses import dataclass
 from typing import Final
 
@@ -57,6 +58,14 @@ _LOADS: Final = Lost(Reason.LOADING, "the server says that it is loading", retry
 #: A page of what stands in front of it: LM Studio, and every other server, says what it says as JSON or in words above.
 _AWAY: Final = Lost(Reason.OTHER, "what stands in front of LM Studio does not reach it", retryable=True)
 
+# It says so with 502. HAProxy, Traefik, Envoy and Apache have words for it, since nginx turns away by 503 those who ask
+# too often; Cloudflare has statuses: refused, not to be found, no tunnel.
+_UNREACHED: Final = re.compile(
+    r"no (?:server is available|available server|healthy upstream)|upstream connect error|"
+    r"due to maintenance downtime"
+)
+_AWAY_STATUSES: Final = (502, 521, 523, 530)
+
 
 def looks_lost(status: int, body: bytes) -> Lost | None:
     """Whether an error says that the model went away. `body` is that of an answer, or an error event's data.
@@ -73,4 +82,7 @@ def looks_lost(status: int, body: bytes) -> Lost | None:
     lost = next((lost for words, lost in _LOST if words in message), None)
     if lost is None and status == 503 and says_loading(message):
         return _LOADS
-    return _AWAY if lost is None and status == 502 and not told else lost
+    if lost is None and not told:
+        away = status in _AWAY_STATUSES or (status == 503 and _UNREACHED.search(message))
+        return _AWAY if away else None
+    return lost

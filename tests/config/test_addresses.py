@@ -76,6 +76,11 @@ def test_several_addresses_of_this_machine_are_one_server(url: str) -> None:
             "http://box/lm/v1",
             'ends in a path of LM Studio itself, which keepalive adds; write "http://box/lm"',
         ),
+        (
+            "http://box/api/v1/models/load",
+            'ends in a path of LM Studio itself, which keepalive adds; write "http://box"',
+        ),
+        ("http://Müller:1234", 'is not scheme, host and port; write "http://xn--mller-kva:1234"'),
         ("http://box/V1/", 'ends in a path of LM Studio itself, which keepalive adds; write "http://box"'),
         (
             "http://box/lm/api/v0/models",

@@ -422,8 +422,14 @@ def test_a_model_with_a_mistake(line: str, message: str) -> None:
         ),
         (
             'allowed_hosts = ["http://box:80/"]',
-            '"http://box:80/" is no host name; write one such as "llm.example.org"',
+            '"http://box:80/" is no host name; write "box"',
         ),
+        (
+            'allowed_hosts = ["*.example.org"]',
+            '"*.example.org" is no host name; write each name by itself, such as "llm.example.org"',
+        ),
+        ('allowed_hosts = ["Müller.local"]', '"Müller.local" is no host name; write "xn--mller-kva.local"'),
+        ('allowed_hosts = ["*"]', '"*" is no host name; write one such as "llm.example.org"'),
         (
             'allowed_origins = ["chat.example.org"]',
             '"chat.example.org" is not scheme, host and port; write "https://chat.example.org"',

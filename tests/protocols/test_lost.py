@@ -30,6 +30,16 @@ from keepalive.protocols.lost import looks_lost
         (503, b"The model is loading. Please wait.", "loading", True),
         (502, b"<html>502 Bad Gateway</html>", "other", True),
         (502, b"", "other", True),
+        (
+            503,
+            b"<h1>503 Service Unavailable</h1>\nNo server is available to handle this request.",
+            "other",
+            True,
+        ),
+        (503, b"no available server\n", "other", True),
+        (503, b"upstream connect error or disconnect/reset before headers", "other", True),
+        (503, b"due to maintenance downtime or capacity\nproblems", "other", True),
+        (530, b"error code: 1033", "other", True),
         (500, b"proxy error: Could not establish connection", "unloaded", True),
         (500, b"proxy error: Failed to read connection", "unloaded", False),
         (
