@@ -169,6 +169,12 @@ def _upstream(seen: Evidence, upstream: Upstream) -> Iterator[Finding]:
                 f"curl -m 10 {upstream.url}/api/v1/models",
             )
     if probe.listing is not None:
+        if probe.listing.odd is not None:
+            yield Finding(
+                f"LM Studio at {upstream.url} lists what cannot be read: {probe.listing.odd.why}",
+                "no model that stands there is loaded, pinged or found out about",
+                f"curl -m 10 {upstream.url}/api/v1/models shows it; download that model anew, or delete it",
+            )
         yield from _tier(seen, upstream, probe.listing)
         yield from _socket(seen, upstream, probe.listing)
         yield from _room(seen, upstream, probe.listing)

@@ -119,6 +119,13 @@ class Sight:
 NO_SIGHT = Sight()
 
 
+class Odd(NamedTuple):
+    """Rows of a listing that could not be read: of the models of these folded keys it says nothing."""
+
+    why: str
+    keys: frozenset[str]
+
+
 class Occupant(NamedTuple):
     """What a listing shows in memory, whoever loaded it; `key` folded."""
 
@@ -158,6 +165,7 @@ class Listed(UpstreamFact):
     places: int | None = field(default=None, repr=False)
     # Another daemon proves what is loaded: here it is warm because it is listed.
     trusted: bool = field(default=False, repr=False)
+    odd: Odd | None = field(default=None, repr=False)
     # Folded keys of what is loaded, and of what is being loaded, managed or not.
     resident: frozenset[str] = field(init=False, repr=False)
     arriving: frozenset[str] = field(init=False, repr=False)

@@ -61,6 +61,8 @@ def plan(upstream: Upstream, models: Sequence[Model], now: float) -> list[Action
     stale = False
     loading = False
     for model, action in unloads + loads + pings + primes:
+        if fold_key(model.id.key) in upstream.unread:
+            continue  # whether it is there is not known, and a ping might load it
         # What has just gone may be coming back already, by somebody else's request; and who primes is to be in the
         # way of no load.
         shows_loads = isinstance(action, Load | Prime)

@@ -424,6 +424,7 @@ class Upstream:
     arriving: frozenset[str] = frozenset()  # and of what is being loaded
     occupants: tuple[Occupant, ...] = ()  # and with what they take
     places: int | None = None  # it keeps no more models than this at a time, by its own word
+    unread: frozenset[str] = frozenset()  # folded keys of which it said nothing that could be read
     sees_loading: bool = False  # the newest listing was asked for that, too
     sight: Sight = NO_SIGHT  # what LM Studio's socket was good for then
     acts: bool = True  # it is we who load, ping and unload there, and no other daemon

@@ -73,7 +73,9 @@ async def refresh(
     except UpstreamError as error:
         return ListingFailed(clock(), upstream, asked, _trouble(error), str(error))
     at, tier, entries, sight = clock(), listing.tier, listing.entries, listing.sight
-    return Listed(at, upstream, asked, tier, entries, loading, sight, listing.places, trusted())
+    return Listed(
+        at, upstream, asked, tier, entries, loading, sight, listing.places, trusted(), odd=listing.odd
+    )
 
 
 async def load(

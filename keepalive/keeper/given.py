@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from keepalive.core.facts import Entry, Fact, ModelId, Sight, Tier
+from keepalive.core.facts import Entry, Fact, ModelId, Odd, Sight, Tier
 from keepalive.core.records import Model, Policy, Upstream
 
 
@@ -24,6 +24,8 @@ class Listing(Protocol):
     def sight(self) -> Sight: ...
     @property
     def places(self) -> int | None: ...
+    @property
+    def odd(self) -> Odd | None: ...
 
 
 OwnPing = tuple[str, Mapping[str, Any]]  # path and body

@@ -35,7 +35,7 @@ from keepalive.core.errors import (
     Unreachable,
     says_loading,
 )
-from keepalive.core.facts import NO_SIGHT, Entry, Sight, Tier
+from keepalive.core.facts import NO_SIGHT, Entry, Odd, Sight, Tier
 from keepalive.lmstudio import llama, wire
 from keepalive.lmstudio.eyes import Eyes
 from keepalive.lmstudio.line import Dial, Web, trusting
@@ -55,6 +55,7 @@ class Listing:
     entries: Mapping[str, Entry]
     sight: Sight = NO_SIGHT
     places: int | None = None
+    odd: Odd | None = None
 
 
 class Client:
@@ -88,6 +89,7 @@ class Client:
         self._eyes = Eyes(dial or self._web.dial)
         self._router = Router(self._call, self._events, url)
         self._clock: float | None = None
+        self._odd: Odd | None = None
         self._tier: Tier | None = None
         self._shows_loading = True
         # The same few addresses, again and again: reading one costs as much as what is done with it.
@@ -145,6 +147,7 @@ class Client:
         try:
             late = f"{self.url} did not answer the listing within {self._list_timeout:g} s"
             async with _bound(self._list_timeout, late):
+                self._odd = None
                 if self._tier is None:
                     self._tier = await self._detect()
                 tier, entries = self._tier, await self._entries(self._tier, loading=loading)
@@ -159,7 +162,10 @@ class Client:
             sight, entries = await self._eyes.look(entries)
             sight = replace(sight, clock=self._clock)
         places = self._router.places if tier is Tier.LLAMA else None
-        return Listing(tier, wire.by_key(entries), sight, places)
+        return Listing(tier, wire.by_key(entries), sight, places, self._odd)
+
+    def _left_out(self, odd: Odd) -> None:
+        self._odd = odd
 
     async def estimated(self) -> None:
         """Wait until what is being estimated is; the next listing has it."""
@@ -267,15 +273,15 @@ class Client:
 
     async def _entries(self, tier: Tier, *, loading: bool) -> list[Entry]:
         if tier is Tier.V0:
-            return wire.v0_entries(await self._call("GET", "/api/v0/models"))
+            return wire.v0_entries(await self._call("GET", "/api/v0/models"), self._left_out)
         if tier is Tier.LLAMA:
             return await self._router.entries()
         if tier is Tier.OPENAI:
-            return wire.openai_entries(await self._call("GET", "/v1/models"))
+            return wire.openai_entries(await self._call("GET", "/v1/models"), self._left_out)
         # The newer listing does not show a load in progress; the older one, still served, does. It is asked
         # first: a load that ends between the two is then seen twice, and otherwise not at all.
         older = await self._loading() if loading and self._shows_loading else None
-        entries = wire.v1_entries(await self._call("GET", "/api/v1/models"))
+        entries = wire.v1_entries(await self._call("GET", "/api/v1/models"), self._left_out)
         return entries if older is None else wire.with_loading(entries, older)
 
     async def _loading(self) -> list[Entry] | None:

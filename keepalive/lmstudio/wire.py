@@ -7,12 +7,13 @@ with 200 and an `error`, and its own crashes with 400. Evidence for every shape:
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from keepalive.core.errors import Reason, Refused, Unexpected, says_loading
-from keepalive.core.facts import Entry, Instance, Tier, fold_key
+from keepalive.core.facts import Entry, Instance, Odd, Tier, fold_key
+from keepalive.core.names import COPY_NUMBER
 
 Json = Any
 
@@ -150,6 +151,49 @@ def _rows(answer: Json, name: str, what: str) -> list[Mapping[str, Json]]:
     return rows
 
 
+def _entries(
+    answer: Json,
+    name: str,
+    ident: str,
+    what: str,
+    read: Callable[[Mapping[str, Json]], Entry],
+    odd: Callable[[Odd], None] | None,
+) -> list[Entry]:
+    """What `read` makes of the rows. One that it cannot read costs its own model, by every row of that, and is told
+    to `odd`: whether that model is loaded shows nowhere.
+
+    Where none can be read it is not this listing at all.
+    """
+    rows = answer.get(name) if isinstance(answer, Mapping) else None
+    if not isinstance(rows, list):
+        raise Unexpected(f"{what} was answered without a list of `{name}`")
+    entries: list[Entry] = []
+    lost: set[str] = set()
+    wrong: list[str] = []
+    for row in rows:
+        try:
+            if not isinstance(row, Mapping):
+                raise Unexpected(f"{what} lists something that is no model")
+            entries.append(read(row))
+        except Unexpected as error:
+            key = row.get(ident) if isinstance(row, Mapping) else None
+            if isinstance(key, str) and key:
+                lost |= {fold_key(key), COPY_NUMBER.sub("", fold_key(key))}
+                wrong.append(f"{error} (for {clean(key)})")
+            else:
+                wrong.append(str(error))
+    if wrong and len(wrong) == len(rows):
+        raise Unexpected(wrong[0])
+    if wrong and odd is not None:
+        odd(
+            Odd(
+                f"{len(wrong)} of {len(rows)} rows are left out, as not to be read: {wrong[0]}",
+                frozenset(lost),
+            )
+        )
+    return [entry for entry in entries if fold_key(entry.key) not in lost]
+
+
 def _text(row: Mapping[str, Json], name: str, what: str) -> str:
     value = row.get(name)
     if not isinstance(value, str) or not value:
@@ -165,29 +209,32 @@ def _kind(value: Json) -> str:
     return "embedding" if isinstance(value, str) and value.startswith("embedding") else "llm"
 
 
-def v1_entries(answer: Json) -> list[Entry]:
+def v1_entries(answer: Json, odd: Callable[[Odd], None] | None = None) -> list[Entry]:
     """`GET /api/v1/models`, where `loaded_instances` is the residency."""
     what = "GET /api/v1/models"
-    entries = []
-    for row in _rows(answer, "models", what):
+
+    def read(row: Mapping[str, Json]) -> Entry:
         instances = []
         for loaded in _rows(row, "loaded_instances", what):
             config = loaded.get("config")
             context = config.get("context_length") if isinstance(config, Mapping) else None
             instances.append(Instance(_text(loaded, "id", what), _count(context)))
-        key = _text(row, "key", what)
-        entries.append(
-            Entry(
-                key=key,
-                kind=_kind(row.get("type")),
-                size_bytes=_count(row.get("size_bytes")),
-                instances=tuple(instances),
-                variants=_variants(row),
-                selected=_selected(row, key),
-                context_max=_count(row.get("max_context_length")),
-            )
+        key = row.get("key")
+        if not (isinstance(key, str) and key) and instances:
+            key = COPY_NUMBER.sub("", instances[0].id)  # what is in memory must not be overlooked
+        else:
+            key = _text(row, "key", what)
+        return Entry(
+            key=key,
+            kind=_kind(row.get("type")),
+            size_bytes=_count(row.get("size_bytes")),
+            instances=tuple(instances),
+            variants=_variants(row),
+            selected=_selected(row, key),
+            context_max=_count(row.get("max_context_length")),
         )
-    return _once(entries)
+
+    return _once(_entries(answer, "models", "key", what, read, odd))
 
 
 def _variants(row: Mapping[str, Json]) -> tuple[str, ...]:
@@ -208,31 +255,33 @@ def _selected(row: Mapping[str, Json], key: str) -> str | None:
 _COPY = re.compile(r"(?P<key>.+):(?P<number>[0-9]+)")
 
 
-def v0_entries(answer: Json) -> list[Entry]:
+def v0_entries(answer: Json, odd: Callable[[Odd], None] | None = None) -> list[Entry]:
     """`GET /api/v0/models`, where `state` is the residency; anything but `loaded` is not ready.
 
     Further copies have rows of their own (`key:2`), even while the row of the bare key reads `not-loaded`.
     """
     what = "GET /api/v0/models"
-    found: dict[str, Entry] = {}
-    copies: list[Entry] = []
-    for row in _rows(answer, "data", what):
+
+    def read(row: Mapping[str, Json]) -> Entry:
         key, state = _text(row, "id", what), _text(row, "state", what)
         loaded = (Instance(key, _count(row.get("loaded_context_length"))),) if state == "loaded" else ()
-        selected = _selected(row, key)
-        entry = Entry(
+        return Entry(
             key,
             _kind(row.get("type")),
             None,
             loaded,
             loading=state == "loading",
-            selected=selected,
+            selected=_selected(row, key),
             context_max=_count(row.get("max_context_length")),
         )
-        if _COPY.fullmatch(key):
+
+    found: dict[str, Entry] = {}
+    copies: list[Entry] = []
+    for entry in _entries(answer, "data", "id", what, read, odd):
+        if _COPY.fullmatch(entry.key):
             copies.append(entry)
         else:
-            found[key] = _both(found[key], entry) if key in found else entry
+            found[entry.key] = _both(found[entry.key], entry) if entry.key in found else entry
     for copy in copies:
         match = _COPY.fullmatch(copy.key)
         base = found.get(match["key"]) if match else None
@@ -244,10 +293,10 @@ def v0_entries(answer: Json) -> list[Entry]:
     return _once(found.values())
 
 
-def openai_entries(answer: Json) -> list[Entry]:
+def openai_entries(answer: Json, odd: Callable[[Odd], None] | None = None) -> list[Entry]:
     """`GET /v1/models`: names, and nothing about what is loaded."""
     what = "GET /v1/models"
-    return [Entry(key=_text(row, "id", what)) for row in _rows(answer, "data", what)]
+    return _entries(answer, "data", "id", what, lambda row: Entry(key=_text(row, "id", what)), odd)
 
 
 def with_loading(entries: Iterable[Entry], v0: Iterable[Entry]) -> list[Entry]:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keepalive.core.errors import Reason, Refused, Unexpected
-from keepalive.core.facts import Entry, Instance, Tier
+from keepalive.core.facts import Entry, Instance, Odd, Tier
 from keepalive.lmstudio import wire
 
 V1 = {
@@ -179,6 +179,43 @@ def test_a_listing_of_another_shape_is_never_an_empty_listing(answer: Any):
     for read in (wire.v1_entries, wire.v0_entries):
         with pytest.raises(Unexpected):
             read(answer)
+
+
+BROKEN = [
+    None,
+    "a",
+    {},
+    {"key": None, "loaded_instances": []},
+    {"key": "b"},
+    {"key": "B", "loaded_instances": 1},
+]
+
+
+@pytest.mark.parametrize("broken", [*BROKEN, {"key": "b", "loaded_instances": [{"id": None}]}])
+def test_a_row_that_cannot_be_read_costs_its_own_model_alone_and_is_told(broken: Any):
+    rows = [{"key": "a", "loaded_instances": []}, broken, {"key": "b", "loaded_instances": []}]
+    told: list[Odd] = []
+
+    keys = [entry.key for entry in wire.v1_entries({"models": rows}, told.append)]
+
+    # Of what has a broken row, too, nobody knows whether it is loaded.
+    assert keys == (["a"] if isinstance(broken, dict) and broken.get("key") else ["a", "b"])
+    assert len(told) == 1
+    assert told[0].why.startswith("1 of 3 rows are left out, as not to be read: GET /api/v1/models")
+    assert told[0].keys == ({"b"} if keys == ["a"] else frozenset())
+
+
+def test_a_broken_row_of_an_older_listing_or_of_another_server_costs_no_other_either():
+    older = [v0_row("a"), {"id": "b:2", "state": 3}, v0_row("b"), {"state": "loaded"}]
+
+    assert [entry.key for entry in wire.v0_entries({"data": older})] == ["a"]
+    assert wire.openai_entries({"data": [{"id": "a"}, {"name": "b"}]}) == [Entry("a")]
+
+
+def test_what_is_in_memory_under_a_row_without_its_key_is_not_overlooked():
+    rows = [{"key": "a", "loaded_instances": []}, {"key": "", "loaded_instances": [{"id": "a:2"}]}]
+
+    assert wire.v1_entries({"models": rows}) == [Entry("a", instances=(Instance("a:2"),))]
 
 
 @pytest.mark.parametrize("size", [True, -5, 0, "big", 1.5, None, [], {}])
