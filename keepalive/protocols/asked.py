@@ -20,7 +20,7 @@ _OPENING: Final = ("system", "system_prompt", "instructions", "messages", "input
 _OPENING_BYTES: Final = 64 * 1024
 _PREVIOUS: Final = "previous_response_id"
 _KEYS: Final = frozenset(("model", "stream", "instance_id", _PREVIOUS, *_OPENING))
-_NAME_BYTES: Final = 4096  # nobody's model has a longer name
+NAME_BYTES: Final = 4096  # nobody's model has a longer name
 
 
 # Not frozen, though nobody changes one: it is made for each request, and a frozen one takes four times as long.
@@ -150,11 +150,11 @@ def _asked(
 
 
 def _is_name(value: object) -> bool:
-    return isinstance(value, str) and len(value) <= _NAME_BYTES
+    return isinstance(value, str) and len(value) <= NAME_BYTES
 
 
 def _name(value: object) -> str | None:
-    return value if isinstance(value, str) and len(value) <= _NAME_BYTES else None
+    return value if isinstance(value, str) and len(value) <= NAME_BYTES else None
 
 
 def _asked_by_parts(values: Mapping[str, bytes]) -> Asked:

@@ -37,12 +37,13 @@ class Route:
     streams: bool = False  # may answer with server-sent events
     websocket: bool = False  # one of the namespaces of LM Studio's own SDKs
     changes: bool = False  # loads, unloads or downloads a model: what was listed before is stale
-    kind: str = "llm"  # of the models that it is for
+    kind: str = "llm"  # of the models that it is for; "": none that we know
     rows: str = ""  # it lists models, in a list of that name
     one: bool = False  # its path names a model
     stores: bool = False  # what it answers may be gone on from, by its id
     stored: bool = False  # its path names such an answer
     foreign: bool = False  # LM Studio has no such route, other servers do
+    form: bool = False  # what it asks for may come as a form, with files in it
 
     @property
     def names(self) -> bool:
@@ -119,6 +120,20 @@ _ROUTES: Final = (
                     b"/v1/responses/compact",
                 ),
             ),
+        )
+        for path in paths
+    }
+    | {
+        # Sound, pictures and the like: of models of no kind that we know, for which nobody stands in.
+        (b"POST", b"/v1/" + path): Route(
+            "other", Protocol.OPENAI, inference=True, kind="", foreign=True, form=form
+        )
+        for form, paths in (
+            (
+                False,
+                (b"audio/speech", b"images/generations", b"moderations", b"score", b"classify", b"pooling"),
+            ),
+            (True, (b"audio/transcriptions", b"audio/translations", b"images/edits", b"images/variations")),
         )
         for path in paths
     }

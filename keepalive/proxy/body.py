@@ -6,6 +6,7 @@ from typing import Final
 from keepalive.http1 import BadHead, Caller
 from keepalive.protocols.asked import NO_BODY, Asked, ModelFinder, read_body
 from keepalive.protocols.encodings import BadEncoding, Unpacker, unpacked
+from keepalive.protocols.forms import asked_in_form, renamed_form
 from keepalive.protocols.renamed import renamed
 
 #: So much is unpacked before others have their turn.
@@ -23,11 +24,12 @@ class Room:
 class Body:
     """The body of one request, while it may still be needed."""
 
-    __slots__ = ("_codings", "_kept", "_room", "data")
+    __slots__ = ("_codings", "_form", "_kept", "_room", "data")
 
     def __init__(self, room: Room) -> None:
         self.data = b""  # as it came
         self._codings: list[str] = []
+        self._form: bytes | None = None
         self._room = room
         self._kept = 0
 
@@ -65,6 +67,11 @@ class Body:
         self.data = data
         return read_body(data, conversation=conversation)
 
+    def read_form(self, boundary: bytes) -> Asked:
+        """What it asks for, gathered as a form with this between its fields."""
+        self._form = boundary
+        return asked_in_form(self.plain(), boundary)
+
     @property
     def packed(self) -> bool:
         return bool(self._codings)
@@ -75,7 +82,8 @@ class Body:
 
     def rename(self, name: str) -> bool:
         """It asks for `name` from now on. True: it is not packed any more, and its Content-Encoding has to go."""
-        changed = renamed(self.plain(), name)
+        plain, form = self.plain(), self._form
+        changed = renamed(plain, name) if form is None else renamed_form(plain, form, name)
         if changed is None:
             return False
         more = len(changed) - len(self.data)

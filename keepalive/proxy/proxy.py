@@ -155,7 +155,7 @@ class Proxy:
             return answer.fail(bad.status, bad.text, code, outcome=Outcome.REJECTED)
         if asked is None:
             return answer.fail(503, "too many requests are waiting", "overloaded", retry_after=1)
-        call.asked = asked
+        call.asked = asked if read.form is None else call.body.read_form(read.form)
         return call.then(self._ask(call))
 
     async def _ask(self, call: Call) -> None:
@@ -169,7 +169,8 @@ class Proxy:
         if not asked.readable:
             return call.then(self._pass(call, self.upstreams.default))  # LM Studio says what is wrong with it
         # In a body that is not there the default could not be named.
-        meaning = await self.keeping.meaning(asked.model, default=route.inference and asked is not NO_BODY)
+        stands_in = route.inference and bool(route.kind) and asked is not NO_BODY
+        meaning = await self.keeping.meaning(asked.model, default=stands_in)
         if meaning.stands_in and any(self._is_of_another_kind(model, route) for model in meaning.models):
             # Whoever asks for vectors is not to wait for a model that only writes, nor to have it loaded.
             meaning = await self.keeping.meaning(asked.model, default=False)

@@ -3,6 +3,7 @@
 from keepalive.core.callers import Key
 from keepalive.http1 import RequestHead, cors, preferred_wait
 from keepalive.protocols.encodings import codings
+from keepalive.protocols.forms import boundary_of
 from keepalive.protocols.routes import Heartbeat, Route, chosen_heartbeat, heartbeat_in, route_of
 from keepalive.proxy.access import Refused, admit
 from keepalive.proxy.settings import Settings
@@ -16,6 +17,7 @@ class Reading:
     __slots__ = (
         "begins",
         "codings",
+        "form",
         "grant",
         "headers",
         "heartbeat",
@@ -58,6 +60,8 @@ class Reading:
         self.websocket = head.method == b"GET" and wish == b"websocket"
         #: Of the body; None: one that is not known.
         self.codings = codings(head.values(b"content-encoding"))
+        #: What stands between the fields of its body, where that is a form that may name a model.
+        self.form = boundary_of(head.get(b"content-type")) if self.route.form else None
         #: How long the caller would wait.
         self.wish = preferred_wait(head)
         #: How the head begins that an upstream is sent, by its name and whether the answer is to be read.

@@ -38,7 +38,8 @@ def test_routes_that_need_a_model_are_known_in_every_spelling(method, path, name
     "path",
     ["chat/completions", "completions", "completion", "infill", "responses", "embeddings", "embedding", "rerank",
      "reranking", "v1/reranking", "v2/rerank", "v1/messages/count_tokens", "tokenize", "detokenize", "apply-template",
-     "v1/responses/input_tokens", "v1/responses/compact", "api/chat", "api/generate", "api/embed", "api/embeddings"],
+     "v1/responses/input_tokens", "v1/responses/compact", "api/chat", "api/generate", "api/embed", "api/embeddings",
+     "v1/audio/speech", "v1/audio/transcriptions", "v1/images/generations", "v1/images/edits", "v1/moderations"],
 )  # fmt: skip
 def test_routes_of_other_servers_that_need_a_model_are_known_and_told_from_those_of_lm_studio(path):
     assert route_of(b"POST", b"/" + path.encode()).inference

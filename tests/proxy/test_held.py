@@ -10,6 +10,7 @@ import itertools
 import json
 import random
 import zlib
+from dataclasses import replace
 
 import pytest
 
@@ -639,3 +640,25 @@ async def test_what_counts_tokens_is_no_answer_without_words():
         await ask(front.port, post("/v1/messages/count_tokens", b'{"model":"m","messages":[]}'))
 
         assert (await front.last()).outcome == "ok"
+
+
+async def test_a_form_that_names_a_model_waits_for_it_where_that_is_and_asks_for_it_by_its_key():
+    form = b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nwhisper-1\r\n--b--\r\n'
+    request = post("/v1/audio/transcriptions", form, "Content-Type: multipart/form-data; boundary=b")
+    keep = Keep()
+    keep.lm_studio = False
+    keep.add("ear", "b", state="cold", load_seconds=0.3, aliases=("whisper-1",))
+    async with fronted(upstreams={"a": Address("http://127.0.0.1:1")}, keep=keep, epilogue=False) as (
+        front,
+        upstream,
+    ):
+        keep.upstreams = ("a", "b")
+        b = Address(f"http://127.0.0.1:{upstream.port}")
+        both = {**front.proxy.settings.upstreams, "b": b}
+        front.proxy.configure(replace(front.proxy.settings, upstreams=both))
+        status, _, _ = await ask(front.port, request)
+
+        assert status == 200
+        assert upstream.requests[0].body == form.replace(b"whisper-1", b"ear")
+        assert keep.models[ModelId("b", "ear")].loads == 1
+        assert int(upstream.requests[0].headers[b"content-length"]) == len(form) - 6
