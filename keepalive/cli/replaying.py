@@ -125,7 +125,7 @@ def _from_config(settings: Config) -> dict[str, Card]:
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             yield file
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"

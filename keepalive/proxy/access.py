@@ -113,16 +113,17 @@ def _key_of(head: RequestHead, keys: Sequence[Key]) -> Key | None:
 def _shown(head: RequestHead) -> list[bytes]:
     """What might be a key: OpenAI's clients send it as Bearer, Anthropic's in x-api-key, Azure's in api-key.
 
-    What knows of names and passwords alone (`https://user:KEY@host`) sends Basic: either of the two may be it.
+    A key is one word, and programs put others in front of it, or none, as people fill in their fields. What knows of
+    names and passwords alone (`https://user:KEY@host`) sends Basic: either of the two may be it.
     """
-    shown = [value for name in SHOWN_IN[1:] for value in head.values(name)]
-    for value in head.values(SHOWN_IN[0]):
-        scheme, _, given = value.partition(b" ")
-        if scheme.lower() == b"bearer":
+    shown: list[bytes] = []
+    for value in (value for name in SHOWN_IN for value in head.values(name)):
+        *scheme, given = value.split() or [b""]
+        if [word.lower() for word in scheme] != [b"basic"]:
             shown.append(given)
-        elif scheme.lower() == b"basic":
+        else:
             try:
-                both = base64.b64decode(given.strip(), validate=True)
+                both = base64.b64decode(given, validate=True)
             except binascii.Error:
                 continue
             # A key may hold a colon, as LM Studio's own tokens do.

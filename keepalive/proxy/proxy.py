@@ -106,7 +106,12 @@ class Proxy:
             if caller.gone:
                 call.account.outcome = Outcome.CLIENT_GONE
             elif caller.refused is not None:
-                call.account.outcome, call.account.status = Outcome.REJECTED, caller.refused.status
+                account, status = call.account, caller.refused.status
+                account.outcome, account.status, account.error = (
+                    Outcome.REJECTED,
+                    status,
+                    refusal_code(status),
+                )
             elif self.stopping is not None:
                 call.answer.fail(503, self.stopping, "shutting_down", retry_after=5)
                 return

@@ -138,9 +138,9 @@ def _from_file(path: Path, place: str) -> str:
 def _text(path: Path, place: str) -> str:
     try:
         with path.open("rb") as file:
-            content = file.read(SECRET_MAX).decode().strip()
+            content = file.read(SECRET_MAX).decode("utf-8-sig").strip()
     except UnicodeDecodeError:
-        raise TokenError(f"{place}: {path} holds something that is not text") from None
+        raise TokenError(f"{place}: {path} holds something that is not text; save it as UTF-8") from None
     except OSError as error:
         raise TokenError(f"{place}: {path} cannot be read: {os.strerror(error.errno or 0)}") from error
     if not content:

@@ -24,7 +24,7 @@ MODELS = "model,gigabytes,load_seconds\na,9,10\nb,9,20\nc,9,30\n"
 @pytest.fixture
 def files(tmp_path: Path) -> tuple[Path, Path]:
     (tmp_path / "trace.csv").write_text(TRACE)
-    (tmp_path / "models.csv").write_text(MODELS)
+    (tmp_path / "models.csv").write_text(MODELS, encoding="utf-8-sig")  # as spreadsheets write it
     return tmp_path / "trace.csv", tmp_path / "models.csv"
 
 

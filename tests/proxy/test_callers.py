@@ -316,6 +316,21 @@ async def test_c8_more_than_the_cap_is_413_before_it_is_read():
         assert (declared[0], chunked[0]) == (413, 413)
 
 
+async def test_c8_a_body_that_grows_over_the_cap_is_counted_with_its_reason():
+    limits = Limits(tick=0.02, body_bytes=10_000)
+    async with fronted(limits=limits, keep=warm()) as (front, _):
+        reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+        writer.write(head)
+        await live.until(lambda: front.proxy.in_progress, "the request has begun")
+        writer.write(chunk(b" " * 5000) * 3)
+
+        assert split_answer(await reader.read())[0] == 413
+        last = await front.last()
+        assert (last.outcome, last.error) == ("rejected", "too_large")
+        writer.close()
+
+
 async def test_c8_a_truncated_body_is_not_forwarded():
     async with fronted(keep=warm()) as (front, upstream):
         _, writer = await asyncio.open_connection("127.0.0.1", front.port)
@@ -576,7 +591,7 @@ KEYS = (Key("alice", "key-of-alice"), Key("bob", "ключ"))
         ("Authorization: Bearer key-of-alic",),
         ("Authorization: Bearer key-of-alicee",),
         ("Authorization: Basic key-of-alice",),
-        ("Authorization: key-of-alice",),
+        ("Authorization: key-of-alice wrong",),
         ("Authorization: Bearer ",),
         ("x-api-key: nope",),
     ],

@@ -35,8 +35,9 @@ def test_a_variable_that_is_not_set_is_said(environ: dict[str, str]) -> None:
     )
 
 
-def test_a_token_comes_from_a_file(tmp_path: Path) -> None:
-    (tmp_path / "token").write_text(f"{SECRET}\n")
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_token_comes_from_a_file(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "token").write_text(f"{SECRET}\n", encoding=encoding)
 
     token = of_upstream(upstream(api_token_file=str(tmp_path / "token")), {})
 
@@ -48,7 +49,7 @@ def test_a_token_comes_from_a_file(tmp_path: Path) -> None:
     [
         (b"", "is empty"),
         (b" \n\t\n", "is empty"),
-        (b"\xff\xfe" + SECRET.encode(), "holds something that is not text"),
+        (b"\xff\xfe" + SECRET.encode(), "holds something that is not text; save it as UTF-8"),
         (f"{SECRET}\nsecond".encode(), "holds more than one word of plain characters"),
         (f"{SECRET} more".encode(), "holds more than one word of plain characters"),
         (f"{SECRET}\r\nX-Injected: 1".encode(), "holds more than one word of plain characters"),
