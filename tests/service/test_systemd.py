@@ -1279,7 +1279,9 @@ def write_release(folder: Path, **changes: Change) -> None:
     assert not changes
 
 
-UPGRADE = ("/mnt/release/new/systemd/install", "--upgrade", "--wheels", "/mnt/release/new/wheels")
+# What is installed already is installed anew, also what messages need, where an earlier test had them.
+INDEX = ("env", "PIP_FIND_LINKS=/mnt/wheels")
+UPGRADE = (*INDEX, "/mnt/release/new/systemd/install", "--upgrade", "--wheels", "/mnt/release/new/wheels")
 
 
 @in_systemd("changes")
@@ -1329,15 +1331,15 @@ def test_an_upgrade_that_does_not_become_ready_is_taken_back(
     write_release(release / "new", **broken)
     make_ready(machine)
     files = "readlink /opt/keepalive/venv; cat /etc/systemd/system/keepalive.service"
-    before = machine.shell(files)
+    before, version = machine.shell(files), ask(machine, f"{ADMIN}/api/status")["version"]
 
     with Traffic(machine) as traffic:
         done = machine.run(*UPGRADE, check=False, patience=600)
 
     assert done.returncode == 1
-    assert f"did not become ready; keepalive {keepalive.__version__} runs again." in done.stderr
+    assert f"did not become ready; keepalive {version} runs again." in done.stderr
     assert machine.property("keepalive", "ActiveState") == "active"
-    assert ask(machine, f"{ADMIN}/api/status")["version"] == keepalive.__version__
+    assert ask(machine, f"{ADMIN}/api/status")["version"] == version
     assert machine.shell(files) == before
     assert len(machine.shell("ls -d /opt/keepalive/venv.*").split()) == 1
     assert traffic.lost == []
@@ -1377,7 +1379,7 @@ def test_what_messages_need_is_installed_with_an_upgrade_and_they_leave_the_sand
     write_release(release / "new")
     make_ready(machine)
     receiver = machine.start(PYTHON, "-c", RECEIVER)
-    done = machine.run("env", "PIP_FIND_LINKS=/mnt/wheels", *UPGRADE, "--with", "notify", patience=600)
+    done = machine.run(*UPGRADE, "--with", "notify", patience=600)
     machine.write("/etc/credstore/notify", "json://127.0.0.1:8099/\n", mode="600")
     told = '[notify]\nurls_credential = "notify"\nevents = ["evicted"]\n'
     make_ready(machine, config=CONFIG + told, drop_in="[Service]\nLoadCredential=notify\n")
