@@ -23,6 +23,7 @@ from keepalive.core.primes import by_opening, give_ups, next_primes
 from keepalive.core.records import Model, Upstream, UpstreamState, is_loading
 from keepalive.core.room import Arrangement, arrange, is_in_use, manages
 from keepalive.core.states import State
+from keepalive.core.upstreams import TRIED_LEAST
 
 # A listing this old may still lead to a load or a ping: it is the race with other clients that we accept,
 # and in practice the plan runs in the same breath as the listing that it rests on.
@@ -98,7 +99,13 @@ def _refresh_is_due(upstream: Upstream, models: Sequence[Model], now: float, *, 
     if now >= upstream.due_at:
         return True
     if upstream.failures:
-        return False  # it is down or refuses us: its own pace
+        # It is down or refuses us: its own pace. But whoever waits is not to wait longer than it is away: behind a
+        # tunnel, a port forwarder or a gateway it never refuses a connection.
+        return (
+            upstream.state is not UpstreamState.UNAUTHORIZED
+            and now >= upstream.tried_at + TRIED_LEAST
+            and any(m.callers for m in models)
+        )
     if stale:
         return True
     if any(_may_tell(upstream, m, now) or _is_silent(upstream, m) for m in models):

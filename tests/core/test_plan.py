@@ -408,6 +408,15 @@ def test_a_server_in_trouble_is_asked_at_its_own_pace_whatever_is_wanted():
     assert plan(up(failures=1), [absent()], 65.0) == [LOOK]
 
 
+def test_while_somebody_waits_a_server_in_trouble_is_asked_every_two_seconds():
+    away = up(state=UpstreamState.DOWN, failures=9, tried_at=55.0)
+    waited_for = absent(waiting=1)
+
+    assert plan(away, [waited_for], 56.9) == []
+    assert plan(away, [a_model(QWEN), waited_for], 57.0) == [LOOK]
+    assert plan(replace(away, state=UpstreamState.UNAUTHORIZED), [waited_for], 57.0) == []
+
+
 @pytest.mark.parametrize(
     ("models", "now", "planned"),
     [
