@@ -9,7 +9,7 @@ waits in vain does less harm than a second copy.
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Final
 
@@ -161,7 +161,7 @@ class Names:
 
     def find(self, name: str) -> tuple[ModelId, ...]:
         """The kept models that a request for `name` means, in the config's order; none when nobody keeps it."""
-        return self._kept(fold_key(name))[0]
+        return self._kept(fold_key(name.strip()))[0]
 
     def meaning(self, name: str | None, up: Collection[str] = NONE_UP, *, default: bool = True) -> Meaning:
         """What a request means that names `name`, or nobody; `up` are the upstreams that answer now.
@@ -193,6 +193,11 @@ class Names:
         return found
 
     def _named(self, name: str, up: Collection[str]) -> Meaning:
+        if name != name.strip():
+            # Of a file or a variable that ends in a line break. LM Studio knows nobody of that name.
+            bare = self._named(name.strip(), up)
+            written = None if bare.models else bare.name or name.strip()
+            return replace(bare, renamed=True, name=written) if bare.known else bare
         folded = fold_key(name)
         models, renamed = self._kept(folded)
         if models:

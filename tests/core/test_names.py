@@ -416,3 +416,13 @@ def test_all_that_any_upstream_lists_can_be_looked_through():
     made = names(LOADED, row("idle"), upstreams=("a", "b"), b=[row("other")])
 
     assert list(dict.fromkeys(entry.key for entry in made.entries())) == ["acme/tiny-4b", "idle", "other"]
+
+
+@pytest.mark.parametrize("name", ["acme/tiny-4b\n", " Acme/Tiny-4b ", "acme/tiny-4b\u00a0", "small\r\n"])
+def test_space_around_a_name_does_not_belong_to_it_and_goes_no_further(name):
+    kept = names(LISTED, kept={TINY: ("small",)})
+
+    assert kept.meaning(name).models == kept.find(name) == (TINY,)
+    assert (kept.meaning(name).written(TINY), kept.meaning(name).stands_in) == ("acme/tiny-4b", False)
+    assert names(LISTED, kept={}).meaning("acme/tiny-4b\n").written() == "acme/tiny-4b"
+    assert not kept.meaning(" ").known
