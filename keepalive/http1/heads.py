@@ -326,7 +326,8 @@ def _refuse_target(method: bytes, target: bytes) -> None:
     # No absolute form: that is how one speaks to a forward proxy, and joining it to anything is how requests
     # are sent to hosts nobody configured.
     if not (target.startswith(b"/") or (target == b"*" and method == b"OPTIONS")):
-        raise BadHead(400, "the request target is not a path")
+        why = "the request target is not a path: this is no proxy for other hosts"
+        raise BadHead(400, f"{why}; take its address out of HTTP_PROXY and ALL_PROXY, or name it in NO_PROXY")
     if b"#" in target:
         raise BadHead(400, "the request target holds a fragment")
 

@@ -35,6 +35,13 @@ _REASONS: tuple[tuple[str, Reason], ...] = (
     ("failed to allocate", Reason.RESOURCES),
     ("cannot allocate", Reason.RESOURCES),
     ("out of memory", Reason.RESOURCES),
+    ("out_of_memory", Reason.RESOURCES),  # CUDA's names for it, and Vulkan's, HIP's and Metal's
+    ("outofmemory", Reason.RESOURCES),
+    ("outofdevicememory", Reason.RESOURCES),
+    ("outofhostmemory", Reason.RESOURCES),
+    ("insufficient vram", Reason.RESOURCES),
+    ("more system memory", Reason.RESOURCES),
+    ("bad_alloc", Reason.RESOURCES),
     ("has crashed", Reason.CRASHED),
     ("model was unloaded", Reason.UNLOADED),
     ("model unloaded", Reason.UNLOADED),

@@ -60,6 +60,7 @@ from keepalive.core.states import IllegalMove, State
 from keepalive.keeper import errands
 from keepalive.keeper.given import Keep, Server
 from keepalive.keeper.keeper import Keeper
+from keepalive.lmstudio import wire
 from keepalive.lmstudio.client import Client
 from keepalive.simulator.models import SimModel
 from keepalive.simulator.studio import Studio
@@ -1403,6 +1404,22 @@ def test_a_load_has_failed_only_where_the_answer_says_that_it_is_over(
     error: Refused | Unexpected, tier: Tier, outcome: LoadOutcome
 ):
     assert errands._load_outcome(error, tier) is outcome
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "outcome"),
+    [
+        ("Error rendering prompt with jinja template: \"filter 'tojson' not found\"", 400, "refused"),
+        ("Unable to generate parser for this template", 500, "refused"),
+        ("invalid model: 'm' not found", 400, "error"),
+        ("The model has crashed in its template", 400, "error"),
+    ],
+)
+def test_what_a_template_misses_is_no_missing_model(words: str, status: int, outcome: str):
+    error = wire.refusal(status, {"error": {"message": words}})
+
+    assert error is not None
+    assert errands._what_came_of_it(error, Tier.V1)[0] == outcome
 
 
 @pytest.mark.parametrize(

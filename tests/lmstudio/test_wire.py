@@ -458,3 +458,18 @@ def test_an_error_that_repeats_what_was_sent_is_known(message: str, told: bool):
     }
 
     assert wire.quotes(message, body) is told
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "vk::Device::allocateMemory: ErrorOutOfDeviceMemory",
+        "hipErrorOutOfMemory",
+        "CUDA_ERROR_OUT_OF_MEMORY",
+        "Insufficient VRAM to load the model",
+        "model requires more system memory (8.0 GiB) than is available (4.1 GiB)",
+        "Failed to load model: std::bad_alloc",
+    ],
+)
+def test_memory_that_is_full_is_understood_in_the_words_of_every_engine(words: str):
+    assert wire.reason(words) is Reason.RESOURCES
