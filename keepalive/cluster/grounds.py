@@ -46,6 +46,7 @@ class Grounds:
         self.hold = Hold(ttl)
         self.lease: int | None = None
         self.life = ""  # of this lease
+        self.late = False  # etcd was away until it began
         self.name = me.instance  # under which we are there
         self.held: frozenset[str] = frozenset()
         self.seen = Picture()
@@ -74,7 +75,7 @@ class Grounds:
     # --- what becomes of the lease -------------------------------------------------------------------
 
     def begin_life(self, lease: int) -> None:
-        self.lease, self.life = lease, secrets.token_hex(8)
+        self.lease, self.life, self.late = lease, secrets.token_hex(8), self._said_down
 
     def end_life(self) -> None:
         """The lease ran out: whatever we held is another's to take."""

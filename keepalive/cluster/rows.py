@@ -60,6 +60,7 @@ class Member:
     places: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     doubled: bool = False  # it has found that another daemon has its name
     format: int = VERSION
+    created: int = 0  # revision
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +131,11 @@ class Picture:
     modified: Mapping[str, int] = field(default_factory=lambda: NONE)  # by key, at which revision
     unreadable: tuple[str, ...] = ()
     newer: tuple[str, ...] = ()  # keys of rows in a format that is newer than ours
+
+    def is_said(self, upstream: str, since: float = 0) -> bool:
+        """Whether what stands there is the word of who holds it now, and of since that revision."""
+        holder = self.holders.get(upstream)
+        return holder is not None and self.modified.get(states_key(upstream), 0) > max(holder.created, since)
 
     def uses_elsewhere(self, instance: str) -> Mapping[ModelId, Use]:
         """What callers of all others do, taken together."""
@@ -293,7 +299,7 @@ def picture(rows: Iterable[Row]) -> Picture:
             newer.append(row.key)
         match kind:
             case "members":
-                members[rest] = _member(rest, said)
+                members[rest] = _member(rest, said, row.created)
             case "holders":
                 holders[rest] = Holder(_text(said, "instance"), _text(said, "life"), row.created)
             case "uses":
@@ -341,7 +347,7 @@ def _object(value: bytes) -> Json | None:
     return said if isinstance(said, dict) and type(said.get("v")) is int else None
 
 
-def _member(instance: str, said: Json) -> Member:
+def _member(instance: str, said: Json, created: int) -> Member:
     return Member(
         instance,
         _text(said, "life"),
@@ -355,6 +361,7 @@ def _member(instance: str, said: Json) -> Member:
         places=_texts(said, "places"),
         doubled=said.get("doubled") is True,
         format=said["v"],
+        created=created,
     )
 
 

@@ -64,7 +64,7 @@ class Seeing:
         # What is kept only since a reload has not been told anything yet; the others are told what is news.
         old, known = grounds.seen, self._known
         # Nor has what is asked through another client since then: it has forgotten what it had been told.
-        told_once = {folded(m.id) for m in snapshot.models if m.told_at > -inf} & known
+        knows = {folded(m.id): m.told for m in snapshot.models if m.told_at > -inf and folded(m.id) in known}
         for key in new.unreadable:
             if new.values[key] != old.values.get(key):
                 counts = UNREADABLE.get(key.partition("/")[0], "it is passed over")
@@ -83,14 +83,23 @@ class Seeing:
         for model in old.loads.keys() - new.loads.keys():
             if model in ids and (model.upstream not in held or old.loads[model].life != grounds.life):
                 keeping.record(LoadResolved(grounds.clock(), ids[model]))
+        us = new.members.get(grounds.name)
+        came = us.created if us is not None and us.life == grounds.life else inf
         for upstream, states in new.states.items():
             if upstream in held:
                 continue
+            heard = new.is_said(upstream, came if grounds.late else 0)
+            row = rows.states_key(upstream)
+            again = new.modified[row] != old.modified.get(row)
             # What we had there ourselves to say may just be what its next holder says.
             before = {} if upstream in self._own_word else old.states.get(upstream, {})
             for model, told in states.items():
-                if model in ids and (model not in told_once or told != before.get(model)):
-                    keeping.record(self._told(ids[model], told))
+                if model not in ids:
+                    continue
+                # What was not known, or seen to go since, it may be sure of by now.
+                missed = model not in knows or (again and heard and not told.ours <= knows[model])
+                if missed or told != before.get(model):
+                    keeping.record(self._told(ids[model], told, heard=heard))
         self._own_word = {*held, *(self._own_word - new.states.keys())}
         self._see_uses(new, ids, held)
         for one in snapshot.models:
@@ -153,12 +162,15 @@ class Seeing:
         if intent.progress is not None and model.upstream not in held:
             keeping.record(LoadProgressed(now, model, intent.progress))
 
-    def _told(self, model: ModelId, told: Told) -> HolderTold:
+    def _told(self, model: ModelId, told: Told, *, heard: bool) -> HolderTold:
+        """`heard`: by who acts there. Of what is left of another one nobody tells when it was said, nor what became of
+        those copies since; nor where etcd was away when we came, and all that stands there may be of before.
+        """
         now = self._grounds.clock()
         return HolderTold(
             now,
             model,
-            told.ours,
+            told.ours if heard else frozenset(),
             warm=told.warm,
             ill=told.ill,
             failure=told.failure,
@@ -166,7 +178,7 @@ class Seeing:
             retry_at=None if told.retry_in is None else now + told.retry_in,
             contested=told.contested,
             loads=told.loads,
-            lost=told.lost,
+            lost=told.lost if heard else told.lost | told.ours,
         )
 
     def _see_uses(self, new: Picture, ids: Mapping[ModelId, ModelId], held: frozenset[str]) -> None:

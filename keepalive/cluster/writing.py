@@ -4,7 +4,7 @@ What is there already is not written again; what somebody else may have written 
 """
 
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace as changed
 from math import inf
 
@@ -230,13 +230,17 @@ class Writing:
         models = {folded(model.id): model for model in snapshot.of(upstream)}
         changes: dict[str, bytes | None] = {}
         states = {key: _state(model, now) for key, model in models.items()}
-        there = {**grounds.seen.values, **self._written}.get(rows.states_key(upstream))
-        if (states, there) != self._states_said.get(upstream):
+        row = rows.states_key(upstream)
+        there = {**grounds.seen.values, **self._written}.get(row)
+        # Whoever has come since may have found etcd away, and take what stands there for a word of before.
+        last = max((member.created for member in grounds.seen.members.values()), default=0)
+        anew = row not in self._written and not grounds.seen.is_said(upstream, last)
+        if anew or (states, there) != self._states_said.get(upstream):
             told = {
                 key: one if again is None else changed(one, retry_in=max(0.0, round(again - now, 3)))
                 for key, (one, again) in states.items()
             }
-            there = changes[rows.states_key(upstream)] = rows.states_row(told)
+            there = changes[row] = rows.states_row(told)
         guards = [created(grounds.key(rows.holder_key(upstream)), since)]
         for name, value in self._spent(upstream, models):
             # Each only as it was seen there: another load may have begun meanwhile, or a person asked anew.
@@ -244,7 +248,8 @@ class Writing:
             if name not in self._written:
                 changes[name] = value
                 guards.append(unchanged(grounds.key(name), grounds.seen.modified.get(name, 0)))
-        if changes and await self._write(guards, changes) and there is not None:
+        done = bool(changes) and await self._write(guards, changes, anew={row} if anew else ())
+        if done and there is not None:
             self._states_said[upstream] = states, there
 
     def _spent(self, upstream: str, models: Mapping[ModelId, Model]) -> Iterable[tuple[str, bytes | None]]:
@@ -331,10 +336,12 @@ class Writing:
             )
         )
 
-    async def _write(self, compare: Iterable[Json], changes: Mapping[str, bytes | None]) -> bool:
-        """Like `Grounds.commit`, of what is not there already."""
+    async def _write(
+        self, compare: Iterable[Json], changes: Mapping[str, bytes | None], anew: Collection[str] = ()
+    ) -> bool:
+        """Like `Grounds.commit`, of what is not there already, or is to be said `anew`."""
         known = {**self._grounds.seen.values, **self._written}
-        new = {key: value for key, value in changes.items() if known.get(key) != value}
+        new = {key: value for key, value in changes.items() if key in anew or known.get(key) != value}
         if not new:
             return True
         done = await self._grounds.commit(compare, new)

@@ -113,13 +113,15 @@ def holder_told(model: Model, fact: HolderTold) -> Model:
     if model.alone:
         return model  # what it says is of before
     disowned = (model.disowned | model.told) - fact.instance_ids - fact.lost
+    ours = model.ours | (fact.instance_ids & known)
     model = replace(
         model,
         told=fact.instance_ids,
         told_at=fact.at,
         proved_elsewhere=fact.warm,
         disowned=disowned,
-        ours=model.ours | (fact.instance_ids & known),
+        ours=ours,
+        lost=(model.lost | fact.lost) - ours,  # when we act the others are to know that it may be one of ours
         recent_loads=fact.loads or model.recent_loads,
         failures=fact.failures,
         failure=fact.failure,

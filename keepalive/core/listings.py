@@ -50,11 +50,11 @@ def listed(model: Model, fact: Listed) -> Model:
     if entry is None or not entry.instances:
         # What was there is gone, and what comes next by the same name may be another's copy.
         model = replace(model, lost=frozenset(), vouched=frozenset(), disowned=frozenset())
+        if fact.asked > model.told_at:
+            model = replace(model, told=model.told - {instance.id for instance in before.instances})
         if fact.trusted:
             # Whoever acts here knows whether it was lost or let go.
             model = replace(model, instances=(), ours=frozenset(), busy=False)
-        else:
-            model = replace(model, told=model.told - {instance.id for instance in before.instances})
     if model.recalled is not None:
         # The first listing of this life decides: what comes later may be anybody's.
         ids, until = model.recalled

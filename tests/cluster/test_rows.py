@@ -36,6 +36,7 @@ def test_a_member_is_read_as_it_was_written():
         True,
         {"local/x": "0"},
         {"local": "http://x"},
+        created=7,
     )
 
     assert seen(rows.member_key("a"), rows.member_row(member)).members == {"a": member}
@@ -122,6 +123,7 @@ def test_what_the_release_before_this_one_writes_is_read():
             ready=False,
             config=config,
             places={"local": "http://10.0.0.9:1234"},
+            created=7,
         )
         for n, name, life in ((1, "a", a), (2, "b", b))
     }

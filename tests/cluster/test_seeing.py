@@ -396,20 +396,87 @@ def holds(cluster: Cluster) -> rows.Row:
     return rows.Row(rows.holder_key("local"), rows.holder_row("a", "mine"), 1)
 
 
-def told(warm: bool) -> rows.Row:
+def told(warm: bool, modified: int = 3) -> rows.Row:
     state = rows.Told(warm=warm, ours=frozenset({"gemma"}))
-    return rows.Row(rows.states_key("local"), rows.states_row({GEMMA: state}), 3)
+    return rows.Row(rows.states_key("local"), rows.states_row({GEMMA: state}), 1, modified)
+
+
+def looks(keeping: Records, *ids: str) -> None:
+    """A look while another one acts."""
+    look = replace(listed(time.monotonic() + 1, entry("gemma", *ids)), trusted=True)
+    keeping.models[GEMMA] = apply(keeping.models[GEMMA], look)
+
+
+def came(created: int) -> rows.Row:
+    return rows.Row(rows.member_key("a"), rows.member_row(rows.Member("a", "mine")), created)
 
 
 def test_who_does_not_act_any_more_takes_the_word_of_whoever_does_though_it_is_its_own_of_before():
     keeping = Records(warm())
     cluster = a_member(keeping)
-    cluster._seeing.see(rows.picture([holds(cluster), told(warm=True)]))
+    cluster._seeing.see(rows.picture([holds(cluster), came(2), told(warm=True)]))
     before = keeping.models[GEMMA]
-    cluster._seeing.see(rows.picture([HELD, told(warm=True)]))
+    cluster._seeing.see(rows.picture([HELD, came(2), told(warm=True)]))
 
     assert (before.told, before.proved_elsewhere) == (frozenset(), False)
     assert (keeping.models[GEMMA].told, keeping.models[GEMMA].proved_elsewhere) == ({"gemma"}, True)
+
+
+KNOWN, UNKNOWN = (frozenset({"gemma"}), frozenset()), (frozenset(), frozenset({"gemma"}))
+
+
+def seen(cluster: Cluster, keeping: Records, *shown: rows.Row) -> tuple[frozenset[str], frozenset[str]]:
+    """Whose copies there are then: ours, and perhaps ours."""
+    cluster._seeing.see(rows.picture(shown))
+    looks(keeping, "gemma")
+    return keeping.models[GEMMA].ours, keeping.models[GEMMA].lost
+
+
+def test_whose_copy_it_is_only_he_can_say_who_acts_now():
+    keeping = Records(warm())
+    cluster = a_member(keeping)
+    mine = holds(cluster)
+
+    assert seen(cluster, keeping, told(warm=True)) == UNKNOWN
+    assert seen(cluster, keeping, mine, told(warm=True)) == UNKNOWN
+    follows = rows.Row(HELD.key, HELD.value, 4)
+    assert seen(cluster, keeping, follows, told(warm=True)) == UNKNOWN
+    assert seen(cluster, keeping, follows, told(warm=True, modified=5)) == KNOWN
+    # What was seen for ourselves is known, whatever becomes of him.
+    assert seen(cluster, keeping, told(warm=False, modified=5)) == KNOWN
+
+
+def test_who_comes_while_etcd_is_away_goes_by_no_word_of_before():
+    """Whoever said it is still there for as long as nobody counts the time of his lease."""
+    keeping = Records(warm())
+    cluster = a_member(keeping)
+    cluster._grounds.is_away("refused")
+    cluster._grounds.begin_life(1)
+    cluster._grounds.life = "mine"
+
+    assert seen(cluster, keeping, HELD, told(warm=True)) == UNKNOWN  # not there yet
+    assert seen(cluster, keeping, HELD, came(4), told(warm=True)) == UNKNOWN
+    assert seen(cluster, keeping, HELD, came(4), told(warm=True, modified=5)) == KNOWN
+
+    keeping = Records(warm())
+    cluster = a_member(keeping)
+    cluster._grounds.begin_life(1)
+    assert seen(cluster, keeping, HELD, told(warm=True)) == KNOWN
+
+
+def test_a_copy_that_was_seen_to_go_is_ours_again_by_a_newer_word_though_that_says_nothing_else():
+    keeping = Records(warm())
+    cluster = a_member(keeping)
+    holds(cluster)
+    cluster._seeing.see(rows.picture([HELD, came(2), told(warm=True)]))
+    for ids in (["gemma"], [], ["gemma"]):
+        looks(keeping, *ids)
+    cluster._seeing.see(rows.picture([HELD, came(2), told(warm=True)]))
+    by_an_old_word = keeping.models[GEMMA].ours
+    cluster._seeing.see(rows.picture([HELD, came(2), told(warm=True, modified=4)]))
+
+    assert by_an_old_word == frozenset()
+    assert keeping.models[GEMMA].ours == {"gemma"}
 
 
 def test_who_acts_alone_is_told_which_copies_others_know_for_ours():

@@ -233,6 +233,23 @@ async def test_what_stands_there_and_not_what_was_said_is_what_is_written_anew(e
     assert {key: etcd.kvs[PREFIX + key].value for key in keys} == written
 
 
+async def test_who_comes_is_told_anew_once_whose_copies_there_are(etcd: SimulatedEtcd):
+    cluster, _ = await there(etcd, warm(ours=frozenset({"gemma"})))
+    for _ in range(3):
+        await look(cluster)
+    key = rows.states_key("local")
+    before = etcd.kvs[PREFIX + key]
+    await write(cluster, {rows.member_key("b"): rows.member_row(rows.Member("b", "another"))})
+    came, writes = etcd.revision, etcd.writes
+    for _ in range(3):
+        await look(cluster)
+        await cluster._writing.publish()
+
+    assert etcd.kvs[PREFIX + key].value == before.value
+    assert etcd.kvs[PREFIX + key].modified > came
+    assert etcd.writes == writes + 1
+
+
 async def test_a_wish_that_arrives_once_more_when_it_is_spent_is_nobodys_wish(etcd: SimulatedEtcd):
     asked_for = warm(asked_for=True)
     cluster, way = await there(etcd, asked_for)

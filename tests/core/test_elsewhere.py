@@ -376,6 +376,35 @@ def test_a_copy_that_another_has_loaded_where_ours_was_seen_to_be_gone_is_not_ou
     assert state[GEMMA].ours == frozenset()
 
 
+def test_a_copy_that_was_seen_to_go_is_not_ours_when_one_named_alike_is_there_though_nobody_could_say_so():
+    """As while etcd is away: what it says of whose copy that is is of before."""
+    saw_it_go = after(a_model(GEMMA), HolderTold(1, GEMMA, MINE), trusted(2, "gemma"), trusted(3))
+    again = after(saw_it_go, trusted(4, "gemma"))
+    acts = after(again, HandTaken(5, "local"), listed(6, entry("gemma", "gemma")))
+    loaded_anew = after(saw_it_go, HolderTold(4, GEMMA, MINE))
+
+    assert (again.ours, acts.ours, acts.lost) == (frozenset(), frozenset(), frozenset())
+    assert after(loaded_anew, trusted(5, "gemma")).ours == MINE
+    # A look that was asked for before that word says nothing against it.
+    late = changed(trusted(5), asked=4.2)
+    assert after(again, HolderTold(4.5, GEMMA, MINE), late, trusted(6, "gemma")).ours == MINE
+
+
+def test_who_comes_to_act_on_a_word_that_says_not_for_sure_whose_copy_it_is_asks_the_others():
+    told = after(a_model(GEMMA), HolderTold(1, GEMMA, lost=MINE), trusted(2, "gemma"))
+    acts = after(told, HandTaken(3, "local"), listed(4, entry("gemma", "gemma")))
+    vouched = after(acts, UsedElsewhere(5, GEMMA, 0, False, MINE), listed(6, entry("gemma", "gemma")))
+    gone = after(told, trusted(3), trusted(4, "gemma"))
+    # Who knows better keeps what it knows.
+    knows = after(a_model(GEMMA), HolderTold(1, GEMMA, MINE), trusted(2, "gemma"))
+
+    assert (acts.ours, acts.lost) == (frozenset(), MINE)
+    assert (vouched.ours, vouched.lost) == (MINE, frozenset())
+    assert (gone.ours, gone.lost) == (frozenset(), frozenset())
+    told = after(knows, HolderTold(3, GEMMA, lost=MINE))
+    assert (told.ours, told.lost) == (MINE, frozenset())
+
+
 def test_what_another_one_may_just_have_let_go_is_given_to_nobody_before_it_was_looked_for():
     model = after(
         a_model(GEMMA), trusted(1, "gemma"), DrainStarted(2, GEMMA), DrainEnded(5, GEMMA, unsure=True)
