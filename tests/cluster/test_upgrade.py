@@ -129,6 +129,8 @@ async def test_while_one_after_the_other_is_upgraded_nothing_is_loaded_twice_and
         await b_ends.aclose()
         b, b_ends = await starts("b", after)
         await until(lambda: model(b, "gemma")["state"] == "loading", "the load is seen")
+        # Whose copies there are only who acts can say, and nobody could if he left before that was heard.
+        await until(lambda: b.cluster and b.cluster.holders, "it sees who acts")
         held = [asyncio.create_task(chat(b))]
         await until(lambda: model(a, "gemma")["waiting"] or model(b, "gemma")["waiting"], "somebody waits")
         # So is the other. Who acts now takes over the load of whom it follows.
