@@ -37,6 +37,8 @@ def pytest_configure(config):
     # A run in the background of a script ignores Ctrl-C, and so would each command that a test starts and interrupts.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Programs written in Go (promtool, Prometheus, etcd) look for garbage less often: a seventh of what rules cost.
+    os.environ.setdefault("GOGC", "400")
     config.option.loadscopereorder = (
         False  # pytest-xdist would begin with the largest group, which is not the longest
     )
