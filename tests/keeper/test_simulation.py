@@ -54,11 +54,11 @@ from tests.kit.world import (
 FIRST = 20261122
 CHOSEN = os.environ.get("KEEPALIVE_SEED", str(FIRST))
 SEED = random.SystemRandom().randrange(10**9) if CHOSEN == "random" else int(CHOSEN)
-HOURS = float(os.environ.get("KEEPALIVE_HOURS", "60"))
+HOURS = float(os.environ.get("KEEPALIVE_HOURS", "34"))
 # In pieces that several workers share; in each some worlds of dense trouble, and one that is calm and longer than the
 # day that a lease lasts. What finds more is another world, not more hours in one.
-PIECES = max(2, round(HOURS / 40))
-DENSE, DENSE_HOURS = (4, 1.0) if HOURS < 500 else (3, 3.0)
+PIECES = max(1, round(HOURS / 40))
+DENSE, DENSE_HOURS = (8, 1.0) if HOURS < 500 else (3, 3.0)
 CALM_HOURS = max(HOURS / PIECES - DENSE * DENSE_HOURS, 1.0)
 
 
