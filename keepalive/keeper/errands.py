@@ -44,8 +44,12 @@ from keepalive.keeper.given import Client, Keep, Replay
 UNLOAD_TIMEOUT = 60.0
 # What stands in front of a server says these when that is too busy, or does not answer in time: no verdict on a model.
 _TOO_BUSY = (408, 425, 429, 504)
-# llama.cpp says of a template with 500 what LM Studio says of it with 400.
-_TEMPLATE = re.compile(r"jinja|raise_exception|\btemplate", re.IGNORECASE)
+# llama.cpp says of a template with 500, in the words of two engines, what LM Studio says of it with 400, and its older
+# versions with 200.
+_TEMPLATE = re.compile(
+    r"jinja|raise_exception|\btemplate|at row \d+, column \d+|roles must alternate|while executing \w+ at line",
+    re.IGNORECASE,
+)
 # It may be a filter or a variable of the template that is "not found", and no model.
 _OF_TEMPLATES = (Reason.OTHER, Reason.UNKNOWN_MODEL)
 
@@ -267,7 +271,11 @@ def _refuses_the_request(error: Refused, tier: Tier) -> bool:
     if error.reason is Reason.UNKNOWN_ROUTE:
         # Elsewhere a 404 may as well mean that there is no such model.
         return tier is not Tier.OPENAI or error.status == 405
-    if error.reason in _OF_TEMPLATES and error.status in (400, 422, 500) and _TEMPLATE.search(str(error)):
+    if (
+        error.reason in _OF_TEMPLATES
+        and error.status in (200, 400, 422, 500)
+        and _TEMPLATE.search(str(error))
+    ):
         return True
     return error.reason is Reason.OTHER and error.status in (400, 405, 413, 415, 422, 501)
 
