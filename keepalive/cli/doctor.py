@@ -310,6 +310,8 @@ def _model(seen: Evidence, kept: Kept) -> Iterator[Finding]:
     probe, status = seen.probes.get(kept.upstream, Probe()), seen.model_status(kept)
     if probe.listing is not None and probe.listing.tier is not Tier.OPENAI:
         entry = probe.listing.entries.get(fold_key(kept.key))
+        if probe.listing.odd is not None and fold_key(kept.key) in probe.listing.odd.keys:
+            return  # it is said above
         if entry is None:
             yield _unlisted(seen, kept, probe.listing.entries)
         else:

@@ -120,10 +120,10 @@ NO_SIGHT = Sight()
 
 
 class Odd(NamedTuple):
-    """Rows of a listing that could not be read: of the models of these folded keys it says nothing."""
+    """Rows of a listing that could not be read: of the models of these folded keys it says nothing, and why."""
 
     why: str
-    keys: frozenset[str]
+    keys: Mapping[str, str]
 
 
 class Occupant(NamedTuple):

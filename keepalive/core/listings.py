@@ -31,10 +31,10 @@ SUGGESTED_FROM = 1000
 def listed(model: Model, fact: Listed) -> Model:
     if fact.asked <= max(model.asked, model.touched_at):
         return model  # older than what we know, or asked while our own call was changing it
-    if fact.odd is not None and fold_key(model.id.key) in fact.odd.keys:
+    if fact.odd is not None and (why := fact.odd.keys.get(fold_key(model.id.key))) is not None:
         if model.state in (State.COLD, State.BACKOFF):  # it may be there by now
-            return move(model, Sign.UNREACHABLE, fact.at, fact.odd.why)
-        failed_so = ListingFailed(fact.at, fact.upstream, fact.asked, Trouble.BAD_ANSWER, fact.odd.why)
+            return move(model, Sign.UNREACHABLE, fact.at, why)
+        failed_so = ListingFailed(fact.at, fact.upstream, fact.asked, Trouble.BAD_ANSWER, why)
         return listing_failed(model, failed_so)
     before = model
     model = replace(

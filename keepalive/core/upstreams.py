@@ -117,7 +117,7 @@ def _upstream_listed(upstream: Upstream, fact: Listed) -> Upstream:
         arriving=fact.arriving,
         occupants=fact.occupants,
         places=fact.places,
-        unread=fact.odd.keys if fact.odd is not None else frozenset(),
+        unread=frozenset(fact.odd.keys if fact.odd is not None else ()),
         sees_loading=fact.loading,
         sight=fact.sight,
         evicts=evicts if fact.tier is Tier.V0 else None,

@@ -175,7 +175,7 @@ def _entries(
     if not isinstance(rows, list):
         raise Unexpected(f"{what} was answered without a list of `{name}`")
     entries: list[Entry] = []
-    lost: set[str] = set()
+    lost: dict[str, str] = {}
     wrong: list[str] = []
     for row in rows:
         try:
@@ -185,19 +185,16 @@ def _entries(
         except Unexpected as error:
             key = row.get(ident) if isinstance(row, Mapping) else None
             if isinstance(key, str) and key:
-                lost |= {fold_key(key), COPY_NUMBER.sub("", fold_key(key))}
-                wrong.append(f"{error} (for {clean(key)})")
+                names = fold_key(key), COPY_NUMBER.sub("", fold_key(key))
+                lost |= dict.fromkeys(names, f"its row in the listing cannot be read: {error}")
+                wrong.append(f"{error}, for {clean(key)}")
             else:
                 wrong.append(str(error))
     if wrong and len(wrong) == len(rows):
         raise Unexpected(wrong[0])
     if wrong and odd is not None:
-        odd(
-            Odd(
-                f"{len(wrong)} of {len(rows)} rows are left out, as not to be read: {wrong[0]}",
-                frozenset(lost),
-            )
-        )
+        told = "; ".join(dict.fromkeys(wrong[:3]))
+        odd(Odd(f"{len(wrong)} of {len(rows)} rows are left out, as not to be read: {told}", lost))
     return [entry for entry in entries if fold_key(entry.key) not in lost]
 
 

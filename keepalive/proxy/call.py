@@ -290,7 +290,9 @@ class Call:
         head.forget()
         if stream:
             return self._relay_events(reply)
-        return self._relay_whole(reply, Words(self.route.protocol) if readable else None)
+        return self._relay_whole(
+            reply, Words(self.route.protocol) if readable and self.route.inference else None
+        )
 
     def _note_later(self, status: int) -> None:
         """What the request begins with is looked at once the first bytes of its answer are on their way."""

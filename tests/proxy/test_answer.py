@@ -257,3 +257,11 @@ async def test_what_is_for_the_next_neighbour_alone_goes_no_further():
         assert (sent[b"via"], sent[b"x-forwarded-for"]) == (b"1.1 nginx", b"10.0.0.9")
         assert sent[b"forwarded"] == b"for=10.0.0.9"
         assert not {b"trailer", b"x-back"} & headers.keys()
+
+
+@pytest.mark.parametrize("path", ["/api/v1/models", "/api/v1/models/download/status/job_1"])
+async def test_what_is_no_answer_of_a_model_need_have_no_word(path):
+    async with fronted(says(whole(b'{"models": [{"key": "m"}]}'))) as (front, _):
+        await ask(front.port, get(path))
+
+        assert (await front.last()).outcome == "ok"
