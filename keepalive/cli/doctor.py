@@ -137,6 +137,13 @@ def _upstream(seen: Evidence, upstream: Upstream) -> Iterator[Finding]:
                 "LM Studio: Developer, Server Settings, Manage Tokens; then name it in [[upstreams]] "
                 f"{upstream.name!r}: api_token_env, api_token_file or the credential lm_token.{upstream.name}",
             )
+        case Unreachable(tls=True):
+            yield Finding(
+                str(probe.error),
+                cold,
+                f"mend url in [[upstreams]] {upstream.name!r}; or set SSL_CERT_FILE=/path/of/issuer.pem in the "
+                "daemon's environment, and restart it",
+            )
         case Unreachable():
             yield Finding(f"LM Studio cannot be reached: {probe.error}", cold, start)
         case TimedOut():

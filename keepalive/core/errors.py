@@ -40,11 +40,15 @@ class Forgone(UpstreamError):
 
 
 class Unreachable(UpstreamError):
-    """No connection. `refused`: the host says that nothing listens, so whatever ran there is gone."""
+    """No connection. `refused`: the host says that nothing listens, so whatever ran there is gone.
 
-    def __init__(self, message: str, *, refused: bool = False) -> None:
+    `tls`: somebody is there, and we and he do not agree on that.
+    """
+
+    def __init__(self, message: str, *, refused: bool = False, tls: bool = False) -> None:
         super().__init__(message)
         self.refused = refused
+        self.tls = tls
 
 
 class TimedOut(UpstreamError):

@@ -12,6 +12,7 @@ import asyncio
 import json
 import re
 import socket
+import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
@@ -440,6 +441,17 @@ class Client:
         refused = bool(causes) and all(isinstance(cause, ConnectionRefusedError) for cause in causes)
         if refused:
             return Unreachable(f"nothing listens at {self.url}", refused=True)
+        for cause in causes:
+            if isinstance(cause, ssl.SSLCertVerificationError):
+                return Unreachable(
+                    f"{self.url} shows a certificate that is not trusted ({cause.verify_message.rstrip('.')}); "
+                    "if it is yours, name its issuer's file in SSL_CERT_FILE",
+                    tls=True,
+                )
+            if isinstance(cause, ssl.SSLError):
+                plain = self.url.replace("https", "http", 1)
+                why = f"does not speak TLS as expected ({cause.reason}); where it speaks none, write"
+                return Unreachable(f'{self.url} {why} "{plain}" as url', tls=True)
         return Unreachable(f"no connection to {self.url}: {wire.clean(str(causes[0] if causes else error))}")
 
 

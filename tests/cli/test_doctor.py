@@ -224,6 +224,14 @@ async def test_a_closed_port_is_found_with_the_command_that_opens_it() -> None:
     assert found[1].do == f"lms server start --port {url.rpartition(':')[2]}"
 
 
+async def test_a_server_that_is_there_and_no_tls_between_us_is_not_started_once_more() -> None:
+    async with simulator(SimModel("gemma")) as server:
+        found = await examine(settings(server.url.replace("http", "https"), "gemma"), None)
+
+    assert found[1].what.endswith(f'where it speaks none, write "{server.url}" as url')
+    assert found[1].do.startswith("mend url in [[upstreams]] 'local'")
+
+
 async def test_another_program_on_the_port_is_found() -> None:
     page = answer(b"<html>It works!</html>", kind=b"text/html")
     async with RawServer([page, Close()]) as other:

@@ -536,6 +536,15 @@ async def test_who_writes_http_where_tls_is_spoken_is_told_so():
     assert message == f'{server.url} takes TLS alone; if LM Studio is there, write "{https}" as url'
 
 
+async def test_who_writes_https_where_no_tls_is_spoken_is_told_so():
+    async with studio() as server, client(server.url.replace("http", "https")) as upstream:
+        with pytest.raises(Unreachable) as caught:
+            await upstream.listing()
+
+    assert caught.value.tls
+    assert str(caught.value).endswith(f'where it speaks none, write "{server.url}" as url')
+
+
 async def test_a_redirect_is_not_followed():
     async with raw(WHOLE) as target:
         to = http(b"", "302 Found", f"Location: {target.url}/lmstudio-greeting")

@@ -11,6 +11,8 @@ import subprocess
 
 import pytest
 
+from keepalive.core.errors import Unreachable
+from keepalive.lmstudio.client import Client
 from keepalive.proxy import Address
 from keepalive.simulator.models import SimModel
 from tests.kit import live
@@ -148,6 +150,19 @@ async def test_a_self_signed_certificate_is_refused_and_the_message_says_what_to
         assert "SSL_CERT_FILE" in message
         assert connections == []
         assert (await front.last()).outcome == "upstream_error"
+
+
+async def test_a_listing_says_the_same_of_it(certificate):
+    async def connected(reader, writer):
+        pass
+
+    async with tls(certificate, connected) as port, Client("local", f"https://localhost:{port}") as upstream:
+        with pytest.raises(
+            Unreachable, match=r"not trusted \(self-signed certificate\).*SSL_CERT_FILE"
+        ) as caught:
+            await upstream.listing()
+
+    assert caught.value.tls
 
 
 async def test_a_certificate_of_another_name_is_refused(trusted):
