@@ -15,8 +15,8 @@ import random
 import selectors
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -254,10 +254,20 @@ class SeenClient(Client):
         self.loads_under_way: Counter[str] = Counter()
 
     async def load(self, key: str, fields: Any, **more: Any) -> Any:
+        with self._counted(key):
+            return await super().load(key, fields, **more)
+
+    async def ping(self, target: str, *rest: Any, **more: Any) -> Any:
+        """A load, too, where it has a lease."""
+        with self._counted(target) if more.get("lease") is not None else nullcontext():
+            return await super().ping(target, *rest, **more)
+
+    @contextmanager
+    def _counted(self, key: str) -> Iterator[None]:
         self.site.judge.load_begins(self.site, self.life, key)
         self.loads_under_way[key] += 1
         try:
-            return await super().load(key, fields, **more)
+            yield
         finally:
             self._load_ends(key)
 
@@ -379,12 +389,8 @@ class Judge:
             self.looked_at(site.name)
         elif path in PINGS:
             asked = json.loads(body)
-            key = self.key_of(site, asked["model"])
-            if "ttl" in asked or site.studio.tier == "openai":
-                if site.studio.tier != "openai":
-                    self.load_begins(site, life, key)
-            else:
-                self.ping_begins(site, key)
+            if "ttl" not in asked and site.studio.tier != "openai":
+                self.ping_begins(site, self.key_of(site, asked["model"]))
 
     def lists_twice(self, site: Site) -> None:
         self.fail("I10", f"two listings of {site.name} at once")
@@ -394,8 +400,6 @@ class Judge:
             asked = self.listing[site.name, life].pop(0)
             if answer is not None:
                 self.listed(site, asked, answer)
-        elif path in PINGS and b'"ttl"' in body:
-            self.load_ends(site, life, self.key_of(site, json.loads(body)["model"]))
 
     def load_ends(self, site: Site, life: int, key: str) -> None:
         self.loading[site.name, life, key] -= 1
