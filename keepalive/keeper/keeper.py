@@ -149,8 +149,10 @@ class Keeper:
     def adopt(self, model: ModelId, kind: str = "llm") -> None:
         """Keep a model from now on that is not in the config, where that is wanted of such models."""
         shelf = self._shelves.get(model.upstream)
-        if shelf is None or self._adopt is None or model in self._keeps:
+        if shelf is None or self._adopt is None:
             return
+        if any(k.upstream == model.upstream and fold_key(k.key) == fold_key(model.key) for k in self._keeps):
+            return  # in these letters or in others, as an earlier life may have written them
         keep = self._keeps[model] = self._adopt(model)
         self._name_all()
         there = shelf.models.get(model.key)

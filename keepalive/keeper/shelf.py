@@ -94,12 +94,12 @@ class Shelf:
     def _respell(self, model: ModelId, kept: Collection[ModelId]) -> None:
         """Where the config now writes a key in other letters, what is known of it goes on, and whose copies are ours.
 
-        Unless a call is under way, or a caller there, who would tell of his end by the old letters.
+        Unless a load may be under way, which is written down by the old letters, or a call, whose end is told by them.
         """
         if model.key in self.models:
             return
         for key, known in list(self.models.items()):
-            busy = known.calling or known.in_flight or known.waiting
+            busy = known.calling or known.pending or known.in_flight or known.waiting
             if fold_key(key) == fold_key(model.key) and known.id not in kept and not busy:
                 del self.models[key]
                 self.models[model.key] = replace(known, id=model)

@@ -37,6 +37,7 @@ from keepalive.core.facts import (
     ListingStarted,
     LoadEnded,
     LoadOutcome,
+    LoadRemembered,
     LoadStarted,
     ModelId,
     PingEnded,
@@ -951,6 +952,38 @@ def test_a_key_that_a_reload_writes_in_other_letters_is_the_same_model_and_its_c
         lists("foo")
         planned = planning.plan(keeper.upstream("local"), keeper.siblings(after), clock())
         assert [type(action) for action in planned if not isinstance(action, SendPing)] == [Load]
+        await server.client.close()
+
+    run_virtually(go)
+
+
+def test_a_load_that_may_be_under_way_goes_on_by_the_letters_in_which_it_was_written_down():
+    async def go() -> None:
+        keeper = Keeper(asyncio.get_running_loop().time)
+        server = Server("local", Client("local", "http://127.0.0.1:1"))
+        before, after = ModelId("local", "Foo"), ModelId("local", "foo")
+        keeper.configure([server], [Keep(before, Policy())])
+        keeper.record(LoadRemembered(0.1, before, 0.0, None, False))
+        keeper.configure([server], [Keep(after, Policy())])
+
+        # The daemon tells the new one of it, which writes that down.
+        assert {m.id: m.pending for m in keeper.snapshot().models} == {after: None}
+        await server.client.close()
+
+    run_virtually(go)
+
+
+def test_what_is_kept_is_not_adopted_a_second_time_in_the_letters_of_an_earlier_life():
+    async def go() -> None:
+        keeper = Keeper(asyncio.get_running_loop().time)
+        server = Server("local", Client("local", "http://127.0.0.1:1"))
+        keeper.configure(
+            [server], [Keep(ModelId("local", "foo"), Policy())], adopt=lambda m: Keep(m, Policy())
+        )
+        for key in ("Foo", "foo", "bar"):
+            keeper.adopt(ModelId("local", key))
+
+        assert [m.id.key for m in keeper.snapshot().models] == ["foo", "bar"]
         await server.client.close()
 
     run_virtually(go)
