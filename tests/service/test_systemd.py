@@ -451,9 +451,9 @@ LMS = f"""#!/bin/sh
 echo "$@" >>$HOME/lms.log
 case $* in
     "server start")
-        /opt/lmstudio/bin/python -m keepalive simulate $(cat $HOME/options) >/dev/null 2>&1 &
+        /opt/lmstudio/bin/python -m keepalive.simulator $(cat $HOME/options) >/dev/null 2>&1 &
         until curl -s {STUDIO}/ >/dev/null; do sleep 0.1; done ;;
-    "daemon down") pkill -u lmstudio -f simulate ;;
+    "daemon down") pkill -u lmstudio -f simulator ;;
 esac
 """
 LMS_FOLDER = "/home/lmstudio/.lmstudio/bin"
