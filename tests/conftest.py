@@ -79,7 +79,14 @@ def pytest_xdist_auto_num_workers(config):
 # to do for the processor. So half of the workers begin with the longest, and the others with what needs a processor;
 # the second of the booted machines finds installed what the first one has installed.
 AT_ONCE = ("systemd-changes", "a real server", "etcd")
-SOON = ("systemd-restarts", "monitoring-watched", "systemd-calm", "etcd in trouble")
+SOON = (
+    "systemd-restarts",
+    "the page in a browser",
+    "monitoring-watched",
+    "the module in a browser",
+    "systemd-calm",
+    "etcd in trouble",
+)
 
 
 @pytest.hookimpl(trylast=True)

@@ -47,7 +47,11 @@ from tests.kit.live import (
 from tests.kit.npm import packages
 from tests.kit.ports import at_ports, reserved
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
+pytestmark = [
+    pytest.mark.asyncio(loop_scope="session"),
+    # A browser for each worker is half a minute of a processor in all, and its first pages cost more than the next.
+    pytest.mark.xdist_group("the page in a browser"),
+]
 
 MEDICINE = SimModel("medicine-llm", size_bytes=7_200_000_000, load_seconds=0.05)
 QWEN = SimModel("qwen/qwen3-4b-2507", size_bytes=2_500_000_000, load_seconds=0.05)

@@ -37,7 +37,11 @@ from tests.kit.live import (
 )
 from tests.kit.ports import at_ports, reserved
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
+pytestmark = [
+    pytest.mark.asyncio(loop_scope="session"),
+    # A browser for each worker is half a minute of a processor in all, and its first pages cost more than the next.
+    pytest.mark.xdist_group("the module in a browser"),
+]
 
 MODULE = PROJECT / "keepalive" / "assets" / "keepalive.js"
 KEY = "medicine-llm"
