@@ -104,12 +104,10 @@ _LOADING = re.compile(
     r"\b(?:(?<!error )(?<!failed )(?:re)?loading|starting|warming up|initiali[sz]ing|not (?:yet )?ready)\b",
     re.IGNORECASE,
 )
-
-
-_NOT = re.compile(r"overload|\bbusy\b|\bfailed\b|out of memory|too many", re.IGNORECASE)
+_FAILING = re.compile(r"overload|\bbusy\b|\bfailed\b|out of memory|too many", re.IGNORECASE)
 
 
 def says_loading(text: str) -> bool:
     """Whether a 503, in whatever layout, says that something is still on its way, and not that something is wrong."""
     said = _TAG.sub(" ", text[:4096])
-    return _LOADING.search(said) is not None and _NOT.search(said) is None
+    return _LOADING.search(said) is not None and _FAILING.search(said) is None

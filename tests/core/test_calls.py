@@ -358,6 +358,17 @@ def test_a_load_that_the_server_answers_by_saying_that_it_loads_goes_on():
     assert silent.reason == "the server says that it is loading: no more words"
 
 
+def test_where_listings_tell_a_load_that_the_server_answers_by_saying_that_it_loads_is_one_without_an_answer():
+    said = apply(loading(), load_ended(50, LoadOutcome.FAILED, message="not yet", why=Reason.LOADING))
+
+    assert said == apply(loading(), load_ended(50, LoadOutcome.UNKNOWN, message="not yet"))
+    assert said.pending is not None
+    failed = apply(
+        loading(blind=True), load_ended(50, LoadOutcome.FAILED, message="no", why=Reason.RESOURCES)
+    )
+    assert (failed.state, failed.reason) == (State.BACKOFF, "no")
+
+
 def test_progress_that_stands_still_keeps_the_time_at_which_it_came():
     half = apply(loading(), LoadProgressed(40, GEMMA, 0.5))
 
@@ -779,6 +790,12 @@ def test_a_load_that_another_daemon_began_is_waited_for_like_one_of_ours():
     }
     assert apply(replace(before, tells_loading=True), begun_elsewhere()).tells_loading
     assert not apply(before, begun_elsewhere()).tells_loading
+
+
+def test_what_is_listed_while_another_daemon_begins_to_load_it_is_given_to_nobody_before_the_next_look():
+    model = apply(warm(), begun_elsewhere())
+
+    assert (model.state, model.unsure_since, model.given) == (State.WARM, 50, False)
 
 
 STRANGERS = Pending(since=1.0, until=99.0, alive_at=2.0, ours=False)

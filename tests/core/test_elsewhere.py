@@ -27,6 +27,7 @@ from keepalive.core.facts import (
     WaitEnded,
     WaitStarted,
     WarmAsked,
+    WishSpent,
 )
 from keepalive.core.plan import plan
 from keepalive.core.records import Upstream
@@ -426,3 +427,11 @@ def test_a_persons_word_stands_in_the_place_of_the_other_daemons_until_they_are_
 
     assert (state[GEMMA].state, state.plan(40.1)) == (State.COLD, [])
     assert after(under_way, OthersHeard(4, "local")).alone
+    for_all = after(
+        a_model(GEMMA), trusted(1), WarmAsked(2, GEMMA), LoadStarted(3, GEMMA), OthersHeard(4, "local")
+    )
+    assert not for_all.alone
+
+
+def test_a_wish_that_was_taken_back_elsewhere_is_none_here():
+    assert after(cold(), WarmAsked(2, GEMMA), WishSpent(3, GEMMA)).asked_for is None

@@ -13,6 +13,7 @@ from keepalive.core.errors import (
     Unexpected,
     Unreachable,
     UpstreamError,
+    says_loading,
 )
 
 OF_UPSTREAM = [
@@ -68,3 +69,28 @@ def test_reasons_go_by_the_words_that_logs_and_metrics_know():
         "loading",
         "other",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "is_loading"),
+    [
+        ("Loading model", True),
+        ("the model is still LOADING", True),
+        ("<h1>Not<br>ready</h1>", True),
+        ("not yet ready", True),
+        ("initialising", True),
+        ("warming up the cache", True),
+        ("error loading model", False),
+        ("failed loading", False),
+        ("downloading", False),
+        ("busy loading", False),
+        ("loading failed", False),
+        ("too many requests while starting", False),
+        ("no upstream", False),
+        ("x" * 4088 + " loading", True),  # a page of any length is read no further
+        ("x" * 4089 + " loading", False),
+    ],
+    ids=range(15),
+)
+def test_a_server_that_is_still_on_its_way_is_told_from_one_that_fails(text: str, is_loading: bool):
+    assert says_loading(text) is is_loading

@@ -162,6 +162,8 @@ def test_a_model_does_not_wait_for_its_own_load():
     model = replace(cold(), pending=pending, reason="an earlier life began to load it")
 
     assert explain(UP, [model], model, 99.0) == "an earlier life began to load it"
+    believed = replace(model, pending=replace(pending, until=105.0, expected=30.0))
+    assert explain(UP, [believed], believed, 2.0) == "an earlier life began to load it"
 
 
 def test_a_load_whose_end_was_not_seen_says_until_when_it_is_believed_in_and_why():
@@ -173,6 +175,13 @@ def test_a_load_whose_end_was_not_seen_says_until_when_it_is_believed_in_and_why
         "started or its config read anew, and nobody saw it end"
     )
     assert explain(UP, [warm()], warm(), 3.0, tell) is None
+    assert explain(UP, [model], model, 3.0) == model.reason
+    for other in (
+        replace(model, pending=None),
+        replace(model, reason="its own"),
+        replace(model, reason=None),
+    ):
+        assert explain(UP, [other], other, 3.0, tell) == other.reason
 
 
 def test_nobody_waits_for_the_turn_of_a_load_of_which_nothing_shows_that_it_is_alive():
