@@ -10,7 +10,7 @@ import contextvars
 import logging
 import socket
 import struct
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Protocol
 
 from keepalive.http1.bodies import Chunks
@@ -67,6 +67,10 @@ class Refusal(Protocol):
     def __call__(self, status: int, message: str, head: RequestHead | None, /) -> tuple[Headers, bytes]: ...
 
 
+#: Told of each such answer that no handler knows of. May not raise.
+TurnedDown = Callable[[int, RequestHead | None], None]
+
+
 class Owner(Protocol):
     """Who accepted it: a `Listener`."""
 
@@ -82,7 +86,7 @@ class Owner(Protocol):
     familiar: Familiar
     connections: "set[Connection]"
     closing: bool  # what is under way may end, and nothing begins
-    refusals: int  # answers to bytes that never became a request
+    turned_down: "TurnedDown"
 
     def forget(self, connection: "Connection", /) -> None: ...
 
@@ -202,7 +206,7 @@ class Connection(Sender):
             if self._lingering or self._reader is None or not self._reader.begun:
                 self.transport.abort()
             else:
-                self._refuse(BadHead(408, "the head did not come in time"), head_so_far(self._reader))
+                self._turn_down(BadHead(408, "the head did not come in time"), head_so_far(self._reader))
         elif not self._exchange.body_came and self._invited and not self._unread and now >= self._window_ends:
             limits = self.listener.limits
             if self._window_bytes < limits.body_rate * limits.body_window:
@@ -223,7 +227,7 @@ class Connection(Sender):
                 return
         head, rest = found
         if head.body > self.listener.limits.body_bytes:
-            self._refuse(
+            self._turn_down(
                 BadHead(413, f"the body is larger than {self.listener.limits.body_bytes} bytes"), head
             )
             return
@@ -247,7 +251,7 @@ class Connection(Sender):
                 return None
             head = request_head(reader)
         except BadHead as bad:
-            self._refuse(bad, head_so_far(reader))
+            self._turn_down(bad, head_so_far(reader))
             return None
         self._reader = None
         if whole:
@@ -374,6 +378,11 @@ class Connection(Sender):
             if rest:
                 self._read_head(rest)
 
+    def _turn_down(self, bad: BadHead, head: RequestHead | None) -> None:
+        """There was no request yet, so no handler tells of it."""
+        self.listener.turned_down(bad.status, head)
+        self._refuse(bad, head)
+
     def _refuse(self, bad: BadHead, head: RequestHead | None) -> None:
         """Answers what is no request, and ends the connection."""
         headers, body = self.listener.refusal(bad.status, bad.text, head)
@@ -382,7 +391,6 @@ class Connection(Sender):
         headers = [*headers, (b"Content-Length", b"%d" % len(body)), (b"Connection", b"close")]
         line = b"HTTP/1.1 %d %b" % (bad.status, REASONS.get(bad.status, b""))
         self.write(write_head(line, headers) + body)
-        self.listener.refusals += 1
         self._part(unfinished=True)
 
     def _part(self, *, unfinished: bool = False) -> None:

@@ -7,7 +7,7 @@ import errno
 import logging
 import socket
 
-from keepalive.http1.connection import Connection, Handler, Refusal
+from keepalive.http1.connection import Connection, Handler, Refusal, TurnedDown
 from keepalive.http1.heads import Familiar, Headers, RequestHead
 from keepalive.http1.limits import Limits
 from keepalive.http1.outbox import Outbox
@@ -44,6 +44,7 @@ class Listener:
         sockets: list[socket.socket],
         limits: Limits,
         refusal: Refusal = plain_refusal,
+        turned_down: TurnedDown = lambda _status, _head: None,
         *,
         shared: bool = False,
     ) -> None:
@@ -51,6 +52,7 @@ class Listener:
         self._shared = shared
         self.limits = limits
         self.refusal = refusal
+        self.turned_down = turned_down
         self.loop = asyncio.get_running_loop()
         self.context = contextvars.copy_context()
         self.ticker = Ticker(limits.tick)
@@ -61,7 +63,6 @@ class Listener:
         self.connections: set[Connection] = set()
         self.closing = False
         #: Answers to bytes that never became a request.
-        self.refusals = 0
         self.sockets = sockets
         self._opening: set[asyncio.Task[None]] = set()
         self._quiet_until = 0.0
@@ -224,10 +225,11 @@ async def serve(
     sockets: list[socket.socket],
     limits: Limits | None = None,
     refusal: Refusal = plain_refusal,
+    turned_down: TurnedDown = lambda _status, _head: None,
     shared: bool = False,
 ) -> Listener:
     """Serves `handler` on listening, non-blocking `sockets` (see `bind`), which it closes in the end.
 
     `shared`: somebody else has them open, too, so that whoever waits in their queue then waits for another process.
     """
-    return Listener(handler, sockets, limits or Limits(), refusal, shared=shared)
+    return Listener(handler, sockets, limits or Limits(), refusal, turned_down, shared=shared)

@@ -7,6 +7,7 @@ nothing is tried again. What measures a stream stands behind it and cannot touch
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from math import inf
 from typing import Final
 from urllib.parse import quote
@@ -415,6 +416,13 @@ class Proxy:
         grant = cors.granted(head, self.settings.allowed_origins)
         body = error_body(route, status, message, refusal_code(status))
         return [(b"Content-Type", b"application/json"), *NO_STORE, *grant], body
+
+    def turned_down(self, status: int, head: RequestHead | None) -> None:
+        """Counts and logs what ended before it was a request, where it looked like one."""
+        if head is not None:
+            route = route_of(head.method, heartbeat_in(head.target)[1])
+            with suppress(Exception):  # it is bookkeeping
+                self.seen(Seen(None, route.name, None, Outcome.REJECTED, status, error=refusal_code(status)))
 
     def give_up(self, upstream: str, silent: float) -> None:
         """Ends the requests that wait for a first byte of an upstream which has listed nothing for so long.

@@ -127,7 +127,12 @@ class Front:
             except OSError as error:
                 raise StartError(cannot_listen("server.listen", address, error)) from error
         self._listener = await serve(
-            self._handle, sockets=sockets, limits=self._limits, refusal=self._refusal, shared=shared
+            self._handle,
+            sockets=sockets,
+            limits=self._limits,
+            refusal=self._refusal,
+            turned_down=self._proxy.turned_down,
+            shared=shared,
         )
         return url_of(sockets[0].getsockname())
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import socket
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -421,16 +422,23 @@ def test_no_secret_of_a_caller_is_found_in_log_status_or_metrics(tmp_path: Path)
         refused, _, _ = ask(
             f"{url}/v1/chat/completions", "POST", body, Authorization=f"Bearer {secret}-wrong"
         )
-        wait_until(lambda: len(running.events("proxy.request")) == 2, "both are logged")
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as caller:
+            head = (
+                f"POST /v1/chat/completions?{secret} HTTP/1.1\r\nHost: x\r\nContent-Length: {10**12}\r\n\r\n"
+            )
+            caller.sendall(head.encode())
+            too_large = caller.recv(12)
         # The log is written by the batch, a moment after what it tells.
-        wait_until(lambda: len(running.events("proxy.request")) == 2, "both are logged")
+        wait_until(lambda: len(running.events("proxy.request")) == 3, "all are logged")
         shown = running.err.read_text() + json.dumps(running.status()) + ask(f"{running.url}/metrics")[2]
 
         assert status == 200
         assert secret in answer
         assert refused == 401
         assert secret not in shown
-        assert [e["key"] for e in running.events("proxy.request")] == ["ward", None]
+        assert too_large == b"HTTP/1.1 413"
+        told = [(e["key"], e["error"]) for e in running.events("proxy.request")]
+        assert told == [("ward", None), (None, "invalid_api_key"), (None, "too_large")]
 
 
 async def test_how_long_ago_lm_studio_was_seen_to_rest_goes_on_while_nothing_else_changes() -> None:
