@@ -40,7 +40,11 @@ def admit(head: RequestHead, settings: Settings) -> tuple[Key | None, Refused | 
             return None, (403, why, "host")
         if _is_foreign(head, origin) and origin not in settings.allowed_origins:
             page = f"a page of {_quoted(origin)}" if origin else "a page of another origin"
-            why = f"{page} may not do this; if it is yours, add its origin to server.allowed_origins"
+            yours = "add its origin to server.allowed_origins"
+            if origin in ("null", "file://"):
+                # The config takes none of these: every file and every sandbox calls itself so.
+                yours = "serve it by HTTP, and add that address to server.allowed_origins"
+            why = f"{page} may not do this; if it is yours, {yours}"
             return None, (403, why, "origin")
     if settings.keys and not (head.method == b"OPTIONS" and origin in settings.allowed_origins):
         # Browsers send no key with a preflight.

@@ -115,6 +115,7 @@ def test_a_preflight_of_an_allowed_page_needs_no_key():
         (["Host: Studio.Home:1235"], '"studio.home"'),
         (["Host: localhost", "Origin: https://chat.lan"], '"https://chat.lan"'),
         (["Host: localhost", "Sec-Fetch-Site: cross-site"], "of another origin"),
+        (["Host: localhost", "Origin: null"], "serve it by HTTP"),
         (["Host: " + "x" * 9999], '"' + "x" * 100 + '"'),
     ],
 )
