@@ -292,8 +292,7 @@ def v0_entries(answer: Json, odd: Callable[[Odd], None] | None = None) -> list[E
         if base is None:
             found[copy.key] = copy  # a key that merely looks like a copy
             continue
-        loading = bool(base.loading or copy.loading)
-        found[base.key] = replace(base, instances=base.instances + copy.instances, loading=loading)
+        found[base.key] = _both(base, copy)
     return _once(found.values())
 
 

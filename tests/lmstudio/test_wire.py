@@ -101,6 +101,7 @@ def test_a_v0_listing_is_read_with_its_copies_and_what_is_loading():
     rows = [
         v0_row("a", "loaded", loaded_context_length=8192),
         v0_row("a:2", "loaded"),
+        v0_row("a:2", "loaded"),  # twice, and no third copy
         v0_row("b", "loading"),
         v0_row("c:2", "loaded"),
         v0_row("c"),
