@@ -60,6 +60,9 @@ class Keeping(Protocol):
     def is_lm_studio(self, upstream: str, /) -> bool:
         """Whether it is known to be LM Studio, and no other server."""
 
+    def is_away(self, upstream: str, /) -> bool:
+        """Whether it is known not to answer."""
+
     def rows(self, upstream: str, /) -> Mapping[str, Sequence[str]]:
         """The aliases of each row of that upstream's listing, by the row's folded key."""
 

@@ -188,6 +188,11 @@ class Keeper:
         """The upstreams that answer."""
         return {name for name, shelf in self._shelves.items() if shelf.upstream.state is UpstreamState.UP}
 
+    def is_away(self, name: str) -> bool:
+        """Whether it is known not to answer."""
+        shelf = self._shelves.get(name)
+        return shelf is not None and shelf.upstream.state is UpstreamState.DOWN
+
     def upstream(self, name: str) -> Upstream:
         return self._shelves[name].upstream
 

@@ -10,6 +10,8 @@ from keepalive.protocols.listings import Listing, merged
 from keepalive.proxy.call import Call
 from keepalive.proxy.upstreams import Looked, Upstreams
 
+# For one that is known not to answer. The others' models are not to be missing where a client gives up after seconds.
+_AWAY_SECONDS = 1.0
 # They are about one upstream's answer, or about its bytes.
 _ITS_OWN = (b"content-length", b"content-encoding", b"etag", b"last-modified", b"accept-ranges")
 
@@ -19,8 +21,9 @@ async def answer_listing(call: Call, upstreams: Upstreams, keeping: Keeping, wit
     head, route = call.caller.head, call.route
 
     async def look(name: str) -> Looked | UpstreamError:
+        bound = min(within, _AWAY_SECONDS) if keeping.is_away(name) else within
         try:
-            return await upstreams.look(name, head.target, head.headers, within)
+            return await upstreams.look(name, head.target, head.headers, bound)
         except UpstreamError as error:
             return error
 

@@ -207,6 +207,9 @@ class Front:
     def is_lm_studio(self, upstream: str) -> bool:
         return self._keeper.is_lm_studio(upstream)
 
+    def is_away(self, upstream: str) -> bool:
+        return self._keeper.is_away(upstream)
+
     def rows(self, upstream: str) -> Mapping[str, Sequence[str]]:
         return self._keeper.meanings.rows(upstream)
 

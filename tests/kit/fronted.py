@@ -166,6 +166,7 @@ class Keep:
         self.default: str | None = None
         self.listings: dict[str, dict[str, Entry]] = {}
         self.lm_studio = True
+        self.away: set[str] = set()
         self.waiting = 0
         self.warm_asked = 0
 
@@ -204,6 +205,9 @@ class Keep:
 
     def is_lm_studio(self, upstream: str, /) -> bool:
         return self.lm_studio
+
+    def is_away(self, upstream: str, /) -> bool:
+        return upstream in self.away
 
     def rows(self, upstream: str, /) -> Mapping[str, Sequence[str]]:
         return self.names.rows(upstream)

@@ -1,5 +1,6 @@
 """What passes through, unchanged."""
 
+import asyncio
 from dataclasses import replace
 
 import pytest
@@ -65,3 +66,26 @@ async def test_an_upstream_that_stands_under_a_path_is_asked_there():
             b"*",
         ]
         assert asked[4:] == [b"/team/lm/lmstudio-greeting"]
+
+
+@pytest.mark.clock_jumps
+async def test_a_server_that_is_known_to_be_away_keeps_the_models_of_the_others_from_nobody():
+    async def lists(asking):
+        if b"/silent/" in asking.head:
+            await asking.left()
+        else:
+            await says(b'HTTP/1.1 200 OK\r\nContent-Length: 22\r\n\r\n{"data":[{"id": "m"}]}')(asking)
+
+    took, loop = [], asyncio.get_running_loop()
+    async with fronted(lists, epilogue=False) as (front, upstream):
+        here = Address(f"http://127.0.0.1:{upstream.port}")
+        both = {"here": here, "silent": Address(f"{here.url}/silent")}
+        front.proxy.configure(replace(front.proxy.settings, upstreams=both))
+        for away in (set(), {"silent"}):
+            front.keep.away = away
+            began = loop.time()
+            _, _, body = await ask(front.port, get("/v1/models"))
+            took.append(round(loop.time() - began))
+            assert b'"m"' in body
+
+    assert took == [10, 1]
