@@ -19,6 +19,7 @@ from keepalive.cli.evidence import Evidence, Json, Probe
 from keepalive.config import Cluster, Kept, Upstream, overbooked, written
 from keepalive.core.callers import Outcome
 from keepalive.core.errors import (
+    Cut,
     Reason,
     Refused,
     TimedOut,
@@ -144,8 +145,20 @@ def _upstream(seen: Evidence, upstream: Upstream) -> Iterator[Finding]:
                 f"mend url in [[upstreams]] {upstream.name!r}; or set SSL_CERT_FILE=/path/of/issuer.pem in the "
                 "daemon's environment, and restart it",
             )
-        case Unreachable():
-            yield Finding(f"LM Studio cannot be reached: {probe.error}", cold, start)
+        case Unreachable(refused=refused):
+            mend = (
+                start
+                if refused
+                else f"mend url in [[upstreams]] {upstream.name!r}, or the way there; else: {start}"
+            )
+            yield Finding(f"LM Studio cannot be reached: {probe.error}", cold, mend)
+        case Cut():
+            yield Finding(
+                f"LM Studio at {upstream.url} does not list its models: {probe.error}",
+                cold,
+                "where a tunnel or a port forwarder listens there, start LM Studio's server where that leads; else "
+                f"find what uses the port (ss -ltnp), or mend url in [[upstreams]] {upstream.name!r}",
+            )
         case TimedOut():
             yield Finding(
                 f"LM Studio does not answer: {probe.error}",

@@ -248,6 +248,17 @@ async def test_a_program_that_speaks_another_protocol_is_found() -> None:
         found = await examine(settings(url, "gemma"), None)
 
     assert found[1].what.startswith(f"LM Studio at {url} does not list its models: ")
+    assert found[1].do.startswith(
+        "where a tunnel or a port forwarder listens there, start LM Studio's server"
+    )
+
+
+async def test_a_host_that_does_not_exist_is_found_with_the_url_to_mend() -> None:
+    found = await examine(settings("http://nowhere.invalid:1234", "gemma"), None)
+
+    assert found[1].do.startswith(
+        "mend url in [[upstreams]] 'local', or the way there; else: on nowhere.invalid: lms"
+    )
 
 
 @pytest.mark.parametrize(
