@@ -1018,7 +1018,7 @@ async def test_the_last_requests_are_told_without_a_word_of_what_was_said(browse
     world.requested = [
         request(),
         request(None, wait_seconds=0.0, first_token_seconds=None, tokens_per_second=None),
-        request(outcome="upstream_error", status=502),
+        request(outcome="upstream_error", status=502, error="upstream_cut"),
         *(request() for _ in range(20)),
     ]
     async with served(world), opened(browser, world.url) as shown:
@@ -1030,7 +1030,15 @@ async def test_the_last_requests_are_told_without_a_word_of_what_was_said(browse
     assert cells == [
         ["gemma", "chat", "waited 31 s", "first token 32 s", "49 tokens/s", "40 s", "ok"],
         ["another model", "chat", "", "", "", "40 s", "ok"],
-        ["gemma", "chat", "waited 31 s", "first token 32 s", "49 tokens/s", "40 s", "upstream error (502)"],
+        [
+            "gemma",
+            "chat",
+            "waited 31 s",
+            "first token 32 s",
+            "49 tokens/s",
+            "40 s",
+            "upstream error (502, upstream_cut)",
+        ],
     ]
     assert rest == "and 11 earlier ones in the last 15 minutes"
 
