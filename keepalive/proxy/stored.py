@@ -38,20 +38,26 @@ class Stored:
             return known
         target = b"/v1/responses/" + quote(ident, safe="").encode()
 
-        async def has(name: str) -> bool:
+        async def has(name: str) -> str | None:
             try:
                 reply = await upstreams.look(name, target, headers, within)
             except UpstreamError:
-                return False
+                return None
             # LM Studio answers what it does not know with 200, too.
-            return reply.head.status == 200 and _id_of(reply.body) == ident
+            return name if reply.head.status == 200 and _id_of(reply.body) == ident else None
 
-        names = list(upstreams.pools)
-        found = await asyncio.gather(*map(has, names))
-        home = next((name for name, yes in zip(names, found, strict=True) if yes), None)
-        if home is not None:
-            self.remember(ident, home)
-        return home
+        asking = [asyncio.create_task(has(name)) for name in upstreams.pools]
+        try:
+            for answer in asyncio.as_completed(asking):
+                home = await answer
+                if home is not None:  # nobody waits for one that hangs
+                    self.remember(ident, home)
+                    return home
+            return None
+        finally:
+            for task in asking:
+                task.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
 
 
 def _id_of(body: bytes) -> object:

@@ -89,3 +89,23 @@ async def test_a_server_that_is_known_to_be_away_keeps_the_models_of_the_others_
             assert b'"m"' in body
 
     assert took == [10, 1]
+
+
+@pytest.mark.clock_jumps
+async def test_who_has_an_answer_that_is_gone_on_from_is_known_as_soon_as_one_says_so():
+    async def has_it(asking):
+        if b"/silent/" in asking.head:
+            await asking.left()
+        else:
+            await says(b'HTTP/1.1 200 OK\r\nContent-Length: 16\r\n\r\n{"id": "resp_1"}')(asking)
+
+    loop = asyncio.get_running_loop()
+    async with fronted(has_it, epilogue=False) as (front, upstream):
+        here = Address(f"http://127.0.0.1:{upstream.port}")
+        both = {"silent": Address(f"{here.url}/silent"), "here": here}
+        front.proxy.configure(replace(front.proxy.settings, upstreams=both))
+        began = loop.time()
+        _, _, body = await ask(front.port, get("/v1/responses/resp_1"))
+
+        assert body == b'{"id": "resp_1"}'
+        assert loop.time() - began < 1
