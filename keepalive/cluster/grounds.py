@@ -108,6 +108,12 @@ class Grounds:
         """The keeper was told of what was asked for at that time."""
         self.informed, self.looked_at = True, looked
 
+    def is_heard(self, upstream: str, picture: Picture) -> bool:
+        """Whether whoever acts there has said what it knows, and is sure to do so still."""
+        us = picture.members.get(self.name)
+        came = us.created if us is not None and us.life == self.life else inf
+        return picture.is_said(upstream, came if self.late else 0)
+
     # --- what is asked of etcd -----------------------------------------------------------------------
 
     async def commit(self, compare: Iterable[Json], changes: Mapping[str, bytes | None]) -> bool:

@@ -133,7 +133,8 @@ class Cluster:
         # What came into a listing since, or just comes, whoever acts there may have loaded.
         there = next((u for u in grounds.keeping().snapshot().upstreams if u.name == upstream), None)
         late = there is not None and there.answered_at >= grounds.looked_at
-        return grounds.informed and not late and all(m.upstream != upstream for m in grounds.seen.loads)
+        known = grounds.informed and grounds.is_heard(upstream, grounds.seen)
+        return known and not late and all(m.upstream != upstream for m in grounds.seen.loads)
 
     def observe(self, fact: Fact, before: Model | Upstream, after: Model | Upstream) -> None:
         self._writing.observe(fact, before, after)

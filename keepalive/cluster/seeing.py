@@ -83,12 +83,10 @@ class Seeing:
         for model in old.loads.keys() - new.loads.keys():
             if model in ids and (model.upstream not in held or old.loads[model].life != grounds.life):
                 keeping.record(LoadResolved(grounds.clock(), ids[model]))
-        us = new.members.get(grounds.name)
-        came = us.created if us is not None and us.life == grounds.life else inf
         for upstream, states in new.states.items():
             if upstream in held:
                 continue
-            heard = new.is_said(upstream, came if grounds.late else 0)
+            heard = grounds.is_heard(upstream, new)
             row = rows.states_key(upstream)
             again = new.modified[row] != old.modified.get(row)
             # What we had there ourselves to say may just be what its next holder says.

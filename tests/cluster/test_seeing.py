@@ -456,7 +456,9 @@ def test_who_comes_while_etcd_is_away_goes_by_no_word_of_before():
 
     assert seen(cluster, keeping, HELD, told(warm=True)) == UNKNOWN  # not there yet
     assert seen(cluster, keeping, HELD, came(4), told(warm=True)) == UNKNOWN
+    assert not cluster.knows("local")  # so that no caller is sent away for it
     assert seen(cluster, keeping, HELD, came(4), told(warm=True, modified=5)) == KNOWN
+    assert cluster.knows("local")
 
     keeping = Records(warm())
     cluster = a_member(keeping)
@@ -513,7 +515,9 @@ def test_a_word_that_a_model_is_given_to_nobody_holds_for_the_one_time_that_it_w
 def test_who_has_not_heard_from_the_others_since_etcd_was_away_does_not_know_what_is_ours():
     cluster = a_member(Records(warm()))
     at_first = cluster.knows("local")
-    cluster._seeing.see(rows.picture([HELD]), 50.0)
+    cluster._seeing.see(rows.picture([HELD]), 49.0)
+    assert not cluster.knows("local")  # nobody has said anything
+    cluster._seeing.see(rows.picture([HELD, told(warm=True)]), 50.0)
     seen = cluster.knows("local")
     cluster._grounds.is_down("refused")
 
@@ -527,7 +531,7 @@ def test_whose_copy_came_into_a_listing_since_the_others_were_heard_nobody_knows
     loading = rows.Row(rows.load_key(QWEN), rows.load_row(rows.Intent("b", "life", 0)), 5)
 
     def knows(asked: float, *more: rows.Row) -> bool:
-        cluster._seeing.see(rows.picture([HELD, *more]), asked)
+        cluster._seeing.see(rows.picture([HELD, told(warm=True), *more]), asked)
         return cluster.knows("local")
 
     assert not knows(59.9)
