@@ -276,7 +276,7 @@ class Client:
         if tier is Tier.V0:
             return wire.v0_entries(await self._call("GET", "/api/v0/models"), self._left_out)
         if tier is Tier.LLAMA:
-            return await self._router.entries()
+            return await self._router.entries(self._left_out)
         if tier is Tier.OPENAI:
             return wire.openai_entries(await self._call("GET", "/v1/models"), self._left_out)
         # The newer listing does not show a load in progress; the older one, still served, does. It is asked

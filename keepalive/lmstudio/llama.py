@@ -4,11 +4,12 @@ Pure. A row of its listing is a model, of which one copy runs at most, in a proc
 the model. Evidence for every shape: recorded answers of build 11434, and its source.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import pairwise
 
 from keepalive.core.errors import Unexpected
-from keepalive.core.facts import Entry, Instance
+from keepalive.core.facts import Entry, Instance, Odd, fold_key
+from keepalive.lmstudio import wire
 from keepalive.lmstudio.wire import Json
 
 WHAT = "GET /v1/models"
@@ -17,11 +18,11 @@ RUNNING = ("loading", "loaded", "sleeping")
 
 
 def may_list(answer: Json) -> bool:
-    """Whether a listing may be a router's: it is signed, and says of each model how it stands, if there are any."""
+    """Whether a listing may be a router's: it is signed, and says how a model stands, if there is any."""
     rows = answer.get("data") if isinstance(answer, Mapping) else None
-    return isinstance(rows, list) and all(
-        isinstance(row, Mapping) and row.get("owned_by") == "llamacpp" and _value(row) for row in rows
-    )
+    if not isinstance(rows, list) or not rows:
+        return rows == []
+    return any(isinstance(row, Mapping) and row.get("owned_by") == "llamacpp" and _value(row) for row in rows)
 
 
 def is_router(props: Json) -> bool:
@@ -35,17 +36,17 @@ def places(props: Json) -> int | None:
     return most if isinstance(most, int) and not isinstance(most, bool) and most > 0 else None
 
 
-def rows(answer: Json) -> list[Mapping[str, Json]]:
-    """The rows of a listing, each with a name and a status."""
-    found = answer.get("data") if isinstance(answer, Mapping) else None
-    if not isinstance(found, list):
-        raise Unexpected(f"{WHAT} was answered without a list of `data`")
-    for row in found:
-        if not isinstance(row, Mapping) or not isinstance(row.get("id"), str) or not row["id"]:
+def rows(answer: Json, odd: Callable[[Odd], None] | None = None) -> list[Mapping[str, Json]]:
+    """The rows of a listing, each with a name and a status; those without are told to `odd`."""
+
+    def read(row: Mapping[str, Json]) -> Mapping[str, Json]:
+        if not isinstance(row.get("id"), str) or not row["id"]:
             raise Unexpected(f"{WHAT} lists a model without `id`")
         if not _value(row):
             raise Unexpected(f"{WHAT} lists a model without `status`")
-    return found
+        return row
+
+    return wire.read_rows(answer, "data", "id", WHAT, read, odd)
 
 
 def entry(row: Mapping[str, Json], on_disk: int | None = None) -> Entry:
@@ -73,7 +74,12 @@ def entry(row: Mapping[str, Json], on_disk: int | None = None) -> Entry:
 
 def status(answer: Json, key: str) -> tuple[str, Mapping[str, Json]]:
     """How one model stands, by its name or an alias, and its row; "absent" without it."""
-    for row in rows(answer):
+
+    def left_out(odd: Odd) -> None:
+        if fold_key(key) in odd.keys:
+            raise Unexpected(odd.keys[fold_key(key)])
+
+    for row in rows(answer, left_out):
         aliases = row.get("aliases")
         if row["id"] == key or (isinstance(aliases, list) and key in aliases):
             return _value(row), row

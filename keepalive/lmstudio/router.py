@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol
 from urllib.parse import quote, urlsplit
 
 from keepalive.core.errors import GivenUp, Reason, Refused, UpstreamError
-from keepalive.core.facts import Entry
+from keepalive.core.facts import Entry, Odd
 from keepalive.lmstudio import llama, wire
 
 #: How often it is looked whether a load or an unload is over, unless an event says so.
@@ -41,11 +41,11 @@ class Router:
         self._loading: set[str] = set()  # by us
         self._given_up: set[str] = set()
 
-    async def entries(self) -> list[Entry]:
-        """What it lists; `places` is as of then."""
+    async def entries(self, odd: Callable[[Odd], None]) -> list[Entry]:
+        """What it lists, but for what is told to `odd`; `places` is as of then."""
         # Each time: it may have been started anew, with another number, between two looks.
         self.places = llama.places(await self._call("GET", "/props"))
-        rows = llama.rows(await self._call("GET", "/v1/models"))
+        rows = llama.rows(await self._call("GET", "/v1/models"), odd)
         await self._measure(path for row in rows if (path := llama.file(row)) is not None)
         return [llama.entry(row, self._sizes.get(llama.file(row) or "")) for row in rows]
 

@@ -9,13 +9,14 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from keepalive.core.errors import Reason, Refused, Unexpected, says_loading
 from keepalive.core.facts import Entry, Instance, Odd, Tier, fold_key
 from keepalive.core.names import COPY_NUMBER
 
 Json = Any
+Row = TypeVar("Row")
 
 MESSAGE_MAX = 300
 
@@ -158,14 +159,14 @@ def _rows(answer: Json, name: str, what: str) -> list[Mapping[str, Json]]:
     return rows
 
 
-def _entries(
+def read_rows(
     answer: Json,
     name: str,
     ident: str,
     what: str,
-    read: Callable[[Mapping[str, Json]], Entry],
+    read: Callable[[Mapping[str, Json]], Row],
     odd: Callable[[Odd], None] | None,
-) -> list[Entry]:
+) -> list[Row]:
     """What `read` makes of the rows. One that it cannot read costs its own model, by every row of that, and is told
     to `odd`: whether that model is loaded shows nowhere.
 
@@ -174,14 +175,14 @@ def _entries(
     rows = answer.get(name) if isinstance(answer, Mapping) else None
     if not isinstance(rows, list):
         raise Unexpected(f"{what} was answered without a list of `{name}`")
-    entries: list[Entry] = []
+    found: list[tuple[Json, Row]] = []
     lost: dict[str, str] = {}
     wrong: list[str] = []
     for row in rows:
         try:
             if not isinstance(row, Mapping):
                 raise Unexpected(f"{what} lists something that is no model")
-            entries.append(read(row))
+            found.append((row.get(ident), read(row)))
         except Unexpected as error:
             key = row.get(ident) if isinstance(row, Mapping) else None
             if isinstance(key, str) and key:
@@ -195,7 +196,7 @@ def _entries(
     if wrong and odd is not None:
         told = "; ".join(dict.fromkeys(wrong[:3]))
         odd(Odd(f"{len(wrong)} of {len(rows)} rows are left out, as not to be read: {told}", lost))
-    return [entry for entry in entries if fold_key(entry.key) not in lost]
+    return [one for key, one in found if not (isinstance(key, str) and fold_key(key) in lost)]
 
 
 def _text(row: Mapping[str, Json], name: str, what: str) -> str:
@@ -238,7 +239,7 @@ def v1_entries(answer: Json, odd: Callable[[Odd], None] | None = None) -> list[E
             context_max=_count(row.get("max_context_length")),
         )
 
-    return _once(_entries(answer, "models", "key", what, read, odd))
+    return _once(read_rows(answer, "models", "key", what, read, odd))
 
 
 def _variants(row: Mapping[str, Json]) -> tuple[str, ...]:
@@ -281,7 +282,7 @@ def v0_entries(answer: Json, odd: Callable[[Odd], None] | None = None) -> list[E
 
     found: dict[str, Entry] = {}
     copies: list[Entry] = []
-    for entry in _entries(answer, "data", "id", what, read, odd):
+    for entry in read_rows(answer, "data", "id", what, read, odd):
         if _COPY.fullmatch(entry.key):
             copies.append(entry)
         else:
@@ -299,7 +300,7 @@ def v0_entries(answer: Json, odd: Callable[[Odd], None] | None = None) -> list[E
 def openai_entries(answer: Json, odd: Callable[[Odd], None] | None = None) -> list[Entry]:
     """`GET /v1/models`: names, and nothing about what is loaded."""
     what = "GET /v1/models"
-    return _entries(answer, "data", "id", what, lambda row: Entry(key=_text(row, "id", what)), odd)
+    return read_rows(answer, "data", "id", what, lambda row: Entry(key=_text(row, "id", what)), odd)
 
 
 def with_loading(entries: Iterable[Entry], v0: Iterable[Entry]) -> list[Entry]:

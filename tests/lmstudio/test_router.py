@@ -10,8 +10,17 @@ from typing import Any
 
 import pytest
 
-from keepalive.core.errors import Cut, GivenUp, Reason, Refused, TimedOut, Unauthorized, Unreachable
-from keepalive.core.facts import Instance, Tier
+from keepalive.core.errors import (
+    Cut,
+    GivenUp,
+    Reason,
+    Refused,
+    TimedOut,
+    Unauthorized,
+    Unexpected,
+    Unreachable,
+)
+from keepalive.core.facts import Instance, Odd, Tier
 from keepalive.lmstudio import llama
 from keepalive.lmstudio.client import Client
 from tests.kit import live
@@ -409,3 +418,17 @@ async def test_no_ping_and_no_opening_loads_anything(router: Router):
         await eventually(router, "a", "loaded")
         assert await upstream.ping("a", ["a"], kind="llm", tier=Tier.LLAMA, timeout=5) is None
         assert await upstream.prime(own, "a", ["a"], tier=Tier.LLAMA, timeout=5) == 25
+
+
+def test_a_row_that_cannot_be_read_costs_its_own_model_alone():
+    good = {"id": "a", "status": {"value": "loaded"}}
+    listed = {"data": [good, {"id": "B"}, {"status": {"value": "loaded"}}, 7]}
+    told: list[Odd] = []
+
+    assert llama.may_list({"data": [{**good, "owned_by": "llamacpp"}, {"id": "B"}]})
+    assert llama.rows(listed, told.append) == [good]
+    assert list(told[0].keys) == ["b"]
+    assert llama.status(listed, "a") == ("loaded", good)
+    assert llama.status(listed, "c") == ("absent", {})
+    with pytest.raises(Unexpected, match="without `status`"):  # it is there, and nobody knows how
+        llama.status(listed, "b")
