@@ -970,8 +970,8 @@ def test_a_load_under_way_is_noted_and_neither_a_restart_nor_a_kill_begins_it_ag
 
 # Asks without end on new connections, and one more worker on connections that it keeps. A kept connection may
 # be closed while a request is on its way, as HTTP says; then that worker, too, takes a new one. Each has an
-# answer before anything else happens, and another one afterwards. They take breath: the six of them would need
-# all of a computer.
+# answer before anything else happens, and another one afterwards. They take breath, for the six of them would need
+# all of a computer; a restart takes longer than that, so that each of them meets it.
 TRAFFIC = """
 import http.client, json, sys, threading, time
 over, lost = threading.Event(), []
@@ -1007,7 +1007,7 @@ def work(ask, port):
     ask(port)
     begun.wait()
     while not over.is_set():
-        time.sleep(0.05)
+        time.sleep(0.2)
         ask(port)
     ask(port)
 tasks = [(ask, port) for port in (1235, 9235) for ask in (fresh, fresh, kept)]
