@@ -99,15 +99,18 @@ def reserved_port() -> Iterator[int]:
         yield sock.getsockname()[1]
 
 
+# To build one takes a quarter of what it takes to ask.
+_PAST_PROXIES = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
 def ask(
     url: str, method: str = "GET", body: Any = None, **headers: str
 ) -> tuple[int, Mapping[str, str], str]:
     """Status, headers and text of an answer."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, headers, method=method)
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(request, timeout=PATIENCE) as answer:
+        with _PAST_PROXIES.open(request, timeout=PATIENCE) as answer:
             return answer.status, answer.headers, answer.read().decode()
     except urllib.error.HTTPError as error:
         with error:
