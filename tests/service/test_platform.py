@@ -216,15 +216,6 @@ def test_on_macos_it_takes_the_files_it_can_get(tmp_path: Path) -> None:
         assert not daemon.events("files.few")
 
 
-def test_on_windows_ctrl_break_ends_it_too(tmp_path: Path) -> None:
-    text = settings("http://127.0.0.1:9", KEY)
-    with ending(daemon := DaemonProcess(tmp_path, text, **where("windows"))):
-        daemon.signal(signal.SIGTTIN)  # the same number
-
-        assert daemon.ended() == 0
-        assert daemon.events("daemon.stopped")
-
-
 def test_on_windows_more_callers_than_select_takes_wait_and_are_served(tmp_path: Path) -> None:
     sim = SimulatorProcess(tmp_path, f"{KEY}:0s")
     with ending(sim), ending(daemon := DaemonProcess(tmp_path, settings(sim.url, KEY), **where("windows"))):
@@ -256,7 +247,7 @@ def test_on_windows_a_second_daemon_is_not_let_into_the_same_history(tmp_path: P
         assert not first.events("bookkeeping.failed")
 
 
-def test_on_windows_nobody_listens_where_a_daemon_does(tmp_path: Path) -> None:
+def test_on_windows_nobody_listens_where_a_daemon_does_and_ctrl_break_ends_that_too(tmp_path: Path) -> None:
     text = settings("http://127.0.0.1:9", KEY)
     with ending(first := DaemonProcess(tmp_path, text, **where("windows"))):
         port = first.events("daemon.started")[0]["listen"].rpartition(":")[2]
@@ -264,9 +255,12 @@ def test_on_windows_nobody_listens_where_a_daemon_does(tmp_path: Path) -> None:
             text.replace('\nlisten = "127.0.0.1:0"', f'\nlisten = "127.0.0.1:{port}"')
         )
         second = command("run", "-c", "second.toml", cwd=tmp_path, **where("windows"))
+        first.signal(signal.SIGTTIN)  # the same number as Ctrl-Break
 
         assert second.returncode == 1
         assert f"cannot listen on 127.0.0.1:{port}" in second.stderr
+        assert first.ended() == 0
+        assert first.events("daemon.stopped")
 
 
 def test_what_a_terminal_cannot_show_is_no_reason_to_show_nothing(tmp_path: Path) -> None:
