@@ -488,7 +488,8 @@ def _place(location: str, asked: str, path: str) -> str:
 
 
 def _words(error: Exception) -> str:
-    return wire.clean(str(error)) or type(error).__name__
+    # A reset has no words: it is said as what it is like, so that a tunnel that does now this, now that is told once.
+    return wire.clean(str(error)) or "Server disconnected without sending a response."
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:

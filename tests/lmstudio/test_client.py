@@ -405,6 +405,20 @@ async def test_a_host_that_does_not_exist_is_named():
     assert not caught.value.refused
 
 
+async def test_a_reset_is_said_in_the_words_of_an_end():
+    async def resets(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.get_extra_info("socket").setsockopt(
+            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+        )
+        writer.close()
+
+    server = await asyncio.start_server(resets, "127.0.0.1", 0)
+    async with server, client(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}") as upstream:
+        with pytest.raises(Cut, match=r"broke off GET /lmstudio-greeting: Server disconnected"):
+            await upstream.listing()
+
+
 async def test_a_connection_that_hangs_is_given_up_at_its_own_bound():
     """A full backlog, of which nobody takes: the kernel drops what comes after."""
     listener = socket.socket()
