@@ -19,4 +19,5 @@ def test_of_what_was_not_said_of_a_model_nothing_is_known_and_it_is_wanted():
         load_fields={},
         stall_timeout=None,
         resting=None,
+        questioned=False,
     )
