@@ -86,7 +86,7 @@ class Owner(Protocol):
     familiar: Familiar
     connections: "set[Connection]"
     closing: bool  # what is under way may end, and nothing begins
-    turned_down: "TurnedDown"
+    turned_down: TurnedDown
 
     def forget(self, connection: "Connection", /) -> None: ...
 

@@ -62,7 +62,6 @@ class Listener:
         self.familiar = Familiar()
         self.connections: set[Connection] = set()
         self.closing = False
-        #: Answers to bytes that never became a request.
         self.sockets = sockets
         self._opening: set[asyncio.Task[None]] = set()
         self._quiet_until = 0.0
