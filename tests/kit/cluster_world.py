@@ -542,13 +542,15 @@ class ClusterJudge(Judge):
         self.overs: dict[int | None, dict[tuple[str, str], float]] = {}
         self.guesses: dict[int | None, set[tuple[str, str]]] = {}
         self.assumed: dict[int | None, dict[tuple[str, str], bool]] = {}
-        self.seen_to_end: set[tuple[str, str]] = set()  # copies whose load one of the members has seen end
+        # Copies whose load one of the members has seen end, and who was there then to know of it.
+        self.seen_to_end: dict[tuple[str, str], set[int]] = {}
         super().__init__(now)
 
     def observe(self, fact: Any, before: Any, after: Any) -> None:
         super().observe(fact, before, after)
         if isinstance(fact, LoadEnded) and fact.outcome is LoadOutcome.OK and fact.instance_id:
-            self.seen_to_end.add((fact.model.upstream, fact.instance_id))
+            there = {member.number for member in self.world.living()}
+            self.seen_to_end[fact.model.upstream, fact.instance_id] = there
 
     # The properties stand for plain attributes of a judge of one daemon.
     seen = property(lambda self: self.sights.setdefault(LIFE.get(), {}), lambda self, _: None)
@@ -609,7 +611,7 @@ class ClusterJudge(Judge):
     def happened(self, site: Site, event: dict[str, Any]) -> None:
         life = LIFE.get()
         if event["kind"] in ("load.started", "unloaded", "evicted", "expired", "crashed"):
-            self.seen_to_end.discard((site.name, event["instance_id"]))
+            self.seen_to_end.pop((site.name, event["instance_id"]), None)
         if event["kind"] == "unloaded" and event["by"] == "rest" and life is not None:
             self.holds(site, life, f"an unload of {event['model']}")
             place = site.name, event["model"]
@@ -821,13 +823,17 @@ class ClusterWorld(World):
                 )
 
     def are_strangers(self, site: Site, why: str) -> bool:
-        """Whether what was said to be somebody else's is: nobody saw its load end, or a caller's request was it."""
+        """Whether what was said to be somebody else's is: nobody saw its load end, or a caller's request was it.
+
+        Nor does anybody know of whom none is left who was there then.
+        """
         said, _, tail = why.rpartition("; ")
         names = tail.removesuffix(STRANGERS[0]).removesuffix(STRANGERS[1]).split(", ")
+        still = {member.number for member in self.living()}
         theirs = {
             i.model.key
             for i in site.studio.memory.instances.values()
-            if (site.name, i.id) not in self.judge.seen_to_end
+            if self.judge.seen_to_end.get((site.name, i.id), set()).isdisjoint(still)
         }
         return bool(said) and tail.endswith(STRANGERS) and theirs.issuperset(names)
 
