@@ -252,6 +252,9 @@ async def test_a_router_that_is_killed_is_seen_and_all_is_loaded_again_when_it_i
                 await reaches(running, key, "warm")
             await asyncio.to_thread(there.router.kill)
             await until(lambda: running.status()["upstreams"][0]["state"] == "down", "it is down")
+            # A listing that is broken off says nothing of models; that nothing listens any more does.
+            for key in "ab":
+                await reaches(running, key, "unknown")
             await asyncio.to_thread(there.router.start)
             for key in "ab":
                 await reaches(running, key, "warm")
