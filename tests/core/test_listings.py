@@ -1028,3 +1028,12 @@ def test_of_a_model_whose_row_cannot_be_read_nothing_is_concluded_or_done(model:
     assert state[GEMMA].reason in (None, odd.keys["gemma"])
     assert state.upstream.error == odd.why
     assert state.plan(310.1) == [Load(QWEN)]  # neither a load nor a ping of the other
+
+
+def test_once_nothing_is_there_nothing_is_known_of_whose_the_next_copy_is():
+    one = frozenset({"gemma"})
+    before = replace(warm(), told=one, lost=one, vouched=one, disowned=one, told_at=19.0)
+    gone = after(before, listed(20, entry("gemma")))
+
+    assert (gone.told, gone.lost, gone.vouched, gone.disowned) == (frozenset(),) * 4
+    assert after(replace(before, told_at=30.0), listed(31, entry("gemma"), asked=30.0)).told == one
