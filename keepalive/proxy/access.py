@@ -20,6 +20,7 @@ _OUTSIDE: Final = re.compile(
     r"host\.(?:docker|containers|lima|orb|minikube|k3d|rancher-desktop)\.internal|gateway\.docker\.internal"
 )
 
+# A name longer than this is nobody's, and is not said back whole.
 _QUOTED: Final = 100
 
 Refused = tuple[int, str, str]  # status, message and code

@@ -68,16 +68,22 @@ async def test_an_upstream_that_stands_under_a_path_is_asked_there():
         assert asked[4:] == [b"/team/lm/lmstudio-greeting"]
 
 
-@pytest.mark.clock_jumps
-async def test_a_server_that_is_known_to_be_away_keeps_the_models_of_the_others_from_nobody():
-    async def lists(asking):
+def unless_silent(body):
+    """An upstream that says this, and below `/silent/` nothing at all."""
+
+    async def answer(asking):
         if b"/silent/" in asking.head:
             await asking.left()
         else:
-            await says(b'HTTP/1.1 200 OK\r\nContent-Length: 22\r\n\r\n{"data":[{"id": "m"}]}')(asking)
+            await says(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))(asking)
 
+    return answer
+
+
+@pytest.mark.clock_jumps
+async def test_a_server_that_is_known_to_be_away_keeps_the_models_of_the_others_from_nobody():
     took, loop = [], asyncio.get_running_loop()
-    async with fronted(lists, epilogue=False) as (front, upstream):
+    async with fronted(unless_silent(b'{"data":[{"id": "m"}]}'), epilogue=False) as (front, upstream):
         here = Address(f"http://127.0.0.1:{upstream.port}")
         both = {"here": here, "silent": Address(f"{here.url}/silent")}
         front.proxy.configure(replace(front.proxy.settings, upstreams=both))
@@ -93,14 +99,8 @@ async def test_a_server_that_is_known_to_be_away_keeps_the_models_of_the_others_
 
 @pytest.mark.clock_jumps
 async def test_who_has_an_answer_that_is_gone_on_from_is_known_as_soon_as_one_says_so():
-    async def has_it(asking):
-        if b"/silent/" in asking.head:
-            await asking.left()
-        else:
-            await says(b'HTTP/1.1 200 OK\r\nContent-Length: 16\r\n\r\n{"id": "resp_1"}')(asking)
-
     loop = asyncio.get_running_loop()
-    async with fronted(has_it, epilogue=False) as (front, upstream):
+    async with fronted(unless_silent(b'{"id": "resp_1"}'), epilogue=False) as (front, upstream):
         here = Address(f"http://127.0.0.1:{upstream.port}")
         both = {"silent": Address(f"{here.url}/silent"), "here": here}
         front.proxy.configure(replace(front.proxy.settings, upstreams=both))
