@@ -188,6 +188,19 @@ class _Reading:
         is_either = len(key) > 1 and _header(key) is not None and isinstance(key[-1], str)
         return is_either and isinstance(value, str) and key not in self.variables
 
+    def _misspelt(self, detail: ErrorDetails) -> str | None:
+        """In the words of a variable that has something unknown in its name; None where it is not that, or not near."""
+        key = detail["loc"]
+        name = next((name for inside, name in self.variables.items() if inside[: len(key)] == key), None)
+        if detail["type"] != "extra_forbidden" or name is None or key in self.lines:
+            return None
+        meant = _meant(_table_at(key[:-1]), str(key[-1]), detail["input"])
+        if meant is None:
+            return None
+        parts = name.split("__")
+        parts[len(key) - 1] = f"KEEPALIVE_{meant.upper()}" if len(key) == 1 else meant.upper()
+        return f"is unknown; write {'__'.join(parts)}"
+
     # The tables
 
     def config(self, environ: Mapping[str, str]) -> Config:
@@ -197,7 +210,7 @@ class _Reading:
             config = Config.model_validate(self.data)
         except ValidationError as error:
             for detail in error.errors(include_url=False):
-                self.report(detail["loc"], _explained(detail))
+                self.report(detail["loc"], self._misspelt(detail) or _explained(detail))
                 self._repair(detail["loc"])
             config = Config.model_validate(self.data)
         if not config.models and not self.mistakes and config.server.unlisted == "pass":
@@ -329,18 +342,37 @@ _ALSO_CALLED = {
 }  # fmt: skip
 
 
-def _unknown(kind: type[Table], name: str, value: object) -> str:
-    known = {field: field for field in kind.model_fields}
+def _known(kind: type[Table]) -> Mapping[str, str]:
+    """The names that may stand in a table, and how each is written in the file."""
     if kind is Config:
-        known = {header.strip("[]"): header for header in SECTIONS if "." not in header}
-    elsewhere = [header for header, other in SECTIONS.items() if _may_stand(other, name, value)]
-    if _ALSO_CALLED.get(name) in known:
-        return f"is unknown; write {_ALSO_CALLED[name]}"
-    if elsewhere and not isinstance(value, dict | list):
+        return {header.strip("[]"): header for header in SECTIONS if "." not in header}
+    return {field: field for field in kind.model_fields}
+
+
+def _meant(kind: type[Table], name: str, value: object) -> str | None:
+    """The one that a wrong name of this table most likely stands for; None where it is that of another table."""
+    known = _known(kind)
+    also = _ALSO_CALLED.get(name)
+    if also in known:
+        return also
+    return None if _elsewhere(name, value) else nearest(name, known)
+
+
+def _elsewhere(name: str, value: object) -> list[str]:
+    """The headers of the tables where this could stand."""
+    if isinstance(value, dict | list):
+        return []
+    return [header for header, other in SECTIONS.items() if _may_stand(other, name, value)]
+
+
+def _unknown(kind: type[Table], name: str, value: object) -> str:
+    known = _known(kind)
+    if meant := _meant(kind, name, value):
+        return f"is unknown; write {known[meant]}"
+    if elsewhere := _elsewhere(name, value):
         return f"is unknown here; write it below {' or '.join(elsewhere)}"
-    near = nearest(name, known)
     every = ", ".join(known.values())
-    return f"is unknown; write {known[near] if near else every if len(known) == 1 else f'one of {every}'}"
+    return f"is unknown; write {every if len(known) == 1 else f'one of {every}'}"
 
 
 def _may_stand(kind: type[Table], name: str, value: object) -> bool:

@@ -791,15 +791,30 @@ def test_a_mistake_in_the_environment_is_placed_by_the_name_of_the_variable() ->
         f"KEEPALIVE_MODELS: {no_setting}",
         "KEEPALIVE_MODELS__0__CONTEXT_LENGTH: models[0].context_length: "
         '"much" is no whole number; write one such as 8192, without quotes',
-        "KEEPALIVE_MODELS__0__CONTEX_LENGTH: models[0].contex_length: is unknown; write context_length",
+        "KEEPALIVE_MODELS__0__CONTEX_LENGTH: models[0].contex_length: is unknown; "
+        "write KEEPALIVE_MODELS__0__CONTEXT_LENGTH",
         f"KEEPALIVE_MODELS__3__KEY: {no_setting}",
         "KEEPALIVE_PROMPTS__0__ID: prompts[0].content: is missing; "
         'write content = "Explain {{topic}} to a nurse."',
         'KEEPALIVE_PROMPTS__0__ID: prompts[0].model: is missing; write model = "qwen/qwen3-4b-2507"',
         'KEEPALIVE_PROMPTS__0__ID: prompts[0].title: is missing; write title = "Simple test"',
         f"KEEPALIVE_SERVER_LISTEN: {no_setting}",
-        "KEEPALIVE_UPSTREAMS__0__API_TOKEN: upstreams[0].api_token: is unknown; write api_token_env",
+        "KEEPALIVE_UPSTREAMS__0__API_TOKEN: upstreams[0].api_token: is unknown; "
+        "write KEEPALIVE_UPSTREAMS__0__API_TOKEN_ENV",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("KEEPALIVE_UPSTREAM__0__URL", "upstream: is unknown; write KEEPALIVE_UPSTREAMS__0__URL"),
+        ("KEEPALIVE_SERVER__LISTN", "server.listn: is unknown; write KEEPALIVE_SERVER__LISTEN"),
+        ("KEEPALIVE_DEFAULTS__URL", "defaults.url: is unknown here; write it below [[upstreams]]"),
+        ("KEEPALIVE_HISTORY__Q", "history.q: is unknown; write path"),
+    ],
+)
+def test_a_misspelt_variable_is_told_as_it_is_spelt(name: str, said: str) -> None:
+    assert mistakes(MODEL, {name: "http://box"}) == [f"{name}: {said}"]
 
 
 # --- The file ---
