@@ -77,11 +77,15 @@ _END_HINT: Final = {
 _WORD: Final = {
     Protocol.CHAT: re.compile(
         rb'"(?:content|reasoning_content|reasoning|refusal)"\s*:\s*"[^"]'
-        rb'|"(?:content|tool_calls|images)"\s*:\s*\[\s*[^\s\]]|"(?:audio|function_call)"\s*:\s*\{'
+        rb'|"(?:content|tool_calls|images|reasoning_details)"\s*:\s*\[\s*[^\s\]]|"(?:audio|function_call)"\s*:\s*\{'
     ),
     Protocol.COMPLETIONS: _FIRST[Protocol.COMPLETIONS],
-    Protocol.RESPONSES: re.compile(rb'"(?:text|refusal|result)"\s*:\s*"[^"]|"type"\s*:\s*"\w+_call"'),
-    Protocol.MESSAGES: re.compile(rb'"(?:text|thinking)"\s*:\s*"[^"]|"type"\s*:\s*"\w*tool_use"'),
+    Protocol.RESPONSES: re.compile(
+        rb'"(?:text|refusal|result|encrypted_content)"\s*:\s*"[^"]|"type"\s*:\s*"\w+_call"'
+    ),
+    Protocol.MESSAGES: re.compile(
+        rb'"(?:text|thinking)"\s*:\s*"[^"]|"type"\s*:\s*"(?:\w*tool_use|redacted_thinking)"'
+    ),
     Protocol.NATIVE: re.compile(rb'"content"\s*:\s*"[^"]|"type"\s*:\s*"(?:invalid_)?tool_call'),
 }
 

@@ -236,9 +236,26 @@ async def test_a_whole_answer_without_one_word_is_empty_and_proves_nothing(path)
     assert await outcome_of(path, stream(events), True) == ("empty", False)
 
 
+# Thoughts that nobody but their maker can read are thoughts.
+SEALED = {
+    "/v1/chat/completions": b'{"choices":[{"%b":{"content":"","reasoning_details":[{"data":"eA=="}]}}]}',
+    "/v1/responses": b'{"output":[{"type":"reasoning","summary":[],"encrypted_content":"eA==","of":"%b"}]}',
+    "/v1/messages": b'{"type":"%b","content":[{"type":"redacted_thinking","data":"eA=="}]}',
+}
+
+
 @pytest.mark.parametrize("path", TOLD)
 async def test_a_call_of_a_tool_a_thought_and_a_vector_are_words(path):
     assert await outcome_of(path, whole(TOLD[path]), False) == ("ok", True)
+
+
+@pytest.mark.parametrize("path", SEALED)
+async def test_a_thought_that_cannot_be_read_is_a_word(path):
+    event = b"data: %b\n\n" % (SEALED[path] % b"delta")
+
+    assert await outcome_of(path, whole(SEALED[path] % b"message"), False) == ("ok", True)
+    outcome, _ = await outcome_of(path, stream(event + SILENT[path][1]), True)
+    assert outcome == "ok"
 
 
 # --- between neighbours -----------------------------------------------------------------------------
