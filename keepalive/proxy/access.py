@@ -17,7 +17,7 @@ from keepalive.proxy.settings import Settings
 
 # What containers and virtual machines call the machine that they run on. Each program has its own name for it.
 _OUTSIDE: Final = re.compile(
-    r"host\.(?:docker|containers|lima|orb|minikube|k3d|rancher-desktop)\.internal|gateway\.docker\.internal"
+    r"host\.(?:docker|containers|lima|orb|minikube|k3d|rancher-desktop)\.internal|(?:gateway|kubernetes)\.docker\.internal"
 )
 
 # A name longer than this is nobody's, and is not said back whole.
@@ -65,7 +65,7 @@ def _quoted(name: str) -> str:
 def _is_expected(host: str, settings: Settings) -> bool:
     """A name that no stranger can have pointed at this listener."""
     # Names below `localhost` are this machine by definition: nobody can own one.
-    if host == "localhost" or host.endswith(".localhost"):
+    if host in ("localhost", "localhost.localdomain") or host.endswith(".localhost"):
         return True
     # Nor can anybody register one below `.internal`, and a network that makes up its own does not make up these.
     if host.endswith(".internal") and _OUTSIDE.fullmatch(host):
