@@ -199,17 +199,14 @@ class Model:
     callers_elsewhere: int = 0  # who wait there
     used_elsewhere: bool = False
     elsewhere_at: float = -inf  # when somebody there last used it
-    told: frozenset[str] = (
-        frozenset()
-    )  # ids of instances that one of us loaded, whether or not they are there
+    # ids of instances that one of us loaded, whether or not they are there
+    told: frozenset[str] = frozenset()
     told_at: float = -inf
     disowned: frozenset[str] = frozenset()  # of ours, what its last word leaves out; as of the next look
-    vouched: frozenset[str] = (
-        frozenset()
-    )  # while we act: ids of which others of us know that one of us loaded them
-    unsure_since: float | None = (
-        None  # by then it may have gone: it is given to nobody before it was looked for
-    )
+    # while we act: ids of which others of us know that one of us loaded them
+    vouched: frozenset[str] = frozenset()
+    # by then it may have gone: it is given to nobody before it was looked for
+    unsure_since: float | None = None
     proved_elsewhere: bool = False  # whoever acts here has it warm, by its last word
     alone: bool = False  # to be loaded by us whoever acts: a person has decided so
     ill: str | None = None  # why it is not trusted though it is listed

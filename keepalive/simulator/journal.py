@@ -27,9 +27,8 @@ class Happened(StrEnum):
     CRASHED = "crashed"  # model, instance_id, owner, stays_listed, generating, queued
     RELOADED = "reloaded"  # model, instance_id: the engine came back by itself
     GENERATION_STARTED = "generation.started"  # request, route, model, instance_id, owner, asked
-    GENERATION_ENDED = (
-        "generation.ended"  # request, model, instance_id, tokens, prompt, cached (words), outcome
-    )
+    # request, model, instance_id, tokens, prompt, cached (words), outcome
+    GENERATION_ENDED = "generation.ended"
     DOWN = "restart.down"  # seconds
     UP = "restart.up"
     VANISHED = "vanished"  # seconds; ends with restart.up

@@ -59,9 +59,8 @@ class Writer:
         self._asked: deque[tuple[tuple[Place, ...], Told]] = deque()
         self._woken = threading.Event()
         self._ending = threading.Event()
-        self.tried = (
-            threading.Event()
-        )  # whether the file can be read has turned out, and `told` has been called
+        # Whether the file can be read has turned out, and `told` has been called.
+        self.tried = threading.Event()
         self._store: Store | None = None
         self._why: str | None = "it has not been opened yet"
         self._said = False  # that it is in trouble
