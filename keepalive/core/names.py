@@ -216,7 +216,9 @@ class Names:
         related = self._related(folded)
         perhaps = tuple(m for m in related if m.upstream == here and self._loaded(m))
         if near is not None:  # nobody there knows it by the name that was asked for
-            return Meaning(here, perhaps=perhaps, renamed=True, name=near.key)
+            # Its key would mean the variant that is selected.
+            listed = next(own for own in (near.key, *near.variants) if fold_key(own) == _twin(folded))
+            return Meaning(here, perhaps=perhaps, renamed=True, name=listed)
         return Meaning(here, perhaps=perhaps)
 
     def _where(
@@ -250,7 +252,7 @@ class Names:
             return (), False
         # A copy that is gone, or not listed yet: nobody there may know it by that name.
         plain = COPY_NUMBER.sub("", folded)
-        models = self._by_key.get(plain) or self._by_variant(plain) or twins
+        models = self._by_key.get(plain) or self._by_variant(plain) or twins or self._by_variant(_twin(folded))
         return models, bool(models)
 
     def _by_variant(self, folded: str) -> tuple[ModelId, ...]:

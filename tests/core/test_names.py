@@ -66,6 +66,16 @@ def test_ollamas_tag_may_stand_there_or_not(kept, name):
     assert not nobodys.meaning(name).stands_in
 
 
+@pytest.mark.parametrize("how", [str, str.upper])
+def test_a_variant_with_a_tag_is_that_variant_and_not_the_one_that_is_selected(how):
+    kept, nobodys = names(LOADED), names(LISTED, kept={})
+
+    assert kept.meaning(how("acme/tiny-4b@q4_k_m:latest")).models == (TINY,)
+    other = kept.meaning(how("acme/tiny-4b@q8_0:latest"))
+    assert other == Meaning("a", perhaps=(TINY,), renamed=True, name="acme/tiny-4b@q8_0")
+    assert nobodys.meaning(how("acme/tiny-4b@q8_0:latest")).written() == "acme/tiny-4b@q8_0"
+
+
 def test_a_tag_is_taken_away_where_nobody_lists_it():
     model = ModelId("a", "llama3")
 
@@ -426,3 +436,7 @@ def test_space_around_a_name_does_not_belong_to_it_and_goes_no_further(name):
     assert (kept.meaning(name).written(TINY), kept.meaning(name).stands_in) == ("acme/tiny-4b", False)
     assert names(LISTED, kept={}).meaning("acme/tiny-4b\n").written() == "acme/tiny-4b"
     assert not kept.meaning(" ").known
+
+
+def test_space_around_a_name_and_a_tag_that_is_listed_go_together():
+    assert names(row("llama3:latest"), kept={}).meaning(" llama3\n").written() == "llama3:latest"
