@@ -252,7 +252,9 @@ class Names:
             return (), False
         # A copy that is gone, or not listed yet: nobody there may know it by that name.
         plain = COPY_NUMBER.sub("", folded)
-        models = self._by_key.get(plain) or self._by_variant(plain) or twins or self._by_variant(_twin(folded))
+        models = (
+            self._by_key.get(plain) or self._by_variant(plain) or twins or self._by_variant(_twin(folded))
+        )
         return models, bool(models)
 
     def _by_variant(self, folded: str) -> tuple[ModelId, ...]:
