@@ -82,11 +82,11 @@ class _Listing:
         return base if base is not None and not base.variants else None
 
     def find(self, name: str) -> Entry | None:
-        """The entry that a folded name means."""
-        return self.entries.get(name) or self.instances.get(name) or self.row(name)
+        """The entry that is listed under a folded name."""
+        return self.entries.get(name) or self.instances.get(name)
 
     def find_near(self, name: str) -> Entry | None:
-        """The same for one that is not listed so anywhere: a copy that is gone, or not listed yet; a tag too much."""
+        """The same for one that is listed so nowhere: a copy that is gone or to come, a tag, a variant."""
         return self.entries.get(_twin(name)) or self.row(COPY_NUMBER.sub("", name))
 
 

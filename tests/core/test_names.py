@@ -66,6 +66,13 @@ def test_ollamas_tag_may_stand_there_or_not(kept, name):
     assert not nobodys.meaning(name).stands_in
 
 
+def test_a_tag_that_is_listed_is_asked_for_with_it_whatever_the_key_is_that_is_kept():
+    model = ModelId("a", "llama3")
+    meaning = names(row("llama3:latest"), kept={model: ()}).meaning("llama3:latest")
+
+    assert (meaning.models, meaning.written(model)) == ((model,), None)
+
+
 @pytest.mark.parametrize("how", [str, str.upper])
 def test_a_variant_with_a_tag_is_that_variant_and_not_the_one_that_is_selected(how):
     kept, nobodys = names(LOADED), names(LISTED, kept={})
@@ -104,6 +111,12 @@ def test_a_tag_that_is_listed_beside_its_name_is_another_model():
 
     assert here.meaning("llama3:latest") == Meaning("a")
     assert there.meaning("llama3:latest") == Meaning("b")
+
+
+def test_a_copy_of_a_variant_that_is_listed_by_itself_is_no_copy_of_the_bare_key():
+    made = names(row("coder", "coder"), row("coder@q8_0"), kept={})
+
+    assert made.row("a", "coder@q8_0:2").key == "coder@q8_0"
 
 
 @pytest.mark.parametrize("name", ["on-b:2", "ON-B:7", "on-b@q8_0:2"])
