@@ -126,8 +126,7 @@ def absent(model: Model, at: float, reason: str | None) -> Model:
         near = f"; listed are {', '.join(model.nearest)}" if model.nearest else ""
         return move(model, Sign.ABSENT, at, f"LM Studio does not list this key{near}")
     if model.retry_at is not None and model.retry_at > at:
-        why = model.failure or reason
-        if why is not None:
-            return move(model, Sign.HELD_OFF, at, why)
+        if model.failure is not None:
+            return move(model, Sign.HELD_OFF, at, model.failure)
         model = replace(model, retry_at=None)  # it was to be unloaded a little later
     return move(model, Sign.ABSENT, at, reason)

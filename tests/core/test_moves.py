@@ -10,6 +10,7 @@ from keepalive.core.facts import ModelId, PingEnded, PingOutcome, PingStarted
 from keepalive.core.moves import (
     absent,
     backoff,
+    believed,
     crashes_beside,
     failed,
     fails_again,
@@ -53,9 +54,9 @@ def test_a_move_that_the_table_does_not_know_says_which():
 def test_what_was_to_be_unloaded_a_little_later_and_is_gone_is_held_off_by_nothing():
     before = replace(warm(), retry_at=55.0, reason="it answers", failure=None)
 
-    model = absent(before, 50.0, None)
-
-    assert (model.state, model.retry_at, model.reason) == (State.COLD, None, None)
+    for reason in (None, "it is gone"):
+        model = absent(before, 50.0, reason)
+        assert (model.state, model.retry_at, model.reason) == (State.COLD, None, reason)
 
 
 def test_what_failed_and_is_gone_is_held_off_until_its_time_and_says_why():
@@ -71,6 +72,13 @@ def test_what_failed_and_is_gone_is_held_off_until_its_time_and_says_why():
 def test_it_waits_5_seconds_after_the_first_failure_doubling_to_300():
     assert [backoff(failures) for failures in range(1, 9)] == [5, 10, 20, 40, 80, 160, 300, 300]
     assert backoff(100_000) == 300
+
+
+def test_a_token_that_was_refused_is_tried_again_after_a_minute():
+    why = Reason.UNAUTHORIZED
+    model = after(warm(), PingStarted(40, GEMMA), PingEnded(50, GEMMA, PingOutcome.ERROR, why=why))
+
+    assert model.retry_at == 110
 
 
 def test_a_failure_of_its_own_counts_those_before_it_and_not_how_often_it_was_taken():
@@ -222,6 +230,15 @@ def test_what_it_crashed_beside_are_all_others_and_no_variant_of_its_own(key: st
     assert crashes_beside(alone, 50.0) == alone
 
 
+# --- it is believed ---------------------------------------------------------------------------------
+
+
+def test_what_is_believed_again_is_as_good_as_seen_and_is_not_to_be_pinged():
+    before = tried(State.WARM, blind=True, seen_at=20.0)
+
+    assert changed(before, believed(before, 50.0)) == {"seen_at": 50.0, "ping_at": None}
+
+
 # --- it is not there ------------------------------------------------------------------------------
 
 
@@ -248,7 +265,13 @@ def test_what_is_not_there_is_held_off_until_its_time_and_says_what_went_wrong()
 
     assert (early.state, early.reason) == (State.BACKOFF, "it went wrong before")
     assert (then.state, then.reason) == (State.COLD, "it is gone")
-    assert absent(tried(State.WARM, failure=None), 50.0, "it is gone").reason == "it is gone"
+
+
+def test_what_comes_after_it_by_the_same_name_is_none_of_what_we_had_there():
+    one = frozenset({"gemma"})
+    gone = absent(tried(State.WARM, lost=one, vouched=one), 50.0, None)
+
+    assert (gone.ours, gone.lost, gone.vouched) == (frozenset(),) * 3
 
 
 def test_a_key_that_is_not_listed_is_cold_whatever_it_waited_for():
