@@ -150,7 +150,38 @@ def test_it_has_its_place_in_the_line_since_its_first_caller_came_or_since_it_is
     assert a_model(since=20.0, waiting_since=0.0).in_line_since == 0.0
 
 
+# --- what others know ------------------------------------------------------------------------------
+
+
+def test_whoever_acts_does_not_know_what_a_look_shows_that_is_newer_than_its_last_word():
+    both, told = frozenset({"gemma", "gemma:2"}), frozenset({"gemma"})
+    model = a_model(asked=20.0, ours=both)
+
+    assert model.unknown_there == both  # it has never said a word
+    assert replace(model, told=told, told_at=19.9).unknown_there == {"gemma:2"}
+    assert replace(model, told=told, told_at=20.0).unknown_there == frozenset()
+
+
 # --- what we are doing ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "load_timeout", "seconds"),
+    [
+        (None, 900.0, 240.0),
+        (2_000_000_000, 900.0, 120.0),
+        (4_000_000_000, 900.0, 160.0),
+        (7_000_000_000, 900.0, 240.0),
+        (4_000_000_000, 90.0, 90.0),
+    ],
+)
+def test_a_load_that_nobody_has_seen_succeed_is_given_twice_what_a_slow_disk_takes_within_bounds(
+    size_bytes: int | None, load_timeout: float, seconds: float
+):
+    model = a_model(size_bytes=size_bytes, policy=replace(POLICY, load_timeout=load_timeout))
+
+    assert model.longest_load(None) == seconds + 45
+    assert model.longest_load(30.0) == 2 * 30 + 45
 
 
 def test_a_call_is_under_way_while_we_load_ping_or_unload():

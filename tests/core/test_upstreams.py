@@ -17,6 +17,7 @@ from keepalive.core.facts import (
     LoadOutcome,
     LoadStarted,
     Occupant,
+    Odd,
     PingEnded,
     PingOutcome,
     RequestStarted,
@@ -446,3 +447,13 @@ def test_with_a_server_that_cannot_be_reached_its_socket_is_gone(trouble: Troubl
 
     assert seen(sight) == replace(sight, sdk=Sdk.ABSENT if gone else Sdk.UP)
     assert seen(replace(sight, sdk=Sdk.REFUSED)).sdk is Sdk.REFUSED
+
+
+def test_of_which_models_it_said_nothing_holds_until_it_says_something():
+    unread = replace(
+        listed(1, entry("qwen")), odd=Odd("1 of 2 rows is left out", {"gemma": "it cannot be read"})
+    )
+    upstream = apply_upstream(Upstream("local"), unread)
+
+    assert upstream.unread == {"gemma"}
+    assert apply_upstream(upstream, listed(2, entry("qwen"), entry("gemma"))).unread == frozenset()
