@@ -747,6 +747,14 @@ def test_what_is_kept_under_the_same_key_in_other_letters_is_not_unloaded(key: s
     )
 
 
+def test_that_one_is_kept_in_other_letters_spares_only_what_the_config_no_longer_names():
+    gone = there(window_open=False, retired=True, ours=OURS, ping_at=999.0)
+    other = there(id=ModelId("local", "Gemma"), ping_at=999.0)
+    crashed = there(QWEN, crashed=True, ours=frozenset({"qwen"}))
+
+    assert plan(up(), [gone, other, crashed], 50.5) == [Unload(QWEN, "qwen", None)]
+
+
 def test_copies_are_unloaded_one_after_the_other_and_only_ours():
     foreign = Instance("gemma:9")
     model = there(window_open=False, instances=(foreign, ONE, TWO), ours=OURS)
@@ -757,6 +765,26 @@ def test_copies_are_unloaded_one_after_the_other_and_only_ours():
 @pytest.mark.parametrize("tier", [Tier.V0, Tier.OPENAI])
 def test_an_older_server_is_never_asked_to_unload(tier: Tier):
     assert plan(up(tier=tier), [there(window_open=False, ours=OURS)], 50.5) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "holds"),
+    [
+        ({"seen": True}, True),
+        ({"loaded": True}, True),
+        ({"expected": 60.0}, True),
+        ({}, False),
+        ({"seen": True, "ours": False}, False),
+        ({"loaded": True, "doubted": True}, False),
+        ({"expected": 60.0, "doubted": True}, False),
+    ],
+)
+def test_a_load_that_may_have_ended_with_its_server_keeps_no_other_waiting(
+    changes: dict[str, object], holds: bool
+):
+    unseen = absent(state=State.LOADING, pending=replace(PENDING, since=20.0, **changes))
+
+    assert plan(up(), [unseen, absent(QWEN)], 50.5) == ([] if holds else [Load(QWEN)])
 
 
 # --- together -------------------------------------------------------------------------------------
@@ -796,3 +824,8 @@ def test_who_left_a_ping_unanswered_is_looked_at_unless_it_is_seen_to_work(
     planned = plan(up(asked=100.0, answered_at=100.0, due_at=115.0), [model], 100.5)
 
     assert planned == ([Refresh("local")] if asks else [])
+
+
+@pytest.mark.parametrize(("unread", "done"), [("gemma", []), ("qwen", [SendPing(GEMMA, "gemma")])])
+def test_nothing_is_done_with_what_the_listing_does_not_tell_of(unread: str, done: list[Action]):
+    assert plan(up(unread=frozenset({unread})), [there()], 50.5) == done
