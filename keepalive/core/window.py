@@ -21,6 +21,7 @@ DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sun
 
 _DAY = 24 * 60
 _WEEK = 7 * _DAY
+_WEEK_SECONDS = 604_800
 
 # No zone changes its offset twice within six hours, so one comparison of offsets per step finds every change.
 _STEP = timedelta(hours=6)
@@ -78,7 +79,7 @@ class Window:
         """The next instant at which something can change: an edge of the window or the offset of the zone."""
         local = now.astimezone(zone)
         second = _seconds_of_week(local)
-        to_edge = min((edge * 60 - second - 1) % (_WEEK * 60) + 1 for span in self.minutes for edge in span)
+        to_edge = min((edge * 60 - second - 1) % _WEEK_SECONDS + 1 for span in self.minutes for edge in span)
         then = min(now + timedelta(seconds=to_edge), now + _STEP)
         if then.astimezone(zone).utcoffset() == local.utcoffset():
             return then

@@ -212,6 +212,12 @@ def test_a_span_that_starts_in_the_skipped_hour_opens_when_the_clock_has_jumped(
     assert window.next_change(jump - timedelta(seconds=1), LISBON) == jump
 
 
+def test_an_edge_soon_after_the_week_begins_is_met_to_the_second_from_the_week_before() -> None:
+    window = parse("Mon 02:00-03:00")
+
+    assert window.next_change(at("2026-11-22T23:00"), LISBON) == at("2026-11-23T02:00")
+
+
 def test_the_29th_of_february_is_a_day_like_others() -> None:
     window = parse("Tue 08:00-19:00")
 
