@@ -136,10 +136,10 @@ def holds_a_slot(model: Model, now: float) -> bool:
 
     That is begun and not seen to end, and takes longer than it is known to, or nobody knows how long it takes.
     """
+    if model.load_started is not None:
+        return True
     pending = model.pending
-    if model.load_started is not None or pending is None:
-        return model.load_started is not None
-    if not pending.ours or pending.doubted:
+    if pending is None or not pending.ours or pending.doubted:
         return False
     if pending.seen or pending.loaded:
         return True

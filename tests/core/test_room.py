@@ -535,6 +535,14 @@ def test_free_room_is_filled_with_what_was_asked_for_most_of_late():
     ]
 
 
+def test_before_a_load_ahead_it_is_asked_what_is_loading_though_a_ping_is_due_as_well():
+    pinged = there("b", 1, policy=policy(1, pinged=True), ping_at=NOW)
+    stale = up(asked=NOW - 2, answered_at=NOW - 2)
+
+    assert [type(action) for action in plan(up(), [lately("a"), pinged], NOW)] == [Load, SendPing]
+    assert plan(stale, [lately("a"), pinged], NOW) == [Refresh("local", loading=True)]
+
+
 @pytest.mark.parametrize(
     "others",
     [
