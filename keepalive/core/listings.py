@@ -36,7 +36,7 @@ def listed(model: Model, fact: Listed) -> Model:
             return move(model, Sign.UNREACHABLE, fact.at, why)
         failed_so = ListingFailed(fact.at, fact.upstream, fact.asked, Trouble.BAD_ANSWER, why)
         return listing_failed(model, failed_so)
-    before = model
+    before, unsure = model, model.unsure_since
     model = replace(
         model,
         asked=fact.asked,
@@ -44,7 +44,7 @@ def listed(model: Model, fact: Listed) -> Model:
         beside=fact.resident,
         seen_by=fact.sight,
         idle_since=None,
-        unsure_since=None if fact.asked > (before.unsure_since or -inf) else before.unsure_since,
+        unsure_since=unsure if unsure is not None and fact.asked <= unsure else None,
     )
     entry = fact.entries.get(fold_key(model.id.key))
     if entry is None or not entry.instances:

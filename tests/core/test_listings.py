@@ -275,8 +275,13 @@ def test_llama_server_shows_at_once_that_a_load_has_ended_with_it():
     state = Box(unanswered()).see(refused(20), listed(40, entry("gemma", loading=False), tier=router))
     goes_on = Box(unanswered()).see(refused(20), listed(40, entry("gemma", loading=True), tier=router))
 
+    not_listed = after(unanswered(), refused(20), listed(40, tier=router))
+    not_doubted = Box(unanswered()).see(listed(40, entry("gemma", loading=False), tier=router))
+
     assert state.plan(40.1) == [Load(GEMMA)]
-    assert goes_on.plan(40.1) == []
+    assert not_listed.pending is None
+    assert (goes_on.plan(40.1), goes_on[GEMMA].reason) == ([], "LM Studio is still loading it")
+    assert not_doubted.plan(40.1) == []
 
 
 def test_nobody_waits_behind_a_load_that_may_have_ended_with_lm_studio():
@@ -294,7 +299,8 @@ def test_what_was_loaded_and_not_yet_listed_when_lm_studio_ended_has_not_failed(
     late = after(model, listed(55.1, entry("gemma")))
 
     assert early.state is State.LOADING
-    assert (late.state, late.failures) == (State.COLD, 0)
+    assert (late.state, late.failures, late.pending) == (State.COLD, 0, None)
+    assert late.reason == "it was loaded, and went with LM Studio"
 
 
 @pytest.mark.parametrize("trouble", [Trouble.TIMEOUT, Trouble.UNREACHABLE, Trouble.BAD_ANSWER])
@@ -603,6 +609,8 @@ def test_a_load_that_nobody_saw_end_makes_what_is_not_listed_loading():
         "asked": 49,
     }
     assert (again.state, again.reason) == (State.LOADING, "it was cut")
+    why = a_model(pending=replace(PENDING, why="it was cut"))
+    assert apply(why, listed(50)).reason == "an earlier load may still be under way, because it was cut"
 
 
 def test_a_model_that_was_there_says_that_it_no_longer_is_and_one_that_was_not_says_nothing():
@@ -648,6 +656,16 @@ def test_where_loads_are_shown_one_that_never_was_is_over_as_well():
 def test_a_listing_that_does_not_show_loads_says_nothing_of_one_that_was_seen():
     assert resolved(SEEN, 47, loading=None).pending == SEEN
     assert resolved(SEEN, 47, loading=None, tells_loading=True).pending == SEEN
+
+
+def test_only_a_guess_is_cut_short_by_what_a_slow_disk_takes():
+    guess = replace(PENDING, until=999.0)
+    known, loaded = replace(guess, expected=477.0), replace(guess, loaded=True)
+
+    assert resolved(guess, 285).pending == replace(guess, until=286.0)
+    assert resolved(guess, 286).pending is None
+    assert resolved(known, 286).pending == known
+    assert resolved(loaded, 286).pending == loaded
 
 
 # --- where nothing is shown -----------------------------------------------------------------------
@@ -705,6 +723,14 @@ def test_on_a_server_that_shows_nothing_a_load_is_waited_for():
     assert blindly(a_model(pending=PENDING)).reason == "an earlier load may still be under way"
     assert blindly(a_model(pending=SEEN, state=State.LOADING)).pending == SEEN
     assert blindly(a_model(pending=PENDING, state=State.LOADING), at=99).state is State.COLD
+
+
+def test_where_no_ping_can_show_more_a_server_that_shows_nothing_has_all_that_is_needed():
+    policy = replace(POLICY, pinged=False)
+    needed = tried(State.COLD, pending=None, policy=policy)
+    let_go = tried(State.UNKNOWN, pending=None, policy=policy, window_open=False, retry_at=None)
+
+    assert (blindly(needed).state, blindly(let_go).state) == (State.WARM, State.COLD)
 
 
 # --- where another daemon proves what is there ------------------------------------------------------
@@ -788,6 +814,13 @@ def test_a_program_that_is_gone_took_its_instances_with_it_and_perhaps_its_loads
         "busy": False,
         "ping_at": -inf,
     }
+
+
+def test_with_a_program_that_is_gone_anothers_load_is_gone_and_ours_is_not_seen_any_more():
+    ours, anothers = a_model(pending=SEEN), a_model(pending=replace(SEEN, ours=False))
+
+    assert apply(ours, refused(50)).pending == replace(PENDING, doubted=True)
+    assert apply(anothers, refused(50)).pending is None
 
 
 def test_behind_a_broken_way_everything_may_still_be_there():
@@ -880,8 +913,10 @@ def test_it_is_loading_since_it_first_said_so_and_looked_at_every_two_seconds():
 
 def test_what_answers_users_is_not_loading_whatever_stands_in_front_of_it_says():
     busy = replace(warm(), in_flight=1)
+    waits = tried(State.UNKNOWN, pending=None, in_flight=1)
 
     assert apply(busy, failed(50, Trouble.LOADING)) == busy
+    assert apply(waits, failed(50, Trouble.LOADING)).state is State.LOADING
 
 
 def test_a_load_of_ours_goes_on_beside_what_the_server_says():
@@ -1030,10 +1065,68 @@ def test_of_a_model_whose_row_cannot_be_read_nothing_is_concluded_or_done(model:
     assert state.plan(310.1) == [Load(QWEN)]  # neither a load nor a ping of the other
 
 
-def test_once_nothing_is_there_nothing_is_known_of_whose_the_next_copy_is():
+@pytest.mark.parametrize(
+    "loading",
+    [{}, {"load_started": 18.0, "state": State.LOADING}, {"pending": PENDING, "state": State.LOADING}],
+    ids=["it was there alone", "ours is being loaded", "a load of ours was not seen to end"],
+)
+def test_once_nothing_is_there_nothing_is_known_of_whose_the_next_copy_is(loading: dict[str, object]):
     one = frozenset({"gemma"})
-    before = replace(warm(), told=one, lost=one, vouched=one, disowned=one, told_at=19.0)
+    before = replace(warm(), told=one, lost=one, vouched=one, disowned=one, told_at=19.0, **loading)
     gone = after(before, listed(20, entry("gemma")))
 
     assert (gone.told, gone.lost, gone.vouched, gone.disowned) == (frozenset(),) * 4
     assert after(replace(before, told_at=30.0), listed(31, entry("gemma"), asked=30.0)).told == one
+
+
+def test_what_whoever_acts_left_out_is_not_ours_once_and_may_be_again():
+    one = frozenset({"gemma"})
+    model = after(replace(ours(), disowned=one), listed(20, entry("gemma", "gemma")))
+
+    assert (model.ours, model.disowned) == (frozenset(), frozenset())
+
+
+@pytest.mark.parametrize(
+    ("begun", "there", "doubled_at"),
+    [
+        ({"load_started": 30.0}, ["gemma"], 50),
+        ({"pending": replace(PENDING, loaded=True)}, ["gemma"], 50),
+        ({"pending": replace(PENDING, loaded=True), "ours": frozenset({"gemma"})}, ["gemma"], None),
+        ({"pending": replace(PENDING, loaded=True), "ours": frozenset({"gemma"})}, ["gemma", "gemma:2"], 50),
+        ({"pending": PENDING}, ["gemma"], None),
+        ({}, ["gemma"], None),
+        ({"load_started": 30.0, "instances": (Instance("gemma"),)}, ["gemma"], None),
+    ],
+)
+def test_a_copy_of_somebody_elses_that_comes_while_ours_is_being_loaded_is_told(
+    begun: dict[str, object], there: list[str], doubled_at: float | None
+):
+    model = a_model(**{"state": State.LOADING, **begun})
+
+    assert after(model, listed(50, entry("gemma", *there))).doubled_at == doubled_at
+
+
+@pytest.mark.parametrize(
+    ("crashed", "ours", "then"),
+    [
+        (False, True, State.WARM),
+        (True, False, State.WARM),
+        (True, True, State.BACKOFF),
+    ],
+)
+def test_what_is_not_to_be_pinged_is_warm_by_being_listed_unless_it_is_ours_and_has_crashed(
+    crashed: bool, ours: bool, then: State
+):
+    mine = frozenset({"gemma"}) if ours else frozenset()
+    policy = replace(POLICY, pinged=False)
+    model = tried(State.BACKOFF, pending=None, policy=policy, crashed=crashed, ours=mine)
+
+    assert after(model, listed(50, entry("gemma", "gemma"))).state is then
+
+
+def test_only_what_was_asked_after_the_doubt_arose_whether_it_is_there_tells():
+    doubted = replace(warm(), unsure_since=50.0)
+
+    for asked, unsure_since in ((49.9, 50.0), (50.0, 50.0), (50.1, None)):
+        assert after(doubted, listed(51, entry("gemma", "gemma"), asked=asked)).unsure_since == unsure_since
+    assert after(warm(), listed(51, entry("gemma", "gemma"))).unsure_since is None
