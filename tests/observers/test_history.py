@@ -364,6 +364,34 @@ def test_how_often_a_model_was_asked_for_in_the_last_day_is_recalled(tmp_path: P
     assert nothing.asked == ()
 
 
+def test_short_requests_of_one_second_are_one_row_that_counts_them(tmp_path: Path) -> None:
+    short = [(PLACE, Asked(NOON - 9.5 + n / 1024, n / 1024)) for n in range(400)]
+    others = [
+        (PLACE, Asked(NOON - 9.25, 1.0)),
+        (OTHER, Asked(NOON - 9.25, 0.5)),
+        (PLACE, Asked(NOON - 8.75, 0.5)),
+    ]
+    path = tmp_path / "h.db"
+    with opened(path) as store:
+        store.write([*short, *others], NOON)
+        past = store.read(PLACE, NOON)
+
+    assert look(path, f"SELECT at - {NOON}, seconds, count, model FROM requests ORDER BY model, at") == [
+        (-9.5, 399 / 1024, 400, 1), (-9.25, 1.0, 1, 1), (-8.75, 0.5, 1, 1), (-9.25, 0.5, 1, 2),
+    ]  # fmt: skip
+    assert past.asked == ((8.75, 402),)
+
+
+def test_a_file_without_counts_is_gone_on_with(tmp_path: Path) -> None:
+    path = written(tmp_path / "h.db", Asked(NOON - 70, 2.0), Asked(NOON - 9, 2.0))
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("ALTER TABLE requests DROP COLUMN count")
+        database.execute("PRAGMA user_version = 2")
+    written(path, Asked(NOON - 5, 2.0), began=NOON)
+    with opened(path) as found:
+        assert found.read(PLACE, NOON).asked == ((5.0, 2), (70.0, 1))
+
+
 def test_a_file_of_version_1_is_gone_on_with(tmp_path: Path) -> None:
     path = written(tmp_path / "h.db", *SOME)
     with closing(sqlite3.connect(path)) as database:

@@ -71,6 +71,7 @@ MIGRATIONS = (
     CREATE TABLE requests (id INTEGER PRIMARY KEY, model INTEGER NOT NULL, at REAL NOT NULL, seconds REAL NOT NULL);
     CREATE INDEX requests_of ON requests (model, at);
     """,
+    "ALTER TABLE requests ADD COLUMN count INTEGER NOT NULL DEFAULT 1",
 )
 VERSION = len(MIGRATIONS)
 
@@ -79,7 +80,7 @@ _INSERT: Mapping[type[Entry], str] = {
     Loaded: "INSERT INTO loads (at, outcome, seconds, model) VALUES (?, ?, ?, ?)",
     Evicted: "INSERT INTO evictions (at, cause, idle_seconds, model) VALUES (?, ?, ?, ?)",
     Changed: "INSERT INTO states (at, state, model) VALUES (?, ?, ?)",
-    Asked: "INSERT INTO requests (at, seconds, model) VALUES (?, ?, ?)",
+    Asked: "INSERT INTO requests (at, seconds, count, model) VALUES (?, ?, ?, ?)",
     Pinged: """
         INSERT INTO pings (hour, outcome, seconds, model, count)
         VALUES (CAST(? / 3600 AS INTEGER) * 3600, ?, ?, ?, 1)
@@ -103,6 +104,9 @@ BOUNDS = (
     ("lives", "seen", 90, 10_000),
     ("requests", "at", 90, 200_000),
 )
+# Requests that took less than this, of one model and one second, are one row: an indexer asks by the thousand, and in a
+# minute there would be no room left for anybody else's.
+SHORT = 1.0
 # Somebody may be reading the file with a tool of his own.
 LOCKED_TIMEOUT = 1.0
 # A file is looked through when it is opened, but not for longer than this.
@@ -189,12 +193,14 @@ class Store:
 
     # --- writing ------------------------------------------------------------------------------------
 
-    def write(self, rows: Iterable[tuple[Place, Entry]], now: float) -> None:
-        """All or none of them, and that the daemon lives."""
+    def write(self, rows: Iterable[tuple[Place, Entry]], now: float) -> int:
+        """All or none of them, and that the daemon lives; how many rows of the file that made."""
+        gathered = _gathered(rows)
         with self._transaction() as do:
-            for place, entry in rows:
+            for place, entry in gathered:
                 do(_INSERT[type(entry)], (*entry, self._id(place)))
             do("UPDATE lives SET seen = ? WHERE id = (SELECT max(id) FROM lives)", (now,))
+        return len(gathered)
 
     def prune(self, now: float, *, by_age: bool) -> None:
         with self._transaction() as do:
@@ -250,7 +256,7 @@ class Store:
         loads = [load.seconds for load in _sound(_loaded, self._do(good, (model, LAST)))]
         # By the minute, or those of a busy day would be read one by one.
         minutes = (
-            "SELECT max(at), count(*) FROM requests WHERE model = ? AND at BETWEEN ? AND ? "
+            "SELECT max(at), sum(count) FROM requests WHERE model = ? AND at BETWEEN ? AND ? "
             "GROUP BY CAST(at / 60 AS INTEGER) ORDER BY at DESC"
         )
         asked = [
@@ -321,6 +327,21 @@ class Store:
     def _do(self, statement: str, values: tuple[object, ...] = ()) -> sqlite3.Cursor:
         assert self._database is not None
         return self._database.execute(statement, values)
+
+
+def _gathered(rows: Iterable[tuple[Place, Entry]]) -> list[tuple[Place, Entry]]:
+    found: list[tuple[Place, Entry]] = []
+    short: dict[tuple[Place, int], Asked] = {}
+    for place, entry in rows:
+        if isinstance(entry, Asked) and entry.seconds < SHORT:
+            second = place, int(entry.at)
+            first = short.get(second)
+            if first is not None:
+                entry = Asked(first.at, max(first.seconds, entry.seconds), first.times + entry.times)
+            short[second] = entry
+        else:
+            found.append((place, entry))
+    return found + [(place, entry) for (place, _), entry in short.items()]
 
 
 def set_aside(path: Path) -> Path:

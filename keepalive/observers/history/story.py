@@ -54,10 +54,11 @@ class Waited(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """A request that came at `at`, and was answered for so long once its model was there."""
+    """Requests that came at `at`, and were answered for so long once their model was there."""
 
     at: float
     seconds: float
+    times: int = 1
 
 
 Entry = Loaded | Evicted | Changed | Pinged | Waited | Asked

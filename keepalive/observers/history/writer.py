@@ -145,8 +145,7 @@ class Writer:
             places, told = self._asked[0]
             told({place: self._store.read(place, now) for place in places})
             self._asked.popleft()
-        self._store.write(rows, now)
-        self._written += len(rows)
+        self._written += self._store.write(rows, now)
         by_age = time.monotonic() >= self._prune_at
         if by_age or self._written >= ROWS_UNBOUNDED:
             self._written = 0
