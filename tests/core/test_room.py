@@ -211,6 +211,16 @@ def test_what_is_always_kept_or_just_would_not_go_is_not_among_those_that_may():
     assert next_to_go([refused], NOW + 0.1) == [refused]
 
 
+def test_what_is_not_in_memory_is_not_among_those_that_go_next():
+    assert next_to_go([absent("a"), there("b")], NOW) == [there("b")]
+
+
+def test_a_variant_that_is_kept_is_no_stranger_in_the_row_of_its_key():
+    upstream = up(occupants=(Occupant("acme/a", 1, GB), Occupant("acme/a@q8", 1, GB)))
+
+    assert strangers(upstream, [absent("Acme/A@q4")]) == ["acme/a@q8"]
+
+
 def test_strangers_are_what_nobody_keeps_and_what_we_keep_but_did_not_load():
     found, coming = there("b", ours=frozenset()), there("c", ours=frozenset(), load_started=NOW)
     upstream = up(occupants=(Occupant("theirs", 1, GB), Occupant("b", 1, GB)))
