@@ -13,7 +13,7 @@ import time
 from collections.abc import Coroutine, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TextIO
 from urllib.parse import quote
 
 import typer
@@ -125,6 +125,11 @@ def _occupy_standard_streams() -> None:
     os.close(number)
 
 
+def _on_terminal(stream: TextIO | None) -> bool:
+    """None is a stream that was closed, or never there: Windows starts programs without a console like that."""
+    return stream is not None and stream.isatty()
+
+
 def _show_version(value: bool) -> None:
     if value:
         typer.echo(f"keepalive {__version__}")
@@ -148,7 +153,7 @@ def run(path: ConfigOption = None) -> None:
     from keepalive.observers import logs
     from keepalive.service.daemon import Daemon
 
-    if found is None and not settings.models and sys.stderr.isatty():
+    if found is None and not settings.models and _on_terminal(sys.stderr):
         typer.echo(_without_config(settings), err=True)
 
     form = settings.server.log_format
@@ -206,7 +211,7 @@ def init(
         found = asyncio.run(beginning.find(candidates, environ, lambda line: typer.echo(line, err=True)))
         if model:
             keys = beginning.named(found, model)
-        elif sys.stdin.isatty() and sys.stdout.isatty():
+        elif _on_terminal(sys.stdin) and _on_terminal(sys.stdout):
             keys = beginning.asked(found, input, typer.echo, _console().width)
         else:
             keys = beginning.unasked(found)

@@ -17,7 +17,7 @@ from keepalive.config import Upstream
 from keepalive.core.facts import Entry, Instance, Tier
 from keepalive.lmstudio import wire
 from keepalive.simulator.models import SimModel
-from tests.kit.live import SimulatorProcess, command, ending, reserved_port, simulator
+from tests.kit.live import KEEPALIVE, Running, SimulatorProcess, command, ending, reserved_port, simulator
 from tests.kit.terminal import Terminal
 
 BIG = Entry(
@@ -339,6 +339,19 @@ def test_a_script_writes_a_config_that_check_accepts_and_says_what_comes_next(
     assert (
         again.stderr == "config.toml is there already; another file: -c FILE; --force writes over this one\n"
     )
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-"])
+def test_nobody_is_asked_where_nobody_can_answer(
+    lm_studio: SimulatorProcess, tmp_path: Path, closed: str
+) -> None:
+    words = ["sh", "-c", f'exec "$@" {closed}', "sh", *KEEPALIVE, "init", "--url", lm_studio.url]
+    running = Running(words, tmp_path, "init")
+    with ending(running):
+        code = running.ended()
+
+    assert code == 1
+    assert running.err.read_text().startswith("no model is loaded now; name those to keep by --model KEY")
 
 
 def test_on_a_narrow_terminal_one_chooses_and_ctrl_c_leaves_nothing(

@@ -992,18 +992,32 @@ def test_a_stderr_that_nobody_reads_stops_neither_the_daemon_nor_its_end(
     assert code == 0
 
 
+@pytest.mark.parametrize("configured", [True, False])
 def test_a_stderr_that_is_closed_changes_nothing(
-    lm_studio: SimulatorProcess, tmp_path: Path, port: int
+    lm_studio: SimulatorProcess, tmp_path: Path, port: int, configured: bool
 ) -> None:
     url = f"http://127.0.0.1:{port}"
-    path = tmp_path / "config.toml"
+    path = tmp_path / "its.toml"
     path.write_text(
         settings(lm_studio.url, "a").replace(
             'admin_listen = "127.0.0.1:0"', f'admin_listen = "{urlsplit(url).netloc}"'
         )
     )
-    words = ["sh", "-c", 'exec "$@" 2>&-', "sh", *KEEPALIVE, "run", "-c", str(path)]
-    running = Running(words, tmp_path, "daemon")
+    words = [
+        "sh",
+        "-c",
+        'exec "$@" 2>&-',
+        "sh",
+        *KEEPALIVE,
+        "run",
+        *(["-c", str(path)] if configured else []),
+    ]
+    environ = {
+        "KEEPALIVE_SERVER__LISTEN": "127.0.0.1:0",
+        "KEEPALIVE_SERVER__ADMIN_LISTEN": urlsplit(url).netloc,
+        "KEEPALIVE_UPSTREAMS__0__URL": lm_studio.url,
+    }
+    running = Running(words, tmp_path, "daemon", **environ)
     with ending(running):
         wait_until(lambda: answers(f"{url}/readyz"))
         running.signal(signal.SIGTERM)
