@@ -43,11 +43,15 @@ from keepalive.keeper.given import Client, Keep, Replay
 # An unload is answered at once, or the server is in trouble.
 UNLOAD_TIMEOUT = 60.0
 # What stands in front of a server says these when that is too busy, or does not answer in time: no verdict on a model.
-_TOO_BUSY = (408, 425, 429, 504)
+# nginx turns away with 503 who asks too often; whether anybody is behind it, the next listing tells.
+_TOO_BUSY = (408, 409, 425, 429, 503, 504)
 # llama.cpp says of a template with 500, in the words of two engines, what LM Studio says of it with 400, and its older
 # versions with 200.
 _TEMPLATE = re.compile(
-    r"jinja|raise_exception|\btemplate|at row \d+, column \d+|roles must alternate|while executing \w+ at line",
+    r"jinja|raise_exception|\btemplate|at row \d+, column \d+|roles must alternate|while executing \w+ at line|"
+    # Nor is a request without the picture or the sound that it has to have a matter of one status alone.
+    r"\b(?:requires?|needs?|expects?|missing|without)\b.{0,20}\b(?:image|audio)|"
+    r"\b(?:image|audio)s?\b.{0,20}\b(?:required|needed|expected|missing)\b",
     re.IGNORECASE,
 )
 # It may be a filter or a variable of the template that is "not found", and no model.
@@ -131,7 +135,7 @@ async def load(
     except (Refused, Unexpected) as error:
         outcome, message = _load_outcome(error, tier), str(error)
         why = error.reason if isinstance(error, Refused) else None
-        if not tier.calls and isinstance(error, Refused) and _refuses_the_request(error, tier):
+        if not tier.calls and _refuses_the_request(error, tier):
             # The model was there to refuse it. Where residency shows, the listing has the last word.
             outcome, why = LoadOutcome.OK, None
     except UpstreamError as error:
@@ -256,28 +260,30 @@ def _what_came_of_it(
             return "timeout", None
         case Refused(reason=Reason.OTHER) | Unexpected() if error.status in _TOO_BUSY:
             return "timeout", None
-        case Refused():
-            return ("refused", None) if _refuses_the_request(error, tier) else ("error", error.reason)
+        case Refused() | Unexpected():
+            return ("refused", None) if _refuses_the_request(error, tier) else ("error", _reason(error))
         case Unauthorized():
             return "error", Reason.UNAUTHORIZED
-        case Unexpected():
-            return "error", Reason.OTHER
         case _:
             return "error", None
 
 
-def _refuses_the_request(error: Refused, tier: Tier) -> bool:
+def _reason(error: Refused | Unexpected) -> Reason:
+    """A page says the same by its status alone as an answer of the server's own."""
+    if isinstance(error, Refused):
+        return error.reason
+    return Reason.UNKNOWN_ROUTE if error.status in (404, 405) else Reason.OTHER
+
+
+def _refuses_the_request(error: Refused | Unexpected, tier: Tier) -> bool:
     """Whether the model answered, and only does not take this request: a template, an image that is missing."""
-    if error.reason is Reason.UNKNOWN_ROUTE:
+    reason = _reason(error)
+    if reason is Reason.UNKNOWN_ROUTE:
         # Elsewhere a 404 may as well mean that there is no such model.
         return tier is not Tier.OPENAI or error.status == 405
-    if (
-        error.reason in _OF_TEMPLATES
-        and error.status in (200, 400, 422, 500)
-        and _TEMPLATE.search(str(error))
-    ):
+    if reason in _OF_TEMPLATES and error.status in (200, 400, 422, 500) and _TEMPLATE.search(str(error)):
         return True
-    return error.reason is Reason.OTHER and error.status in (400, 405, 413, 415, 422, 501)
+    return reason is Reason.OTHER and error.status in (400, 405, 413, 415, 422, 501)
 
 
 def _trouble(error: UpstreamError) -> Trouble:

@@ -27,6 +27,7 @@ SDK_ALONE = frozenset({"num_parallel_sessions"})
 # a failed load may name its inner reason, and the reason is what decides when to try again.
 _REASONS: tuple[tuple[str, Reason], ...] = (
     ("unexpected endpoint or method", Reason.UNKNOWN_ROUTE),
+    ("failed to load image or audio file", Reason.OTHER),  # of a request, in llama.cpp's words
     ("invalid_api_key", Reason.UNAUTHORIZED),
     ("insufficient system resources", Reason.RESOURCES),
     ("model loading guardrails", Reason.RESOURCES),
@@ -91,7 +92,11 @@ def refusal(status: int, answer: Json, *, retry_after: bool = False) -> Refused 
     if not error and status < 400:
         return None
     if not error and isinstance(answer, Mapping):
-        error = answer.get("detail")  # how servers built on FastAPI say it
+        # How servers built on FastAPI say it, and those whose answer is the error itself: vLLM, gateways.
+        error = answer.get("detail") or answer
+    if isinstance(error, list):
+        told = (part.get("msg") for part in error if isinstance(part, Mapping))
+        error = "; ".join(msg for msg in told if isinstance(msg, str))
     kind = code = ""
     if isinstance(error, Mapping):
         message, kind, code = (str(error.get(k) or "") for k in ("message", "type", "code"))
