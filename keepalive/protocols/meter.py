@@ -89,6 +89,15 @@ _WORD: Final = {
     Protocol.NATIVE: re.compile(rb'"content"\s*:\s*"[^"]|"type"\s*:\s*"(?:invalid_)?tool_call'),
 }
 
+# Where the first word stands in nearly every answer: looked for first, since the patterns are slow in text without one.
+_USUAL: Final = {
+    Protocol.CHAT: b'"content"',
+    Protocol.COMPLETIONS: b'"text"',
+    Protocol.RESPONSES: b'"text"',
+    Protocol.MESSAGES: b'"text"',
+    Protocol.NATIVE: b'"content"',
+}
+
 _BACKSLASH: Final = ord("\\")
 
 _ERROR: Final = re.compile(rb'"error"\s*:\s*["{]|"(?:type|object)"\s*:\s*"error"')
@@ -303,10 +312,11 @@ class Meter:
 class Words:
     """Whether an answer that is no stream says anything, told while it passes. Never raises."""
 
-    __slots__ = ("_carry", "_word", "said")
+    __slots__ = ("_carry", "_usual", "_word", "said")
 
     def __init__(self, protocol: Protocol) -> None:
         self._word = _WORD.get(protocol)
+        self._usual = _USUAL.get(protocol, b"")
         self._carry = b""
         #: As in `Meter`.
         self.said: bool = self._word is None
@@ -315,5 +325,7 @@ class Words:
         if self._word is None or self.said:
             return
         chunk = self._carry + chunk
-        self.said = self._word.search(chunk) is not None
+        at = chunk.find(self._usual)
+        found = self._word.match(chunk, at) if at >= 0 else None
+        self.said = found is not None or self._word.search(chunk) is not None
         self._carry = chunk[-_OVERLAP:]
