@@ -55,6 +55,9 @@ _LOST: Final = (
 #: It was started anew, and nobody has noticed yet.
 _LOADS: Final = Lost(Reason.LOADING, "the server says that it is loading", retryable=True)
 
+#: Where nothing is loaded on demand LM Studio says so of a model that it lists and does not hold.
+_UNKNOWN: Final = Lost(Reason.UNLOADED, "LM Studio does not find the model", retryable=True)
+
 #: A page of what stands in front of it: LM Studio, and every other server, says what it says as JSON or in words above.
 _AWAY: Final = Lost(Reason.OTHER, "what stands in front of LM Studio does not reach it", retryable=True)
 
@@ -67,10 +70,11 @@ _UNREACHED: Final = re.compile(
 _AWAY_STATUSES: Final = (502, 521, 523, 530)
 
 
-def looks_lost(status: int, body: bytes) -> Lost | None:
+def looks_lost(status: int, body: bytes, asked: str | None = None) -> Lost | None:
     """Whether an error says that the model went away. `body` is that of an answer, or an error event's data.
 
-    A 200 counts only with an `error` in it: an answer may well speak about crashes.
+    `asked`: the name by which it was asked for, where that is one which LM Studio lists. A 200 counts only with an
+    `error` in it: an answer may well speak about crashes.
     """
     message = error_message(body)
     told = message is not None
@@ -82,6 +86,8 @@ def looks_lost(status: int, body: bytes) -> Lost | None:
     lost = next((lost for words, lost in _LOST if words in message), None)
     if lost is None and status == 503 and says_loading(message):
         return _LOADS
+    if lost is None and asked and f'invalid model identifier "{asked.casefold()}"' in message:
+        return _UNKNOWN  # of this one alone: a request may name others, as a draft
     if lost is None and not told:
         away = status in _AWAY_STATUSES or (status == 503 and _UNREACHED.search(message))
         return _AWAY if away else None

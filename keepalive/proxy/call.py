@@ -222,7 +222,7 @@ class Call:
         return self._look(200, error) if error else None
 
     def _look(self, status: int, body: bytes) -> Lost | None:
-        lost = looks_lost(status, body)
+        lost = looks_lost(status, body, self._named)
         if lost is not None and not self._knows_lost:
             self._knows_lost = True
             self.lost(lost.message, lost.reason)
@@ -244,6 +244,18 @@ class Call:
         """Who answers, where that is no guess: LM Studio chooses only where there is but one."""
         chosen = self.account.model is not None or (self.meaning is not None and not self.meaning.known)
         return self._forwarded[0] if chosen and len(self._forwarded) == 1 else None
+
+    @property
+    def _named(self) -> str | None:
+        """What the upstream was asked for, where that is a model that we keep, by its key.
+
+        Of an instance's name a server may know nothing though the model is there: that instance went, or never was.
+        """
+        model, meaning = self.account.model, self.meaning
+        if model is None or meaning is None:
+            return None
+        name = meaning.written(model) or self.asked.model or ""
+        return name if name.casefold() == model.key.casefold() else None
 
     def _stop_listening(self) -> None:
         silence, self.answer.silence = self.answer.silence, None

@@ -90,3 +90,13 @@ def test_answers_that_say_the_model_went_away_are_understood(status, body, reaso
 )
 def test_other_answers_say_nothing_about_the_model(status, body):
     assert looks_lost(status, body) is None
+
+
+def test_of_a_name_that_it_was_asked_for_lm_studio_knows_nothing_while_that_is_not_in_memory():
+    said = b'{"error":{"message":"Invalid model identifier \\"Acme/X\\". Write a valid one (e.g., \\"acme/y\\")."}}'
+
+    lost = looks_lost(400, said, "acme/X")
+
+    assert lost is not None
+    assert (lost.reason, lost.retryable) == (Reason.UNLOADED, True)
+    assert [looks_lost(400, said, name) for name in ("acme/y", "x", "", None)] == [None] * 4

@@ -194,6 +194,27 @@ async def test_a_request_whose_model_is_unloaded_while_it_queues_joins_the_next_
 
 
 @pytest.mark.parametrize("streaming", [True, False])
+async def test_a_model_that_lm_studio_no_longer_knows_because_somebody_unloaded_it_is_loaded_anew(
+    streaming: bool,
+) -> None:
+    others = SimModel("acme/y", load_seconds=0), SimModel("acme/z", load_seconds=0)
+    async with front(SimModel(KEY, load_seconds=0.2), *others, jit=False) as (running, studio):
+        await until(lambda: model(running, KEY)["state"] == "warm", "warm")
+        for other in others:
+            await asked(f"{running.url}/api/v1/models/load", "POST", {"model": other.key})
+        studio.evict(KEY)
+        caller = await Caller.send(running.url, chat(max_tokens=3, stream=streaming))
+        answer = await caller.to_the_end()
+        draft = await Caller.send(running.url, chat("acme/nobody", stream=streaming))
+        refused = await draft.to_the_end()
+
+        assert " 200 " in answer.partition("\r\n")[0]
+        assert "Invalid model" not in answer
+        assert loads(studio, KEY) == 2
+        assert 'Invalid model identifier \\"acme/nobody' in refused
+
+
+@pytest.mark.parametrize("streaming", [True, False])
 async def test_who_finds_a_server_that_was_started_anew_and_loads_waits_for_it(streaming: bool) -> None:
     async with front(SimModel(KEY, load_seconds=0.2)) as (running, studio):
         await until(lambda: model(running, KEY)["state"] == "warm", "warm")
