@@ -72,21 +72,30 @@ _END_HINT: Final = {
     Protocol.NATIVE: b"chat.end",
 }
 
+# Spaces and line ends alone are no word: it is what a model says that has lost its way.
+_BLANKS: Final = re.compile(rb"(?: |\\[nrt])+")
+_SAID: Final = rb'\s*:\s*"(?: |\\[nrt])*+(?:[^"\\ ]|\\[^nrt])'
+
 # A word of any kind in an answer that is no stream, or in the event that ends one and repeats all of it: text,
 # reasoning, a refusal, a call of a tool, a picture. What has none of these says nothing, however well formed.
 _WORD: Final = {
     Protocol.CHAT: re.compile(
-        rb'"(?:content|reasoning_content|reasoning|refusal)"\s*:\s*"[^"]'
-        rb'|"(?:content|tool_calls|images|reasoning_details)"\s*:\s*\[\s*[^\s\]]|"(?:audio|function_call)"\s*:\s*\{'
+        rb'"(?:content|reasoning_content|reasoning|refusal|text|thinking)"'
+        + _SAID
+        + rb'|"(?:tool_calls|images|reasoning_details)"\s*:\s*\[\s*[^\s\]]|"(?:audio|function_call)"\s*:\s*\{'
+        rb'|"type"\s*:\s*"(?:\w+_)?(?:image|audio|video|file)'
     ),
+    # What is to be gone on with may well go on with a space.
     Protocol.COMPLETIONS: _FIRST[Protocol.COMPLETIONS],
     Protocol.RESPONSES: re.compile(
-        rb'"(?:text|refusal|result|encrypted_content)"\s*:\s*"[^"]|"type"\s*:\s*"\w+_call"'
+        rb'"(?:text|refusal|delta)"'
+        + _SAID
+        + rb'|"(?:result|encrypted_content)"\s*:\s*"[^"]|"type"\s*:\s*"\w+_call"'
     ),
     Protocol.MESSAGES: re.compile(
-        rb'"(?:text|thinking)"\s*:\s*"[^"]|"type"\s*:\s*"(?:\w*tool_use|redacted_thinking)"'
+        rb'"(?:text|thinking)"' + _SAID + rb'|"type"\s*:\s*"(?:\w*tool_use|redacted_thinking)"'
     ),
-    Protocol.NATIVE: re.compile(rb'"content"\s*:\s*"[^"]|"type"\s*:\s*"(?:invalid_)?tool_call'),
+    Protocol.NATIVE: re.compile(rb'"content"' + _SAID + rb'|"type"\s*:\s*"(?:invalid_)?tool_call'),
 }
 
 # Where the first word stands in nearly every answer: looked for first, since the patterns are slow in text without one.
@@ -235,10 +244,12 @@ class Meter:
             # Neither the event that ends the answer nor what follows it is a delta.
             events = chunk.count(b"\ndata:", 0, end) - (not chunk.startswith(b"data:"))
         if self.first_token_seconds is not None:
+            if not self.said:
+                self._listen(chunk)
             if events > 0:
                 self._uncounted -= events
                 self.count(now, events)
-                if events == 1 and self._looks and end < 0:
+                if events == 1 and self._looks and end < 0 and self.said:
                     self._learn(chunk)
             return
         if self._first is None:
@@ -246,13 +257,15 @@ class Meter:
         # The event that ends the answer may carry text, too; what stands behind it is of no interest.
         stop = chunk.find(b"\n", end) if end >= 0 else len(chunk)
         if first := self._first.search(chunk, 0, stop):
-            self.said = True
             self.first_token_seconds = now - self._sent_at
             self.event_at = now
             behind = max(chunk.count(b"\ndata:", first.end(), stop) - (end >= 0), 0)
             self._uncounted -= behind
             self.gaps[0] += behind
-        elif self._word is not None and self._word.search(chunk):
+        self._listen(chunk)
+
+    def _listen(self, chunk: bytes) -> None:
+        if not self.said and self._word is not None and self._word.search(chunk):
             self.said = True
 
     def _learn(self, chunk: bytes) -> None:
@@ -328,4 +341,5 @@ class Words:
         at = chunk.find(self._usual)
         found = self._word.match(chunk, at) if at >= 0 else None
         self.said = found is not None or self._word.search(chunk) is not None
-        self._carry = chunk[-_OVERLAP:]
+        # Of blanks one is enough, however many stand before the first word.
+        self._carry = _BLANKS.sub(b" ", chunk)[-_OVERLAP:]

@@ -343,7 +343,7 @@ class Call:
                     account.outcome = Outcome.EMPTY
                 self.caller.finish()
             lost = self._look(200, error) if error is not None else None
-            answered = meter is not None and meter.first_token_seconds is not None
+            answered = meter is not None and meter.first_token_seconds is not None and meter.said
             self._told(answered=answered and lost is None and not stalled)
         finally:
             self.close(reply)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keepalive.protocols.meter import GAP_BOUNDS, Meter
+from keepalive.protocols.meter import GAP_BOUNDS, Meter, Words
 from keepalive.protocols.routes import Protocol
 from tests.kit import DATA
 
@@ -356,3 +356,51 @@ def test_a_line_without_end_is_looked_at_in_pieces_and_not_kept():
     assert meter.ended
     assert meter.events == 1
     assert meter.first_token_seconds == 2
+
+
+def answer(protocol: Protocol, said: object) -> bytes:
+    """A whole one, of whose layout only the place of its words counts."""
+    return json.dumps({"text" if protocol in TEXTS else "content": said}).encode()
+
+
+TEXTS = (Protocol.RESPONSES, Protocol.MESSAGES)
+
+
+@pytest.mark.parametrize("protocol", [Protocol.CHAT, Protocol.NATIVE, *TEXTS])
+@pytest.mark.parametrize("said", ["", " ", "\n", "\n\n \t\r\n", "\n" * 1000])
+@pytest.mark.parametrize("word", ["", "x", "\\", '"', "\u00e9"])
+def test_blanks_alone_are_no_word_and_may_stand_before_one(protocol: Protocol, said: str, word: str):
+    body = answer(protocol, said + word)
+    for size in (1, 7, len(body)):
+        words = Words(protocol)
+        for at in range(0, len(body), size):
+            words.feed(body[at : at + size])
+
+        assert words.said is bool(word)
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ({"content": [{"type": "text", "text": ""}]}, False),
+        ({"content": [{"type": "text", "text": "x"}]}, True),
+        ({"content": [{"type": "thinking", "thinking": "x"}]}, True),
+        ({"content": [{"type": "image_url", "image_url": {"url": "data:"}}]}, True),
+        ({"content": [{"type": "output_audio"}]}, True),
+        ({"content": "", "logprobs": {"content": [{"token": "<|im_end|>"}]}}, False),
+    ],
+)
+def test_a_list_is_a_word_where_one_stands_in_it(part: dict[str, object], said: bool):
+    words = Words(Protocol.CHAT)
+    words.feed(json.dumps({"choices": [{"message": part}]}).encode())
+
+    assert words.said is said
+
+
+@pytest.mark.parametrize(("last", "said"), [("\n", False), ("x", True)])
+def test_a_stream_of_blanks_has_a_first_token_and_no_word(last: str, said: bool):
+    blanks = [chat(content="\n") for _ in range(40)]
+
+    meter = metered(Protocol.CHAT, *blanks, chat(content=last), chat())
+
+    assert (meter.first_token_seconds, meter.said) == (1.0, said)

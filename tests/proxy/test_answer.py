@@ -236,6 +236,13 @@ async def test_a_whole_answer_without_one_word_is_empty_and_proves_nothing(path)
     assert await outcome_of(path, stream(events), True) == ("empty", False)
 
 
+async def test_an_answer_of_line_ends_alone_is_empty_and_proves_nothing():
+    path, blank = "/v1/chat/completions", b'{"choices":[{"%b":{"content":"\\n\\n "},"finish_reason":"stop"}]}'
+
+    assert await outcome_of(path, whole(blank % b"message"), False) == ("empty", False)
+    assert await outcome_of(path, stream(b"data: %b\n\n" % (blank % b"delta")), True) == ("empty", False)
+
+
 # Thoughts that nobody but their maker can read are thoughts.
 SEALED = {
     "/v1/chat/completions": b'{"choices":[{"%b":{"content":"","reasoning_details":[{"data":"eA=="}]}}]}',
