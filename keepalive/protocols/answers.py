@@ -84,6 +84,8 @@ def _error_of(body: bytes) -> object:
         answer = json.loads(text(body), parse_constant=str)
     except (ValueError, RecursionError):
         return None
+    if isinstance(answer, list) and len(answer) == 1:
+        answer = answer[0]  # Google's, where a stream was asked for
     if not isinstance(answer, dict):
         return None
     error = answer.get("error")
@@ -127,9 +129,12 @@ def event_error(stream: bytes) -> bytes:
     return data if error_message(data) is not None else b""
 
 
-# LM Studio and llama.cpp speak of the context in many words, MLX and vLLM of the prompt, and gateways in one word.
+# LM Studio and llama.cpp speak of the context in many words, MLX and vLLM of the prompt, SGLang of the input, and
+# gateways in one word.
 _NO_CONTEXT: Final = re.compile(
-    r"context[ _]?(?:length|size|window|limit|overflow)|\bn_ctx\b|\bprompt (?:is )?too long\b", re.IGNORECASE
+    r"context[ _]?(?:length|size|window|limit|overflow)|\bn_ctx\b|\b(?:prompt|input) (?:is )?too long\b|"
+    r"\binput (?:length|token count)\b.{0,40}\bexceeds?\b",
+    re.IGNORECASE,
 )
 
 #: What OpenAI calls a prompt that is too long. Agents shorten theirs when they read it, and at no other word.

@@ -176,6 +176,8 @@ class Answer:
         words = plain_words(body)
         instead = f"the upstream answered {status}{f': {words}' if words else ' without events'}"
         message = str(error.get("message") or instead)
+        # In whatever layout it was told: a prompt that was too long is known by the words.
+        error = error or {"message": message}
         self.fail(502 if status < 400 else status, message, f"upstream_{status}", error=error)
 
     def not_ready(self, model: ModelId, view: View) -> None:

@@ -108,6 +108,13 @@ def test_no_event_of_a_chat_raises_anything_else(data):
             b'{"object":"error","message":"m","type":"t","code":400}',
             {"message": "m", "type": "t", "code": 400},
         ),
+        (
+            b'[{"error":{"message":"m","status":"INVALID_ARGUMENT"}}]',
+            {"message": "m", "status": "INVALID_ARGUMENT"},
+        ),
+        (b'[{"error":"m"},{}]', {}),
+        (b"[7]", {}),
+        (b"[]", {}),
         (b'{"choices":[]}', {}),
         (b"<html>", {}),
     ],

@@ -136,6 +136,11 @@ def test_an_error_without_a_type_gets_one_where_anthropics_clients_need_it():
         ({"message": "no", "type": "exceed_context_size_error"}, "context_length_exceeded"),
         ({"message": "Cannot truncate prompt with n_keep (9000) >= n_ctx (8192)"}, "context_length_exceeded"),
         ({"message": "prompt is too long: 9000 tokens > 8192 maximum"}, "context_length_exceeded"),
+        (
+            {"message": "Input length (9000 tokens) exceeds the maximum allowed length"},
+            "context_length_exceeded",
+        ),
+        ({"message": "Input is too long for requested model."}, "context_length_exceeded"),
         ({"message": "litellm.ContextWindowExceededError: no"}, "context_length_exceeded"),
         ({"message": "no", "code": "model_not_found"}, "model_not_found"),
         ({"message": "no", "code": None}, "upstream_400"),

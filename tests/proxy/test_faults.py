@@ -681,7 +681,8 @@ async def test_u23_without_a_length_a_reset_is_a_cut():
         ),
         (ok(b'{"detail":{"msg":"busy","type":"x"}}'), "the upstream answered 200: busy"),
         (ok(b'{"title":"Bad Gateway","status":502}'), "the upstream answered 200: Bad Gateway"),
-        (ok(b'[{"error":{"code":400,"message":"no key"}}]'), "the upstream answered 200: no key"),
+        (ok(b'[{"error":{"code":400,"message":"no key"}}]'), "no key"),
+        (ok(b'[{"error":{"message":"no key"}},{}]'), "the upstream answered 200: no key"),
         (ok(b'{"errors":[{"code":7,"message":"No route"}]}'), "the upstream answered 200: No route"),
         (b"", "closed the connection before it answered"),
     ],
@@ -695,6 +696,23 @@ async def test_u25_after_200_any_other_answer_is_an_error_event(reply, says_what
         events = without_comments(body)
         assert events.count(b"data: ") == 1
         assert says_what in json.loads(events.removeprefix(b"data: "))["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<html><title>400 the prompt exceeds the context window</title>",
+        b'{"status":400,"title":"Prompt is too long"}',
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/chat/completions"])
+async def test_u25_a_prompt_that_is_too_long_is_known_for_one_in_every_layout(path, body):
+    reply = ok(body).replace(b"200 OK", b"400 Bad Request")
+    keep = warm(state="cold", load_seconds=0.15)
+    async with fronted(says(reply), keep=keep, heartbeat=0.1) as (front, _):
+        _, _, said = await ask(front.port, chat().replace(b"/v1/chat/completions", path.encode()))
+
+        assert b'"code":"context_length_exceeded"' in said
 
 
 # --- U27: drips, line ends, real bytes --------------------------------------------------------------
