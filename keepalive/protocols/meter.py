@@ -341,5 +341,6 @@ class Words:
         at = chunk.find(self._usual)
         found = self._word.match(chunk, at) if at >= 0 else None
         self.said = found is not None or self._word.search(chunk) is not None
-        # Of blanks one is enough, however many stand before the first word.
-        self._carry = _BLANKS.sub(b" ", chunk)[-_OVERLAP:]
+        if not self.said:
+            # Of blanks one is enough, however many stand before the first word.
+            self._carry = _BLANKS.sub(b" ", chunk)[-_OVERLAP:]
