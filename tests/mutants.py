@@ -65,6 +65,8 @@ TESTS: Mapping[str, Sequence[str]] = {
     # What a member stands on, and for, shows in what it sees and writes.
     "keepalive/cluster/grounds.py": ("tests/cluster/test_seeing.py", "tests/cluster/test_writing.py"),
     "keepalive/cluster/place.py": ("tests/cluster/test_writing.py",),
+    # What is asked for the keeper is what LM Studio and the keeper see of it.
+    "keepalive/keeper/errands.py": ("tests/keeper/test_errands.py", "tests/keeper/test_keeper.py"),
     # A call is what callers and upstreams see of it.
     "keepalive/proxy/call.py": (
         "tests/proxy/test_callers.py",
