@@ -250,11 +250,10 @@ class Names:
             return models, False
         if any(folded in listing.entries for listing in self._listings.values()):
             return (), False
-        # A copy that is gone, or not listed yet: nobody there may know it by that name.
-        plain = COPY_NUMBER.sub("", folded)
-        models = (
-            self._by_key.get(plain) or self._by_variant(plain) or twins or self._by_variant(_twin(folded))
-        )
+        # A copy that is gone, or not listed yet: nobody there may know it by that name. Nor an alias with a tag.
+        plain, twin = COPY_NUMBER.sub("", folded), _twin(folded)
+        models = self._by_key.get(plain) or self._by_variant(plain) or twins or self._by_variant(twin)
+        models = models or self._by_alias.get(plain) or self._by_alias.get(twin) or ()
         return models, bool(models)
 
     def _by_variant(self, folded: str) -> tuple[ModelId, ...]:

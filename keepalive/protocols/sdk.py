@@ -114,8 +114,8 @@ def _asked(ident: Id | None, endpoint: object, parameter: object) -> Said:
         return Said(id=ident)
     specifier = _object(wanted.get("modelSpecifier"))
     query = _object(specifier.get("query"))
-    name = _text(query.get("identifier")) or _text(query.get("path"))
-    return Said(Wish.USE, ident, name, _text(specifier.get("instanceReference")))
+    # By a `path` it may be any: what LM Studio lists has keys, and tells of no paths.
+    return Said(Wish.USE, ident, _text(query.get("identifier")), _text(specifier.get("instanceReference")))
 
 
 def _fields(stack: object) -> Iterator[object]:

@@ -66,6 +66,18 @@ def test_ollamas_tag_may_stand_there_or_not(kept, name):
     assert not nobodys.meaning(name).stands_in
 
 
+@pytest.mark.parametrize(
+    ("alias", "name"), [("gpt-4o", "GPT-4o:latest"), ("gpt-4o:latest", "gpt-4o"), ("mini", "mini:2")]
+)
+def test_ollamas_tag_may_stand_behind_an_alias_too_unless_somebody_lists_that(alias, name):
+    made = names(row("acme/tiny-4b"), kept={TINY: [alias]})
+    listed = names(row("acme/tiny-4b"), row(name.casefold()), kept={TINY: [alias]})
+
+    assert made.meaning(name).models == (TINY,)
+    assert made.meaning(name).written(TINY) == "acme/tiny-4b"
+    assert listed.meaning(name).models == ()
+
+
 def test_a_tag_that_is_listed_is_asked_for_with_it_whatever_the_key_is_that_is_kept():
     model = ModelId("a", "llama3")
     meaning = names(row("llama3:latest"), kept={model: ()}).meaning("llama3:latest")

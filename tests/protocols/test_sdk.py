@@ -64,6 +64,10 @@ SHOWN = (Shown("r1", "mine", "chat"),)
             channel("completeRawText", {"modelSpecifier": REFERENCE}),
             Said(Wish.USE, ("channelId", 3), None, "r1"),
         ),
+        (
+            channel("predict", {"modelSpecifier": {"type": "query", "query": {"path": "acme/chat.gguf"}}}),
+            Said(Wish.USE, ("channelId", 3)),
+        ),
         (call("unloadModel", {"identifier": "mine"}), Said(Wish.UNLOAD, ("callId", 3), "mine")),
         (call("embedString", {"modelSpecifier": QUERY}), Said(Wish.USE, ("callId", 3), "chat")),
         (
