@@ -211,7 +211,9 @@ class Names:
             near = self._listings[here].entries.get(_twin(folded)) if here is not None else None
         if here is None:
             waits = frozenset(self._upstreams) - self._heard
-            return Meaning(self._upstreams[0], known=False, open=waits)
+            # Whether there is such a variant is for whoever lists the model to say: another may answer by another one.
+            bare = self._where(folded.rpartition("@")[0], up, _Listing.find)
+            return Meaning(bare or self._upstreams[0], known=False, open=waits)
         # A variant that is loaded answers to the key, and may stand in for another one.
         related = self._related(folded)
         perhaps = tuple(m for m in related if m.upstream == here and self._loaded(m))

@@ -66,6 +66,13 @@ def test_ollamas_tag_may_stand_there_or_not(kept, name):
     assert not nobodys.meaning(name).stands_in
 
 
+def test_a_variant_that_nobody_lists_is_for_whoever_lists_its_key_to_refuse():
+    made = names(row("coder"), kept={}, upstreams=("a", "b"), b=[row("on-b", variants=("on-b@q8",))])
+
+    assert made.meaning("On-B@q4") == Meaning("b", known=False)
+    assert made.meaning("nobody@q4") == made.meaning("@q4") == Meaning("a", known=False)
+
+
 @pytest.mark.parametrize(
     ("alias", "name"), [("gpt-4o", "GPT-4o:latest"), ("gpt-4o:latest", "gpt-4o"), ("mini", "mini:2")]
 )
