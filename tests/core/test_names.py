@@ -83,6 +83,7 @@ def test_ollamas_tag_may_stand_behind_an_alias_too_unless_somebody_lists_that(al
     assert made.meaning(name).models == (TINY,)
     assert made.meaning(name).written(TINY) == "acme/tiny-4b"
     assert listed.meaning(name).models == ()
+    assert made.find("nobody") == ()
 
 
 def test_a_tag_that_is_listed_is_asked_for_with_it_whatever_the_key_is_that_is_kept():
