@@ -212,8 +212,8 @@ class Names:
         if here is None:
             waits = frozenset(self._upstreams) - self._heard
             # Whether there is such a variant is for whoever lists the model to say: another may answer by another one.
-            bare = self._where(folded.rpartition("@")[0], up, _Listing.find)
-            return Meaning(bare or self._upstreams[0], known=False, open=waits)
+            lister = self._where(folded.rpartition("@")[0], up, _Listing.find)
+            return Meaning(lister or self._upstreams[0], known=False, open=waits)
         # A variant that is loaded answers to the key, and may stand in for another one.
         related = self._related(folded)
         perhaps = tuple(m for m in related if m.upstream == here and self._loaded(m))
