@@ -8,7 +8,7 @@ from keepalive.core.facts import ModelFact, ModelId, UpstreamFact
 from keepalive.core.names import Meaning
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without `slots`, so that it can be copied at once
 class View:
     """What is known of a model at this moment; times in seconds."""
 

@@ -11,12 +11,12 @@ import os
 import secrets
 import socket
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
-from dataclasses import replace
 
 from keepalive import prompts
 from keepalive.config import Address as Listen
 from keepalive.config import Config, Kept
 from keepalive.core.callers import Begun, Key, Outcome, Seen
+from keepalive.core.changed import replace
 from keepalive.core.errors import KeepaliveError
 from keepalive.core.explain import eta
 from keepalive.core.facts import ModelFact, ModelId, OpeningRead, PrimedAnswered, UpstreamFact, WarmAsked
