@@ -42,7 +42,8 @@ def test_a_model_that_does_not_get_warm_says_why_and_when_it_is_tried_again():
 
 def test_a_closed_port_is_told_from_a_broken_way():
     assert Unreachable("why", refused=True).refused is True
-    assert Unreachable("why").refused is False
+    assert Unreachable("why", tls=True).tls is True
+    assert Unreachable("why").refused is Unreachable("why").tls is False
 
 
 def test_an_answer_has_a_status_when_it_came_whole():
