@@ -6,13 +6,18 @@ import { picture } from "./picture.js";
 let element = null;
 let keys = null;
 let told = "";
+let asking = false;
+let failures = 0;
 
 /**
  * Offers the models. The element reads the prompts anew each time that it is told; so it is when there are other
  * models, and of their states only when somebody turns to it.
  */
 export function drawPlayground(isTurnedTo = false) {
-  if (!element) return;
+  if (!element) {
+    if (failures > 0) startPlayground();
+    return;
+  }
   show(byId("playground"), picture.models.length > 0);
   const models = picture.models.map(({ key, state }) => ({ key, state }));
   const [keysNow, toldNow] = [models.map((model) => model.key).join("\n"), JSON.stringify(models)];
@@ -21,8 +26,19 @@ export function drawPlayground(isTurnedTo = false) {
   element.models = models;
 }
 
+/** Brings it onto the page. Where contact is lost meanwhile, the next picture has it tried again. */
 export async function startPlayground() {
-  await import("../keepalive.js");
+  if (asking) return;
+  asking = true;
+  try {
+    // Some browsers never ask again for a module by the address at which they once failed to get it.
+    await import(`../keepalive.js${failures > 0 ? `?${failures}` : ""}`);
+  } catch {
+    failures += 1;
+    return;
+  } finally {
+    asking = false;
+  }
   element = document.createElement("streaming-prompt-executor");
   drawPlayground();
   byId("playground").append(element);
