@@ -32,7 +32,7 @@ export async function startPlayground() {
   asking = true;
   try {
     // Some browsers never ask again for a module by the address at which they once failed to get it.
-    await import(`../keepalive.js${failures > 0 ? `?${failures}` : ""}`);
+    await (failures > 0 ? import(`../keepalive.js?${failures}`) : import("../keepalive.js"));
   } catch {
     failures += 1;
     return;
