@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from aiohttp import web
-from playwright.async_api import Browser, Error, Page, expect
+from playwright.async_api import Browser, Error, Page, Route, expect
 
 from keepalive import config
 from keepalive.admin.server import Access, Admin, server
@@ -796,6 +796,28 @@ async def test_a_page_that_stays_open_over_a_restart_says_so_and_goes_on_by_itse
                         error for error in shown.errors if "Failed to load resource: net::ERR_" not in error
                     ]
                     assert odd == []
+
+
+async def test_a_playground_that_could_not_be_had_is_asked_for_again(browser: Browser) -> None:
+    async with served(Written(written("a"))) as world, tab(browser) as shown:
+        page, asked = shown.page, asyncio.Event()
+
+        async def refused(route: Route) -> None:
+            asked.set()
+            await route.abort()
+
+        await page.route("**/keepalive.js", refused)
+        await page.goto(world.url)
+        await asked.wait()
+        playground = page.locator("streaming-prompt-executor")
+        while (
+            not await playground.count()
+        ):  # each picture has it asked for, once the browser has told the page
+            world.becomes(written("a"), *[written("b")] * (len(world.document["models"]) == 1))
+            await page.evaluate("new Promise(requestAnimationFrame)")
+
+        await expect(playground).to_have_count(1)
+        assert all("net::ERR_FAILED" in error for error in shown.errors)
 
 
 async def test_a_connection_that_falls_silent_is_given_up(browser: Browser) -> None:
