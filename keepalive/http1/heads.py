@@ -81,11 +81,12 @@ class HeadReader:
         if not self._length and not self._kept:
             line = self._start_line.match(data)
             lines = _FIELD_LINES.match(data, line.end()) if line is not None else None
-            if line is not None and lines is not None and lines.end() <= self._limit:
+            end = lines.end() if lines is not None else 0
+            if line is not None and 0 < end <= self._limit:
                 self.start = line.groups(b"")
-                found = _FIELD_LINE.findall(data, line.end(), lines.end())
+                found = _FIELD_LINE.findall(data, line.end(), end)
                 self.headers = [(name, value.rstrip(b" \t")) for name, value in found]
-                return data[lines.end() :]
+                return data[end:]
         if self._kept:
             search_from = len(self._kept)
             self._kept += data
@@ -130,39 +131,38 @@ class HeadReader:
 
 
 _FORGOTTEN: Headers = []
+_NAMES_FORGOTTEN: dict[bytes, list[bytes]] = {}
+_NO_VALUES: list[bytes] = []
 
 
 class _Head:
     """Headers that can be asked for by name, which is in lower case."""
 
-    __slots__ = ("_by_name", "_headers")
+    __slots__ = ("_by_name", "headers")
 
     def __init__(self, headers: Headers) -> None:
-        self._headers = headers
-        self._by_name: dict[bytes, list[bytes]] | None = None
+        self.say(headers)
 
-    @property
-    def headers(self) -> Headers:
-        return self._headers
-
-    @headers.setter
-    def headers(self, headers: Headers) -> None:
-        self._headers = headers
-        self._by_name = None
+    def say(self, headers: Headers) -> None:
+        """From now on it has these."""
+        self.headers = headers
+        # A dozen of them are asked for, one after the other.
+        by_name: dict[bytes, list[bytes]] = {}
+        for name, value in headers:
+            name = name.lower()
+            if name in by_name:
+                by_name[name].append(value)
+            else:
+                by_name[name] = [value]
+        self._by_name = by_name
 
     def forget(self) -> None:
         """Nobody will ask for the headers any more: a stream goes on for long, and needs none."""
-        self.headers = _FORGOTTEN
+        self.headers, self._by_name = _FORGOTTEN, _NAMES_FORGOTTEN
 
     def values(self, name: bytes) -> list[bytes]:
         """Every value of the header `name`."""
-        by_name = self._by_name
-        if by_name is None:
-            # A dozen of them are asked for, one after the other.
-            by_name = self._by_name = {}
-            for key, value in self._headers:
-                by_name.setdefault(key.lower(), []).append(value)
-        return by_name.get(name) or []
+        return self._by_name.get(name, _NO_VALUES)
 
     def get(self, name: bytes) -> bytes | None:
         """The value of the one header `name`; None when there are none or several."""
@@ -209,7 +209,7 @@ class RequestHead(_Head):
     def again(self, body: int) -> "RequestHead":
         """Another one that says the same, but for the length of its body."""
         head = object.__new__(RequestHead)
-        head._headers, head._by_name = self._headers, self._by_name
+        head.headers, head._by_name = self.headers, self._by_name
         head.like, head.reading, head.shared = self, None, False
         head.method, head.target, head.minor = self.method, self.target, self.minor
         head.body, head.expects, head.upgrade = body, self.expects, self.upgrade
@@ -229,9 +229,9 @@ class ReplyHead(_Head):
         self.minor = minor
         self.body = 0
         self.keeps_alive = minor == 1 and b"close" not in self.listed(b"connection")
-        kind = self.values(b"content-type")
+        kind = self.get(b"content-type")
         #: Server-sent events; those that can be read, not being compressed.
-        self.events = len(kind) == 1 and kind[0].lower().startswith(b"text/event-stream")
+        self.events = kind is not None and kind.lower().startswith(b"text/event-stream")
         self.stream = self.events and not self.values(b"content-encoding")
 
 
@@ -274,7 +274,7 @@ class Familiar:
         head.like = head.again(head.body)
         head.like.like, head.like.shared = head.like, True
         if stop:
-            head.like.headers = [pair for pair in head.headers if pair[0].lower() != b"content-length"]
+            head.like.say([pair for pair in head.headers if pair[0].lower() != b"content-length"])
         # In two parts: joined, a Content-Length without digits would be the same as one whose digits were left out.
         self._heads[data[:begin], data[stop:end]] = head.like
 
@@ -414,10 +414,16 @@ def preferred_wait(head: RequestHead) -> float | None:
 
 def end_to_end(headers: Headers, *, without: Collection[bytes] = ()) -> Headers:
     """The headers meant for the other end: not those between two neighbours, nor any in `without`."""
-    kept = [pair for pair in headers if (name := pair[0].lower()) not in _HOP_BY_HOP and name not in without]
-    if len(kept) != len(headers):
-        named = listed(headers, b"connection")
-        if named - _HOP_BY_HOP:
+    kept, between = [], False
+    for pair in headers:
+        name = pair[0].lower()
+        if name in _HOP_BY_HOP:
+            between = True
+        elif name not in without:
+            kept.append(pair)
+    if between:
+        named = listed(headers, b"connection") - _HOP_BY_HOP
+        if named:
             return [pair for pair in kept if pair[0].lower() not in named]
     return kept
 

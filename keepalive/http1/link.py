@@ -104,7 +104,6 @@ class Link(Sender):
         self._got_bytes = False
         self._reply = None
         self._answered = self._owner.loop.create_future()
-        self._owner.ticker.add(self)
         return self._answered
 
     @property
@@ -120,7 +119,6 @@ class Link(Sender):
 
     def let_go(self, reply: Reply | None) -> None:
         """The request is over for whoever asked."""
-        self._owner.ticker.discard(self)
         self._chunk_sink = None
         sent = self._stop_upload()
         if (
@@ -159,6 +157,7 @@ class Link(Sender):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self._owner.links.add(self)
+        self._owner.ticker.add(self)
 
     def pour_chunks(self, reply: Reply) -> None:
         if reply is self._reply and self._chunks is not None and self._chunks.between:

@@ -21,6 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -82,7 +83,7 @@ class _Output(logging.Handler):
         super().__init__()
         self._file = stream.fileno()
         self._dropped = 0
-        self._lines: deque[str] = deque()
+        self._lines: deque[str | Callable[[], str]] = deque()
         self._woken = threading.Event()
         self._ending = threading.Event()
         self._over = False
@@ -94,7 +95,8 @@ class _Output(logging.Handler):
         with suppress(Exception):
             self.put(self.format(record))
 
-    def put(self, line: str) -> None:
+    def put(self, line: str | Callable[[], str]) -> None:
+        """Writes a line soon, or what is returned in the thread by what gives it."""
         if len(self._lines) >= LINES_WAITING:
             self._dropped += 1
             return
@@ -126,12 +128,13 @@ class _Output(logging.Handler):
                 self._write(self._batch())
 
     def _batch(self) -> bytes:
-        lines: list[bytes] = []
+        lines: list[str] = []
         size = 0
         while self._lines and size < WRITE_BYTES:
-            lines.append(self._lines.popleft().encode(errors="backslashreplace"))
+            line = self._lines.popleft()
+            lines.append(line if isinstance(line, str) else line())
             size += len(lines[-1]) + 1
-        return b"\n".join(lines) + b"\n"
+        return "\n".join([*lines, ""]).encode(errors="backslashreplace")
 
     def _write(self, batch: bytes) -> None:
         while batch and not self._over:
@@ -320,7 +323,8 @@ _requests: Callable[[Seen, str], None] = _tell_request
 class _Requests:
     """Writes what `_tell_request` does, byte for byte, where a line is JSON or the journal's.
 
-    What is the same in many requests is rendered once; numbers are alike in both formats.
+    What is the same in many requests is rendered once; numbers are alike in both formats. The line is put together
+    in the thread that writes it, many of them one after the other.
     """
 
     def __init__(self, output: _Output, threshold: int, *, journal: bool, as_json: bool) -> None:
@@ -338,8 +342,10 @@ class _Requests:
 
     def __call__(self, seen: Seen, level: str) -> None:
         begin = self._said.get(level)
-        if begin is None:
-            return
+        if begin is not None:
+            self._output.put(partial(self._line, seen, level, begin, time.time_ns() if self._dated else 0))
+
+    def _line(self, seen: Seen, level: str, begin: str, at: int) -> str:
         first = None if seen.first_token_seconds is None else round(seen.first_token_seconds, 3)
         waited, seconds = round(seen.wait_seconds, 3), round(seen.seconds, 3)
         known = seen.route, seen.model, seen.outcome, seen.status, seen.start, seen.key, seen.error, level
@@ -354,18 +360,17 @@ class _Requests:
                 f'{before}, "waited": {waited}, "first_token": {"null" if first is None else first}, '
                 f'"seconds": {seconds}, "bytes": {seen.bytes}, "events": {seen.events}, {after}'
             )
-            end = f', "timestamp": "{self._now()}"}}' if self._dated else "}"
+            end = f', "timestamp": "{self._date_of(at)}"}}' if self._dated else "}"
         else:
             line = (
                 f"{before} waited={waited} first_token={'' if first is None else first} "
                 f"seconds={seconds} bytes={seen.bytes} events={seen.events} {after}"
             )
             end = ""
-        self._output.put(f"{begin}{line}{end}")
+        return f"{begin}{line}{end}"
 
-    def _now(self) -> str:
-        now = time.time_ns()
-        second, rest = divmod(now, 1_000_000_000)
+    def _date_of(self, at: int) -> str:
+        second, rest = divmod(at, 1_000_000_000)
         if second != self._second:
             self._second = second
             self._date = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))

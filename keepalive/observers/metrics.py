@@ -406,12 +406,19 @@ class ProxyMetrics:
         counts: Callable[[ModelId], bool] = lambda model: True,
     ) -> None:
         self._counts = counts
-        self._requests = Counter(
-            "keepalive_proxy_requests",
-            "Requests by how they ended.",
-            ["model", "route", "outcome"],
-            registry=registry,
+        # Of each request something is counted in these. The library needs ten calls and three locks for that.
+        self._ends = _Ends()
+        self._durations = _Spread(
+            "keepalive_proxy_request_duration_seconds",
+            "From the request to the end of its answer.",
+            (0.1, 0.25, 0.5, *LOAD_BUCKETS, 3600.0),
         )
+        self._gaps = _Spread(
+            "keepalive_proxy_inter_token_latency_seconds",
+            "Gaps between the events of a stream; an event may carry more than one token.",
+            gap_bounds,
+        )
+        registry.register(self._ends)
         Gauge("keepalive_proxy_requests_in_progress", "Requests under way.", registry=registry).set_function(
             in_progress
         )
@@ -432,32 +439,15 @@ class ProxyMetrics:
             buckets=(0.1, 0.25, 0.5, *LOAD_BUCKETS),
             registry=registry,
         )
-        self._duration = Histogram(
-            "keepalive_proxy_request_duration_seconds",
-            "From the request to the end of its answer.",
-            ["model"],
-            buckets=(0.1, 0.25, 0.5, *LOAD_BUCKETS, 3600.0),
-            registry=registry,
-        )
-        # The library looks for a series under a lock, which costs as much as counting in it.
-        self._ends: dict[tuple[str, str, str], Counter] = {}
-        self._durations: dict[str, Histogram] = {}
-        self._gaps = _Gaps(gap_bounds)
+        registry.register(self._durations)
         registry.register(self._gaps)
         registry.register(_Silences(silences, self._label))
 
     def count(self, seen: Seen) -> None:
         # A name that a caller made up must not become a series.
         model = self._label(seen.model)
-        ends = model, seen.route, seen.outcome
-        requests = self._ends.get(ends)
-        if requests is None:
-            requests = self._ends[ends] = self._requests.labels(*ends)
-        requests.inc()
-        duration = self._durations.get(model)
-        if duration is None:
-            duration = self._durations[model] = self._duration.labels(model)
-        duration.observe(seen.seconds)
+        self._ends.add(model, seen.route, seen.outcome)
+        self._durations.see(model, seen.seconds)
         if seen.start == "cold":
             self._wait.labels(model).observe(seen.wait_seconds)
         if seen.first_token_seconds is not None:
@@ -535,26 +525,58 @@ class _Cluster(Collector):
         yield handovers
 
 
-class _Gaps(Collector):
-    """Gaps between the events of streams, which come counted: a thousand at a time."""
+class _Ends(Collector):
+    """Requests by how they ended."""
 
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = [*map(repr, bounds), "+Inf"]
+    def __init__(self) -> None:
+        self._counts: dict[tuple[str, str, str], int] = {}
+
+    def add(self, model: str, route: str, outcome: str) -> None:
+        ends = model, route, outcome
+        self._counts[ends] = self._counts.get(ends, 0) + 1
+
+    def collect(self) -> Iterator[Metric]:
+        family = CounterMetricFamily(
+            "keepalive_proxy_requests",
+            "Requests by how they ended.",
+            labels=["model", "route", "outcome"],
+        )
+        for ends, count in self._counts.items():
+            family.add_metric(ends, count)
+        yield family
+
+
+class _Spread(Collector):
+    """Times of each model, by upper bounds that rise."""
+
+    def __init__(self, name: str, text: str, bounds: Sequence[float]) -> None:
+        self._name, self._text = name, text
+        self._bounds = bounds
         self._counts: dict[str, list[int]] = {}
         self._seconds: dict[str, float] = {}
 
+    def see(self, model: str, seconds: float) -> None:
+        """One of them."""
+        counts = self._counts.get(model) or self._begin(model)
+        counts[bisect_left(self._bounds, seconds)] += 1
+        self._seconds[model] += seconds
+
     def add(self, model: str, counts: Sequence[int], seconds: float) -> None:
-        old = self._counts.get(model) or [0] * len(self._bounds)
-        self._counts[model] = [a + b for a, b in zip(old, counts, strict=True)]
-        self._seconds[model] = self._seconds.get(model, 0.0) + seconds
+        """Many of them, counted by the same bounds."""
+        known = self._counts.get(model) or self._begin(model)
+        for at, count in enumerate(counts):
+            known[at] += count
+        self._seconds[model] += seconds
+
+    def _begin(self, model: str) -> list[int]:
+        counts = self._counts[model] = [0] * (len(self._bounds) + 1)
+        self._seconds[model] = 0.0
+        return counts
 
     def collect(self) -> Iterator[Metric]:
-        family = HistogramMetricFamily(
-            "keepalive_proxy_inter_token_latency_seconds",
-            "Gaps between the events of a stream; an event may carry more than one token.",
-            labels=["model"],
-        )
+        family = HistogramMetricFamily(self._name, self._text, labels=["model"])
+        bounds = [*map(repr, self._bounds), "+Inf"]
         for model, counts in self._counts.items():
-            buckets = zip(self._bounds, map(float, accumulate(counts)), strict=True)
+            buckets = zip(bounds, map(float, accumulate(counts)), strict=True)
             family.add_metric([model], list(buckets), self._seconds[model])
         yield family

@@ -1,7 +1,6 @@
 """Which model a body names, whether it wants a stream, and which conversation it goes on with."""
 
 import codecs
-import contextlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -9,7 +8,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Final
 
-from keepalive.protocols.json_text import JSON, parsed, text
+from keepalive.protocols.json_text import JSON, parsed, read, text
 from keepalive.protocols.toplevel import TopLevel
 
 #: Up to here a body is kept and parsed as a whole: exact, and quicker than looking for its keys.
@@ -115,8 +114,10 @@ class ModelFinder:
 def read_body(body: bytes, *, conversation: bool = True) -> Asked:
     """`ModelFinder` for a body that is there as a whole; without the `conversation` where nobody needs it."""
     if len(body) <= SMALL_BODY:
-        with contextlib.suppress(RecursionError):
+        try:
             return _asked_whole(body, conversation=conversation)
+        except RecursionError:
+            pass
     finder = ModelFinder()
     finder.feed(body)
     return finder.finish()
@@ -124,7 +125,7 @@ def read_body(body: bytes, *, conversation: bool = True) -> Asked:
 
 def _asked_whole(body: bytes, *, conversation: bool = True) -> Asked:
     try:
-        found = JSON.decode(text(body))
+        found = read(text(body))
     except ValueError:
         return NOTHING_ASKED
     if not isinstance(found, dict):
@@ -138,12 +139,13 @@ def _asked(
     model: object, stream: bool, body: dict[str, object], *, misnamed: bool, conversation: bool = True
 ) -> Asked:
     named = model if isinstance(model, str) and not misnamed else None
+    previous, instance = body.get(_PREVIOUS), body.get("instance_id")
     return Asked(
         named,
         stream,
         _conversation(named, body) if conversation and named is not None else None,
-        _name(body.get(_PREVIOUS)),
-        _name(body.get("instance_id")),
+        None if previous is None else _name(previous),
+        None if instance is None else _name(instance),
         readable=True,
         misnamed=misnamed,
     )

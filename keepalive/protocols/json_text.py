@@ -17,6 +17,16 @@ def text(body: bytes) -> str:
 JSON: Final = json.JSONDecoder(parse_int=float)
 
 
+def read(text: str) -> object:
+    """The value that is all of `text`. Raises ValueError, or RecursionError where it is too deep."""
+    if text.startswith("{"):
+        # Without a look for blanks around it, which nearly never are there.
+        value, end = JSON.raw_decode(text)
+        if end == len(text):
+            return value
+    return JSON.decode(text)
+
+
 def parsed(raw: bytes) -> object:
     """One value; None for what is none."""
     try:

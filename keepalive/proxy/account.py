@@ -42,9 +42,11 @@ class Account:
 
     def headers(self) -> Headers:
         """What the caller is told of it."""
-        timing = b"wait;dur=%.1f" % (self.waited * 1000) if self.waited else b"wait;dur=0.0"
+        waited = self.waited * 1000
         if self.sent_at:
-            timing += b", upstream;dur=%.1f" % ((self.now() - self.sent_at) * 1000)
+            timing = b"wait;dur=%.1f, upstream;dur=%.1f" % (waited, (self.now() - self.sent_at) * 1000)
+        else:
+            timing = b"wait;dur=%.1f" % waited
         headers = [(b"Server-Timing", timing)]
         if self.state is not None:
             headers.append((b"X-Keepalive-Model-State", self.state.encode("ascii", "replace")))
@@ -57,20 +59,21 @@ class Account:
             start = "warm" if self.state == "warm" else "cold"
             if start == "warm" and self.begun is not None:
                 start = "primed"
+        # By their places: fifteen names cost four times as much, at each request.
         return Seen(
-            model=self.model,
-            route=self.route,
-            key=self.key.name if self.key is not None else None,
-            outcome=self.outcome,
-            status=self.status,
-            start=start,
-            begun=self.begun,
-            wait_seconds=self.waited,
-            first_token_seconds=meter.first_token_seconds if meter is not None else None,
-            seconds=self.now() - self.began,
-            bytes=passed,
-            events=meter.events if meter is not None else 0,
-            gaps=tuple(meter.gaps) if meter is not None else (),
-            gap_seconds=meter.gap_seconds if meter is not None else 0.0,
-            error=self.error,
+            self.model,
+            self.route,
+            self.key.name if self.key is not None else None,
+            self.outcome,
+            self.status,
+            start,
+            self.begun,
+            self.waited,
+            meter.first_token_seconds if meter is not None else None,
+            self.now() - self.began,
+            passed,
+            meter.events if meter is not None else 0,
+            tuple(meter.gaps) if meter is not None else (),
+            meter.gap_seconds if meter is not None else 0.0,
+            self.error,
         )

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeAlias
 
 from keepalive.core.callers import Begun, Outcome, Seen
 from keepalive.core.errors import Reason, UpstreamError
@@ -27,6 +27,9 @@ from keepalive.proxy.settings import Settings
 from keepalive.proxy.silence import Silence
 from keepalive.proxy.stored import Stored, Watch
 from keepalive.proxy.upstreams import Upstreams
+
+#: What is to be done next of a request, once the present step is over; None at the end.
+Step: TypeAlias = "Coroutine[object, object, Step] | None"
 
 #: Of an upstream's error answer: read before it is decided what becomes of it.
 ERROR_BYTES: Final = 262_144
@@ -63,7 +66,6 @@ class Call:
         "_first",
         "_forwarded",
         "_knows_lost",
-        "_next",
         "_owner",
         "_patience",
         "_to_note",
@@ -96,18 +98,6 @@ class Call:
         self._knows_lost = False  # the keeper does, of this answer
         self._watch: Watch | None = None
         self._to_note = b""
-        self._next: Coroutine[object, object, None] | None = None
-
-    def then(self, step: Coroutine[object, object, None]) -> None:
-        """What is to be done next, once the present step is over.
-
-        None waits inside another: a stream goes on for long, and keeps nothing of the steps before it.
-        """
-        self._next = step
-
-    def next_step(self) -> Coroutine[object, object, None] | None:
-        step, self._next = self._next, None
-        return step
 
     # --- to the upstream --------------------------------------------------------------------------
 
@@ -147,10 +137,11 @@ class Call:
         if not self.body.data and caller.head.body:
             # Small bodies come at once; only the others are sent while they come, and cannot be sent again.
             self.body.data = await caller.read()
-        name = None if self.meaning is None else self.meaning.written(model)
+        meaning = self.meaning
+        name = meaning.written(model) if meaning is not None and meaning.renamed else None
         if name is not None and self.body.rename(name):
             headers, packed = caller.head.headers, b"content-encoding"
-            caller.head.headers = [pair for pair in headers if pair[0].lower() != packed]
+            caller.head.say([pair for pair in headers if pair[0].lower() != packed])
         self._watch = Watch(self._owner.stored, upstream) if self.route.stores else None
         account.model = model
         account.sent_at = account.now()
@@ -235,9 +226,11 @@ class Call:
 
     def close(self, reply: Reply) -> None:
         self.caller.passes = None
-        self._stop_listening()
+        if self.answer.silence is not None:
+            self._stop_listening()
         reply.close()
-        self._told(answered=False)
+        if self._forwarded:
+            self._told(answered=False)
 
     @property
     def _only(self) -> ModelId | None:
@@ -263,8 +256,6 @@ class Call:
             silence.stop()
 
     def _told(self, *, answered: bool) -> None:
-        if not self._forwarded:
-            return
         answered = answered and self._only is not None
         models, self._forwarded = self._forwarded, ()
         for model in models:
@@ -278,7 +269,7 @@ class Call:
     def relay(self, reply: Reply) -> Coroutine[object, object, None]:
         """The upstream's answer becomes ours, byte for byte, while what is returned here is awaited.
 
-        `reply` is closed in the end. Only one step waits for it: a stream goes on for long.
+        `reply` is closed in the end.
         """
         try:
             return self._begin(reply)
@@ -380,9 +371,10 @@ class Call:
     def _whole_ended(self, whole: Whole, status: int) -> None:
         self.caller.finish()
         if status < 400 and not looks_like_error(whole.first):
-            self.account.outcome = Outcome.EMPTY if whole.empty else Outcome.OK
+            empty = whole.empty
+            self.account.outcome = Outcome.EMPTY if empty else Outcome.OK
             # Who says nothing has proved nothing: the next ping will ask.
-            self._told(answered=status == 200 and not whole.empty)
+            self._told(answered=status == 200 and not empty)
         else:
             self.account.outcome = Outcome.UPSTREAM_ERROR
             if status < 400:
@@ -465,10 +457,13 @@ class Call:
         """The request is over, however it went."""
         if self._patience is not None:
             self._patience.stop()
-        self.body.release()
-        self._told(answered=False)
-        self._note()
+        if self.body is not RELEASED:
+            self.body.release()
+        if self._forwarded:
+            self._told(answered=False)
+        if self._to_note:
+            self._note()
         passed = self.answer.passed
         meter = passed.meter if isinstance(passed, Events) else None
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):  # it is bookkeeping
             self._owner.seen(self.account.seen(passed.bytes if passed is not None else 0, meter))

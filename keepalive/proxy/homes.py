@@ -9,17 +9,15 @@ HOMES = 4096
 
 
 class Homes:
-    """The model that each conversation was last answered by; None is no conversation, and has no home."""
+    """The model that each conversation was last answered by."""
 
     def __init__(self) -> None:
         self._models: OrderedDict[bytes, ModelId] = OrderedDict()
 
-    def find(self, conversation: bytes | None) -> ModelId | None:
-        return None if conversation is None else self._models.get(conversation)
+    def find(self, conversation: bytes) -> ModelId | None:
+        return self._models.get(conversation)
 
-    def remember(self, conversation: bytes | None, model: ModelId) -> None:
-        if conversation is None:
-            return
+    def remember(self, conversation: bytes, model: ModelId) -> None:
         self._models[conversation] = model
         self._models.move_to_end(conversation)
         if len(self._models) > HOMES:

@@ -34,7 +34,7 @@ from keepalive.protocols.routes import Route, heartbeat_in, named_in, route_of, 
 from keepalive.protocols.words import error_body, no_heartbeat, refusal_code
 from keepalive.proxy import access
 from keepalive.proxy.body import Room
-from keepalive.proxy.call import Call, Notes
+from keepalive.proxy.call import Call, Notes, Step
 from keepalive.proxy.homes import Homes
 from keepalive.proxy.listings import answer_listing
 from keepalive.proxy.reading import reading
@@ -100,9 +100,10 @@ class Proxy:
             if self.stopping is not None:
                 call.answer.fail(503, self.stopping, "shutting_down", retry_after=5)
             else:
-                call.then(self._serve(call))
-                while (step := call.next_step()) is not None:
-                    await step
+                # None waits inside another: a stream goes on for long, and keeps nothing of the steps before it.
+                step: Step = self._serve(call)
+                while step is not None:
+                    step = await step
         except asyncio.CancelledError:
             if caller.gone:
                 call.account.outcome = Outcome.CLIENT_GONE
@@ -128,7 +129,7 @@ class Proxy:
             self.in_progress -= 1
             call.end()
 
-    async def _serve(self, call: Call) -> None:
+    async def _serve(self, call: Call) -> Step:
         """What becomes of one request."""
         read, answer = call.reading, call.answer
         if read.ours is not None:
@@ -142,9 +143,9 @@ class Proxy:
         if read.no_mode is not None:
             return answer.fail(404, no_heartbeat(read.no_mode), "unknown_heartbeat", outcome=Outcome.REJECTED)
         if read.websocket:
-            return call.then(self._tunnel(call))
+            return self._tunnel(call)
         if not read.names:
-            return call.then(self._show(call))
+            return self._show(call)
         if read.codings is None:
             # LM Studio might unpack it and find the model that we did not see.
             why = "send the body as gzip or deflate, or uncompressed"
@@ -162,18 +163,18 @@ class Proxy:
         if asked is None:
             return answer.fail(503, "too many requests are waiting", "overloaded", retry_after=1)
         call.asked = asked if read.form is None else call.body.read_form(read.form)
-        return call.then(self._ask(call))
+        return self._ask(call)
 
-    async def _ask(self, call: Call) -> None:
+    async def _ask(self, call: Call) -> Step:
         """For whoever is meant by the body."""
         asked, route = call.asked, call.route
         if route.name == "unload":
-            return call.then(self._unload(call))
+            return self._unload(call)
         if asked.misnamed:
             why = "model is no name: write the key of a model, as text"
             return call.answer.fail(400, why, "invalid_model", outcome=Outcome.REJECTED)
         if not asked.readable:
-            return call.then(self._pass(call, self.upstreams.default))  # LM Studio says what is wrong with it
+            return self._pass(call, self.upstreams.default)  # LM Studio says what is wrong with it
         # In a body that is not there the default could not be named.
         stands_in = route.inference and bool(route.kind) and asked is not NO_BODY
         meaning = await self.keeping.meaning(asked.model, default=stands_in)
@@ -185,15 +186,15 @@ class Proxy:
             models = tuple(model for model in models if not self.keeping.is_lm_studio(model.upstream))
             if not models and self.keeping.is_lm_studio(upstream):
                 # Which only says so. Whoever got his base URL wrong is not to wait for a model first.
-                return call.then(self._pass(call, upstream))
+                return self._pass(call, upstream)
         call.meaning = meaning
         if route.name == "load" and self.settings.join_loads:
             if not models and asked.model and is_plain(call.body.plain()):
                 models = tuple(await self.keeping.meant(asked.model))
             if models:
-                return call.then(self._join(call, models))
+                return self._join(call, models)
         if not route.inference:
-            return call.then(self._pass(call, upstream))
+            return self._pass(call, upstream)
         home = await self._home(call, asked.previous) if asked.previous and route.stores else None
         if meaning.renamed and home not in (None, *(model.upstream for model in models)):
             # Who names nobody goes on from an answer where that is: the default model has no answers there.
@@ -201,29 +202,27 @@ class Proxy:
             if not stays.known:
                 call.meaning, meaning, models = stays, stays, ()
         if models:
-            return call.then(self._hold(call, self._at(home, models)))
+            return self._hold(call, self._at(home, models))
         upstream = home or upstream
         perhaps = meaning.perhaps if meaning.known else self.keeping.present(upstream, route.kind)
-        return call.then(self._pass(call, upstream, perhaps))
+        return self._pass(call, upstream, perhaps)
 
     def _is_of_another_kind(self, model: ModelId, route: Route) -> bool:
         """Where that is known: LM Studio's listings tell these two apart."""
         both = {self.keeping.view(model).kind, route.kind}
         return both == {"llm", "embedding"} and self.keeping.is_lm_studio(model.upstream)
 
-    async def _show(self, call: Call) -> None:
+    async def _show(self, call: Call) -> Step:
         """What no body names a model for."""
         head, route, upstream = call.caller.head, call.route, self.upstreams.default
         if route.rows and head.method == b"GET":
             if len(self.upstreams.pools) > 1 or self.keeping.rows(upstream):
-                return call.then(
-                    answer_listing(call, self.upstreams, self.keeping, self.settings.list_timeout)
-                )
+                return answer_listing(call, self.upstreams, self.keeping, self.settings.list_timeout)
         elif route.one:
             upstream = await self._whereabouts(call)
         elif route.stored and (ident := stored_in(head.target)) is not None:
             upstream = await self._home(call, ident) or upstream
-        return call.then(self._pass(call, upstream))
+        return self._pass(call, upstream)
 
     async def _whereabouts(self, call: Call) -> str:
         """The upstream of the model that a path names, by the name that is known there."""
@@ -241,10 +240,12 @@ class Proxy:
 
     def _at(self, home: str | None, models: Sequence[ModelId]) -> Sequence[ModelId]:
         """Those where an answer is stored that is to be gone on from, while that upstream is there."""
+        if home is None:
+            return models
         there = [m for m in models if m.upstream == home and self.keeping.view(m).state != "unknown"]
         return there or models
 
-    async def _hold(self, call: Call, models: Sequence[ModelId]) -> None:
+    async def _hold(self, call: Call, models: Sequence[ModelId]) -> Step:
         """For a model that we keep: passed on once that is warm."""
         call.hold(models)
         again = True  # one more attempt, for a request that nothing was generated for
@@ -268,24 +269,27 @@ class Proxy:
             except UpstreamError as error:
                 return call.answer.broken(error)
             if call.fine(reply, ahead=again):
-                return call.then(call.relay(reply))
+                return call.relay(reply)
             try:
                 lost = await call.read_refusal(reply, ahead=again)
             except BaseException:
                 call.close(reply)
                 raise
             if not (again and lost is not None and lost.retryable):
-                return call.then(call.relay(reply))
+                return call.relay(reply)
             call.close(reply)
             again = False
 
     def _ready(self, call: Call, models: Sequence[ModelId]) -> ModelId | None:
         """The model to ask, where one is warm: where the conversation was last, while that is still good."""
-        home = self._homes.find(call.asked.conversation)
+        conversation = call.asked.conversation
+        if conversation is None:
+            return self.keeping.ready(models)
+        home = self._homes.find(conversation)
         model = self.keeping.ready([home]) if home is not None and home in models else None
         model = model or self.keeping.ready(models)
         if model is not None:
-            self._homes.remember(call.asked.conversation, model)
+            self._homes.remember(conversation, model)
         return model
 
     async def _warm(self, call: Call, models: Sequence[ModelId]) -> ModelId:
@@ -299,7 +303,8 @@ class Proxy:
         finally:
             self.waiting -= 1
             call.account.waited += call.account.now() - began
-        self._homes.remember(call.asked.conversation, model)
+        if call.asked.conversation is not None:
+            self._homes.remember(call.asked.conversation, model)
         return model
 
     async def _join(self, call: Call, models: Sequence[ModelId]) -> None:
@@ -363,7 +368,7 @@ class Proxy:
         """
         upstream, head = self.upstreams.default, call.caller.head
         if call.route.websocket:
-            head.headers = [pair for pair in head.headers if pair[0].lower() != _EXTENSIONS]
+            head.say([pair for pair in head.headers if pair[0].lower() != _EXTENSIONS])
         try:
             reply = await call.ask(upstream, None, upgrade=True)
         except UpstreamError as error:

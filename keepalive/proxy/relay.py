@@ -94,7 +94,8 @@ class Whole:
     @property
     def empty(self) -> bool:
         """An object, as an answer is, without one word in it."""
-        return self._words is not None and not self._words.said and self.first.lstrip().startswith(b"{")
+        words = self._words
+        return words is not None and not words.said and self.first.lstrip().startswith(b"{")
 
 
 class Events:

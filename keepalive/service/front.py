@@ -138,7 +138,8 @@ class Front:
 
     def _handle(self, exchange: Exchange) -> Coroutine[object, object, None]:
         """By the raw path: another spelling is for the upstream to understand or not."""
-        ours = prompts.serves(exchange.head)
+        # Of what the proxy has read once it is known whose it is, whoever says the same again.
+        ours = exchange.head.like.reading is None and prompts.serves(exchange.head)
         return self._prompts(exchange) if ours else self._proxy(exchange)
 
     def _refusal(self, status: int, message: str, head: RequestHead | None) -> tuple[Headers, bytes]:
@@ -220,8 +221,9 @@ class Front:
         seen = self._views.get(model)
         if seen is not None and seen[0] is known:
             # Only how long ago it was looked at goes on: an answer must not end by a look from before it.
-            resting = _resting(known, self._clock())
-            return seen[1] if resting is None else replace(seen[1], resting=resting)
+            if known.idle_since is None:
+                return seen[1]
+            return replace(seen[1], resting=_resting(known, self._clock()))
         view = self._view(model, known)
         if known.state is State.WARM and view.elapsed is None and view.retry_after is None:
             # Of a model that is warm nothing changes by itself, and nearly all requests are for one.
@@ -313,13 +315,7 @@ class Front:
     def _judge(self, seen: Seen) -> None:
         """Whether it helps that a model had read the opening is told by requests of little more, on an idle model."""
         begun, seconds = seen.begun, seen.first_token_seconds
-        if (
-            seen.start != "primed"
-            or seen.model is None
-            or begun is None
-            or not begun.mostly
-            or seconds is None
-        ):
+        if seen.model is None or begun is None or not begun.mostly or seconds is None:
             return
         known = self._keeper.model(seen.model)
         if known is not None and not known.in_flight:
@@ -332,7 +328,8 @@ class Front:
         self._recent.add(seen)
         if seen.model is not None and seen.outcome is not Outcome.REJECTED:
             self._history.asked(seen.model, seen.seconds, max(0.0, seen.seconds - seen.wait_seconds))
-        self._judge(seen)
+        if seen.start == "primed":
+            self._judge(seen)
 
 
 def _resting(known: Model, now: float) -> tuple[float, float] | None:

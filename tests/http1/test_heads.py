@@ -344,7 +344,7 @@ def test_a_head_that_comes_whole_is_read_as_one_that_comes_byte_by_byte():
 def test_headers_that_were_changed_are_asked_for_anew():
     head = RequestHead(b"GET", b"/", [(b"Accept", b"a"), (b"ACCEPT", b"b, C")])
     before = head.values(b"accept"), head.get(b"accept"), head.listed(b"accept")
-    head.headers = [(b"accept", b"c")]
+    head.say([(b"accept", b"c")])
 
     assert before == ([b"a", b"b, C"], None, {b"a", b"b", b"c"})
     assert (head.get(b"accept"), head.values(b"host")) == (b"c", [])
