@@ -236,7 +236,11 @@ class Connection(Sender):
         self._chunks = Chunks() if head.body == CHUNKED else None
         self._wire_bytes = 0
         self._invited = False
-        self._exchange = Exchange(self, head)
+        exchange = self._exchange = Exchange(self, head)
+        if rest and len(rest) == head.body:  # all of it has come, as nearly always
+            exchange.take(rest)
+            exchange.body_came = True
+            rest = b""
         self.listener.turns.begin(self._begin)
         if rest:
             self.data_received(rest)

@@ -18,7 +18,6 @@ _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([0-9]{3})(?: ([\t\x20-\x7e\x80-\xff
 _FIELD_LINE = re.compile(rb"(" + _TOKEN + rb"):[\t ]*+([\t\x20-\x7e\x80-\xff]*+)\r\n")
 # Lines of headers to the empty one, by the same grammar: nearly every head comes whole, and is read at one go.
 _FIELD_LINES = re.compile(rb"(?:" + _TOKEN + rb":[\t\x20-\x7e\x80-\xff]*+\r\n)*+\r\n")
-_DIGITS = re.compile(rb"[0-9]{1,18}")
 _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]{2,45}\]|[0-9A-Za-z._~!$&'()*+,;=%-]*)(?::([0-9]{0,5}))?")
 
 # As text or quoted, and with parameters, of which none is known (RFC 7240). People write fractions, too.
@@ -58,6 +57,24 @@ class BadHead(Exception):
         self.text = text
 
 
+def _whole(
+    start_line: re.Pattern[bytes], data: bytes, limit: int
+) -> tuple[tuple[bytes, ...], Headers, bytes] | None:
+    """A head that has come at one go, and the bytes behind it: what `HeadReader` makes of it; None of any other."""
+    line = start_line.match(data)
+    if line is None:
+        return None
+    begin = line.end()
+    lines = _FIELD_LINES.match(data, begin)
+    if lines is None:
+        return None
+    end = lines.end()
+    if end > limit:
+        return None
+    found = [(name, value.rstrip(b" \t")) for name, value in _FIELD_LINE.findall(data, begin, end)]
+    return line.groups(b""), found, data[end:]
+
+
 class HeadReader:
     """Reads one head. After `feed` returned the bytes behind it, `start` and `headers` hold what it said."""
 
@@ -79,14 +96,10 @@ class HeadReader:
         """The bytes behind the head once it is complete, until then None. Raises BadHead, once."""
         search_from = 0
         if not self._length and not self._kept:
-            line = self._start_line.match(data)
-            lines = _FIELD_LINES.match(data, line.end()) if line is not None else None
-            end = lines.end() if lines is not None else 0
-            if line is not None and 0 < end <= self._limit:
-                self.start = line.groups(b"")
-                found = _FIELD_LINE.findall(data, line.end(), end)
-                self.headers = [(name, value.rstrip(b" \t")) for name, value in found]
-                return data[end:]
+            whole = _whole(self._start_line, data, self._limit)
+            if whole is not None:
+                self.start, self.headers, rest = whole
+                return rest
         if self._kept:
             search_from = len(self._kept)
             self._kept += data
@@ -364,9 +377,22 @@ def _expects(head: RequestHead) -> bool:
 
 
 def reply_head(reader: HeadReader, method: bytes) -> ReplyHead:
-    """The answer in a complete head, to a request of `method`."""
-    minor, status, reason = reader.start
-    head = ReplyHead(int(status), reason, reader.headers, int(minor))
+    """The answer in a complete head, to a request of `method`. Raises BadHead."""
+    return _reply_head(reader.start, reader.headers, method)
+
+
+def whole_reply(data: bytes, limit: int, method: bytes) -> tuple[ReplyHead, bytes] | None:
+    """The same of a head that has come at one go, as nearly all do, and the bytes behind it; None of any other."""
+    whole = _whole(_STATUS_LINE, data, limit)
+    if whole is None:
+        return None
+    start, headers, rest = whole
+    return _reply_head(start, headers, method), rest
+
+
+def _reply_head(start: tuple[bytes, ...], headers: Headers, method: bytes) -> ReplyHead:
+    minor, status, reason = start
+    head = ReplyHead(int(status), reason, headers, int(minor))
     codings = head.values(b"transfer-encoding")
     lengths = head.values(b"content-length")
     if codings and (lengths or len(codings) > 1 or codings[0].lower() != b"chunked"):
@@ -383,9 +409,10 @@ def reply_head(reader: HeadReader, method: bytes) -> ReplyHead:
 
 
 def _length(found: list[bytes]) -> int:
-    if len(found) > 1 or not _DIGITS.fullmatch(found[0]):
+    digits = found[0]
+    if len(found) > 1 or not digits.isdigit() or len(digits) > 18:
         raise BadHead(400, "there must be one Content-Length, and it must be a number")
-    return int(found[0])
+    return int(digits)
 
 
 def values(headers: Headers, name: bytes) -> list[bytes]:

@@ -16,6 +16,7 @@ from keepalive.http1.heads import (
     ReplyHead,
     reply_head,
     reply_reader,
+    whole_reply,
 )
 from keepalive.http1.limits import Limits
 from keepalive.http1.outbox import Outbox, Sender
@@ -100,7 +101,6 @@ class Link(Sender):
         """Expects one answer; the caller then writes the request."""
         self._method = method
         self._asked_upgrade = upgrade
-        self._reader = reply_reader(self._owner.limits.head_bytes)
         self._got_bytes = False
         self._reply = None
         self._answered = self._owner.loop.create_future()
@@ -200,7 +200,7 @@ class Link(Sender):
     def _begin(self, data: bytes) -> None:
         """Bytes of a head, and perhaps of what follows it."""
         self._got_bytes = True
-        if self._reader is None:
+        if self._answered is None:
             # Bytes that nobody asked for: what they answer cannot be known, so nothing may follow them.
             self.transport.abort()
             return
@@ -228,27 +228,31 @@ class Link(Sender):
         self.transport.abort()
 
     def _read_head(self, data: bytes) -> bytes | None:
+        limit = self._owner.limits.head_bytes
         while True:
-            assert self._reader is not None
-            rest = self._reader.feed(data)
-            if rest is None:
-                if self._reader.begun and not self._head_began:
-                    # An upstream may think for as long as it likes, but not in the middle of a head.
-                    self._head_began = self._owner.loop.time()
-                return None
-            head = reply_head(self._reader, self._method)
+            whole = whole_reply(data, limit, self._method) if self._reader is None else None
+            if whole is not None:
+                head, rest = whole
+            else:
+                reader = self._reader = self._reader or reply_reader(limit)
+                behind = reader.feed(data)
+                if behind is None:
+                    if reader.begun and not self._head_began:
+                        # An upstream may think for as long as it likes, but not in the middle of a head.
+                        self._head_began = self._owner.loop.time()
+                    return None
+                head, rest = reply_head(reader, self._method), behind
+                self._reader = None
             if not 100 <= head.status <= 599:
                 raise BadHead(502, "there is no such status")
             if head.status == 101:
                 if not self._asked_upgrade or b"upgrade" not in head.listed(b"connection"):
                     raise BadHead(502, "it switches protocols unasked")
             elif head.status < 200:
-                self._reader = reply_reader(self._owner.limits.head_bytes)
                 data = rest
                 continue
             break
         self._head_began = 0.0
-        self._reader = None
         self._left = head.body
         self._chunks = Chunks() if head.body == CHUNKED else None
         self._reply = Reply(self, head)

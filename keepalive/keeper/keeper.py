@@ -269,7 +269,7 @@ class Keeper:
         if shelf is None:
             return  # a reload has just removed this upstream
         # A prime is given up the moment a user comes: then nothing waits.
-        if isinstance(fact, RequestStarted | RequestEnded) and not self._primes and shelf.count(fact):
+        if isinstance(fact, (RequestStarted, RequestEnded)) and not self._primes and shelf.count(fact):
             return
         self._settle(shelf)
         self._fold(shelf, fact)

@@ -101,7 +101,7 @@ class Answer:
             headers.append(_UNBUFFERED)
         self._caller.start(
             head.status,
-            cors.joined(headers, self._grant) + self._account.headers(),
+            (cors.joined(headers, self._grant) if self._grant else headers) + self._account.headers(),
             reason=head.reason,
             length=head.body if sized else None,
         )

@@ -342,7 +342,9 @@ class Call:
     async def _pass_events(self, reply: Reply) -> Events:
         """From now on they go to the caller as they come."""
         answer, now = self.answer, self.account.now
-        await self._readied(reply)
+        if self.caller.paused:
+            await self.caller.drained()
+        self.caller.passes = reply
         events = Events(answer.push, now, Meter(self.route.protocol, self.account.began), answer)
         answer.passed = events
         self._pour(reply, events.take)
@@ -354,7 +356,9 @@ class Call:
 
     async def _relay_whole(self, reply: Reply, words: Words | None) -> None:
         try:
-            await self._readied(reply)
+            if self.caller.paused:
+                await self.caller.drained()
+            self.caller.passes = reply
             if self._patience is not None:
                 self._patience.stop()
             whole = self.answer.passed = Whole(self.caller.push, words)
@@ -383,24 +387,16 @@ class Call:
     async def _leave(self, reply: Reply) -> None:
         self.close(reply)
 
-    async def _readied(self, reply: Reply) -> None:
-        if self.caller.paused:
-            await self.caller.drained()
-        self.caller.passes = reply
-
     def _pour(self, reply: Reply, take: Callable[[bytes], None]) -> None:
         """What has come of it, and what comes."""
-        take = self._watched(take)
+        if self._watch is not None:
+            take = self._watched(take, self._watch)
         if self._first:
             take(self._first)
             self._first = b""  # a stream goes on for long
         reply.pour(take)
 
-    def _watched(self, take: Callable[[bytes], None]) -> Callable[[bytes], None]:
-        watch = self._watch
-        if watch is None:
-            return take
-
+    def _watched(self, take: Callable[[bytes], None], watch: Watch) -> Callable[[bytes], None]:
         def take_and_look(data: bytes) -> None:
             take(data)
             watch.look(data)

@@ -19,7 +19,7 @@ from keepalive.core.callers import Begun, Key, Outcome, Seen
 from keepalive.core.changed import replace
 from keepalive.core.errors import KeepaliveError
 from keepalive.core.explain import eta
-from keepalive.core.facts import ModelFact, ModelId, OpeningRead, PrimedAnswered, UpstreamFact, WarmAsked
+from keepalive.core.facts import ModelId, OpeningRead, PrimedAnswered, WarmAsked
 from keepalive.core.keeping import View
 from keepalive.core.names import Meaning
 from keepalive.core.records import Model, UpstreamState
@@ -72,6 +72,10 @@ class Front:
         self._openings = openings
         self._recent = recent
         self._history = history
+        # These are asked at each request, and by way of nobody.
+        self.ready = keeper.waiting.ready
+        self.record = keeper.record
+        self.wants = openings.wants
         self._kept: Mapping[ModelId, Kept] = {}
         self._views: dict[ModelId, tuple[Model, View]] = {}
         self._etas: dict[ModelId, tuple[float, float | None]] = {}  # with when they were found
@@ -263,20 +267,11 @@ class Front:
         at, left = found
         return None if left is None else max(0.0, left - (now - at))
 
-    def ready(self, models: Sequence[ModelId]) -> ModelId | None:
-        return self._keeper.waiting.ready(models)
-
     async def ensure_warm(self, models: Sequence[ModelId]) -> ModelId:
         return await self._keeper.waiting.ensure_warm(models)
 
-    def record(self, fact: ModelFact | UpstreamFact) -> None:
-        self._keeper.record(fact)
-
     def _warm(self, model: ModelId) -> None:
         self._keeper.record(WarmAsked(self._clock(), model))
-
-    def wants(self, model: ModelId) -> bool:
-        return self._openings.wants(model)
 
     def note(self, model: ModelId, route: Route, body: bytes) -> Begun | None:
         """The opening that a request begins with, where it is one that the model had read before."""

@@ -80,8 +80,8 @@ class History:
     def asked(self, model: ModelId, seconds: float, answered: float) -> None:
         """A request that came `seconds` ago is over; for `answered` of them its model answered it."""
         place = self._places.get(model)
-        if place is not None:
-            self._keep(place, Asked(self._wall() - seconds, answered))
+        if place is not None and self._writer is not None:
+            self._writer.put(place, Asked(self._wall() - seconds, answered))
 
     def _add(self, model: ModelId, entry: Entry) -> None:
         self._stories[model].add(entry)
