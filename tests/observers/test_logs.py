@@ -603,6 +603,17 @@ def test_a_request_that_went_well_is_said_at_info(tmp_path: Path, level: str, ou
     assert [json.loads(line)["outcome"] for line in (tmp_path / "log").read_text().splitlines()] == outcomes
 
 
+def test_a_request_that_cannot_be_written_down_costs_its_own_line_alone(tmp_path: Path) -> None:
+    with log_to(tmp_path / "log"):
+        logs.request(SEEN[0])
+        logs.request(replace(SEEN[0], seconds=None))
+        logs.logger().info("line")
+        logs.request(SEEN[0])
+
+    rows = [json.loads(line)["event"] for line in (tmp_path / "log").read_text().splitlines()]
+    assert rows == ["proxy.request", "line", "proxy.request"]
+
+
 @contextmanager
 def log_to_a_full_disk(path: Path) -> Iterator[Callable[[], object]]:
     """A log whose first line has found no room, as long as the caller likes; from then on it is in this file."""
