@@ -92,6 +92,7 @@ class Client:
         self._clock: float | None = None
         self._odd: Odd | None = None
         self._tier: Tier | None = None
+        self._listed: Collection[str] = ()
         self._shows_loading = True
         # The same few addresses, again and again: reading one costs as much as what is done with it.
         self._at = lru_cache(maxsize=64)(lambda path: httpx.URL(url.rstrip("/") + path))
@@ -163,7 +164,9 @@ class Client:
             sight, entries = await self._eyes.look(entries)
             sight = replace(sight, clock=self._clock)
         places = self._router.places if tier is Tier.LLAMA else None
-        return Listing(tier, wire.by_key(entries), sight, places, self._odd)
+        index = wire.by_key(entries)
+        self._listed = index.keys()
+        return Listing(tier, index, sight, places, self._odd)
 
     def _left_out(self, odd: Odd) -> None:
         self._odd = odd
@@ -239,7 +242,7 @@ class Client:
         author = wire.answered_by(answer)
         if author is None and (own is not None or kind == "reranker"):
             return None  # not every kind of answer is signed
-        if wire.is_answer_of(author, accepted, tier):
+        if wire.is_answer_of(author, accepted, tier, self._listed):
             return None
         return wire.clean(author or "") or "a model without a name"
 
@@ -268,7 +271,7 @@ class Client:
                 why = f"HTTP {error.status}, in words of the opening"
                 raise Refused(why, reason=error.reason, status=error.status) from None
         author = wire.answered_by(answer)
-        if not wire.is_answer_of(author, accepted, tier):
+        if not wire.is_answer_of(author, accepted, tier, self._listed):
             raise Unexpected(f"{wire.clean(author or '') or 'a model without a name'} answered in its place")
         return wire.tokens(answer)
 

@@ -7,7 +7,7 @@ with 200 and an `error`, and its own crashes with 400. Evidence for every shape:
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -400,13 +400,29 @@ def _said(value: Json) -> Iterator[str]:
                 yield from _said(inner)
 
 
-def is_answer_of(name: str | None, accepted: Iterable[str], tier: Tier) -> bool:
+def is_answer_of(
+    name: str | None, accepted: Iterable[str], tier: Tier, listed: Container[str] = frozenset[str]()
+) -> bool:
     """Whether an answer signed `name` comes from the model that was asked.
 
     LM Studio signs with the instance id, and lets another model answer for an unknown name. Other servers
-    sign more freely: with a path, with a revision behind the name, or not at all.
+    sign more freely: with a path, with a revision behind the name, or not at all. Where one stands in front of
+    others (llama-swap, LiteLLM) it may be any name that the model has over there, the file's for one: another model
+    is what signs with another name that is `listed`, folded.
     """
     folded = [fold_key(a) for a in accepted]
     if tier is not Tier.OPENAI:
         return name is not None and fold_key(name) in folded
-    return name is None or any(a in fold_key(name) or fold_key(name) in a for a in folded)
+    if name is None:
+        return True
+    said = fold_key(name)
+    return any(a in said or said in a for a in folded) or not any(one in listed for one in _signed(said))
+
+
+def _signed(name: str) -> Iterator[str]:
+    """The names that a signature may stand for: with a path before it, a revision or a file's ending behind it."""
+    while name:
+        yield name
+        yield name.partition("@")[0]
+        yield name.removesuffix(".gguf")
+        name = name.partition("/")[2]

@@ -156,6 +156,24 @@ async def test_an_answer_of_another_model_is_told_by_its_name():
         )
 
 
+@pytest.mark.parametrize(
+    ("signed", "other"),
+    [
+        ("weights-q4_k_m.gguf", None),
+        ("acme/embed", "acme/embed"),
+        ("/models/acme/EMBED", "/models/acme/EMBED"),
+    ],
+)
+async def test_another_server_may_sign_with_a_name_of_its_own_but_not_with_one_that_it_lists(
+    signed: str, other: str | None
+):
+    async with studio("openai", answer_model=signed) as server, client(server.url) as upstream:
+        await upstream.listing()
+        server.studio.load("acme/a", seconds=0)
+
+        assert await upstream.ping("acme/a", ["acme/a"], kind="llm", tier=Tier.OPENAI, timeout=5) == other
+
+
 async def test_a_lease_reaches_the_server_when_a_request_is_the_load():
     async with studio("v0") as server, client(server.url) as upstream:
         await upstream.ping("acme/a", ["acme/a"], kind="llm", tier=Tier.V0, timeout=5, lease=86400.0)

@@ -362,10 +362,15 @@ def test_a_ping_is_the_smallest_request_of_its_kind():
         (None, Tier.OPENAI, True),
         ("/models/acme/tiny@main", Tier.OPENAI, True),
         ("qwen", Tier.OPENAI, False),
+        ("/models/Qwen.gguf", Tier.OPENAI, False),
+        ("/models/qwen@main", Tier.OPENAI, False),
+        ("gemma-3-4b-it-Q4_K_M.gguf", Tier.OPENAI, True),
+        ("gemma-3-4b-it-Q4_K_M.gguf", Tier.LLAMA, False),
+        ("gemma-3-4b-it-Q4_K_M.gguf", Tier.V1, False),
     ],
 )
 def test_an_answer_counts_only_from_the_model_that_was_asked(name: str | None, tier: Tier, own: bool):
-    assert wire.is_answer_of(name, ["acme/tiny"], tier) is own
+    assert wire.is_answer_of(name, ["acme/tiny"], tier, {"acme/tiny", "qwen"}) is own
 
 
 def test_what_we_send_is_json():
