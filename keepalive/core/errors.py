@@ -101,7 +101,9 @@ class Refused(UpstreamError):
 
 _TAG = re.compile(r"<[^>]*>")
 _LOADING = re.compile(
-    r"\b(?:(?<!error )(?<!failed )(?:re)?loading|starting|warming up|initiali[sz]ing|not (?:yet )?ready)\b",
+    r"\b(?:(?<!error )(?<!failed )(?:re)?loading|starting|(?:warming|booting|spinning|waking) up|initiali[sz]ing|"
+    r"being (?:re)?(?:loaded|initiali[sz]ed)|not (?:yet )?ready|not yet (?:loaded|initiali[sz]ed)|"
+    r"not (?:been )?(?:loaded|initiali[sz]ed) yet)\b",
     re.IGNORECASE,
 )
 _FAILING = re.compile(r"overload|\bbusy\b|\bfailed\b|out of memory|too many", re.IGNORECASE)

@@ -129,11 +129,14 @@ def event_error(stream: bytes) -> bytes:
     return data if error_message(data) is not None else b""
 
 
-# LM Studio and llama.cpp speak of the context in many words, MLX and vLLM of the prompt, SGLang of the input, and
-# gateways in one word.
+# LM Studio and llama.cpp speak of the context in many words, MLX and vLLM of the prompt or of the model's length,
+# SGLang and TensorRT of the input, TGI of its own fields, and gateways in one word. (Of "too many tokens" speaks who
+# counts those of a minute, too.)
 _NO_CONTEXT: Final = re.compile(
-    r"context[ _]?(?:length|size|window|limit|overflow)|\bn_ctx\b|\b(?:prompt|input) (?:is )?too long\b|"
-    r"\binput (?:length|token count)\b.{0,40}\bexceeds?\b",
+    r"context[ _]?(?:length|size|window|limit|overflow)|\bn_ctx\b|\bmax_(?:seq|model)_len\b|"
+    r"\b(?:prompt|input) (?:is )?too long\b|\bmax(?:imum)? (?:model|sequence|prompt|input) length\b|"
+    r"\b(?:prompt|input) (?:length|tokens?|token count)\b.{0,40}\bexceeds?\b|"
+    r"`inputs` (?:tokens \+|must have less)|\breduce the length of\b",
     re.IGNORECASE,
 )
 

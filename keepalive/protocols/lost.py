@@ -61,13 +61,17 @@ _UNKNOWN: Final = Lost(Reason.UNLOADED, "LM Studio does not find the model", ret
 #: A page of what stands in front of it: LM Studio, and every other server, says what it says as JSON or in words above.
 _AWAY: Final = Lost(Reason.OTHER, "what stands in front of LM Studio does not reach it", retryable=True)
 
+# llama-server's router, too: it had its process a moment ago. "Is not running" alone is said of much else.
+_NOT_RUNNING: Final = re.compile(r"\bmodel name=.+ is not running")
+_GONE: Final = Lost(Reason.UNLOADED, "the process of the model is gone", retryable=True)
+
 # It says so with 502. HAProxy, Traefik, Envoy and Apache have words for it, since nginx turns away by 503 those who ask
-# too often; Cloudflare has statuses: refused, not to be found, no tunnel.
+# too often; Cloudflare has statuses: refused, not there, not to be found, no tunnel.
 _UNREACHED: Final = re.compile(
     r"no (?:server is available|available server|healthy upstream)|upstream connect error|"
     r"due to maintenance downtime"
 )
-_AWAY_STATUSES: Final = (502, 521, 523, 530)
+_AWAY_STATUSES: Final = (502, 521, 522, 523, 530)
 
 
 def looks_lost(status: int, body: bytes, asked: str | None = None) -> Lost | None:
@@ -84,6 +88,8 @@ def looks_lost(status: int, body: bytes, asked: str | None = None) -> Lost | Non
         return None
     message = message.casefold()
     lost = next((lost for words, lost in _LOST if words in message), None)
+    if lost is None and _NOT_RUNNING.search(message):
+        return _GONE
     if lost is None and status == 503 and says_loading(message):
         return _LOADS
     if lost is None and asked and f'invalid model identifier "{asked.casefold()}"' in message:

@@ -81,6 +81,14 @@ def test_reasons_go_by_the_words_that_logs_and_metrics_know():
         ("not yet ready", True),
         ("initialising", True),
         ("warming up the cache", True),
+        ("the endpoint is waking up", True),
+        ("Model is being loaded, try again", True),
+        ("the engine is still being initialised", True),
+        ("model not loaded yet", True),
+        ("the model has not been initialized yet", True),
+        ("model is not yet loaded", True),
+        ("model is not loaded", False),
+        ("has been loaded", False),
         ("error loading model", False),
         ("failed loading", False),
         ("downloading", False),
@@ -91,7 +99,7 @@ def test_reasons_go_by_the_words_that_logs_and_metrics_know():
         ("x" * 4088 + " loading", True),  # a page of any length is read no further
         ("x" * 4089 + " loading", False),
     ],
-    ids=range(15),
+    ids=range(23),
 )
 def test_a_server_that_is_still_on_its_way_is_told_from_one_that_fails(text: str, is_loading: bool):
     assert says_loading(text) is is_loading

@@ -40,6 +40,8 @@ from keepalive.protocols.lost import looks_lost
         (503, b"upstream connect error or disconnect/reset before headers", "other", True),
         (503, b"due to maintenance downtime or capacity\nproblems", "other", True),
         (530, b"error code: 1033", "other", True),
+        (522, b"error code: 522", "other", True),
+        (400, b'{"error":{"code":400,"message":"model name=x:q4 is not running"}}', "unloaded", True),
         (500, b"proxy error: Could not establish connection", "unloaded", True),
         (500, b"proxy error: Failed to read connection", "unloaded", False),
         (
@@ -78,6 +80,7 @@ def test_answers_that_say_the_model_went_away_are_understood(status, body, reaso
         (400, b'{"error":{"message":"the prompt exceeds the context length"}}'),
         (500, b"<html>Internal Server Error</html>"),
         (503, b'{"error":"Model is overloaded"}'),
+        (400, b'{"error":{"message":"MCP server files is not running"}}'),
         (503, b"<html>503 Service Temporarily Unavailable</html>"),
         (504, b"<html>504 Gateway Time-out</html>"),
         (502, b'{"error":{"message":"the engine said something odd"}}'),
