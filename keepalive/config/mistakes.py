@@ -92,9 +92,9 @@ def _name(name: str) -> str:
     return name if plain else shown(name)
 
 
-def nearest(word: str, known: Iterable[str]) -> str | None:
+def nearest(word: str, known: Iterable[str], likeness: float = 0.6) -> str | None:
     lower = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(word.lower()[:100], lower, n=1)
+    near = difflib.get_close_matches(word.lower()[:100], lower, n=1, cutoff=likeness)
     return lower[near[0]] if near else None
 
 

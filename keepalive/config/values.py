@@ -99,11 +99,23 @@ def read_window(value: str) -> Window:
     return windows.parse(value)
 
 
+def _zone_meant(value: str) -> str | None:
+    """A zone that is spelt a little otherwise, or named by its place alone.
+
+    None for what is short for one, or counts hours: the nearest to CEST is EST, seven hours from it, and Etc/GMT+2 is
+    two hours *behind* Greenwich.
+    """
+    zones = sorted(zone for zone in zoneinfo.available_timezones() if not zone.startswith("Etc/"))
+    said = value.lower().replace(" ", "_")
+    named = (zone for zone in zones if said in (zone.lower(), zone.rpartition("/")[2].lower()))
+    return next(named, None) or nearest(value, (zone for zone in zones if "/" in zone), 0.85)
+
+
 def read_zone_name(value: str) -> str:
     try:
         zoneinfo.ZoneInfo(value)
     except (OSError, ValueError, zoneinfo.ZoneInfoNotFoundError):
-        near = nearest(value[:40], sorted(zoneinfo.available_timezones()))
+        near = _zone_meant(value[:40])
         advice = f'write "{near}"' if near else 'write an IANA name such as "Europe/Lisbon"'
         raise ValueError(f"{shown(value)} is no known time zone; {advice}") from None
     return value

@@ -19,6 +19,15 @@ from datetime import UTC, datetime, timedelta, tzinfo
 
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
+# What people write for several days. Near to a day's name, it is none of those days.
+_SPANS = {
+    **dict.fromkeys(
+        ("weekday", "weekdays", "workday", "workdays", "working days", "business days"), "Mon-Fri"
+    ),
+    **dict.fromkeys(("weekend", "weekends"), "Sat-Sun"),
+}
+_EVERY_DAY = ("daily", "everyday", "every day", "all days")
+
 _DAY = 24 * 60
 _WEEK = 7 * _DAY
 _WEEK_SECONDS = 604_800
@@ -150,12 +159,14 @@ def _read_day(text: str) -> int:
     for number, day in enumerate(DAYS):
         if text.lower() in (day.lower(), day[:3].lower()):
             return number
-    names = {name.lower(): name for day in DAYS for name in (day[:3], day)}
+    if text.lower() in _EVERY_DAY:
+        raise ValueError(f'"{_short(text)}" is no day; leave it out, because without days every day is meant')
+    # A slip is seldom in the first letter; "lun" is Monday, in French, and not Sunday.
+    names = {name.lower(): name for day in DAYS if day[0] == text[:1].upper() for name in (day[:3], day)}
     near = difflib.get_close_matches(text.lower()[:20], names, cutoff=0.5)
     # The short name, because that is what people write; "Thurs" and "Tues" are abbreviations and no slips.
-    advice = (
-        f'write "{names[near[0]][:3]}"' if near else 'write "Mon", "Tue", "Wed", "Thu", "Fri", "Sat" or "Sun"'
-    )
+    meant = _SPANS.get(text.lower()) or (names[near[0]][:3] if near else "")
+    advice = f'write "{meant}"' if meant else 'write "Mon", "Tue", "Wed", "Thu", "Fri", "Sat" or "Sun"'
     raise ValueError(f'"{_short(text)}" is no day; {advice}')
 
 

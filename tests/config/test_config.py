@@ -412,6 +412,14 @@ def test_a_model_with_a_mistake(line: str, message: str) -> None:
         ('max_body = "32GiB"', '"32GiB" is out of range; write a size from "1KiB" to "16GiB"'),
         ('max_body = "64 mb"', '"64 mb" is no size; write a number and a unit, such as "64MiB"'),
         ('timezone = "europe/lisbonn"', '"europe/lisbonn" is no known time zone; write "Europe/Lisbon"'),
+        ('timezone = "New York"', '"New York" is no known time zone; write "America/New_York"'),
+        *(
+            (
+                f'timezone = "{short}"',
+                f'"{short}" is no known time zone; write an IANA name such as "Europe/Lisbon"',
+            )
+            for short in ("CEST", "PST", "GMT+2", "W. Europe Standard Time")
+        ),
         (
             'timezone = "../etc/passwd"',
             '"../etc/passwd" is no known time zone; write an IANA name such as "Europe/Lisbon"',

@@ -114,6 +114,13 @@ QS = "q" * 50
         ("Wendesday 08:00-19:00", '"Wendesday" is no day; write "Wed"'),
         ("Thurs 08:00-19:00", '"Thurs" is no day; write "Thu"'),
         ("M 08:00-19:00", '"M" is no day; write "Mon"'),
+        ("Weekdays 08:00-19:00", '"Weekdays" is no day; write "Mon-Fri"'),
+        ("weekend 08:00-19:00", '"weekend" is no day; write "Sat-Sun"'),
+        (
+            "daily 08:00-19:00",
+            '"daily" is no day; leave it out, because without days every day is meant',
+        ),
+        ("lun-ven 08:00-19:00", f'"lun" is no day; {ANY_DAY}'),
         ("M\0n 08:00-19:00", '"M?n" is no day; write "Mon"'),
         (f"{QS[:40]} 08:00-19:00", f'"{QS[:40]}" is no day; {ANY_DAY}'),
         (f"{QS[:41]} 08:00-19:00", f'"{QS[:39]}…" is no day; {ANY_DAY}'),
