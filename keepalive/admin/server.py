@@ -25,6 +25,7 @@ from multidict import CIMultiDict
 
 from keepalive import assets
 from keepalive.core.facts import ModelId
+from keepalive.core.quotes import unquoted
 from keepalive.observers.feed import Feed
 
 # Idle connections are closed, and a head that dribbles in is given up, after this many seconds.
@@ -340,8 +341,9 @@ class Admin:
         if not keys or path in OPEN_WITHOUT_KEY:
             return
         given = _key_in(request.headers.get("Authorization", ""))
+        both = given, unquoted(given.decode("latin-1")).encode("latin-1")
         # Every key is compared, so that the time tells nothing of how many there are.
-        if not sum(hmac.compare_digest(given, secret.encode()) for secret in keys.values()):
+        if not sum(hmac.compare_digest(one, secret.encode()) for secret in keys.values() for one in both):
             challenges = CIMultiDict(("WWW-Authenticate", challenge) for challenge in CHALLENGES)
             raise _Refusal(HTTPStatus.UNAUTHORIZED, "this address wants a key of [auth]", challenges)
 

@@ -25,6 +25,7 @@ from keepalive import __version__, config
 from keepalive.admin import words
 from keepalive.cli import asking, view
 from keepalive.core.errors import KeepaliveError
+from keepalive.core.quotes import unquoted
 
 BAD_CONFIG = 3
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -586,7 +587,7 @@ def _without_config(settings: config.Config) -> str:
 
 
 def _admin_url(url: str | None, path: Path | None) -> str:
-    given = url or os.environ.get("KEEPALIVE_ADMIN_URL")
+    given = url or unquoted(os.environ.get("KEEPALIVE_ADMIN_URL", ""))
     if given:
         return (given if "://" in given else f"http://{given}").rstrip("/")
     try:

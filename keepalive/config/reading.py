@@ -272,6 +272,14 @@ _MEANT = re.compile(rf"({'|'.join(Config.model_fields)})(_|$)")
 
 def _from_variable(text: str) -> object:
     """The value as it would stand in the file; what is no TOML is text."""
+    found = _value(text)
+    if isinstance(found, str) and found != text and found.startswith(("[", "{")):
+        # `docker run --env-file` takes the quotes around a list for a part of it.
+        return _value(found)
+    return found
+
+
+def _value(text: str) -> Any:
     try:
         found = tomllib.loads(f"it = {text}")
     except (ValueError, RecursionError):

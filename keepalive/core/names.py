@@ -14,11 +14,14 @@ from itertools import chain
 from typing import Final
 
 from keepalive.core.facts import Entry, ModelId, fold_key
+from keepalive.core.quotes import unquoted
 
 # LM Studio calls further copies of a model `key:2`, `key:3`, …
 COPY_NUMBER: Final = re.compile(r":[0-9]+$")
 # Ollama lists what was pulled without a tag under this one, and takes it without. Whose clients speak to others, too.
 _TAG: Final = ":latest"
+# What files of Windows begin with, and no blank by Python's rules.
+_MARK: Final = "\ufeff"
 
 NONE_UP: Final[Collection[str]] = frozenset()
 
@@ -161,7 +164,7 @@ class Names:
 
     def find(self, name: str) -> tuple[ModelId, ...]:
         """The kept models that a request for `name` means, in the config's order; none when nobody keeps it."""
-        return self._kept(fold_key(name.strip()))[0]
+        return self._kept(fold_key(self._bare(name)))[0]
 
     def meaning(self, name: str | None, up: Collection[str] = NONE_UP, *, default: bool = True) -> Meaning:
         """What a request means that names `name`, or nobody; `up` are the upstreams that answer now.
@@ -193,10 +196,11 @@ class Names:
         return found
 
     def _named(self, name: str, up: Collection[str]) -> Meaning:
-        if name != name.strip():
-            # Of a file or a variable that ends in a line break. LM Studio knows nobody of that name.
-            bare = self._named(name.strip(), up)
-            written = None if bare.models else bare.name or name.strip()
+        plain = self._bare(name)
+        if name != plain:
+            # LM Studio knows nobody of that name.
+            bare = self._named(plain, up)
+            written = None if bare.models else bare.name or plain
             return replace(bare, renamed=True, name=written) if bare.known else bare
         folded = fold_key(name)
         models, renamed = self._kept(folded)
@@ -234,6 +238,11 @@ class Names:
             if entry is not None:
                 here.append((upstream not in up, not entry.instances, place, upstream))
         return min(here)[-1] if here else None
+
+    def _bare(self, name: str) -> str:
+        """Without what a file or a variable has put around it: line breaks, a byte order mark, quotes."""
+        bare = name.strip().strip(_MARK).strip()
+        return bare if fold_key(bare) in self._by_alias else unquoted(bare).strip()
 
     def _kept(self, folded: str) -> tuple[tuple[ModelId, ...], bool]:
         """The kept models of a folded name, and whether LM Studio knows them by another one."""

@@ -12,12 +12,27 @@ from collections.abc import Sequence
 from typing import Final
 
 from keepalive.core.callers import Key
+from keepalive.core.quotes import unquoted
 from keepalive.http1 import RequestHead, host_of
 from keepalive.proxy.settings import Settings
 
 # What containers and virtual machines call the machine that they run on. Each program has its own name for it.
 _OUTSIDE: Final = re.compile(
-    r"host\.(?:docker|containers|lima|orb|minikube|k3d|rancher-desktop)\.internal|(?:gateway|kubernetes)\.docker\.internal"
+    r"host\.(?:docker|containers?|lima|orb|minikube|k3d|rancher-desktop)\.internal|(?:gateway|kubernetes)\.docker\.internal"
+)
+
+# What distributions write into /etc/hosts for this machine's own loopback.
+_HERE: Final = frozenset(
+    [
+        "localhost",
+        "localhost.localdomain",
+        "localhost4",
+        "localhost4.localdomain4",
+        "localhost6",
+        "localhost6.localdomain6",
+        "ip6-localhost",
+        "ip6-loopback",
+    ]
 )
 
 # A name longer than this is nobody's, and is not said back whole.
@@ -65,7 +80,7 @@ def _quoted(name: str) -> str:
 def _is_expected(host: str, settings: Settings) -> bool:
     """A name that no stranger can have pointed at this listener."""
     # Names below `localhost` are this machine by definition: nobody can own one.
-    if host in ("localhost", "localhost.localdomain") or host.endswith(".localhost"):
+    if host in _HERE or host.endswith(".localhost"):
         return True
     # Nor can anybody register one below `.internal`, and a network that makes up its own does not make up these.
     if host.endswith(".internal") and _OUTSIDE.fullmatch(host):
@@ -125,7 +140,7 @@ def _shown(head: RequestHead) -> list[bytes]:
     for value in (value for name in SHOWN_IN for value in head.values(name)):
         *scheme, given = value.split() or [b""]
         if [word.lower() for word in scheme] != [b"basic"]:
-            shown.append(given)
+            shown += (given, unquoted(given.decode("latin-1")).encode("latin-1"))
         else:
             try:
                 both = base64.b64decode(given, validate=True)

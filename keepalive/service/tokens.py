@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from keepalive.core.errors import KeepaliveError
+from keepalive.core.quotes import unquoted
 
 SECRET_MAX = 64 * 1024
 NO_CREDENTIALS = "systemd passed no credentials; add LoadCredential= to the unit"
@@ -84,7 +85,7 @@ class Notify(Protocol):
 def of_notify(notify: Notify, environ: Mapping[str, str]) -> tuple[str, ...]:
     """The addresses that messages go to; none where nobody is to be told."""
     if notify.urls_env is not None:
-        text, place = environ.get(notify.urls_env, "").strip(), f"the environment variable {notify.urls_env}"
+        text, place = _variable(notify.urls_env, environ), f"the environment variable {notify.urls_env}"
         if not text:
             raise TokenError(f"notify.urls_env: {place} is not set")
     elif notify.urls_file is not None:
@@ -124,8 +125,12 @@ def _credential(name: str, environ: Mapping[str, str]) -> Path | None:
     return Path(folder) / name if folder else None
 
 
+def _variable(name: str, environ: Mapping[str, str]) -> str:
+    return unquoted(environ.get(name, "").strip()).strip()
+
+
 def _from_variable(name: str, environ: Mapping[str, str], place: str) -> str:
-    secret = environ.get(name, "").strip()
+    secret = _variable(name, environ)
     if not secret:
         raise TokenError(f"{place}: the environment variable {name} is not set")
     return _checked(secret, f"{place}: the environment variable {name}")

@@ -701,9 +701,10 @@ async def test_any_of_the_keys_opens_and_probes_need_none() -> None:
     async with listening(model("a"), access=KEYS) as shown:
         first = await asked(f"{shown.url}/api/status", Authorization="Bearer right-key")
         second = await asked(f"{shown.url}/metrics", Authorization="bearer  second-key ")
+        quoted = await asked(f"{shown.url}/metrics", Authorization='Bearer "second-key"')
         probes = [await asked(f"{shown.url}{path}") for path in ("/livez", "/readyz")]
 
-    assert [first[0], second[0], probes[0][0], probes[1][0]] == [200, 200, 200, 200]
+    assert [first[0], second[0], quoted[0], probes[0][0], probes[1][0]] == [200] * 5
 
 
 async def test_a_browser_gives_the_key_as_a_password_whatever_the_name() -> None:

@@ -229,9 +229,11 @@ def test_the_address_is_the_option_then_the_variable_then_the_config_then_the_de
         from_config = Told("status", "-c", "other.toml")
         from_overlay = Told("status", "-c", "other.toml", KEEPALIVE_SERVER__ADMIN_LISTEN=option.url[7:])
         with_key = Told("status", "-c", "other.toml", KEEPALIVE_ADMIN_KEY="secret")
+        # As `docker run --env-file` hands them on.
+        quoted = Told("status", KEEPALIVE_ADMIN_URL=f'"{variable.url}"')
 
-    codes = [t.code for t in (from_option, from_variable, from_config, from_overlay, with_key)]
-    assert codes == [0, 1, 2, 0, 2]
+    codes = [t.code for t in (from_option, from_variable, from_config, from_overlay, with_key, quoted)]
+    assert codes == [0, 1, 2, 0, 2, 1]
     assert cli._admin_url(None, None) == "http://127.0.0.1:9235"
     assert configured.keys == [None, "Bearer secret"]
 

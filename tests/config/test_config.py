@@ -695,6 +695,24 @@ def test_windows_line_ends_do_not_move_lines() -> None:
 # --- The environment ---
 
 
+@pytest.mark.parametrize("quote", ["'", '"'])
+def test_quotes_around_a_list_in_a_variable_do_not_belong_to_it(quote: str) -> None:
+    inner = "'" if quote == '"' else '"'
+    aliases = f"{quote}[{inner}a{inner}, {inner}b{inner}]{quote}"
+
+    found = config.load(
+        None,
+        {
+            "KEEPALIVE_SERVER__LISTEN": f"{quote}[::1]:80{quote}",
+            "KEEPALIVE_MODELS__0__KEY": f"{quote}[k]{quote}",
+            "KEEPALIVE_MODELS__0__ALIASES": aliases,
+        },
+    )
+
+    assert str(found.server.listen) == "[::1]:80"
+    assert (found.models[0].key, found.models[0].aliases) == ("[k]", ("a", "b"))
+
+
 def test_every_setting_can_come_from_the_environment() -> None:
     found = config.load(
         None,

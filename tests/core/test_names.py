@@ -473,3 +473,22 @@ def test_space_around_a_name_does_not_belong_to_it_and_goes_no_further(name):
 
 def test_space_around_a_name_and_a_tag_that_is_listed_go_together():
     assert names(row("llama3:latest"), kept={}).meaning(" llama3\n").written() == "llama3:latest"
+
+
+@pytest.mark.parametrize(
+    "name", ['"acme/tiny-4b"', "'ACME/tiny-4b' ", "\ufeffacme/tiny-4b\r\n", '"small"', '" small "']
+)
+def test_quotes_and_marks_around_a_name_do_not_belong_to_it_either(name):
+    kept = names(LISTED, kept={TINY: ("small",)})
+
+    assert kept.meaning(name).models == kept.find(name) == (TINY,)
+    assert kept.meaning(name).written(TINY) == "acme/tiny-4b"
+    assert names(LISTED, kept={}).meaning('"acme/tiny-4b"').written() == "acme/tiny-4b"
+    assert not kept.meaning('"').known
+    assert not kept.meaning('""').known
+
+
+def test_an_alias_that_has_quotes_is_meant_with_them():
+    kept = names(LISTED, row("coder"), kept={TINY: ('"small"',), CODER: ("small",)})
+
+    assert (kept.find('"Small"'), kept.find("small")) == ((TINY,), (CODER,))

@@ -10,7 +10,7 @@ from keepalive.proxy.settings import Settings
 
 OPEN = Settings({})
 NAMED = Settings({}, allowed_hosts=frozenset(["studio.lan"]), allowed_origins=frozenset(["https://app.lan"]))
-KEYS = (Key("ci", "secret"), Key("desk", "other"), Key("lm", "sk-lm-a:b"))
+KEYS = (Key("ci", "secret"), Key("desk", "other"), Key("lm", "sk-lm-a:b"), Key("odd", "'it'"))
 LOCKED = Settings({}, keys=KEYS, allowed_origins=frozenset(["https://app.lan"]))
 PUBLIC = Settings({}, loopback=False)
 APPS = Settings({}, allowed_origins=frozenset(["app://obsidian.md", "safari-web-extension://1af9"]))
@@ -39,6 +39,11 @@ def head(*lines: str, method: bytes = b"POST") -> RequestHead:
         (OPEN, ["Host: kubernetes.docker.internal:1235"], None),
         (OPEN, ["Host: host.docker.internal:1235"], None),
         (PUBLIC, ["Host: Host.Containers.Internal"], None),
+        (OPEN, ["Host: host.container.internal"], None),
+        (OPEN, ["Host: localhost4.localdomain4:1235"], None),
+        (OPEN, ["Host: localhost6"], None),
+        (OPEN, ["Host: ip6-localhost:1235"], None),
+        (OPEN, ["Host: localhost7"], "host"),
         (OPEN, ["Host: docker.internal"], "host"),
         (OPEN, ["Host: host.evil.internal"], "host"),
         (OPEN, ["Host: host.evil.example.internal"], "host"),
@@ -67,6 +72,9 @@ def head(*lines: str, method: bytes = b"POST") -> RequestHead:
         (LOCKED, ["Host: localhost", "Authorization: Token secret"], None),
         (LOCKED, ["Host: localhost", "Authorization: Bearer Bearer secret"], None),
         (LOCKED, ["Host: localhost", "x-api-key: Bearer secret"], None),
+        (LOCKED, ["Host: localhost", 'Authorization: Bearer "secret"'], None),
+        (LOCKED, ["Host: localhost", "x-api-key: 'secret'"], None),
+        (LOCKED, ["Host: localhost", 'Authorization: Bearer "secret'], "invalid_api_key"),
         (LOCKED, ["Host: localhost", "Authorization: secret wrong"], "invalid_api_key"),
         (LOCKED, ["Host: localhost", "Authorization: "], "invalid_api_key"),
         (LOCKED, ["Host: localhost", "Authorization: Basic secret"], "invalid_api_key"),
@@ -86,6 +94,8 @@ def test_who_may_ask(settings, lines, code):
         ("authorization: BEARER  other ", "desk"),
         ("X-Api-Key: other", "desk"),
         ("Api-Key: secret", "ci"),
+        ('Authorization: Bearer "other"', "desk"),
+        ("Authorization: Bearer 'it'", "odd"),
         ("Authorization: Basic " + base64.b64encode(b"me:secret").decode(), "ci"),
         ("Authorization: Basic " + base64.b64encode(b"other:").decode(), "desk"),
         ("Authorization: Basic " + base64.b64encode(b"sk-lm-a:b").decode(), "lm"),

@@ -28,7 +28,17 @@ def test_a_token_comes_from_a_variable_without_the_white_space_around_it() -> No
     assert of_upstream(upstream(api_token_env="LM_API_TOKEN"), {"LM_API_TOKEN": f" {SECRET}\n"}) == SECRET
 
 
-@pytest.mark.parametrize("environ", [{}, {"LM_API_TOKEN": ""}, {"LM_API_TOKEN": " \n"}])
+@pytest.mark.parametrize("quote", ["'", '"'])
+def test_quotes_around_what_a_variable_holds_do_not_belong_to_it(quote: str) -> None:
+    environ = {"LM_API_TOKEN": f"{quote}{SECRET}{quote}", "TELL": f"{quote}json://a json://b{quote}"}
+
+    assert of_upstream(upstream(api_token_env="LM_API_TOKEN"), environ) == SECRET
+    assert of_notify(Notify(urls_env="TELL"), environ) == ("json://a", "json://b")
+
+
+@pytest.mark.parametrize(
+    "environ", [{}, {"LM_API_TOKEN": ""}, {"LM_API_TOKEN": " \n"}, {"LM_API_TOKEN": '""'}]
+)
 def test_a_variable_that_is_not_set_is_said(environ: dict[str, str]) -> None:
     assert message_of(upstream(api_token_env="LM_API_TOKEN"), environ) == (
         "upstreams 'gpu'.api_token_env: the environment variable LM_API_TOKEN is not set"
