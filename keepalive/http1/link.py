@@ -249,6 +249,7 @@ class Link(Sender):
                 if not self._asked_upgrade or b"upgrade" not in head.listed(b"connection"):
                     raise BadHead(502, "it switches protocols unasked")
             elif head.status < 200:
+                self._head_began = 0.0  # that one has come to its end
                 data = rest
                 continue
             break

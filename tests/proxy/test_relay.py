@@ -141,6 +141,9 @@ class Sink:
     def abort(self):
         raise AssertionError("the framing was taken for broken")
 
+    def get_extra_info(self, name):
+        return None
+
 
 class Caller:
     """Who has what is written as it stands on the wire."""
@@ -258,3 +261,17 @@ async def test_a_body_that_looks_like_a_chunk_is_a_body(of_size):
 
     assert len(TEXT) < 0x100
     assert body(out) == ROLE + TEXT * 2 + looks
+
+
+async def test_an_upstream_may_think_behind_an_interim_head_that_came_in_pieces():
+    pool = Pool(asyncio.get_running_loop())
+    link = Link(pool)
+    link.transport = Sink()
+    answered = link.ask(b"POST", upgrade=False)
+    for piece in (b"HTTP/1.1 102 Pro", b"cessing\r\n\r\n"):
+        link.data_received(piece)
+
+    link.tick(pool.loop.time() + 2 * pool.limits.header_timeout)
+    link.data_received(b"HTTP/1.1 204 No Content\r\n\r\n")
+
+    assert (await answered).head.status == 204
