@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import contextvars
 import logging
+import math
 import socket
 import struct
 from collections.abc import Callable, Coroutine
@@ -240,7 +241,7 @@ class Connection(Sender):
         if rest and len(rest) == head.body:  # all of it has come, as nearly always
             exchange.take(rest)
             exchange.body_came = True
-            rest = b""
+            self._left, rest = 0, b""
         self.listener.turns.begin(self._begin)
         if rest:
             self.data_received(rest)
@@ -406,6 +407,7 @@ class Connection(Sender):
         self._deadline = self.listener.loop.time() + self.listener.limits.linger
         if not (unfinished or self._left or self._chunks is not None or self._unread):
             self.flush()
+            self._deadline = math.inf  # all of it leaves as slowly as it is read, as any answer does
             self.transport.close()
             return
         self.read_on()

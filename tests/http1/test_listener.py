@@ -16,6 +16,13 @@ from tests.kit.live import PATIENCE
 REQUEST = b"GET / HTTP/1.1\r\nHost: here\r\n\r\n"
 
 
+def last_request(body: bytes) -> bytes:
+    return b"POST / HTTP/1.1\r\nHost: here\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b" % (
+        len(body),
+        body,
+    )
+
+
 async def say_no(exchange: Exchange) -> None:
     exchange.answer(404, [(b"Content-Length", b"0")], b"")
 
@@ -230,3 +237,36 @@ async def test_what_one_request_forgets_of_its_head_is_there_for_the_next() -> N
     await listener.close()
 
     assert hosts == [b"here"] * 3
+
+
+@pytest.mark.parametrize("body", [b"", b"{}"], ids=["no body", "a body"])
+async def test_who_asks_but_once_is_let_go_with_the_answer(body: bytes) -> None:
+    listener = await serve(say_no, sockets=bind("127.0.0.1", 0), limits=Limits(linger=10 * PATIENCE))
+    reader, writer = await connect(listener)
+    writer.write(last_request(body))
+    await asyncio.wait_for(reader.read(), PATIENCE)
+
+    async with asyncio.timeout(PATIENCE):
+        await listener.emptied()
+    writer.close()
+    await listener.close()
+
+
+@pytest.mark.parametrize("body", [b"", b"{}"], ids=["no body", "a body"])
+async def test_who_asks_but_once_and_reads_slowly_has_all_of_the_answer(body: bytes) -> None:
+    whole = bytes(32 * 1024 * 1024)
+
+    async def handler(exchange: Exchange) -> None:
+        exchange.answer(200, [], whole)
+
+    limits = Limits(linger=0.0, tick=0.01)
+    listener = await serve(handler, sockets=bind("127.0.0.1", 0), limits=limits)
+    reader, writer = await connect(listener)
+    writer.write(last_request(body))
+    await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE)
+    await asyncio.sleep(0.2)
+    answer = await asyncio.wait_for(reader.read(), PATIENCE)
+    writer.close()
+    await listener.close()
+
+    assert len(answer) == len(whole)
