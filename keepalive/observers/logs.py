@@ -128,7 +128,7 @@ class _Output(logging.Handler):
                 self._write(self._batch())
 
     def _batch(self) -> bytes:
-        lines: list[str] = []
+        lines: list[bytes] = []
         size = 0
         while self._lines and size < WRITE_BYTES:
             line = self._lines.popleft()
@@ -137,9 +137,9 @@ class _Output(logging.Handler):
                     line = line()
                 except Exception:  # noqa: BLE001, S112  one line is lost, as in `emit`, and not all that come after it
                     continue
-            lines.append(line)
-            size += len(line) + 1
-        return "\n".join([*lines, ""]).encode(errors="backslashreplace")
+            lines.append(line.encode(errors="backslashreplace"))
+            size += len(lines[-1]) + 1
+        return b"\n".join([*lines, b""])
 
     def _write(self, batch: bytes) -> None:
         while batch and not self._over:

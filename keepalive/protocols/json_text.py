@@ -22,7 +22,7 @@ def read(text: str) -> object:
     if text.startswith("{"):
         # Without a look for blanks around it, which nearly never are there.
         value, end = JSON.raw_decode(text)
-        if end == len(text):
+        if not text[end:].strip(" \t\n\r"):
             return value
     return JSON.decode(text)
 
