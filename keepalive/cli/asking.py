@@ -5,6 +5,7 @@ import json
 import os
 import urllib.error
 import urllib.request
+from email.message import Message
 from typing import Any
 
 from keepalive import __version__
@@ -46,10 +47,12 @@ def fetch(
     try:
         request = urllib.request.Request(address + route, method=method, headers=headers)  # noqa: S310
         with opener.open(request, timeout=timeout) as answer:
+            _refuse_clients(address, answer.headers)
             document = json.load(answer)
     except urllib.error.HTTPError as error:
         hint = "; set KEEPALIVE_ADMIN_KEY" if error.code == 401 else ""
         with error:
+            _refuse_clients(address, error.headers)
             message = f"{address} answered {error.code}: {_refusal(error)}{hint}"
         raise NoAnswer(message, final=True) from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -65,6 +68,14 @@ def fetch(
     if version != __version__:
         foreign[address] = _line(version)
     return document
+
+
+def _refuse_clients(address: str, headers: Message) -> None:
+    """The other address of a daemon, where applications ask, is what people have at hand. What it passes on says so."""
+    if headers.get("Server-Timing", "").startswith("wait;dur="):
+        why = "is where applications ask; commands ask the admin address"
+        default = "(server.admin_listen, 127.0.0.1:9235 by default)"
+        raise NoAnswer(f"{address} {why} {default}", final=True)
 
 
 def _refusal(error: urllib.error.HTTPError) -> str:

@@ -424,6 +424,7 @@ def test_without_a_config_a_daemon_serves_what_is_asked_for_and_says_so(tmp_path
             answer = ask(f"http://127.0.0.1:{port}/v1/chat/completions", "POST", body)
             url = f"http://127.0.0.1:{admin}"
             status = command("status", "--json", cwd=tmp_path, KEEPALIVE_ADMIN_URL=url)
+            astray = command("status", "--url", f"http://127.0.0.1:{port}", cwd=tmp_path)
             # Every other way to ask for one is as good.
             kind = {"Content-Type": "application/json"}
             order = {"prompt": "hello", "model": "org/first", "maxTokens": 3}
@@ -451,6 +452,11 @@ def test_without_a_config_a_daemon_serves_what_is_asked_for_and_says_so(tmp_path
     assert (misspelt[0], json.loads(misspelt[2])["error"]["message"]) == (
         404, 'modelId: "org/frist" is no model that is kept here; write "org/first"'
     )  # fmt: skip
+    assert (astray.returncode, astray.stderr) == (
+        3,
+        f"http://127.0.0.1:{port} is where applications ask; commands ask the admin address "
+        "(server.admin_listen, 127.0.0.1:9235 by default)\n",
+    )
     assert (warmed.returncode, "org/third" in warmed.stdout) in [(0, True), (1, True)]
     assert (unknown[0], json.loads(unknown[2])["error"]) == (
         404, "no such model here: org/thrid; write org/third"
