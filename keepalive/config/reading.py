@@ -30,6 +30,7 @@ from keepalive.config.mistakes import (
     shown,
 )
 from keepalive.config.tables import SECTIONS, Config, Table, one_or_many
+from keepalive.core.quotes import unquoted
 
 NO_FILE = "environment"
 """What mistakes are attributed to when there is no file."""
@@ -48,7 +49,7 @@ def find(explicit: Path | None, environ: Mapping[str, str]) -> Path | None:
     if explicit is not None:
         return explicit
     if environ.get("KEEPALIVE_CONFIG"):
-        return Path(environ["KEEPALIVE_CONFIG"])
+        return Path(unquoted(environ["KEEPALIVE_CONFIG"]))
     return next((path for path in SEARCHED if os.path.lexists(path)), None)
 
 

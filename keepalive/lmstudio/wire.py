@@ -305,6 +305,8 @@ def v0_entries(answer: Json, odd: Callable[[Odd], None] | None = None) -> list[E
 def openai_entries(answer: Json, odd: Callable[[Odd], None] | None = None) -> list[Entry]:
     """`GET /v1/models`: names, and nothing about what is loaded."""
     what = "GET /v1/models"
+    if answer == {"object": "list", "data": None}:
+        return []  # how Ollama says that it has none
     return read_rows(answer, "data", "id", what, lambda row: Entry(key=_text(row, "id", what)), odd)
 
 

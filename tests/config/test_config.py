@@ -931,6 +931,7 @@ def test_the_file_is_looked_for_in_order(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "config.toml").symlink_to("nowhere")
     assert config.find(None, {}) == Path("config.toml")
     assert config.find(None, named) == Path("named.toml")
+    assert config.find(None, {"KEEPALIVE_CONFIG": '"named.toml"'}) == Path("named.toml")
     assert config.find(Path("x.toml"), named) == Path("x.toml")
 
 

@@ -214,6 +214,12 @@ def test_a_broken_row_of_an_older_listing_or_of_another_server_costs_no_other_ei
     assert wire.openai_entries({"data": [{"id": "a"}, {"name": "b"}]}) == [Entry("a")]
 
 
+def test_a_server_that_has_no_models_may_say_so_with_null():
+    assert wire.openai_entries({"object": "list", "data": None}) == []
+    with pytest.raises(Unexpected, match="without a list"):
+        wire.openai_entries({"data": None})
+
+
 def test_what_is_in_memory_under_a_row_without_its_key_is_not_overlooked():
     rows = [{"key": "a", "loaded_instances": []}, {"key": "", "loaded_instances": [{"id": "a:2"}]}]
 
