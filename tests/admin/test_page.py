@@ -1127,10 +1127,14 @@ async def test_an_open_row_tells_what_it_takes_and_who_waits(browser: Browser) -
     model = written("gemma", memory_bytes=8_540_000_000, memory_source="estimate", waiting=2, in_flight=1)
     async with served(Written(model)) as world, opened(browser, world.url) as shown:
         await row(shown.page, "gemma").locator("summary").click()
-        facts = await row(shown.page, "gemma").locator("details dl div").all_inner_texts()
-
-    assert "Now\n2 requests wait, 1 answer under way" in facts
-    assert "Memory\n8.5 GB, by LM Studio's estimate" in facts
+        facts = row(shown.page, "gemma").locator("details dl div")
+        # They are written once the row has opened, which is told to the page behind the click.
+        await expect(facts.filter(has_text="Now")).to_have_text(
+            "Now 2 requests wait, 1 answer under way", use_inner_text=True
+        )
+        await expect(facts.filter(has_text="Memory")).to_have_text(
+            "Memory 8.5 GB, by LM Studio's estimate", use_inner_text=True
+        )
 
 
 # --- for everybody ------------------------------------------------------------------------------------
