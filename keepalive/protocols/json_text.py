@@ -17,14 +17,14 @@ def text(body: bytes) -> str:
 JSON: Final = json.JSONDecoder(parse_int=float)
 
 
-def read(text: str) -> object:
-    """The value that is all of `text`. Raises ValueError, or RecursionError where it is too deep."""
-    if text.startswith("{"):
+def read(said: str) -> object:
+    """The value that is all of `said`. Raises ValueError, or RecursionError where it is too deep."""
+    if said.startswith("{"):
         # Without a look for blanks around it, which nearly never are there.
-        value, end = JSON.raw_decode(text)
-        if not text[end:].strip(" \t\n\r"):
+        value, end = JSON.raw_decode(said)
+        if not said[end:].strip(" \t\n\r"):
             return value
-    return JSON.decode(text)
+    return JSON.decode(said)
 
 
 def parsed(raw: bytes) -> object:

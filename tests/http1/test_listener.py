@@ -270,3 +270,21 @@ async def test_who_asks_but_once_and_reads_slowly_has_all_of_the_answer(body: by
     await listener.close()
 
     assert len(answer) == len(whole)
+
+
+async def test_what_stands_behind_a_body_that_came_with_its_head_is_the_next_request() -> None:
+    bodies: list[bytes] = []
+
+    async def handler(exchange: Exchange) -> None:
+        bodies.append(await exchange.read())
+        exchange.answer(200, [], b"")
+
+    listener = await serve(handler, sockets=bind("127.0.0.1", 0))
+    reader, writer = await connect(listener)
+    asked = b"POST / HTTP/1.1\r\nHost: here\r\nContent-Length: 1\r\n\r\n%b"
+    writer.write(asked % b"a" + asked % b"b" + last_request(b"c"))
+    await asyncio.wait_for(reader.read(), PATIENCE)
+    writer.close()
+    await listener.close()
+
+    assert bodies == [b"a", b"b", b"c"]

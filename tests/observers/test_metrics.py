@@ -5,10 +5,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from keepalive.core.apply import apply
+from keepalive.core.callers import Outcome, Seen
 from keepalive.core.facts import (
     DrainStarted,
     Entry,
@@ -32,7 +34,7 @@ from keepalive.core.facts import (
 )
 from keepalive.core.records import Model, Policy, Snapshot, Upstream
 from keepalive.core.upstreams import apply_upstream
-from keepalive.observers.metrics import LOAD_BUCKETS, PING_BUCKETS, Metrics
+from keepalive.observers.metrics import LOAD_BUCKETS, PING_BUCKETS, Metrics, ProxyMetrics
 
 GEMMA = ModelId("local", "gemma")
 WALL = 1_000_000.0
@@ -445,3 +447,22 @@ def test_buckets_reach_to_fifteen_minutes_and_each_bound_counts_what_equals_it()
 
     assert world.of("model_load_duration_seconds_bucket", model="gemma", upstream="local", le="600.0") == 0
     assert world.of("model_load_duration_seconds_bucket", model="gemma", upstream="local", le="900.0") == 1
+
+
+def test_how_long_requests_took_is_counted_as_the_library_would():
+    ours, theirs = CollectorRegistry(), CollectorRegistry()
+    counted = ProxyMetrics(ours, lambda: 0, lambda: 0, dict, (1.0,))
+    text, bounds = "From the request to the end of its answer.", (0.1, 0.25, 0.5, *LOAD_BUCKETS, 3600.0)
+    name = "keepalive_proxy_request_duration_seconds"
+    library = Histogram(name, text, ["model"], buckets=bounds, registry=theirs).labels("a")
+    for seconds in (0.0, 0.1, 0.1000001, 1.0, 900.0, 3600.0, 3601.0):
+        counted.count(Seen(ModelId("local", "a"), "chat", None, Outcome.OK, 200, seconds=seconds))
+        library.observe(seconds)
+
+    page = generate_latest(ours).decode()
+    assert [line for line in page.splitlines() if name in line] == generate_latest(
+        theirs
+    ).decode().splitlines()
+    assert ours.get_sample_value(
+        "keepalive_proxy_requests_total", {"model": "a", "route": "chat", "outcome": "ok"}
+    ) == 7  # fmt: skip

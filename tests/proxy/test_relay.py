@@ -275,3 +275,11 @@ async def test_an_upstream_may_think_behind_an_interim_head_that_came_in_pieces(
     link.data_received(b"HTTP/1.1 204 No Content\r\n\r\n")
 
     assert (await answered).head.status == 204
+
+
+async def test_bytes_that_nobody_asked_for_end_the_connection():
+    link = Link(Pool(asyncio.get_running_loop()))
+    link.transport = Sink()
+
+    with pytest.raises(AssertionError, match="taken for broken"):
+        link.data_received(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
