@@ -1237,8 +1237,10 @@ ATTACKS = """async (url) => {
   const boxed = document.createElement("iframe");
   boxed.sandbox = "allow-scripts allow-forms";
   const change = `${url}/api/models/a/release`;
-  boxed.srcdoc = `<form method=POST action="${change}"></form>
-    <script>fetch("${change}", { method: "POST", mode: "no-cors" }); document.forms[0].submit()</` + "script>";
+  // In turn: what a frame has asked for and not sent yet is gone with the page that its form leaves behind.
+  boxed.srcdoc = `<form method=POST action="${change}"></form><script>
+    fetch("${change}", { method: "POST", mode: "no-cors" }).finally(() => document.forms[0].submit())
+    </` + "script>";
   document.body.append(boxed);
   const tries = [];
   for (const verb of ["warm", "release"]) {
