@@ -1,16 +1,16 @@
 """What it costs to be one of several daemons: `python benchmarks/cluster.py`. Needs etcd.
 
 Three members of one cluster, and three daemons that know nothing of each other, each before a hundred warm models, are
-asked in turns in one run: a thousand small requests a second all in all. What the members take more is the price of
-the cluster. Then one daemon that carries all of it alone. Writes are etcd's own count. Where what is wanted is missed
-the exit code is 1.
+asked at the same time, a thousand small requests a second of each three: what slows the machine meanwhile slows both.
+What the members take more is the price of the cluster. Then one daemon that carries as much alone. No two processes of
+one program take the same, so each round begins with new ones. Writes are etcd's own count. Where what is wanted is
+missed the exit code is 1.
 """
 
 import argparse
 import json
 import os
 import platform
-import random
 import re
 import shutil
 import signal
@@ -19,9 +19,10 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "proxy"))
@@ -40,7 +41,7 @@ INTERVAL = TTL / 3
 # Until all have been pinged, what callers use is written, and the socket of a session was looked for.
 SETTLE_SECONDS = 15.0
 # That the first callers come is news, and told to the others; that they go on coming is not.
-WARMING_SECONDS = 1.5
+WARMING_SECONDS = 2 * INTERVAL
 TIMES_WANTED = 1.05
 WRITES_WANTED = 1.0
 
@@ -51,7 +52,6 @@ class Team:
 
     ports: list[int]
     pids: list[int]
-    costs: list[float] = field(default_factory=list)  # CPU per request, in microseconds
 
     def cpu(self) -> float:
         return sum(map(cpu_seconds, self.pids))
@@ -60,12 +60,11 @@ class Team:
         """So many are answered."""
         return load("paced", ",".join(map(str, self.ports)), CONNECTIONS, seconds, RATE, MODELS)["requests"]
 
-    def round(self, seconds: float) -> float:
-        self.ask(WARMING_SECONDS)
+    def cost(self, seconds: float) -> float:
+        """CPU per request, in microseconds."""
         before = self.cpu()
         answered = self.ask(seconds)
-        self.costs.append((self.cpu() - before) / answered * 1e6)
-        return answered
+        return (self.cpu() - before) / answered * 1e6
 
 
 @contextmanager
@@ -85,14 +84,30 @@ def etcd(folder: Path) -> Iterator[tuple[int, int]]:
         yield client, pid
 
 
-def counted(port: int) -> dict[str, float]:
-    """What etcd has done so far: entries of its log, and bytes of all values that were ever put."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
-        page = answer.read().decode()
-    found = {name: float(value) for name, value in re.findall(r"^(etcd_\w+) (\S+)$", page, re.MULTILINE)}
-    names = {"writes": "etcd_server_proposals_committed_total", "puts": "etcd_mvcc_put_total"}
-    names |= {"size": "etcd_debugging_mvcc_total_put_size_in_bytes"}
-    return {what: found.get(name, 0.0) for what, name in names.items()}
+class Log:
+    """What etcd has written since this was made, by its own count."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.began, self.before = time.monotonic(), self._counts()
+
+    def writes(self) -> float:
+        """Entries of its log, per member and interval of the lease."""
+        intervals = (time.monotonic() - self.began) / INTERVAL
+        return self._since("etcd_server_proposals_committed_total") / MEMBERS / intervals
+
+    def size(self) -> float:
+        """Bytes of a value that was put."""
+        puts = self._since("etcd_mvcc_put_total")
+        return self._since("etcd_debugging_mvcc_total_put_size_in_bytes") / puts if puts else 0.0
+
+    def _since(self, name: str) -> float:
+        return self._counts().get(name, 0.0) - self.before.get(name, 0.0)
+
+    def _counts(self) -> dict[str, float]:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=5) as answer:
+            page = answer.read().decode()
+        return {name: float(value) for name, value in re.findall(r"^(etcd_\w+) (\S+)$", page, re.MULTILINE)}
 
 
 def team(
@@ -118,12 +133,19 @@ def team(
     return Team([port for _, port, _ in begun], pids)
 
 
-def ratio(ours: Team, base: Team) -> float:
-    """The median of the ratios round by round: what slows the machine in one round slows both."""
-    return statistics.median(a / b for a, b in zip(ours.costs, base.costs, strict=True))
+@dataclass
+class Round:
+    """What was measured between the start of some daemons and their end."""
+
+    members: float  # CPU per request, in microseconds
+    apart: float
+    alone: float
+    steady: float  # writes to etcd per member and interval of the lease, while all models are asked for
+    busy: float  # the same, over the whole round: use comes and goes
+    size: float  # bytes of a write
 
 
-def measured(folder: Path, rounds: int, seconds: float) -> list[Row]:
+def measured(folder: Path, seconds: float) -> Round:
     with ExitStack() as stack:
         engine, _ = stack.enter_context(etcd(folder))
         upstream = free_port()
@@ -131,60 +153,51 @@ def measured(folder: Path, rounds: int, seconds: float) -> list[Row]:
         stack.enter_context(running(serving, upstream, folder / "upstream.log"))
         set_pace(upstream, rate=0, events=1, others=MODELS)
         # All before the same server: how its answers come, each alone or some at once, is part of what they cost.
-        teams = {
-            "members": team(stack, folder, "member", upstream, MEMBERS, engine),
-            "apart": team(stack, folder, "apart", upstream, MEMBERS),
-            "alone": team(stack, folder, "alone", upstream, 1),
-        }
+        members = team(stack, folder, "member", upstream, MEMBERS, engine)
+        apart = team(stack, folder, "apart", upstream, MEMBERS)
+        alone = team(stack, folder, "alone", upstream, 1)
         time.sleep(SETTLE_SECONDS)
-        before, began = counted(engine), time.monotonic()
-        for number in range(rounds):
-            for name in random.sample(list(teams), len(teams)):
-                teams[name].round(seconds)
-            print(f"round {number + 1} of {rounds}", file=sys.stderr)
-        # Of three turns the members have one: use by all models comes and goes.
-        wrote = {what: value - before[what] for what, value in counted(engine).items()}
-        busy = wrote["writes"] / MEMBERS / ((time.monotonic() - began) / INTERVAL)
-        steady = steadily(teams["members"], engine)
-    members, apart, alone = teams["members"], teams["apart"], teams["alone"]
-    rows = [
-        Row(
-            f"{MEMBERS} that know nothing of each other: CPU per request",
-            statistics.median(apart.costs),
-            "us",
-        ),
-        Row(f"{MEMBERS} members: CPU per request", statistics.median(members.costs), "us"),
-        Row("one that carries all of it: CPU per request", statistics.median(alone.costs), "us"),
+        log = Log(engine)
+        with ThreadPoolExecutor() as at_once:
+            list(at_once.map(lambda each: each.ask(WARMING_SECONDS), (members, apart)))
+            meanwhile = Log(engine)
+            of_members, of_apart = at_once.map(lambda each: each.cost(seconds), (members, apart))
+            steady = meanwhile.writes()
+        alone.ask(WARMING_SECONDS)
+        return Round(of_members, of_apart, alone.cost(seconds), steady, log.writes(), log.size())
+
+
+def table(rounds: list[Round]) -> list[Row]:
+    def middle(figure: Callable[[Round], float]) -> float:
+        return statistics.median(map(figure, rounds))
+
+    return [
+        Row(f"{MEMBERS} that know nothing of each other: CPU per request", middle(lambda r: r.apart), "us"),
+        Row(f"{MEMBERS} members: CPU per request", middle(lambda r: r.members), "us"),
+        Row("one that carries as much alone: CPU per request", middle(lambda r: r.alone), "us"),
         Row(
             "members, beside those that know nothing of each other",
-            ratio(members, apart),
+            middle(lambda r: r.members / r.apart),
             "times",
             TIMES_WANTED,
         ),
-        Row("writes to etcd under that load, per member and interval", steady["writes"], "", WRITES_WANTED),
-        Row("the same, while all of them come and go", busy, "", WRITES_WANTED),
+        Row(
+            "writes to etcd under that load, per member and interval",
+            middle(lambda r: r.steady),
+            "",
+            WRITES_WANTED,
+        ),
+        Row("the same, while all of them come and go", middle(lambda r: r.busy), "", WRITES_WANTED),
+        Row("a write", middle(lambda r: r.size) / 1024, "KiB"),
     ]
-    if wrote["puts"]:
-        rows.append(Row("a write", wrote["size"] / wrote["puts"] / 1024, "KiB"))
-    return rows
-
-
-def steadily(members: Team, engine: int) -> dict[str, float]:
-    """Writes while all models are asked for all the time, per member and interval of the lease."""
-    seconds = 6 * INTERVAL
-    members.ask(2 * INTERVAL)
-    before = counted(engine)
-    members.ask(seconds)
-    after = counted(engine)
-    return {what: (after[what] - before[what]) / MEMBERS / (seconds / INTERVAL) for what in after}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each turn")
+    parser.add_argument("--rounds", type=int, default=5, help="each with daemons of its own")
+    parser.add_argument("--seconds", type=float, default=12.0, help="of each turn")
     parser.add_argument("--json", type=Path, help="write every figure there")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # it takes its children along
@@ -194,7 +207,14 @@ def main() -> None:
         flush=True,
     )
     with tempfile.TemporaryDirectory(prefix="keepalive-bench-") as folder:
-        rows = measured(Path(folder), options.rounds, options.seconds)
+        rounds = []
+        for number in range(options.rounds):
+            place = Path(folder, str(number))
+            place.mkdir()
+            rounds.append(measured(place, options.seconds))
+            times = rounds[-1].members / rounds[-1].apart
+            print(f"round {number + 1} of {options.rounds}: {times:.2f} times", file=sys.stderr)
+        rows = table(rounds)
     print(f"\n{MEMBERS} daemons, {MODELS} models, {RATE:g} requests a second all in all")
     for row in rows:
         print(row)
