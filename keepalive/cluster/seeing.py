@@ -76,8 +76,12 @@ class Seeing:
         held = frozenset(
             u for u, h in new.holders.items() if grounds.lease is not None and h.life == grounds.life
         )
+        # When our last life began one we know better than what it wrote tells.
+        recalled = {folded(m.id) for m in snapshot.models if m.pending is not None and m.pending.ours}
         for model, intent in new.loads.items():
-            if model in ids and intent.life not in (grounds.life, self._writing.unsent.get(model)):
+            ours = intent.life in (grounds.life, self._writing.unsent.get(model))
+            ours = ours or (intent.instance == grounds.me.instance and model in recalled)
+            if model in ids and not ours:
                 self._see_load(ids[model], intent, old.loads.get(model) if model in known else None, held)
         # What is gone is told by what was seen, though what is kept here has changed since.
         for model in old.loads.keys() - new.loads.keys():

@@ -89,8 +89,9 @@ def load_remembered(model: Model, fact: LoadRemembered) -> Model:
 
 
 def _load_elsewhere(model: Model, fact: LoadRemembered, until: float) -> Model:
-    if model.load_started is not None or (model.pending is not None and model.pending.ours):
+    if model.load_started is not None:
         return model  # what we have begun ourselves we know better
+    # An earlier load that was waited for here is over: whoever begins another one has waited for that, too.
     why = f"{fact.by} began it"
     pending = Pending(fact.started, until, alive_at=fact.at, expected=fact.expected, why=why)
     tells = model.tells_loading or fact.tells_loading

@@ -24,7 +24,7 @@ from keepalive.core.facts import (
     WaitStarted,
     WarmAsked,
 )
-from keepalive.core.records import Model, Snapshot, Upstream
+from keepalive.core.records import Model, Pending, Snapshot, Upstream
 from tests.kit.etcd import in_place_of_etcd
 from tests.kit.live import until
 from tests.kit.models import GEMMA, a_model, entry, listed, warm
@@ -174,6 +174,28 @@ def test_what_others_load_is_known_again_of_a_model_that_the_config_names_again(
     cluster._seeing.see(loading)
 
     assert keeping.models[QWEN].pending
+
+
+def test_a_load_that_another_begins_is_waited_for_by_whoever_still_waits_for_an_earlier_one():
+    """What its own last life began it has recalled, with when that was; what came in its place it has not."""
+    recalled = Pending(since=-20.0, until=40.0, alive_at=-20.0)
+    keeping = Records(replace(a_model(), pending=recalled))
+    cluster = a_member(keeping)
+
+    def sees(*loads: rows.Row) -> Pending | None:
+        cluster._seeing.see(rows.picture([HELD, *loads]))
+        return keeping.models[GEMMA].pending
+
+    def begun(by: str, life: str) -> rows.Row:
+        return rows.Row(rows.load_key(GEMMA), rows.load_row(rows.Intent(by, life, 0, 30.0)), 2)
+
+    assert sees(begun("a", "our last life")) == recalled
+    another = sees(begun("b", "life"))
+    assert another is not None
+    assert (another.why, another.expected) == ("b began it", 30.0)
+    anew = sees(begun("c", "its life"))
+    assert anew is not None
+    assert anew.why == "c began it"
 
 
 def test_a_request_for_what_is_warm_is_no_write_of_its_own():
