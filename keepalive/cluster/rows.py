@@ -80,6 +80,7 @@ class Intent:
     expected: float | None = None
     tells_loading: bool = False
     progress: float | None = None
+    number: int = 0  # among those of that model in that life; 0: an older release does not say
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +227,7 @@ def load_row(intent: Intent) -> bytes:
             "expected": intent.expected,
             "tells_loading": intent.tells_loading,
             "progress": intent.progress,
+            **({"number": intent.number} if intent.number else {}),
         }
     )
 
@@ -312,6 +314,7 @@ def picture(rows: Iterable[Row]) -> Picture:
                     _seconds(said, "expected"),
                     said.get("tells_loading") is True,
                     _number(said, "progress", 1.0),
+                    said["number"] if type(said.get("number")) is int else 0,
                 )
             case "states":
                 states[rest] = _states(rest, said)

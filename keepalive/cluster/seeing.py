@@ -76,13 +76,14 @@ class Seeing:
         held = frozenset(
             u for u, h in new.holders.items() if grounds.lease is not None and h.life == grounds.life
         )
-        # When our last life began one we know better than what it wrote tells.
         recalled = {folded(m.id) for m in snapshot.models if m.pending is not None and m.pending.ours}
         for model, intent in new.loads.items():
+            stood = old.loads.get(model) if model in known else None
             ours = intent.life in (grounds.life, self._writing.unsent.get(model))
-            ours = ours or (intent.instance == grounds.me.instance and model in recalled)
+            # Of what our last life began we know better when that was.
+            ours |= stood is None and intent.instance == grounds.me.instance and model in recalled
             if model in ids and not ours:
-                self._see_load(ids[model], intent, old.loads.get(model) if model in known else None, held)
+                self._see_load(ids[model], intent, stood, held)
         # What is gone is told by what was seen, though what is kept here has changed since.
         for model in old.loads.keys() - new.loads.keys():
             if model in ids and (model.upstream not in held or old.loads[model].life != grounds.life):
@@ -154,7 +155,8 @@ class Seeing:
 
     def _see_load(self, model: ModelId, intent: Intent, before: Intent | None, held: frozenset[str]) -> None:
         keeping, now = self._grounds.keeping(), self._grounds.clock()
-        if before is None or (before.created, before.life) != (intent.created, intent.life):
+        # One that comes to nothing and the next may be one row, since nobody waits to take the first one away.
+        if before is None or _which(before) != _which(intent):
             # When it began nobody can tell whose clock is another: not before we heard of it, to be safe.
             keeping.record(
                 LoadRemembered(
@@ -231,6 +233,10 @@ class Seeing:
         good = grounds.hold.good(grounds.awake())
         found = sorted(grounds.seen.holders.items())
         return {u: names.get(h.life, h.instance) for u, h in found if good or h.life != grounds.life}
+
+
+def _which(intent: Intent) -> tuple[int, str, int]:
+    return intent.created, intent.life, intent.number
 
 
 def there(members: Mapping[str, Member]) -> Mapping[str, Member]:

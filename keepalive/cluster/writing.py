@@ -4,6 +4,7 @@ What is there already is not written again; what somebody else may have written 
 """
 
 import secrets
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace as changed
 from math import inf
@@ -51,6 +52,7 @@ class Writing:
         self._reminders: set[ModelId] = set()
         self._begun: dict[ModelId, str] = {}  # in which life an intent was last written, if it was
         self.unsent: dict[ModelId, str] = {}  # the same of loads that never went out
+        self._loads: Counter[ModelId] = Counter()  # begun in this life
         self._alone: set[ModelId] = set()  # loads begun by a person's word while nobody could be told
         self.by_another = False  # while `Seeing` records a wish: it was another's word
 
@@ -63,6 +65,8 @@ class Writing:
             if isinstance(before, Upstream) and isinstance(after, Upstream) and before.state != after.state:
                 self._owner.say()
             return
+        if isinstance(fact, LoadStarted):
+            self._loads[folded(after.id)] += 1
         if isinstance(fact, WarmAsked | ReleaseAsked):
             # A person has asked for it: all members are to know, and to go on knowing when this one ends.
             if not self.by_another:
@@ -98,7 +102,12 @@ class Writing:
 
     def _intent(self, model: Model) -> Intent:
         return Intent(
-            self._grounds.me.instance, self._grounds.life, 0, model.expected_load, model.tells_loading
+            self._grounds.me.instance,
+            self._grounds.life,
+            0,
+            model.expected_load,
+            model.tells_loading,
+            number=self._loads[folded(model.id)],
         )
 
     # --- what stands there now -----------------------------------------------------------------------

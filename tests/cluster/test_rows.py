@@ -47,7 +47,7 @@ def test_a_holder_is_known_by_the_revision_at_which_it_became_one():
 
 
 def test_a_load_is_found_in_whatever_case_the_key_is_written():
-    intent = Intent("a", "5f", 7, expected=12.5, tells_loading=True, progress=0.25)
+    intent = Intent("a", "5f", 7, expected=12.5, tells_loading=True, progress=0.25, number=3)
 
     assert seen(rows.load_key(GEMMA), rows.load_row(intent)).loads == {FOLDED: intent}
 

@@ -63,11 +63,12 @@ def a_member(
     ttl: float = 10.0,
     awake: Callable[[], float] = time.monotonic,
     cluster: str = "ward",
+    name: str = "a",
 ) -> Cluster:
     told = [] if told is None else told
     return Cluster(
         Etcd([url], Access(), 5.0),
-        Self(cluster, "a", "host", "1"),
+        Self(cluster, name, "host", "1"),
         ttl,
         lambda: keeping,
         time.monotonic,

@@ -107,6 +107,29 @@ async def test_a_load_that_is_given_up_while_another_is_taken_away_ends_nothing(
     assert standing(etcd, "loads") == []
 
 
+async def test_the_next_load_in_the_place_of_one_that_came_to_nothing_is_news(etcd: SimulatedEtcd):
+    """Nobody waits to take away the first one: of both there may have been one row all the time."""
+    cluster, _ = await there(etcd, cold())
+    told = []
+    for at in (10, 20):
+        loading = after(cold(), begun := LoadStarted(at, GEMMA))
+        cluster.observe(begun, cold(), loading)
+        await write(cluster, {rows.load_key(GEMMA): cluster._writing.begins(loading)})
+        told.append(rows.picture(await cluster._rows()))
+    others = Records(cold())
+    other = a_member(others, name="b")
+
+    other._seeing.see(told[0])
+    first = others.models[GEMMA].pending
+    other._seeing.see(told[0])
+    again = others.models[GEMMA].pending
+    other._seeing.see(told[1])
+
+    assert first is not None
+    assert again is first
+    assert others.models[GEMMA].pending != first
+
+
 async def test_who_has_its_name_back_stands_there_once(etcd: SimulatedEtcd):
     cluster, _ = await there(etcd, warm(in_flight=1))
     await write(cluster, {rows.member_key("a"): rows.member_row(rows.Member("a", "another"))})

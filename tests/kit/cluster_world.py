@@ -52,7 +52,7 @@ from keepalive.core.facts import (
     WindowOpened,
 )
 from keepalive.core.moves import BACKOFF_MAX
-from keepalive.core.records import LISTING_LAG, Policy
+from keepalive.core.records import LISTING_LAG, Model, Policy
 from keepalive.core.room import SETTLE
 from keepalive.http1.vanished import ASKED_SECONDS
 from keepalive.keeper.given import Keep, Server
@@ -1180,11 +1180,19 @@ class ClusterWorld(World):
             return 0.0
         return self.loads() + len(policies) * (self.ttl + SETTLE) + max(p.patience for p in policies)
 
+    def is_taken(self, model: Model) -> bool:
+        """Whether strangers have the place that it waits for: theirs nobody unloads, and may stay for an hour."""
+        site = next(s for s in self.sites if s.name == model.id.upstream)
+        theirs = any(one.owner == "jit" for one in site.studio.memory.instances.values())
+        return model.policy.auto and not model.instances and theirs
+
     def missing(self) -> list[str]:
         found, now = [], self.judge.now()
         for member in self.living():
             late = {model for model, began in member.held.values() if now > began + self.a_turn(model)}
             for model in member.keeper.snapshot().models:
+                if self.is_taken(model):
+                    continue
                 if model.wanted and not model.given:
                     found.append(f"{model.id.key} at {member.machine.name} is {model.state}: {model.reason}")
                 if model.asked_for is False:
