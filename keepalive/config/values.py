@@ -76,17 +76,31 @@ def read_duration_or_off(value: object, low: str, high: str) -> float | Literal[
 def read_size(value: object) -> int:
     found = _SIZE.fullmatch(value) if isinstance(value, str) else None
     if found is None:
-        raise ValueError(f'{shown(value)} is no size; write a number and a unit, such as "64MiB"')
+        advice = _size_meant(value, _SIZE) or 'a number and a unit, such as "64MiB"'
+        raise ValueError(f"{shown(value)} is no size; write {advice}")
     size = int(found[1]) * _SIZES[found[2]]
     if not 2**10 <= size <= 2**34:
         raise ValueError(f'{shown(value)} is out of range; write a size from "1KiB" to "16GiB"')
     return size
 
 
+def _size_meant(value: object, fits: re.Pattern[str]) -> str | None:
+    """A size whose unit is spelt otherwise, quoted; "G" alone is what `free -h` and `ulimit` mean by it."""
+    found = re.fullmatch(r"([\d.]+)([a-z]+)", shown(value).strip('"').replace(" ", "").lower(), re.ASCII)
+    if found is None:
+        return None
+    units = {unit.lower(): unit for unit in _MEMORY_UNITS} | {
+        unit[0].lower(): unit for unit in _MEMORY_UNITS if unit.endswith("iB")
+    }
+    meant = found[1] + units.get(found[2], "")
+    return f'"{meant}"' if fits.fullmatch(meant) else None
+
+
 def read_memory(value: object) -> int:
     found = _MEMORY.fullmatch(value) if isinstance(value, str) else None
     if found is None:
-        raise ValueError(f'{shown(value)} is no size; write a number and a unit, such as "40GiB" or "4.5GB"')
+        advice = _size_meant(value, _MEMORY) or 'a number and a unit, such as "40GiB" or "4.5GB"'
+        raise ValueError(f"{shown(value)} is no size; write {advice}")
     size = round(float(found[1]) * _MEMORY_UNITS[found[2]])
     if not 2**20 <= size <= 2**50:
         raise ValueError(f'{shown(value)} is out of range; write a size from "1MiB" to "1024TiB"')

@@ -410,7 +410,10 @@ def test_a_model_with_a_mistake(line: str, message: str) -> None:
         ('admin_listen = ":1235"', '":1235" is taken by server.listen; write another port'),
         ("max_body = 64", '64 is no size; write a number and a unit, such as "64MiB"'),
         ('max_body = "32GiB"', '"32GiB" is out of range; write a size from "1KiB" to "16GiB"'),
-        ('max_body = "64 mb"', '"64 mb" is no size; write a number and a unit, such as "64MiB"'),
+        ('max_body = "64 mb"', '"64 mb" is no size; write "64MB"'),
+        ('max_body = "64m"', '"64m" is no size; write "64MiB"'),
+        ('max_body = "1.5 GB"', '"1.5 GB" is no size; write a number and a unit, such as "64MiB"'),
+        ('max_body = "6 miles"', '"6 miles" is no size; write a number and a unit, such as "64MiB"'),
         ('timezone = "europe/lisbonn"', '"europe/lisbonn" is no known time zone; write "Europe/Lisbon"'),
         ('timezone = "New York"', '"New York" is no known time zone; write "America/New_York"'),
         *(

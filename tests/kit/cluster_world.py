@@ -549,8 +549,9 @@ class ClusterJudge(Judge):
     def observe(self, fact: Any, before: Any, after: Any) -> None:
         super().observe(fact, before, after)
         if isinstance(fact, LoadEnded) and fact.outcome is LoadOutcome.OK and fact.instance_id:
-            there = {member.number for member in self.world.living()}
-            self.seen_to_end[fact.model.upstream, fact.instance_id] = there
+            here = next(member for member in self.world.living() if member.number == LIFE.get())
+            told = self.world.living() if here.machine.reaches_etcd.was(self.now()) else [here]
+            self.seen_to_end[fact.model.upstream, fact.instance_id] = {member.number for member in told}
 
     # The properties stand for plain attributes of a judge of one daemon.
     seen = property(lambda self: self.sights.setdefault(LIFE.get(), {}), lambda self, _: None)
@@ -825,11 +826,12 @@ class ClusterWorld(World):
     def are_strangers(self, site: Site, why: str) -> bool:
         """Whether what was said to be somebody else's is: nobody saw its load end, or a caller's request was it.
 
-        Nor does anybody know of whom none is left who was there then.
+        Nor does anybody know of whom none is left who was there then, or who could tell the others.
         """
         said, _, tail = why.rpartition("; ")
         names = tail.removesuffix(STRANGERS[0]).removesuffix(STRANGERS[1]).split(", ")
-        still = {member.number for member in self.living()}
+        told = self.judge.now() - self.ttl
+        still = {member.number for member in self.living() if member.machine.reaches_etcd.was(told)}
         theirs = {
             i.model.key
             for i in site.studio.memory.instances.values()
