@@ -34,10 +34,12 @@ def document(
     mistakes: Sequence[str] = (),
     scraped: float | None = None,
     silences: Mapping[ModelId | None, float] = MappingProxyType({}),
+    opens: Mapping[ModelId, float] = MappingProxyType({}),
 ) -> Json:
     """`date` turns the keeper's clock into Unix seconds; `mistakes` are those of a rejected config.
 
-    `silences`: seconds since something came of an answer that has begun, by model.
+    `silences`: seconds since something came of an answer that has begun, by model. `opens`: when the windows that are
+    closed open next, in Unix seconds.
     `started` is the daemon's birth and `scraped` when its metrics were last read, in Unix seconds.
     """
     return {
@@ -62,7 +64,9 @@ def document(
             for upstream in snapshot.upstreams
         ],
         "models": [
-            model_document(upstream, siblings, model, snapshot.now, date, silences.get(model.id))
+            model_document(
+                upstream, siblings, model, snapshot.now, date, silences.get(model.id), opens.get(model.id)
+            )
             for upstream in snapshot.upstreams
             for siblings in [snapshot.of(upstream.name)]
             for model in siblings
@@ -107,11 +111,15 @@ def model_document(
     now: float,
     date: Callable[[float], float],
     silent: float | None,
+    opens: float | None = None,
 ) -> Json:
-    """One model."""
+    """One model. `opens`: when its window does next, in Unix seconds."""
 
     def at(moment: float | None) -> str | None:
         return None if moment is None or math.isinf(moment) else utc(date(moment))
+
+    def tell(moment: float) -> str:
+        return clock_time(date(moment), date(now))
 
     since, left = model.loading_since, eta(model, siblings, now)
     last, lost = model.last_ping, model.last_eviction
@@ -162,7 +170,9 @@ def model_document(
         "primed": _primed(model, at),
         "next_ping_at": at(_next_ping(model, now)),
         "retry_at": at(next_try(upstream, model, now)),
-        "reason": explain(upstream, siblings, model, now, lambda moment: clock_time(date(moment))),
+        "reason": explain(
+            upstream, siblings, model, now, tell, None if opens is None else clock_time(opens, date(now))
+        ),
     }
 
 
@@ -221,9 +231,10 @@ def requests_document(requests: Sequence[Json], unnamed: Sequence[Json]) -> Json
     return {"requests": [{**one, "at": utc(one["at"])} for one in requests], "unnamed": list(unnamed)}
 
 
-def clock_time(moment: float) -> str:
-    """A time in Unix seconds, by the clock on the wall here."""
-    return f"{datetime.fromtimestamp(moment).astimezone():%H:%M:%S}"
+def clock_time(moment: float, now: float) -> str:
+    """A time in Unix seconds, by the clock on the wall here; what is not today with its day."""
+    local, today = datetime.fromtimestamp(moment).astimezone(), datetime.fromtimestamp(now).astimezone()
+    return f"{local:%H:%M:%S}" if local.date() == today.date() else f"{local:%a %d %b %H:%M}"
 
 
 def utc(moment: float) -> str:

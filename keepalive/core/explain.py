@@ -74,11 +74,11 @@ def _for_nobody(load: Model) -> str:
     return ", which nobody waits for, but LM Studio takes no word to end that"
 
 
-def _why_unwanted(upstream: Upstream, model: Model) -> str:
+def _why_unwanted(upstream: Upstream, model: Model, opens: str | None) -> str:
     if model.asked_for is False:
         return "released by hand"
     if not model.window_open:
-        return "outside its window"
+        return f"outside its window until {opens}" if opens else "outside its window"
     needs = takes(model)
     if upstream.memory is not None and needs is not None and needs > upstream.memory:
         return f"it never fits: it takes {gigabytes(needs)}, and the budget is {gigabytes(upstream.memory)}"
@@ -99,10 +99,11 @@ def explain(
     model: Model,
     now: float,
     tell: Callable[[float], str] | None = None,
+    opens: str | None = None,
 ) -> str | None:
     """Why this model is not warm, in a sentence; for a warm one what is odd about it, or None.
 
-    `tell` says a moment as people read it.
+    `tell` says a moment as people read it; `opens` is when its window does next, in such words.
     """
     if model.state is State.WARM and len(model.instances) > 1:
         copies = f"{len(model.instances)} copies are in memory"
@@ -110,7 +111,7 @@ def explain(
     if model.draining:
         return "makes room: it is given to nobody until another one has been there"
     if model.state is State.COLD and not model.needed:
-        return _why_unwanted(upstream, model)
+        return _why_unwanted(upstream, model, opens)
     if model.state is State.COLD and model.listed:
         blocked = blocked_by(upstream, models, model)
         if blocked:

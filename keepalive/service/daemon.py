@@ -243,6 +243,7 @@ class Daemon:
             self._mistakes,
             self._scraped,
             self._front.silences(),
+            self._next_windows(),
         )
         source = {"path": str(self._path) if self._path else None, "unlisted": self._config.server.unlisted}
         document = {**document, "config": {**document["config"], **source}, "draining": self.stopping}
@@ -513,6 +514,16 @@ class Daemon:
     def _is_open(self, kept: Kept) -> bool:
         now = datetime.fromtimestamp(self._wall(), UTC)
         return kept.window is None or kept.window.contains(now, self._config.zone)
+
+    def _next_windows(self) -> dict[ModelId, float]:
+        """When those that are closed open, in Unix seconds."""
+        now = datetime.fromtimestamp(self._wall(), UTC)
+        found = {}
+        for model, is_open in self._open.items():
+            window = self._kept[model].window
+            if not is_open and window and (opens := window.next_change(now, self._config.zone)):
+                found[model] = opens.timestamp()
+        return found
 
     def _tick(self) -> None:
         """A second has passed: windows may have opened or closed, something may be due."""

@@ -134,6 +134,10 @@ def test_a_warm_model_says_what_is_odd_about_it():
 
 def test_what_nobody_wants_says_who_does_not():
     assert explain(UP, [], cold(window_open=False), 99.0) == "outside its window"
+    assert (
+        explain(UP, [], cold(window_open=False), 99.0, opens="08:00:00")
+        == "outside its window until 08:00:00"
+    )
     assert explain(UP, [], cold(asked_for=False), 99.0) == "released by hand"
 
 

@@ -694,9 +694,13 @@ async def test_a_window_opens_and_closes_and_what_we_loaded_is_unloaded() -> Non
             await until(lambda: model(running, "gemma")["state"] == "cold")
             after = model(running, "gemma")
 
-    assert (outside["wanted"], outside["reason"], inside) == (False, "outside its window", True)
+    today, monday = (datetime.fromisoformat(f"2026-11-{day}T08:00Z").astimezone() for day in (20, 23))
+    until_today, until_monday = f"{today:%H:%M:%S}", f"{monday:%a %d %b %H:%M}"
+    assert (outside["wanted"], inside) == (False, True)
+    assert outside["reason"] == f"outside its window until {until_today}"
     assert loaded["ours"] is True
-    assert (after["wanted"], after["reason"], after["evictions"]) == (False, "outside its window", 0)
+    assert (after["wanted"], after["evictions"]) == (False, 0)
+    assert after["reason"] == f"outside its window until {until_monday}"
 
 
 async def test_what_somebody_else_loaded_is_left_alone_when_a_window_closes() -> None:
