@@ -67,7 +67,8 @@ def apply_upstream(upstream: Upstream, fact: Fact) -> Upstream:
         case HandTaken():
             return replace(upstream, acts=True, answered_at=-inf, due_at=-inf)
         case HandLost():
-            return replace(upstream, acts=False)
+            # What nobody here may ping any more is warm by being listed, and somebody may be waiting for that.
+            return replace(upstream, acts=False, due_at=min(upstream.due_at, fact.at))
         case LoadForgone() | LoadResolved() | HolderTold() | LoadRemembered():
             return replace(upstream, due_at=min(upstream.due_at, fact.at))
         case UsedElsewhere() if fact.ours:

@@ -319,7 +319,7 @@ def test_after_a_clock_jump_no_answer_counts():
     }
 
 
-def test_who_takes_over_looks_first_and_who_has_lost_it_goes_on_looking():
+def test_who_takes_over_looks_first_and_who_has_lost_it_soon():
     ours, anothers = asked_long_ago(), asked_long_ago(acts=False)
 
     assert changed(anothers, apply_upstream(anothers, HandTaken(50, "local"))) == {
@@ -327,7 +327,7 @@ def test_who_takes_over_looks_first_and_who_has_lost_it_goes_on_looking():
         "answered_at": -inf,
         "due_at": -inf,
     }
-    assert changed(ours, apply_upstream(ours, HandLost(50, "local"))) == {"acts": False}
+    assert changed(ours, apply_upstream(ours, HandLost(50, "local"))) == {"acts": False, "due_at": 50}
 
 
 @pytest.mark.parametrize(
