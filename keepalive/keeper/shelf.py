@@ -173,8 +173,11 @@ def _forgotten(model: Model, now: float) -> Model:
         asks_at=model.asks_at,
         priming=Priming(learned=model.priming.learned),
     )
-    since = model.loading_since
-    if since is None or (model.pending is not None and not model.pending.ours):
+    since, pending = model.loading_since, model.pending
+    if pending is not None and pending.loaded:
+        # It has ended well over there, and only the listing lags.
+        return replace(fresh, pending=replace(pending, proved=False, doubted=True), reason=model.reason)
+    if since is None or (pending is not None and not pending.ours):
         return fresh
     expected, tells_loading = model.expected_load, model.tells_loading
     return apply(fresh, LoadRemembered(now, model.id, since, expected, tells_loading))

@@ -1389,6 +1389,24 @@ def test_behind_another_client_all_is_unknown_but_what_users_and_people_did_and_
     assert still.keeper.snapshot().upstreams[0] == Upstream("local", since=after.since)
 
 
+def test_a_load_that_has_ended_and_is_not_listed_yet_is_waited_for_behind_another_client():
+    """As long as a listing may lag; and it is no failure if it never shows: that may be another server."""
+    still = Still("a")
+    model = still.ids[0]
+    still.listed()
+    still.keeper.record(LoadStarted(104.0, model))
+    still.keeper.record(LoadEnded(110.0, model, LoadOutcome.OK, 6.0, instance_id="a"))
+    still.now = 112.0
+    other = Server("local", Client("local", "http://127.0.0.1:2"))
+    still.keeper.configure([other], [Keep(model, POLICY)])
+    seen = []
+    for still.now in (120.0, 154.0, 156.0):
+        still.listed()
+        seen.append((still.keeper.model(model).state, still.keeper.model(model).failures))
+
+    assert seen == [(State.LOADING, 0), (State.LOADING, 0), (State.COLD, 0)]
+
+
 def test_a_load_of_somebody_else_is_not_ours_behind_another_client():
     still = Still("a")
     rows = {"a": Entry("a", loading=True)}
