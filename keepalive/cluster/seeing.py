@@ -120,8 +120,8 @@ class Seeing:
                 self._writing.by_another = True
                 keeping.record(asked(grounds.clock(), ids[model]))
                 self._writing.by_another = False
-        for model in old.wishes.keys() - new.wishes.keys():
-            # Of two that came soon after each other only the first may have been seen here.
+        for model in (old.wishes.keys() | self._writing.wished(ids)) - new.wishes.keys():
+            # Of two that came soon after each other only the first may have been seen here, or none but written.
             if model in ids and model.upstream not in held and ids[model] not in self._writing.wishes:
                 keeping.record(WishSpent(grounds.clock(), ids[model]))
         for upstream, holder in new.holders.items():

@@ -117,6 +117,10 @@ class Writing:
         self._written = {}
         self._uses_said = self._grounds.seen.uses.get(self._grounds.name, {})
 
+    def wished(self, models: Iterable[ModelId]) -> set[ModelId]:
+        """For which of these a person's wish was written since the picture."""
+        return {model for model in models if self._written.get(rows.wish_key(model)) is not None}
+
     def forget_reminder(self, model: ModelId | None) -> None:
         """Whatever stands there now of that model is newer."""
         if model in self._reminders:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from keepalive.cluster import rows
-from keepalive.cluster.etcd import Access, Answer, EngineError, Etcd, put
+from keepalive.cluster.etcd import Access, Answer, EngineError, Etcd, delete, put
 from keepalive.cluster.member import Cluster
-from keepalive.core.facts import LoadForgone, LoadStarted, ModelId, WarmAsked
+from keepalive.core.facts import LoadForgone, LoadStarted, ModelId, ReleaseAsked, WarmAsked
 from keepalive.core.records import Model, Snapshot, Upstream
 from tests.cluster.test_seeing import Records, a_member
 from tests.cluster.test_simulated_etcd import Straight
@@ -304,6 +304,25 @@ async def test_a_wish_is_written_whatever_was_written_since_the_last_look(etcd: 
     await look(cluster)
 
     assert standing(etcd, "wishes") == [rows.wish_key(GEMMA)]
+
+
+async def test_a_wish_that_was_spent_before_its_writer_looked_again_is_spent_for_him_too(
+    etcd: SimulatedEtcd,
+):
+    cluster, _ = await there(etcd, warm())
+    await write(cluster, {rows.holder_key("local"): rows.holder_row("b", "another life")})
+    await look(cluster)
+    keeping: Any = cluster._grounds.keeping()
+    keeping.models[GEMMA] = warm(asked_for=False)
+    cluster.observe(ReleaseAsked(60, GEMMA), warm(), warm(asked_for=False))
+    await cluster._writing.publish()
+    assert standing(etcd, "wishes") == [rows.wish_key(GEMMA)]
+    assert keeping.models[GEMMA].asked_for is False
+
+    await cluster._grounds.engine.commit([], [delete(PREFIX + rows.wish_key(GEMMA))])
+    await look(cluster)
+
+    assert keeping.models[GEMMA].asked_for is None
 
 
 def emptied(etcd: SimulatedEtcd) -> None:
