@@ -544,6 +544,8 @@ class ClusterJudge(Judge):
         self.assumed: dict[int | None, dict[tuple[str, str], bool]] = {}
         # Copies whose load one of the members has seen end, and who was there then to know of it.
         self.seen_to_end: dict[tuple[str, str], set[int]] = {}
+        # When copies of others went last, by their model: a listing of before still shows them.
+        self.strangers_went: dict[tuple[str, str], float] = {}
         super().__init__(now)
 
     def observe(self, fact: Any, before: Any, after: Any) -> None:
@@ -612,7 +614,9 @@ class ClusterJudge(Judge):
     def happened(self, site: Site, event: dict[str, Any]) -> None:
         life = LIFE.get()
         if event["kind"] in ("load.started", "unloaded", "evicted", "expired", "crashed"):
-            self.seen_to_end.pop((site.name, event["instance_id"]), None)
+            known = self.seen_to_end.pop((site.name, event["instance_id"]), None)
+            if known is None and event["kind"] != "load.started":
+                self.strangers_went[site.name, event["model"]] = self.now()
         if event["kind"] == "unloaded" and event["by"] == "rest" and life is not None:
             self.holds(site, life, f"an unload of {event['model']}")
             place = site.name, event["model"]
@@ -836,6 +840,10 @@ class ClusterWorld(World):
             i.model.key
             for i in site.studio.memory.instances.values()
             if self.judge.seen_to_end.get((site.name, i.id), set()).isdisjoint(still)
+        }
+        shown = self.judge.now() - site.refresh
+        theirs |= {
+            key for (name, key), at in self.judge.strangers_went.items() if name == site.name and at > shown
         }
         return bool(said) and tail.endswith(STRANGERS) and theirs.issuperset(names)
 
