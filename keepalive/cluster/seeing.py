@@ -183,6 +183,7 @@ class Seeing:
             contested=told.contested,
             loads=told.loads,
             lost=told.lost if heard else told.lost | told.ours,
+            heard=heard,
         )
 
     def _see_uses(self, new: Picture, ids: Mapping[ModelId, ModelId], held: frozenset[str]) -> None:

@@ -115,8 +115,13 @@ def holder_told(model: Model, fact: HolderTold) -> Model:
         return model  # what it says is of before
     disowned = (model.disowned | model.told) - fact.instance_ids - fact.lost
     ours = model.ours | (fact.instance_ids & known)
+    recalled = model.recalled
+    if recalled is not None and fact.heard:
+        # By the same name there may be another's copy by now: that came while we were gone, and not it.
+        recalled = recalled[0] & (fact.instance_ids | fact.lost), recalled[1]
     model = replace(
         model,
+        recalled=recalled,
         told=fact.instance_ids,
         told_at=fact.at,
         proved_elsewhere=fact.warm,

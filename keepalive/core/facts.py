@@ -300,6 +300,7 @@ class HolderTold(ModelFact):
     loads: tuple[float, ...] = ()  # seconds that its last ones took
     contested: bool = False  # it was taken: that holds off nobody who waits for it
     lost: frozenset[str] = frozenset()  # copies of which it no longer knows whether one of us loaded them
+    heard: bool = False  # from itself; else this is what is left of the word of another one
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,12 @@ def plan(upstream: Upstream, models: Sequence[Model], now: float) -> list[Action
     actions += [GiveUpLoad(m) for m in (room.given_up if room is not None else ())]
     going = {model.id for model, _ in unloads}
     pings = _pings(models, [m for m in due if m.id not in going])
+    if _may_push_out(upstream):
+        # A ping that comes there behind the load which has pushed its model out would be a load, too.
+        if any(m.pinging for m in models):
+            loads = []
+        elif loads or any(m.load_started is not None for m in models):
+            pings = []
     free = not (loads or upstream.arriving)
     actions += give_ups(models, free=free)
     pings = by_opening(pings, models, free=free)
@@ -180,7 +186,7 @@ def _ready(
 
 def _slots(upstream: Upstream, models: Sequence[Model], now: float) -> int:
     slots = upstream.max_loading - sum(holds_a_slot(m, now) for m in models)
-    if upstream.tier is Tier.V0 and upstream.displaces is not False:
+    if _may_push_out(upstream):
         # Each load on demand may push out the one before: see what it does.
         slots = min(slots, 1 - sum(map(is_loading, models)))
     return max(slots, 0)
@@ -222,7 +228,7 @@ def blocked_by(upstream: Upstream, models: Sequence[Model], model: Model) -> str
     LM Studio 0.3.x loads over HTTP only on demand, and by default keeps one such model: loading another
     evicts it, even while it generates. Newer versions load explicitly and leave the others alone.
     """
-    if upstream.tier is not Tier.V0 or upstream.displaces is False:
+    if not _may_push_out(upstream):
         return None
     ours = {
         fold_key(m.id.key)
@@ -242,6 +248,11 @@ def blocked_by(upstream: Upstream, models: Sequence[Model], model: Model) -> str
     return f"LM Studio 0.3.x keeps one model at a time here, and {first.id.key} comes first in the config"
 
 
+def _may_push_out(upstream: Upstream) -> bool:
+    """Whether a load of ours, on demand, may take the place of what is there."""
+    return upstream.tier is Tier.V0 and upstream.displaces is not False
+
+
 def _pushed_out(
     upstream: Upstream, models: Sequence[Model], loads: Sequence[tuple[Model, Action]], *, certain: bool
 ) -> frozenset[ModelId]:
@@ -249,11 +260,7 @@ def _pushed_out(
 
     A request that goes to one of them meanwhile would load it again, and push out the other.
     """
-    if (
-        upstream.tier is not Tier.V0
-        or upstream.displaces is False
-        or (upstream.displaces is None and not certain)
-    ):
+    if not _may_push_out(upstream) or (upstream.displaces is None and not certain):
         return frozenset()
     coming = {m.id for m, _ in loads}
     # After a load that failed, too, the next look decides.

@@ -22,6 +22,7 @@ from keepalive.core.facts import (
     LoadResolved,
     LoadStarted,
     OthersHeard,
+    OursRecalled,
     Tier,
     UsedElsewhere,
     WaitEnded,
@@ -30,7 +31,7 @@ from keepalive.core.facts import (
     WishSpent,
 )
 from keepalive.core.plan import plan
-from keepalive.core.records import Upstream
+from keepalive.core.records import Model, Upstream
 from keepalive.core.room import is_in_use
 from keepalive.core.states import State
 from keepalive.core.upstreams import apply_upstream
@@ -361,6 +362,21 @@ def test_who_acts_and_has_lost_sight_of_a_copy_has_it_back_by_the_word_of_anothe
     assert (alone.ours, alone.lost) == (frozenset(), MINE)
     assert (told.ours, told.lost) == (late.ours, late.lost) == (MINE, frozenset())
     assert (gone.ours, gone.lost) == (frozenset(), frozenset())
+
+
+def test_whoever_comes_back_takes_the_word_of_who_acts_for_whose_copy_it_is():
+    """By that name another one may have come since, which who acts has seen come."""
+    back = after(a_model(GEMMA), OursRecalled(1, GEMMA, MINE, until=100.0))
+
+    def seen(**told: object) -> Model:
+        return after(back, HolderTold(2, GEMMA, warm=True, **told), trusted(3, "gemma"))  # type: ignore[arg-type]
+
+    assert seen(heard=True).unknown_there == frozenset()
+    assert seen(heard=True).ours == frozenset()
+    # Where nobody who acts has said anything yet, or he does not know himself, it is as it was.
+    assert seen().ours == MINE
+    assert seen(heard=True, lost=MINE).ours == MINE
+    assert seen(heard=True, instance_ids=MINE).ours == MINE
 
 
 def test_who_is_told_of_a_copy_of_ours_looks_for_it_soon():

@@ -545,6 +545,17 @@ def test_of_loads_on_demand_there_is_one_at_a_time_unless_they_are_known_to_bear
     assert plan(up(tier=Tier.V0, max_loading=1, evicts=False), models, 50.5) == [Load(GEMMA)]
 
 
+def test_no_ping_goes_where_a_load_on_demand_may_have_pushed_its_model_out():
+    """It would load that model again, and push out the other: one of both at a time, until what happens is known."""
+    proved_long_ago, needed = there(ours=frozenset({"gemma"})), absent(QWEN, rank=1)
+    unknown, both = up(tier=Tier.V0), [proved_long_ago, needed]
+
+    assert plan(unknown, both, 50.5) == [Load(QWEN)]
+    assert plan(unknown, [proved_long_ago, replace(needed, load_started=50.4)], 50.5) == []
+    assert plan(unknown, [replace(proved_long_ago, pinging=True), needed], 50.5) == []
+    assert plan(up(tier=Tier.V0, evicts=False), both, 50.5) == [Load(QWEN), SendPing(GEMMA, "gemma")]
+
+
 # --- what a load on demand could push out ---------------------------------------------------------
 
 DISPLACING = "loading it on LM Studio 0.3.x could push out gemma, which we did not load"
