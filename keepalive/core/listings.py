@@ -21,7 +21,7 @@ from keepalive.core.moves import (
     proved,
     says_that_it_loads,
 )
-from keepalive.core.records import LISTING_LAG, UNSEEN, Cause, Model, Pending
+from keepalive.core.records import LISTING_LAG, REPLAYED, UNSEEN, Cause, Model, Pending
 from keepalive.core.states import Sign, State
 
 # Comparing a key with each of a hundred thousand listed ones would hold up everything else for seconds.
@@ -230,7 +230,15 @@ def _missing(model: Model, at: float, cause: Cause | None, *, told: bool) -> Mod
     gone = bool(model.instances)
     model = count_eviction(model, at, cause)
     how = "it made room for another" if cause is None else "LM Studio no longer has it in memory"
-    return absent(model, at, how if gone else None)
+    shown = told and model.tells_loading
+    replayed = gone and model.priming.under_way is not None and not shown
+    model = absent(model, at, how if gone else None)
+    if not replayed:
+        return model
+    # It may have come there behind what it was meant for, and is a load like any other then.
+    until = at + model.longest_load(model.expected_load)
+    pending = Pending(at, until, alive_at=at, expected=model.expected_load, why=REPLAYED)
+    return move(replace(model, pending=pending), Sign.SEEN_LOADING, at, _unseen(pending))
 
 
 def _unseen(pending: Pending) -> str:

@@ -21,7 +21,7 @@ from keepalive.core.facts import (
     PrimeStarted,
 )
 from keepalive.core.moves import proved
-from keepalive.core.records import Model, Ping, Primed, Priming
+from keepalive.core.records import REPLAYED, Model, Ping, Primed, Priming
 from keepalive.core.states import IllegalMove, State
 
 # Who has just had an answer mostly asks again: an opening that is begun and given up all the time helps nobody.
@@ -161,11 +161,16 @@ def ended(model: Model, fact: PrimeEnded) -> Model:
     was_read = any(primed.opening == fact.opening for primed in model.priming.done)
     priming = replace(model.priming, under_way=None)
     model = replace(model, touched_at=fact.at, used_at=fact.at, priming=priming, contested=False)
+    if fact.outcome is PrimeOutcome.GIVEN_UP:
+        return model
+    pending = model.pending
+    if pending is not None and pending.why == REPLAYED and fact.outcome is not PrimeOutcome.TIMEOUT:
+        model = replace(
+            model, pending=replace(pending, until=fact.at)
+        )  # it was answered: the next look tells
     match fact.outcome:
         case PrimeOutcome.OK:
             return _done(model, fact)
-        case PrimeOutcome.GIVEN_UP:
-            return model
         case PrimeOutcome.REFUSED:
             # It answers, only not this.
             return _unfit(_proved(model, fact.at), fact)

@@ -1159,10 +1159,17 @@ class ClusterWorld(World):
         within = self.ttl + self.loads() + 15.0
         if not UNTOLD.isdisjoint(kinds):
             within += 2 * self.ttl  # until each address was tried, and for one more `ttl` nobody acts
+        waited_for = {
+            (model.id.upstream, model.id.key)
+            for member in self.living()
+            for model in member.keeper.snapshot().models
+            if model.pending is not None
+        }
         for site in self.sites:
             for model in site.models:
                 at_work = any(load.model is model for load in site.studio.memory.loads.values())
-                if f"{PREFIX}loads/{site.name}/{model.key}" in self.etcd.kvs and not at_work:
+                written = f"{PREFIX}loads/{site.name}/{model.key}" in self.etcd.kvs
+                if (written or (site.name, model.key) in waited_for) and not at_work:
                     # Nothing tells it from a load that does not show yet.
                     self.judge.counted["an intent without a load"] += 1
                     within = max(
