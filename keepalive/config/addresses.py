@@ -159,9 +159,10 @@ def _meant(scheme: str) -> str:
 
 
 def _no_origin(value: str, scheme: str, example: str) -> str:
-    # People leave the scheme out, or write more behind the port.
-    found = re.match(r"(?:([a-z][a-z0-9+.-]*)://)?([^/?#\s]+)", value.lower())
-    meant = f"{_meant(found[1] or _usual(found[2], scheme))}://{_plain(found[2])}" if found else ""
+    # People leave the scheme or a part of it out, write it twice, or more behind the port.
+    found = re.match(r"(?:(https?)[:/]+)*(?:([a-z][a-z0-9+.-]*)://)?([^/?#\s]+)", value.strip().lower())
+    given = found and (found[2] or found[1])
+    meant = f"{_meant(given or _usual(found[3], scheme))}://{_plain(found[3])}" if found else ""
     # An upstream speaks http; a page may be of any program.
     sound = _origin(meant) and (scheme == "https" or meant.startswith("http"))
     advice = (_fit(meant) if sound else "") or example
@@ -204,9 +205,10 @@ def _is_host(host: str) -> bool:
     """A name, an IPv4 address or an IPv6 address in brackets."""
     # 127.0.0.300 looks like a name to a resolver and then costs a lookup that nobody understands.
     if host.startswith("[") or re.fullmatch(r"[0-9.]+", host):
+        inside = re.fullmatch(r"\[([^%]+)\]", host)  # a zone would swallow whatever stands behind it
         try:
-            version = ipaddress.ip_address(host.strip("[]")).version
+            version = ipaddress.ip_address(inside[1] if inside else host).version
         except ValueError:
             return False
-        return version == (6 if host.startswith("[") else 4)
+        return version == (6 if inside else 4)
     return _HOST.fullmatch(host) is not None and ".." not in host

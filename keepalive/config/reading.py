@@ -4,6 +4,7 @@ import json
 import os
 import re
 import tomllib
+import unicodedata
 import zoneinfo
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -38,6 +39,13 @@ NO_FILE = "environment"
 SEARCHED = (Path("config.toml"), Path("/etc/keepalive/config.toml"))
 
 _LARGEST_FILE = 1024 * 1024
+
+# What other languages have for values, and TOML has otherwise or not at all.
+_WORDS = {
+    **dict.fromkeys(("true", "yes", "on"), "write true"),
+    **dict.fromkeys(("false", "no", "off"), 'write false, or "off" where that is among the choices'),
+    **dict.fromkeys(("none", "null", "nil", "undefined"), "take the line away, so that the default holds"),
+}
 
 
 def find(explicit: Path | None, environ: Mapping[str, str]) -> Path | None:
@@ -103,7 +111,9 @@ def _parse_toml(text: str, source: str) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         said, _, place = str(error).rpartition(" (at ")
         line, column = map(int, re.findall(r"\d+", place) or (text.rstrip("\n").count("\n") + 1, 0))
-        message = f"not TOML: {short(said)}{_slip(said)}"
+        rows = text.split("\n")
+        row = rows[line - 1] if line <= len(rows) else ""
+        message = f"not TOML: {short(said)}{_slip(said, row[max(column - 1, 0) :])}"
         raise ConfigError([Mistake(source, line, "", message, column or None)]) from None
     except (ValueError, RecursionError):
         # Python's own limits on nesting and on the digits of a number, far from any config that is meant.
@@ -111,8 +121,29 @@ def _parse_toml(text: str, source: str) -> dict[str, Any]:
         raise ConfigError([Mistake(source, None, "", message)]) from None
 
 
-def _slip(said: str) -> str:
-    """How people come to what TOML says: they leave quotes out, or write a path of Windows."""
+def _slip(said: str, rest: str) -> str:
+    """How people come to what TOML says: they write another language, leave quotes out, or paste from a page.
+
+    `rest` is the line from that place on.
+    """
+    if twice := re.fullmatch(r"Cannot declare \('(\w+)',\) twice", said):
+        if f"[[{twice[1]}]]" in SECTIONS:
+            return f"; write [[{twice[1]}]] above each table"
+        return "; it stands above already, so write its keys there"
+    if said == "Cannot overwrite a value":
+        return "; it stands above already, so take one of the two away"
+    mark = rest.lstrip()[:1]
+    if unicodedata.category(rest[:1] or " ") in ("Zs", "Cf") and rest[:1] not in ("", " "):
+        return "; there is a blank or a mark here that cannot be seen, so type this line anew"
+    if mark and mark in "“”„‟″‘’‚′«»`":
+        return '; quotes are straight ones, as in "text"'
+    if said.startswith("Expected '='") and mark == ":":
+        return '; write "=" for ":"'
+    if said.startswith("Expected newline") and mark and mark in ",;":
+        return f'; take the "{mark}" away'
+    word = re.match(r"[A-Za-z]*\b", rest)
+    if said.startswith("Invalid value") and word and word[0].lower() in _WORDS:
+        return f"; {_WORDS[word[0].lower()]}"
     if said.startswith(("Invalid value", "Expected newline", "Illegal character")):
         return "; text and durations stand in quotes"
     if said.startswith(("Unescaped '\\'", "Invalid hex value")):

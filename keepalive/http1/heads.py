@@ -18,7 +18,10 @@ _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([0-9]{3})(?: ([\t\x20-\x7e\x80-\xff
 _FIELD_LINE = re.compile(rb"(" + _TOKEN + rb"):[\t ]*+([\t\x20-\x7e\x80-\xff]*+)\r\n")
 # Lines of headers to the empty one, by the same grammar: nearly every head comes whole, and is read at one go.
 _FIELD_LINES = re.compile(rb"(?:" + _TOKEN + rb":[\t\x20-\x7e\x80-\xff]*+\r\n)*+\r\n")
-_HOST = re.compile(rb"(\[[0-9A-Fa-f:.]{2,45}\]|[0-9A-Za-z._~!$&'()*+,;=%-]*)(?::([0-9]{0,5}))?")
+# Clients send the zone of an address along, as RFC 6874 writes it or bare.
+_HOST = re.compile(
+    rb"(\[[0-9A-Fa-f:.]{2,45}(?:%[0-9A-Za-z._~-]{1,32})?\]|[0-9A-Za-z._~!$&'()*+,;=%-]*)(?::([0-9]{0,5}))?"
+)
 
 # As text or quoted, and with parameters, of which none is known (RFC 7240). People write fractions, too.
 _WAIT = re.compile(

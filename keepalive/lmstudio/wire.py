@@ -307,6 +307,8 @@ def openai_entries(answer: Json, odd: Callable[[Odd], None] | None = None) -> li
     what = "GET /v1/models"
     if answer == {"object": "list", "data": None}:
         return []  # how Ollama says that it has none
+    if isinstance(answer, list) and answer:
+        answer = {"data": answer}  # Together and GitHub list without anything around it
     return read_rows(answer, "data", "id", what, lambda row: Entry(key=_text(row, "id", what)), odd)
 
 

@@ -20,6 +20,8 @@ class Listing:
             answer = json.loads(text(body))
         except RecursionError:
             raise ValueError("nested too deeply") from None
+        if isinstance(answer, list) and answer and rows == "data":
+            answer = {"object": "list", "data": answer}  # as clients of more than one such server read it
         found = answer.get(rows) if isinstance(answer, dict) else None
         if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
             raise ValueError("no listing")

@@ -35,6 +35,9 @@ _HERE: Final = frozenset(
     ]
 )
 
+# An IPv4 address as programs may write it: with fewer numbers, or as hexadecimal ones.
+_SHORTENED: Final = re.compile(r"(?:0x[0-9a-f]{1,8}|[0-9]{1,10})(?:\.(?:0x[0-9a-f]{1,8}|[0-9]{1,10})){0,3}")
+
 # A name longer than this is nobody's, and is not said back whole.
 _QUOTED: Final = 100
 
@@ -107,7 +110,8 @@ def _is_address(host: str) -> bool:
     try:
         ipaddress.ip_address(host)
     except ValueError:
-        return False
+        # No name ends in a number: browsers and resolvers take these for addresses, too (`127.1`).
+        return _SHORTENED.fullmatch(host) is not None
     return True
 
 

@@ -92,6 +92,11 @@ def test_several_addresses_of_this_machine_are_one_server(url: str) -> None:
         ("ftp://box/lm", 'is not scheme, host and port; write "http://127.0.0.1:1234"'),
         ("app://box", 'is not scheme, host and port; write "http://127.0.0.1:1234"'),
         ("box/lm", 'is not scheme, host and port; write "http://box"'),
+        ("http//box:1234", 'is not scheme, host and port; write "http://box:1234"'),
+        ("http:/box:1234/lm", 'is not scheme, host and port; write "http://box:1234"'),
+        ("https:box", 'is not scheme, host and port; write "https://box"'),
+        ("http://http://box:1234", 'is not scheme, host and port; write "http://box:1234"'),
+        (" http://box:1234 ", 'is not scheme, host and port; write "http://box:1234"'),
         ("htp://box:1234", 'is not scheme, host and port; write "http://box:1234"'),
     ],
 )

@@ -396,6 +396,11 @@ def test_a_model_with_a_mistake(line: str, message: str) -> None:
             '":1235" for every interface',
         ),
         (
+            'listen = "[fe80::1%eth0]:80"',
+            '"[fe80::1%eth0]:80" is not host and port; write one such as "127.0.0.1:1235", '
+            '"[::1]:1235", or ":1235" for every interface',
+        ),
+        (
             'listen = "127.0.0.1:99999"',
             '"127.0.0.1:99999" is not host and port; write one such as "127.0.0.1:1235", '
             '"[::1]:1235", or ":1235" for every interface',
@@ -610,11 +615,49 @@ def test_a_value_that_is_wrong_is_not_compared_with_others() -> None:
             'a = "C:\\Users"\n',
             "1:10: not TOML: Invalid hex value; in 'single quotes' a backslash is one, as in 'C:\\keepalive'",
         ),
-        ("a = 1\na = 2\n", "2:6: not TOML: Cannot overwrite a value"),
+        (
+            "a = 1\na = 2\n",
+            "2:6: not TOML: Cannot overwrite a value; it stands above already, so take one of the two away",
+        ),
         (
             "[server]\n[server]\n",
-            "2:8: not TOML: Cannot declare ('server',) twice",
+            "2:8: not TOML: Cannot declare ('server',) twice; it stands above already, so write its keys there",
         ),
+        (
+            "[models]\n[models]\n",
+            "2:8: not TOML: Cannot declare ('models',) twice; write [[models]] above each table",
+        ),
+        ("a = “b”\n", '1:5: not TOML: Invalid value; quotes are straight ones, as in "text"'),
+        ("a = `b`\n", '1:5: not TOML: Invalid value; quotes are straight ones, as in "text"'),
+        (
+            'a\N{NO-BREAK SPACE}= "b"\n',
+            "1:2: not TOML: Expected '=' after a key in a key/value pair; there is a blank or a mark here that "
+            "cannot be seen, so type this line anew",
+        ),
+        (
+            'a\N{ZERO WIDTH SPACE} = "b"\n',
+            "1:2: not TOML: Expected '=' after a key in a key/value pair; there is a blank or a mark here that "
+            "cannot be seen, so type this line anew",
+        ),
+        ("a: 1\n", '1:2: not TOML: Expected \'=\' after a key in a key/value pair; write "=" for ":"'),
+        (
+            'a = "b",\n',
+            '1:8: not TOML: Expected newline or end of document after a statement; take the "," away',
+        ),
+        (
+            "a = 8,192\n",
+            '1:6: not TOML: Expected newline or end of document after a statement; take the "," away',
+        ),
+        (
+            "a = 1;\n",
+            '1:6: not TOML: Expected newline or end of document after a statement; take the ";" away',
+        ),
+        ("a = True\n", "1:5: not TOML: Invalid value; write true"),
+        (
+            "a = no # not now\n",
+            '1:5: not TOML: Invalid value; write false, or "off" where that is among the choices',
+        ),
+        ("a = None\n", "1:5: not TOML: Invalid value; take the line away, so that the default holds"),
         ("a = [1,\n", "1: not TOML: Invalid value; text and durations stand in quotes"),
         (
             "a = " + "[" * 5000,

@@ -145,7 +145,9 @@ def test_a_byte_that_is_not_ascii_stays_as_it_is_in_a_value():
     assert read([b"GET / HTTP/1.1\r\nHost: x\r\nA: caf\xe9\r\n\r\n"])[2][1] == (b"A", b"caf\xe9")
 
 
-@pytest.mark.parametrize("host", [b"[::1]:1235", b"127.0.0.1", b"a_b.example", b"", b"x:"])
+@pytest.mark.parametrize(
+    "host", [b"[::1]:1235", b"[fe80::1%25eth0]:1", b"[fe80::1%en0]", b"127.0.0.1", b"a_b.example", b"", b"x:"]
+)
 def test_these_hosts_are_hosts(host):
     assert not isinstance(read([b"GET / HTTP/1.1\r\nHost: %b\r\n\r\n" % host]), int)
 

@@ -214,6 +214,13 @@ def test_a_broken_row_of_an_older_listing_or_of_another_server_costs_no_other_ei
     assert wire.openai_entries({"data": [{"id": "a"}, {"name": "b"}]}) == [Entry("a")]
 
 
+def test_a_listing_may_be_a_list_with_nothing_around_it():
+    assert wire.openai_entries([{"id": "a", "object": "model"}, {"id": "b"}]) == [Entry("a"), Entry("b")]
+    for anything in ([], [1], ["a"], [{"name": "a"}]):
+        with pytest.raises(Unexpected):
+            wire.openai_entries(anything)
+
+
 def test_a_server_that_has_no_models_may_say_so_with_null():
     assert wire.openai_entries({"object": "list", "data": None}) == []
     with pytest.raises(Unexpected, match="without a list"):

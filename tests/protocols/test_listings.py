@@ -33,6 +33,16 @@ def test_rows_of_all_upstreams_stand_in_their_order_and_the_first_wins_for_an_eq
     assert json.loads(found) == {"object": "list", "data": [{"id": "x", "at": "a"}, {"id": "y"}, {"id": "z"}]}
 
 
+def test_a_list_with_nothing_around_it_becomes_the_listing_that_clients_read():
+    bare = Listing(b'[{"id":"x"}]', "data")
+
+    found = merged([(bare, {"x": ["y"]}), (listing({"id": "z"}), {})], "data")
+
+    assert json.loads(found) == {"object": "list", "data": [{"id": "x"}, {"id": "z"}, {"id": "y"}]}
+    with pytest.raises(ValueError, match="no listing"):
+        Listing(b"[]", "models")
+
+
 def test_an_alias_is_a_copy_of_the_row_of_its_key_in_the_shape_that_was_asked_for():
     openai = listing({"id": "Acme/Tiny-4b", "object": "model", "owned_by": "ä"})
     native = listing(NEWER, name="models")
