@@ -72,6 +72,7 @@ TESTS: Mapping[str, Sequence[str]] = {
         "tests/proxy/test_callers.py",
         "tests/proxy/test_held.py",
         "tests/proxy/test_faults.py",
+        "tests/proxy/test_silence.py",
     ),
 }
 # Times what the tests take without a fault, and seconds of the processor on top.

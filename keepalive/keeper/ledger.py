@@ -110,7 +110,7 @@ class Ledger:
             return
         if not after.ours and after.recalled is None:
             with suppress(OSError):
-                path.unlink(missing_ok=True)
+                path.unlink()
         elif after.ours != before.ours:
             url = self._urls()[after.id.upstream]
             shortest = min(after.recent_loads, default=0.0)

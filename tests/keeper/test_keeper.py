@@ -1432,6 +1432,7 @@ def said_no(reason: Reason, status: int) -> Refused:
         (said_no(Reason.RESOURCES, 500), Tier.V1, LoadOutcome.REFUSED),
         (said_no(Reason.RESOURCES, 500), Tier.OPENAI, LoadOutcome.REFUSED),
         (said_no(Reason.LOAD_FAILED, 500), Tier.V1, LoadOutcome.FAILED),
+        (said_no(Reason.LOADING, 500), Tier.OPENAI, LoadOutcome.UNKNOWN),
         (said_no(Reason.OTHER, 399), Tier.V1, LoadOutcome.UNKNOWN),
         (said_no(Reason.OTHER, 400), Tier.V1, LoadOutcome.FAILED),
         (said_no(Reason.OTHER, 499), Tier.V1, LoadOutcome.FAILED),
