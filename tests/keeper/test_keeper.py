@@ -29,6 +29,8 @@ from keepalive.core.errors import (
 )
 from keepalive.core.explain import explain
 from keepalive.core.facts import (
+    DrainEnded,
+    DrainStarted,
     Entry,
     Fact,
     Instance,
@@ -1168,6 +1170,20 @@ async def test_who_waits_is_woken_when_it_is_warm_and_is_told_of_as_served():
     assert [m.waiting for m in still.keeper.snapshot().models] == [0, 0]
 
 
+async def test_who_waits_while_a_model_makes_room_is_woken_when_it_need_not():
+    still = Still("a")
+    still.listed("a")
+    still.warm(still.ids[0])
+    still.keeper.record(DrainStarted(still.clock(), still.ids[0]))
+    waiting = asyncio.ensure_future(still.keeper.waiting.ensure_warm(still.ids))
+    early = await settled(waiting)
+    still.keeper.record(DrainEnded(still.clock(), still.ids[0]))
+
+    assert not early
+    assert await settled(waiting)
+    assert waiting.result() == still.ids[0]
+
+
 async def test_who_leaves_while_waiting_was_not_served_and_wakes_nobody_else():
     still = Still("a")
     still.listed("a")
@@ -1311,6 +1327,34 @@ def test_an_upstream_is_kept_as_the_reload_says_and_its_state_stays():
 
     assert (upstream.refresh_interval, upstream.max_loading, upstream.auto_evict) == (5.0, 3, True)
     assert upstream.state is UpstreamState.UP
+
+
+def test_an_upstream_is_up_while_it_answers():
+    still = Still("a")
+    seen = [still.keeper.up()]
+    still.listed()
+    seen.append(still.keeper.up())
+    still.keeper.record(ListingFailed(still.clock(), "local", still.now, Trouble.REFUSED, "nothing listens"))
+    seen.append(still.keeper.up())
+
+    assert seen == [set(), {"local"}, set()]
+
+
+def test_how_long_a_load_still_takes_is_told_of_what_is_kept_and_has_been_loaded_before():
+    still = Still("a")
+    still.listed()
+    still.keeper.record(LoadStarted(still.clock(), still.ids[0]))
+    unknown = still.keeper.ready_in(still.ids[0])
+    still.keeper.record(LoadEnded(still.clock(), still.ids[0], LoadOutcome.OK, 30.0, instance_id="a"))
+    still.listed("a")
+    still.listed()
+    still.keeper.record(LoadStarted(still.clock(), still.ids[0]))
+    still.now += 10.0
+
+    assert unknown is None
+    assert still.keeper.ready_in(still.ids[0]) == pytest.approx(20.0, abs=0.1)
+    assert still.keeper.ready_in(ModelId("local", "z")) is None
+    assert still.keeper.ready_in(ModelId("gpu", "a")) is None
 
 
 def test_upstreams_stand_in_the_order_of_the_config():
