@@ -79,6 +79,19 @@ def error_object(body: bytes) -> dict[str, object]:
     return (error if isinstance(error, dict) else {}) | {"message": message}
 
 
+def bare_error(body: bytes) -> dict[str, object]:
+    """The same of a refusal that is the error itself, with nothing around it, as gateways write it.
+
+    Only a status tells these from an answer that has such fields.
+    """
+    try:
+        answer = json.loads(text(body), parse_constant=str)
+    except (ValueError, RecursionError):
+        return {}
+    known = isinstance(answer, dict) and _text_of(answer, "message") and "error" not in answer
+    return answer if known and (_text_of(answer, "code") or _text_of(answer, "type")) else {}
+
+
 def _error_of(body: bytes) -> object:
     try:
         answer = json.loads(text(body), parse_constant=str)

@@ -51,7 +51,7 @@ def error_event(
             # The documented event is flat, and what makes OpenAI's own client raise is `error`: both, then.
             flat = {
                 "type": "error",
-                "code": _text(error, "code") or code,
+                "code": _text(error, "code") or error_code(error) or code,
                 "message": message,
                 "param": error.get("param"),
                 "sequence_number": number + 1,
@@ -111,6 +111,7 @@ _ANTHROPIC_TYPES: Final = {
     429: "rate_limit_error",
     503: "overloaded_error",
     504: "timeout_error",
+    529: "overloaded_error",
 }
 
 
@@ -119,9 +120,11 @@ def _error(
 ) -> dict[str, object]:
     if len(error) > 1:
         # More than a sentence: an error of a layout, and whoever reads that route knows it.
+        told = dict(error) | {"message": _text(error, "message") or message}
         if protocol is Protocol.MESSAGES:
-            return {"type": "error", "error": {"type": _anthropic_type(status)} | dict(error)}
-        return {"error": dict(error)}
+            told = {"type": None} | told  # LiteLLM's may be null
+            return {"type": "error", "error": told | {"type": told["type"] or _anthropic_type(status)}}
+        return {"error": told}
     code = error_code(error) or code
     if protocol is Protocol.MESSAGES:
         return {"type": "error", "error": {"type": _anthropic_type(status), "message": message}}

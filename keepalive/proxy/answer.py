@@ -14,7 +14,7 @@ from keepalive.core.errors import Cut, TimedOut, Unreachable, UpstreamError
 from keepalive.core.facts import ModelId
 from keepalive.core.keeping import View
 from keepalive.http1 import NO_STORE, Caller, Headers, ReplyHead, cors, end_to_end
-from keepalive.protocols.answers import error_code, error_object, event_error, plain_words
+from keepalive.protocols.answers import bare_error, error_code, error_object, event_error, plain_words
 from keepalive.protocols.begun import Begun
 from keepalive.protocols.routes import Protocol, Route
 from keepalive.protocols.words import NO_ERROR, error_body, error_event, response_failed, told_people
@@ -173,6 +173,8 @@ class Answer:
     def explain(self, status: int, body: bytes) -> None:
         """The upstream gave another answer than the events that were promised."""
         error = error_object(body) or error_object(event_error(body))
+        if not error and status >= 400:
+            error = bare_error(body)
         words = plain_words(body)
         instead = f"the upstream answered {status}{f': {words}' if words else ' without events'}"
         message = str(error.get("message") or instead)

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from keepalive.protocols.answers import (
     Delta,
+    bare_error,
     chat_delta,
     chat_error,
     error_message,
@@ -121,6 +122,23 @@ def test_no_event_of_a_chat_raises_anything_else(data):
 )
 def test_every_field_of_an_error_is_kept(body, error):
     assert error_object(body) == error
+
+
+@pytest.mark.parametrize(
+    ("body", "known"),
+    [
+        (b'{"message":"m","code":"c","n":1}', True),
+        (b'{"message":"m","type":"t"}', True),
+        (b'{"message":"m","code":400}', False),
+        (b'{"message":"","code":"c"}', False),
+        (b'{"message":{"content":"m"},"type":"t"}', False),
+        (b'{"error":true,"message":"m","type":"t"}', False),
+        (b"[]", False),
+        (b"<html>", False),
+    ],
+)
+def test_a_refusal_may_be_the_error_itself(body, known):
+    assert bare_error(body) == (json.loads(body) if known else {})
 
 
 @pytest.mark.parametrize(

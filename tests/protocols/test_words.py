@@ -125,6 +125,24 @@ def test_an_error_without_a_type_gets_one_where_anthropics_clients_need_it():
         "message": "no",
         "param": "x",
     }
+    assert told("messages", {"message": "no", "type": None}, 529)[0]["error"]["type"] == "overloaded_error"
+    assert told("messages", {"message": "no"}, 529)[0]["error"]["type"] == "overloaded_error"
+
+
+@pytest.mark.parametrize("name", ["chat", "responses", "messages", "native"])
+def test_an_error_whose_words_are_not_where_they_belong_is_told_with_words(name):
+    odd = {"message": "", "code": 400, "details": "no"}
+    event = error_event(ROUTES[name], "the upstream answered 400", "upstream_400", status=400, error=odd)
+    error = json.loads(Decoder().feed(event)[-1].data)["error"]
+
+    assert error["message"] == "the upstream answered 400"
+    assert error["details"] == "no"
+
+
+def test_both_events_by_which_a_response_fails_know_a_prompt_that_is_too_long():
+    failed, flat = told("responses", WHOLE)
+
+    assert failed["response"]["error"]["code"] == flat["code"] == "context_length_exceeded"
 
 
 @pytest.mark.parametrize(

@@ -698,6 +698,16 @@ async def test_u25_after_200_any_other_answer_is_an_error_event(reply, says_what
         assert says_what in json.loads(events.removeprefix(b"data: "))["error"]["message"]
 
 
+async def test_a_refusal_with_nothing_around_it_is_told_with_its_code():
+    bare = {"message": "too much", "code": "quota", "type": "limit", "tokens": 7}
+    reply = ok(json.dumps(bare).encode()).replace(b"200 OK", b"400 Bad Request")
+    keep = warm(state="cold", load_seconds=0.15)
+    async with fronted(says(reply, then="cut"), keep=keep, heartbeat=0.1) as (front, _):
+        _, _, body = await ask(front.port, chat())
+
+    assert json.loads(without_comments(body).removeprefix(b"data: "))["error"] == bare
+
+
 @pytest.mark.parametrize(
     "body",
     [
