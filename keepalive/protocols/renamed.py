@@ -16,14 +16,14 @@ _MARKS: Final = (
 )
 
 
-def renamed(body: bytes, name: str) -> bytes | None:
-    """`body` asking for `name`; None where it is no JSON object.
+def renamed(body: bytes, name: str, field: str = "model") -> bytes | None:
+    """`body` asking for `name`, in `field`; None where it is no JSON object.
 
     Of several equal keys the last counts, so that one is changed. Where there is none it is put in front.
     """
     mark, encoding = next((m for m in _MARKS if body.startswith(m[0])), (b"", json.detect_encoding(body)))
     plain = body[len(mark) :] if mark else body
-    scan = TopLevel(("model",), 0)
+    scan = TopLevel((field,), 0)
     if encoding == "utf-8":
         scan.feed(plain)
     else:
@@ -33,9 +33,9 @@ def renamed(body: bytes, name: str) -> bytes | None:
     if not scan.complete:
         return None
     said = json.dumps(name)
-    begin, end = scan.spans.get("model", (scan.opened, scan.opened))
+    begin, end = scan.spans.get(field, (scan.opened, scan.opened))
     if begin == end:
-        said = f'"model":{said}' + ("" if scan.bare else ",")
+        said = f'"{field}":{said}' + ("" if scan.bare else ",")
     if encoding != "utf-8":
         begin, end = (len(told[:at].decode("utf-8", "replace").encode(encoding)) for at in (begin, end))
     return b"".join((mark, plain[:begin], said.encode(encoding), plain[end:]))

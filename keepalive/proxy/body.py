@@ -80,10 +80,10 @@ class Body:
         """Without its codings."""
         return unpacked(self.data, self._codings)
 
-    def rename(self, name: str) -> bool:
+    def rename(self, name: str, field: str = "model") -> bool:
         """It asks for `name` from now on. True: it is not packed any more, and its Content-Encoding has to go."""
         plain, form = self.plain(), self._form
-        changed = renamed(plain, name) if form is None else renamed_form(plain, form, name)
+        changed = renamed(plain, name, field) if form is None else renamed_form(plain, form, name)
         if changed is None:
             return False
         more = len(changed) - len(self.data)

@@ -124,6 +124,12 @@ class Call:
         if self._patience is not None:
             self._patience.beat()
 
+    def rename(self, name: str, field: str = "model") -> None:
+        """It asks for `name` from now on."""
+        if self.body.rename(name, field):
+            head, packed = self.caller.head, b"content-encoding"
+            head.say([pair for pair in head.headers if pair[0].lower() != packed])
+
     async def ask(
         self,
         upstream: str,
@@ -139,9 +145,8 @@ class Call:
             self.body.data = await caller.read()
         meaning = self.meaning
         name = meaning.written(model) if meaning is not None and meaning.renamed else None
-        if name is not None and self.body.rename(name):
-            headers, packed = caller.head.headers, b"content-encoding"
-            caller.head.say([pair for pair in headers if pair[0].lower() != packed])
+        if name is not None:
+            self.rename(name)
         self._watch = Watch(self._owner.stored, upstream) if self.route.stores else None
         account.model = model
         account.sent_at = account.now()

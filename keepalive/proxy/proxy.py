@@ -8,13 +8,14 @@ nothing is tried again. What measures a stream stands behind it and cannot touch
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import chain
 from math import inf
 from typing import Final
 from urllib.parse import quote
 
 from keepalive.core.callers import Key, Outcome, Seen
 from keepalive.core.errors import Cut, NotWarm, Unreachable, UpstreamError
-from keepalive.core.facts import InstanceLost, ModelId, ModelsChanged, WarmAsked
+from keepalive.core.facts import InstanceLost, ModelId, ModelsChanged, WarmAsked, fold_key
 from keepalive.core.keeping import Keeping
 from keepalive.http1 import (
     NO_STORE,
@@ -355,10 +356,19 @@ class Proxy:
             if not any(self.keeping.view(model).questioned for model in models):
                 break
             await asyncio.sleep(ON_ITS_WAY / 100)
+        for model in models:
+            copy = self.keeping.view(model).instance_id
+            if copy is not None and self._is_alias(call.asked.instance, model.upstream):
+                call.rename(copy, "instance_id")
         await self._pass(call, meaning.upstream)
         if call.account.status == 200:
             for model in models:
                 self.keeping.record(InstanceLost(call.account.now(), model, "a caller unloaded it"))
+
+    def _is_alias(self, name: str | None, upstream: str) -> bool:
+        """Of the config, which LM Studio does not know. A copy that is gone is none: another must not go for it."""
+        aliases = chain.from_iterable(self.keeping.rows(upstream).values())
+        return name is not None and fold_key(name) in map(fold_key, aliases)
 
     async def _tunnel(self, call: Call) -> None:
         """A WebSocket: bytes both ways until both sides are done.

@@ -412,3 +412,17 @@ async def test_a_caller_may_unload_ours_and_it_is_known_at_once() -> None:
 
         assert (status, answer["model"]) == (200, KEY)
         assert loads(studio) == 2
+
+
+async def test_an_unload_by_an_alias_is_one_of_its_model_and_a_copy_that_is_gone_costs_no_other() -> None:
+    kept = f'{KEPT}\nrefresh_interval = "5m"'
+    async with named(kept=kept) as (running, studio):
+        await warm(running)
+        status, _ = await post(running, "/api/v1/models/unload", {"instance_id": f"{KEY}:2"})
+        assert (status, len(studio.memory.copies(TINY))) == (404, 1)
+
+        answer = await post(running, "/api/v1/models/unload", {"instance_id": "GPT-4o-mini"})
+        assert answer == (200, {"instance_id": KEY})
+        status, answer = await post(running, "/api/v1/models/unload", {"instance_id": "gpt-4o-mini"})
+
+        assert (status, len(studio.memory.copies(TINY))) == (404, 0)
