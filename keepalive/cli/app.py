@@ -441,7 +441,7 @@ def replay(
         if export is not None:
             replaying.export(requests, export)
             raise typer.Exit
-        reports = replaying.run(requests, settings, models, memory, policy or [], _environ())
+        reports = replaying.run(requests, settings, models, memory, policy or [])
         if plot is not None:
             replaying.draw(plot, reports)
     except KeepaliveError as error:

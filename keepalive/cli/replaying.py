@@ -2,7 +2,7 @@
 
 import csv
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,6 @@ def run(
     models: Path | None,
     memory: str | None,
     policies: Sequence[str],
-    environ: Mapping[str, str],
 ) -> list[Report]:
     """One report for each of `policies`; raises KeepaliveError for what cannot be replayed."""
     for name in policies:

@@ -178,7 +178,7 @@ class Listener:
         self.watch.close()
 
 
-def bind(host: str, port: int, *, backlog: int = 1024) -> list[socket.socket]:
+def bind(host: str, port: int) -> list[socket.socket]:
     """Listening sockets for every address of `host`. Raises OSError."""
     sockets: list[socket.socket] = []
     missing: OSError | None = None
@@ -208,7 +208,7 @@ def bind(host: str, port: int, *, backlog: int = 1024) -> list[socket.socket]:
             if port == 0 and len(sockets) > 1:
                 address = (address[0], sockets[0].getsockname()[1], *address[2:])
             sock.bind(address)
-            sock.listen(backlog)
+            sock.listen(1024)
     except OSError:
         for sock in sockets:
             sock.close()

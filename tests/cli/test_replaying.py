@@ -55,7 +55,6 @@ def test_what_is_wrong_is_one_sentence(files: tuple[Path, Path], tmp_path: Path)
             "models": models,
             "memory": "20GB",
             "policies": [],
-            "environ": {},
         }
 
         def go(trace: Path, **more: Any) -> None:
@@ -82,7 +81,7 @@ def test_the_config_says_what_is_kept_and_how_much_there_is(files: tuple[Path, P
     text = '[[upstreams]]\nurl = "http://x"\nmemory = "20GB"\n[[models]]\nkey = "a"\n'
 
     settings = parse(text, "test", {})
-    reports = replaying.run(replaying.read(trace, settings), settings, models, None, ["ours"], {})
+    reports = replaying.run(replaying.read(trace, settings), settings, models, None, ["ours"])
 
     # Loaded at the start, for which its first request waits, and there ever after; the others take turns.
     assert [at for at, model, _ in reports[0].outcome.waits if model == "a"] == [0]
@@ -117,7 +116,7 @@ def test_the_history_is_a_trace_and_is_written_as_one(
     assert len(said.stdout.splitlines()) == 10
     assert '7.000,"odd,""key""",1.000' in out.read_text().splitlines()
     assert replaying.read(out, None) == every
-    report = replaying.run(every, None, files[1], "20GB", ["ours"], {})[0]
+    report = replaying.run(every, None, files[1], "20GB", ["ours"])[0]
     assert report.left_out == ('odd,"key"',)
     assert report.waited_share > 0
 
