@@ -41,13 +41,13 @@ def why_not() -> str | None:
     return None
 
 
-def buildah(*words: str, capture: bool = True) -> str:
+def buildah(*words: str) -> str:
     """Run it in a store of its own; its output."""
     store = ["--root", str(folder() / "store"), "--runroot", str(folder() / "run"), "--storage-driver", "vfs"]
-    told = subprocess.run(["buildah", *store, *words], capture_output=capture, text=True)
+    told = subprocess.run(["buildah", *store, *words], capture_output=True, text=True)
     if told.returncode:
         raise RuntimeError(f"buildah {' '.join(words)}: {told.stderr}")
-    return (told.stdout or "").strip()
+    return told.stdout.strip()
 
 
 def build(tag: str) -> dict[str, Any]:

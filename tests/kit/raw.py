@@ -356,9 +356,8 @@ async def _all_stopped(tasks: Sequence[asyncio.Task[str]]) -> None:
 class RawClient:
     """`async with RawClient(port) as client: await client.send(b"GET /..."); await client.read_all()`"""
 
-    def __init__(self, port: int, *, buffer: int | None = None) -> None:
+    def __init__(self, port: int) -> None:
         self.port = port
-        self.buffer = buffer
         self.received = bytearray()
         #: The other side has ended; `was_reset` when it did not in order.
         self.ended = False
@@ -368,8 +367,6 @@ class RawClient:
         self._loop = asyncio.get_running_loop()
         self.sock = socket.socket()
         self.sock.setblocking(False)
-        if self.buffer:
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.buffer)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         await self._loop.sock_connect(self.sock, ("127.0.0.1", self.port))
         return self
@@ -401,13 +398,6 @@ class RawClient:
         """Everything up to the end of the connection."""
         while await self.read():
             pass
-        return bytes(self.received)
-
-    async def read_until(self, ending: bytes) -> bytes:
-        """Everything so far, once `ending` occurs in it. Raises EOFError when it never does."""
-        while ending not in self.received:
-            if not await self.read():
-                raise EOFError(f"no {ending!r} in {bytes(self.received)!r}")
         return bytes(self.received)
 
     def half_close(self) -> None:

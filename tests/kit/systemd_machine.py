@@ -235,8 +235,8 @@ class Machine:
         """Begin a command there; the caller ends it."""
         return subprocess.Popen([*self._inside(), *command], text=True, **more)
 
-    def shell(self, script: str, check: bool = True, patience: float = PATIENCE) -> str:
-        return self.run("/bin/sh", "-euc", script, check=check, patience=patience).stdout
+    def shell(self, script: str, patience: float = PATIENCE) -> str:
+        return self.run("/bin/sh", "-euc", script, patience=patience).stdout
 
     def write(self, path: str, text: str, mode: str = "644") -> None:
         self.run("install", "-D", "-m", mode, "/dev/stdin", path, input=text)

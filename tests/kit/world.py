@@ -1185,7 +1185,7 @@ class World:
                 if room is not None and model.id in room.never and model.state is State.COLD:
                     continue  # there is no room for it, nor could there be
                 if model.state is not State.WARM and not (
-                    blocked[model.id] and self.rightly_blocked(site, model, wanted)
+                    blocked[model.id] and self.rightly_blocked(site, wanted)
                 ):
                     odd.append(f"{model.id} is {model.state}: {model.reason} {blocked[model.id]}")
                 if model.state is State.WARM and not self.is_loaded(site, model):
@@ -1194,7 +1194,7 @@ class World:
             odd += [f"{m.id}: a call is under way" for m in models if m.calling]
         return odd
 
-    def rightly_blocked(self, site: Site, model: Model, wanted: list[Model]) -> bool:
+    def rightly_blocked(self, site: Site, wanted: list[Model]) -> bool:
         """On 0.3.x one model may have to wait for another, or for what somebody else loaded."""
         foreign = [i for i in site.studio.memory.instances if not self.is_kept_as_ours(site, i)]
         first_is_warm = min(wanted, key=lambda m: m.rank).state is State.WARM
