@@ -377,6 +377,7 @@ def test_whoever_comes_back_takes_the_word_of_who_acts_for_whose_copy_it_is():
     assert seen().ours == MINE
     assert seen(heard=True, lost=MINE).ours == MINE
     assert seen(heard=True, instance_ids=MINE).ours == MINE
+    assert after(a_model(GEMMA), HolderTold(2, GEMMA, heard=True)).recalled is None
 
 
 def test_who_is_told_of_a_copy_of_ours_looks_for_it_soon():

@@ -589,6 +589,31 @@ def test_a_load_that_we_see_ourselves_needs_no_listing():
 # --- missing --------------------------------------------------------------------------------------
 
 
+def test_what_is_gone_while_an_opening_is_on_its_way_to_it_may_be_loaded_by_that():
+    """It came there behind it, perhaps, and is a load then that nothing shows: none is begun beside it."""
+    why = "what was being replayed to it may have loaded it again"
+    priming = Priming(openings=("agent",), under_way="agent")
+    away = replace(ours(), priming=priming)
+    gone = after(away, listed(26, entry("gemma")))
+    given_up = after(gone, listed(92, entry("gemma")))
+
+    assert (gone.state, gone.reason) == (
+        State.LOADING,
+        f"an earlier load may still be under way, because {why}",
+    )
+    assert gone.pending == Pending(26, 26 + 65, alive_at=26, expected=10.0, why=why)
+    assert (gone.instances, gone.ours, gone.evictions) == ((), frozenset(), 1)
+    assert after(gone, listed(90, entry("gemma"))).pending == gone.pending
+    # Once, and where a load would not show.
+    assert (given_up.state, given_up.pending) == (State.COLD, None)
+    assert after(given_up, listed(93, entry("gemma"))).pending is None
+    assert after(ours(), listed(26, entry("gemma"))).pending is None
+    shows = replace(away, tells_loading=True)
+    assert after(shows, listed(26, entry("gemma", loading=False))).pending is None
+    assert after(shows, listed(26, entry("gemma", loading=None))).pending == gone.pending
+    assert after(away, listed(26, entry("gemma", loading=False))).pending == gone.pending
+
+
 def test_what_is_gone_beside_our_load_was_anothers_and_is_no_eviction():
     before = tried(State.LOADING, pending=None, load_started=2.0)
 

@@ -551,6 +551,7 @@ def test_no_ping_goes_where_a_load_on_demand_may_have_pushed_its_model_out():
     unknown, both = up(tier=Tier.V0), [proved_long_ago, needed]
 
     assert plan(unknown, both, 50.5) == [Load(QWEN)]
+    assert plan(unknown, [proved_long_ago], 50.5) == [SendPing(GEMMA, "gemma")]
     assert plan(unknown, [proved_long_ago, replace(needed, load_started=50.4)], 50.5) == []
     assert plan(unknown, [replace(proved_long_ago, pinging=True), needed], 50.5) == []
     assert plan(up(tier=Tier.V0, evicts=False), both, 50.5) == [Load(QWEN), SendPing(GEMMA, "gemma")]

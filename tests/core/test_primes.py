@@ -30,7 +30,7 @@ from keepalive.core.facts import (
     WaitStarted,
 )
 from keepalive.core.primes import chosen, label, next_primes
-from keepalive.core.records import REPLAYED, Model, Pending, Ping, Primed, Priming
+from keepalive.core.records import Model, Pending, Ping, Primed, Priming
 from keepalive.core.states import IllegalMove, State
 from tests.kit.models import (
     GEMMA,
@@ -51,7 +51,7 @@ from tests.kit.models import (
 
 QUIET, AGAIN = 5.0, 60.0
 WISHES = chosen(Priming(), {"agent": None, "second": None})
-OK = PrimeOutcome.OK
+OK, ERROR = PrimeOutcome.OK, PrimeOutcome.ERROR
 
 
 def primed(at: float, opening: str = "agent", outcome: PrimeOutcome = OK, **more: Any) -> list[Fact]:
@@ -349,31 +349,22 @@ def test_a_model_that_went_away_meanwhile_is_not_warm_by_an_opening():
     assert (model.priming.done, model.priming.under_way) == ((), None)
 
 
-def test_where_a_model_is_gone_while_an_opening_is_on_its_way_that_may_be_loading_it():
-    """It came there behind it, perhaps, and is a load then that nothing shows: none is begun beside it."""
+def test_an_answer_tells_that_no_load_goes_on_behind_an_opening_that_came_too_late():
     away = after(ours(priming=WISHES), PrimeStarted(25, GEMMA, "agent"))
     gone = after(away, listed(26, entry("gemma")))
 
     def ends(outcome: PrimeOutcome, *facts: Fact) -> Model:
         return after(gone, PrimeEnded(30, GEMMA, "agent", outcome, 5.0), *facts)
 
-    assert (gone.state, gone.pending) == (
-        State.LOADING,
-        Pending(26, 26 + 65, alive_at=26, expected=10.0, why=REPLAYED),
-    )
     assert ends(PrimeOutcome.GIVEN_UP, listed(40, entry("gemma"))).state is State.LOADING
     assert ends(PrimeOutcome.TIMEOUT, listed(40, entry("gemma"))).state is State.LOADING
     assert ends(PrimeOutcome.GIVEN_UP, listed(92, entry("gemma"))).state is State.COLD
-    # An answer, whichever, tells that no load goes on behind it.
     assert ends(PrimeOutcome.ERROR, listed(40, entry("gemma"))).state is State.COLD
     assert ends(PrimeOutcome.OK, listed(40, entry("gemma"))).state is State.COLD
     assert ends(PrimeOutcome.OK, listed(40, entry("gemma", "gemma"))).present
-    # Where a load shows, what does not show is none.
-    shows = after(replace(away, tells_loading=True), listed(26, entry("gemma", loading=False)))
-    assert (shows.state, shows.pending) == (State.COLD, None)
-
-
-# --- whether it helps -------------------------------------------------------------------------------------
+    # Of another's load it tells nothing.
+    theirs = Pending(26, 91, alive_at=26, why="b began it")
+    assert after(replace(away, pending=theirs), PrimeEnded(30, GEMMA, "agent", ERROR, 5.0)).pending == theirs
 
 
 def answers(*seconds: float, opening: str = "agent") -> list[Fact]:
