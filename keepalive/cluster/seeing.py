@@ -49,6 +49,7 @@ class Seeing:
         self.pictured = asyncio.Event()  # another one each time
         self._known: frozenset[ModelId] = frozenset()  # what was kept here when the picture was seen
         self._own_word: set[str] = set()  # upstreams of which nobody has told us anything since we held them
+        self._heard: set[str] = set()  # upstreams of which whoever acts has said what was seen last
         self._used_told: Mapping[ModelId, UsedElsewhere] = {}
         self._newer: set[str] = set()  # members whose format is newer than ours, as was said
         self._last_there: dict[str, float] = {}  # when each was last seen, of those who are not forgotten
@@ -93,7 +94,8 @@ class Seeing:
                 continue
             heard = grounds.is_heard(upstream, new)
             row = rows.states_key(upstream)
-            again = new.modified[row] != old.modified.get(row)
+            # It may be believed only now, though it says what it said before.
+            again = new.modified[row] != old.modified.get(row) or upstream not in self._heard
             # What we had there ourselves to say may just be what its next holder says.
             before = {} if upstream in self._own_word else old.states.get(upstream, {})
             for model, told in states.items():
@@ -104,6 +106,7 @@ class Seeing:
                 if missed or told != before.get(model):
                     keeping.record(self._told(ids[model], told, heard=heard))
         self._own_word = {*held, *(self._own_word - new.states.keys())}
+        self._heard = {upstream for upstream in new.states if grounds.is_heard(upstream, new)}
         self._see_uses(new, ids, held)
         for one in snapshot.models:
             model = folded(one.id)

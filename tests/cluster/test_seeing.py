@@ -489,6 +489,21 @@ def test_who_comes_while_etcd_is_away_goes_by_no_word_of_before():
     assert seen(cluster, keeping, HELD, told(warm=True)) == KNOWN
 
 
+def test_a_word_of_before_is_told_once_more_when_it_may_be_believed():
+    """Whoever wakes may be in a life, for a moment, in which it may not: nothing is written anew for that."""
+    keeping = Records(warm())
+    cluster = a_member(keeping)
+    cluster._grounds.is_away("refused")
+    cluster._grounds.begin_life(1)
+    assert seen(cluster, keeping, HELD, told(warm=True)) == UNKNOWN
+
+    cluster._grounds.is_answered()
+    cluster._grounds.begin_life(2)
+
+    assert cluster._grounds.late is False
+    assert seen(cluster, keeping, HELD, told(warm=True)) == KNOWN
+
+
 def test_a_copy_that_was_seen_to_go_is_ours_again_by_a_newer_word_though_that_says_nothing_else():
     keeping = Records(warm())
     cluster = a_member(keeping)
