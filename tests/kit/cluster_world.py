@@ -818,6 +818,9 @@ class ClusterWorld(World):
         """What was loaded goes no sooner than those have it who waited for that, but at whom there was trouble."""
         if not self.sound or not self.etcd_well.was(since) or self.released[model]:
             return
+        site = next(s for s in self.sites if s.name == model.upstream)
+        if any(one.model.key == model.key for one in site.studio.memory.instances.values()):
+            return  # somebody else's copy, which answers them as well
         for member in self.living():
             well = member.machine.well.was(since) and member.machine.reaches_etcd.was(since)
             early = [began for held, began in member.held.values() if held == model and began < since]
