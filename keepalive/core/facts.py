@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
+from unicodedata import normalize
 
 from keepalive.core.errors import Reason
 
@@ -526,5 +527,8 @@ class InstanceLost(ModelFact):
 
 
 def fold_key(key: str) -> str:
-    """LM Studio compares keys without regard to case (but instance ids exactly)."""
-    return key.casefold()
+    """LM Studio compares keys without regard to case (but instance ids exactly).
+
+    An accent may be a character of its own, as macOS has it in names of files, or part of its letter.
+    """
+    return key.casefold() if key.isascii() else normalize("NFC", key.casefold())

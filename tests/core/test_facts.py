@@ -152,3 +152,4 @@ def test_what_is_not_said_is_not_known():
 
 def test_keys_are_folded_as_lm_studio_folds_them():
     assert fold_key("Acme/GEMMA-Straße") == "acme/gemma-strasse"
+    assert fold_key("CAFE\u0301") == fold_key("caf\u00e9")
