@@ -48,6 +48,9 @@ class Seeing:
         self._owner = owner
         self.pictured = asyncio.Event()  # another one each time
         self._known: frozenset[ModelId] = frozenset()  # what was kept here when the picture was seen
+        self._passed_over: frozenset[ModelId] = (
+            frozenset()
+        )  # what others load, passed over for a load of ours
         self._own_word: set[str] = set()  # upstreams of which nobody has told us anything since we held them
         self._heard: set[str] = set()  # upstreams of which whoever acts has said what was seen last
         self._used_told: Mapping[ModelId, UsedElsewhere] = {}
@@ -78,13 +81,20 @@ class Seeing:
             u for u, h in new.holders.items() if grounds.lease is not None and h.life == grounds.life
         )
         recalled = {folded(m.id) for m in snapshot.models if m.pending is not None and m.pending.ours}
+        busy = {folded(m.id) for m in snapshot.models if m.load_started is not None}
+        passed_over: set[ModelId] = set()
         for model, intent in new.loads.items():
-            stood = old.loads.get(model) if model in known else None
+            stood = old.loads.get(model) if model in known and model not in self._passed_over else None
             ours = intent.life in (grounds.life, self._writing.unsent.get(model))
             # Of what our last life began we know better when that was.
             ours |= stood is None and intent.instance == grounds.me.instance and model in recalled
             if model in ids and not ours:
                 self._see_load(ids[model], intent, stood, held)
+                # While a load of ours is under way that is passed over: it is told again when ours is over.
+                news = stood is None or _which(stood) != _which(intent)
+                if news and model in busy and intent.instance != grounds.me.instance:
+                    passed_over.add(model)
+        self._passed_over = frozenset(passed_over)
         # What is gone is told by what was seen, though what is kept here has changed since.
         for model in old.loads.keys() - new.loads.keys():
             if model in ids and (model.upstream not in held or old.loads[model].life != grounds.life):

@@ -58,7 +58,8 @@ def proved(model: Model, at: float) -> Model:
     stable = warm_since is not None and at - warm_since >= STABLE
     model = replace(
         model,
-        pending=None,
+        # An answer of before another daemon began a load says nothing of that: the next look does.
+        pending=None if model.unsure_since is None else model.pending,
         seen_at=at,
         used_at=at,
         suspected=None,

@@ -17,6 +17,7 @@ from keepalive.cluster.hold import Hold
 from keepalive.cluster.member import Cluster
 from keepalive.core.apply import apply
 from keepalive.core.facts import (
+    LoadForgone,
     ModelId,
     RequestEnded,
     RequestsCounted,
@@ -197,6 +198,35 @@ def test_a_load_that_another_begins_is_waited_for_by_whoever_still_waits_for_an_
     anew = sees(begun("c", "its life"))
     assert anew is not None
     assert anew.why == "c began it"
+
+
+def test_a_load_that_another_begins_while_one_of_ours_is_under_way_is_known_when_ours_is_over():
+    keeping = Records(replace(a_model(), load_started=40.0))
+    cluster = a_member(keeping)
+    row = rows.Row(rows.load_key(GEMMA), rows.load_row(rows.Intent("b", "life", 0, 30.0)), 2)
+    for _ in range(2):
+        cluster._seeing.see(rows.picture([HELD, row]))
+
+    keeping.record(LoadForgone(51.0, GEMMA, "another one holds it"))
+    cluster._seeing.see(rows.picture([HELD, row]))
+    told = keeping.models[GEMMA].pending
+    cluster._seeing.see(rows.picture([HELD, row]))
+
+    assert told is not None
+    assert keeping.models[GEMMA].pending is told  # once
+
+
+def test_an_answer_of_before_another_began_a_load_ends_no_wait_for_that():
+    keeping = Records(warm(in_flight=1))
+    cluster = a_member(keeping)
+    row = rows.Row(rows.load_key(GEMMA), rows.load_row(rows.Intent("b", "life", 0, 30.0)), 2)
+    cluster._seeing.see(rows.picture([HELD, row]))
+
+    keeping.record(RequestEnded(time.monotonic(), GEMMA, answered=True))
+    keeping.models[GEMMA] = apply(keeping.models[GEMMA], listed(time.monotonic() + 1, entry("gemma")))
+
+    assert keeping.models[GEMMA].pending
+    assert not keeping.models[GEMMA].given
 
 
 def test_a_request_for_what_is_warm_is_no_write_of_its_own():

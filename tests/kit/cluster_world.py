@@ -630,7 +630,9 @@ class ClusterJudge(Judge):
                 self.in_use[place] = used
                 return
             self.world.has_answered(
-                ModelId(site.name, event["model"]), self.born.get((site.name, event["instance_id"]), 0.0)
+                ModelId(site.name, event["model"]),
+                event["instance_id"],
+                self.born.get((site.name, event["instance_id"]), 0.0),
             )
         super().happened(site, event)
 
@@ -818,13 +820,14 @@ class ClusterWorld(World):
         known = since - KNOWN_WITHIN
         return member.machine.well.was(known) and any(i.listed_at < known and not i.crashed for i in copies)
 
-    def has_answered(self, model: ModelId, since: float) -> None:
+    def has_answered(self, model: ModelId, copy: str, since: float) -> None:
         """What was loaded goes no sooner than those have it who waited for that, but at whom there was trouble."""
         if not self.sound or not self.etcd_well.was(since) or self.released[model]:
             return
         site = next(s for s in self.sites if s.name == model.upstream)
-        if any(one.model.key == model.key for one in site.studio.memory.instances.values()):
-            return  # somebody else's copy, which answers them as well
+        copies = site.studio.memory.instances.items()
+        if any(one.model.key == model.key for ident, one in copies if ident != copy):
+            return  # somebody else's, which answers them as well
         for member in self.living():
             well = member.machine.well.was(since) and member.machine.reaches_etcd.was(since)
             early = [began for held, began in member.held.values() if held == model and began < since]
