@@ -542,6 +542,7 @@ class ClusterJudge(Judge):
         self.overs: dict[int | None, dict[tuple[str, str], float]] = {}
         self.guesses: dict[int | None, set[tuple[str, str]]] = {}
         self.assumed: dict[int | None, dict[tuple[str, str], bool]] = {}
+        self.ended: set[int | None] = set()
         # Copies whose load one of the members has seen end, and who was there then to know of it.
         self.seen_to_end: dict[tuple[str, str], set[int]] = {}
         # When copies of others went last, by their model: a listing of before still shows them.
@@ -568,8 +569,13 @@ class ClusterJudge(Judge):
         self.assumed[life] = known
 
     def over(self, life: int) -> None:
+        self.ended.add(life)
         for found in (self.sights, self.overs, self.guesses, self.assumed):
             found.pop(life, None)
+
+    def ping_begins(self, site: Site, key: str) -> None:
+        if LIFE.get() not in self.ended:  # else it was on its way
+            super().ping_begins(site, key)
 
     def lists_twice(self, site: Site) -> None:
         """One may have given up the first of them, which LM Studio hears later. `Wire` sees what is waited for."""
