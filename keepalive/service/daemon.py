@@ -87,6 +87,9 @@ class Daemon:
         self._kept: dict[ModelId, Kept] = {}
         self._adopted: set[ModelId] = set()  # of these, those that the file does not name
         self._open: dict[ModelId, bool] = {}
+        self._opens: dict[
+            ModelId, float
+        ] = {}  # of those that are closed, in Unix seconds, once somebody has asked
         self._clients: dict[str, Client] = {}
         self._tokens: dict[str, str | None] = {}
         self._closing: list[Closable] = []  # of upstreams that a reload removed; closed at the end
@@ -321,6 +324,7 @@ class Daemon:
         self._openings.configure(openings, settings.kept)
         named = {ModelId(kept.upstream, kept.key): kept for kept in settings.kept}
         self._kept = named | self._adopted_still(settings, named)
+        self._opens.clear()
         self._open = {model: self._is_open(kept) for model, kept in self._kept.items() if kept.window}
         self._admin.access = Access(settings.server.allowed_hosts, admin_keys)
         servers = []
@@ -518,12 +522,12 @@ class Daemon:
     def _next_windows(self) -> dict[ModelId, float]:
         """When those that are closed open, in Unix seconds."""
         now = datetime.fromtimestamp(self._wall(), UTC)
-        found = {}
-        for model, is_open in self._open.items():
+        for model in [m for m, is_open in self._open.items() if not is_open and m not in self._opens]:
             window = self._kept[model].window
-            if not is_open and window and (opens := window.next_change(now, self._config.zone)):
-                found[model] = opens.timestamp()
-        return found
+            opens = window.next_change(now, self._config.zone) if window else None
+            if opens is not None:
+                self._opens[model] = opens.timestamp()
+        return self._opens
 
     def _tick(self) -> None:
         """A second has passed: windows may have opened or closed, something may be due."""
@@ -532,6 +536,7 @@ class Daemon:
             is_open = self._is_open(self._kept[model])
             if is_open is not was:
                 self._open[model] = is_open
+                self._opens.pop(model, None)
                 self.keeper.record((WindowOpened if is_open else WindowClosed)(self._clock(), model))
         self.keeper.tick()
         self._front.tick()
@@ -544,6 +549,7 @@ class Daemon:
 
     def _clock_jumped(self, seconds: float) -> None:
         self._dates.look()
+        self._opens.clear()
         for upstream in self._config.upstreams:
             self.keeper.record(ClockJumped(self._clock(), upstream.name, seconds))
 
