@@ -70,7 +70,13 @@ def load_started(model: Model, fact: LoadStarted) -> Model:
 def load_progressed(model: Model, fact: LoadProgressed) -> Model:
     if model.loading_since is None or (model.progress is not None and fact.progress <= model.progress):
         return model
-    return replace(model, progress=fact.progress, progress_at=fact.at)
+    model, pending = replace(model, progress=fact.progress, progress_at=fact.at), model.pending
+    if pending is None or fact.progress <= 0:
+        return model
+    # It goes on, and slower than was known perhaps: it is believed in for twice the time that it takes now.
+    takes = min((fact.at - pending.since) / fact.progress, model.policy.load_timeout)
+    until = max(pending.until, pending.since + 2 * takes + LISTING_LAG)
+    return replace(model, pending=replace(pending, alive_at=fact.at, until=until))
 
 
 def load_forgone(model: Model, fact: LoadForgone) -> Model:

@@ -31,7 +31,7 @@ from keepalive.core.facts import (
     WishSpent,
 )
 from keepalive.core.plan import plan
-from keepalive.core.records import Model, Upstream
+from keepalive.core.records import Model, Pending, Upstream
 from keepalive.core.room import is_in_use
 from keepalive.core.states import State
 from keepalive.core.upstreams import apply_upstream
@@ -150,6 +150,24 @@ def test_how_far_that_load_is_tells_when_it_is_done():
     loading = after(cold(), remembered(2), LoadProgressed(12, GEMMA, 0.5))
 
     assert eta(loading, [], 12) == 10
+
+
+def test_a_load_of_another_that_is_slower_than_was_known_is_believed_in_for_longer():
+    def heard(*facts: Fact) -> Pending | None:
+        return after(cold(), remembered(2), *facts).pending
+
+    known = Pending(2, 2 + 105, alive_at=2, expected=30.0, why="a began it")
+    assert heard() == known
+    assert heard(LoadProgressed(12, GEMMA, 0.5)) == changed(known, alive_at=12)
+    # 10 s for a twentieth of it: 200 s for all of it, twice, and the lag of a listing.
+    assert heard(LoadProgressed(12, GEMMA, 0.05)) == changed(known, alive_at=12, until=2 + 400 + 45.0)
+    # No longer than any load may take.
+    assert heard(LoadProgressed(102, GEMMA, 0.01)) == changed(known, alive_at=102, until=2 + 1800 + 45.0)
+    assert heard(LoadProgressed(12, GEMMA, 0.0)) == known
+    # What stands still is not alive.
+    assert heard(LoadProgressed(12, GEMMA, 0.5), LoadProgressed(90, GEMMA, 0.5)) == changed(
+        known, alive_at=12
+    )
 
 
 def test_what_we_do_ourselves_we_know_better():
