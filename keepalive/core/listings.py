@@ -21,7 +21,8 @@ from keepalive.core.moves import (
     proved,
     says_that_it_loads,
 )
-from keepalive.core.records import LISTING_LAG, REPLAYED, UNSEEN, Cause, Model, Pending
+from keepalive.core.primes import REPLAYED
+from keepalive.core.records import LISTING_LAG, UNSEEN, Cause, Model, Pending
 from keepalive.core.states import Sign, State
 
 # Comparing a key with each of a hundred thousand listed ones would hold up everything else for seconds.

@@ -21,7 +21,7 @@ from keepalive.core.facts import (
     PrimeStarted,
 )
 from keepalive.core.moves import proved
-from keepalive.core.records import REPLAYED, Model, Ping, Primed, Priming
+from keepalive.core.records import Model, Ping, Primed, Priming
 from keepalive.core.states import IllegalMove, State
 
 # Who has just had an answer mostly asks again: an opening that is begun and given up all the time helps nobody.
@@ -32,6 +32,7 @@ JUDGED_BY = 5
 AS_LONG = 0.8
 WORTH = 1.0
 USELESS = "priming has not made answers faster"
+REPLAYED = "what was being replayed to it may have loaded it again"
 # What is wrong here, the opening is not to blame for.
 BLAMELESS = (Reason.UNAUTHORIZED, Reason.LOADING, Reason.UNLOADED, Reason.UNKNOWN_MODEL)
 # What failed for a reason that nobody knows is tried once more, after this long. A model that dies of an opening

@@ -32,7 +32,6 @@ TIMER_MARGIN, TIMER_LEAST = 10.0, 5.0
 SLOW_DISK = 50e6  # bytes a second
 GUESS_LEAST, GUESS_MOST = 120.0, 240.0
 UNSEEN = "an earlier load may still be under way"
-REPLAYED = "what was being replayed to it may have loaded it again"
 
 
 class Cause(StrEnum):

@@ -178,8 +178,10 @@ def test_what_we_do_ourselves_we_know_better():
 
 def test_a_load_of_another_is_known_of_though_its_model_was_seen_to_be_there_before():
     # It was lost meanwhile, which the other one has seen and we have not.
-    state = box(trusted(20, "gemma")).see(HandLost(21, "local"), remembered(25))
-    assert state.upstream.due_at <= 25
+    state = box(trusted(20, "gemma")).see(HandLost(21, "local"), trusted(22, "gemma"))
+    assert state.upstream.due_at > 25
+    state.see(remembered(25))
+    assert state.upstream.due_at == 25
 
     state.see(changed(listed(26, entry("gemma", "gemma"), asked=24), trusted=True))
     assert not state[GEMMA].given  # until it was looked for: a request would be another load

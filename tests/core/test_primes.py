@@ -343,10 +343,11 @@ def test_an_answer_that_came_too_late_is_not_waited_for_again():
 
 def test_a_model_that_went_away_meanwhile_is_not_warm_by_an_opening():
     model = after(ours(priming=WISHES), PrimeStarted(25, GEMMA, "agent"), listed(26, entry("gemma")))
-    model = after(model, PrimeEnded(30, GEMMA, "agent", OK, 5.0), listed(31, entry("gemma")))
+    answered = after(model, PrimeEnded(30, GEMMA, "agent", OK, 5.0))
 
-    assert model.state is State.COLD
-    assert (model.priming.done, model.priming.under_way) == ((), None)
+    assert answered.state is State.LOADING
+    assert (answered.priming.done, answered.priming.under_way) == ((), None)
+    assert after(answered, listed(31, entry("gemma"))).state is State.COLD
 
 
 def test_an_answer_tells_that_no_load_goes_on_behind_an_opening_that_came_too_late():
@@ -356,6 +357,8 @@ def test_an_answer_tells_that_no_load_goes_on_behind_an_opening_that_came_too_la
     def ends(outcome: PrimeOutcome, *facts: Fact) -> Model:
         return after(gone, PrimeEnded(30, GEMMA, "agent", outcome, 5.0), *facts)
 
+    why = "what was being replayed to it may have loaded it again"
+    assert gone.reason == f"an earlier load may still be under way, because {why}"
     assert ends(PrimeOutcome.GIVEN_UP, listed(40, entry("gemma"))).state is State.LOADING
     assert ends(PrimeOutcome.TIMEOUT, listed(40, entry("gemma"))).state is State.LOADING
     assert ends(PrimeOutcome.GIVEN_UP, listed(92, entry("gemma"))).state is State.COLD

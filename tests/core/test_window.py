@@ -151,6 +151,24 @@ def test_a_window_that_cannot_be_read_is_told_with_what_to_write(text: str, mess
     assert str(raised.value) == message
 
 
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        ("weekday weekdays workday workdays working_days business_days", 'write "Mon-Fri"'),
+        ("weekend weekends", 'write "Sat-Sun"'),
+        ("daily everyday every_day all_days", "leave it out, because without days every day is meant"),
+    ],
+)
+def test_what_people_write_for_several_days_is_known(words: str, advice: str) -> None:
+    said = {}
+    for word in words.replace("_", "-").split():
+        with pytest.raises(ValueError) as raised:
+            parse(f"{word.replace('-', ' ')} 08:00-19:00")
+        said[word] = str(raised.value)
+
+    assert said == {word: f'"{word.replace("-", " ")}" is no day; {advice}' for word in said}
+
+
 def test_a_window_may_be_as_long_as_a_thousand_characters() -> None:
     longest = "Mon 08:00-09:00" + " " * 985
 
