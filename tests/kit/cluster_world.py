@@ -553,7 +553,10 @@ class ClusterJudge(Judge):
         super().observe(fact, before, after)
         if isinstance(fact, LoadEnded) and fact.outcome is LoadOutcome.OK and fact.instance_id:
             here = next(member for member in self.world.living() if member.number == LIFE.get())
-            told = self.world.living() if here.machine.reaches_etcd.was(self.now()) else [here]
+            tells = here.machine.reaches_etcd.was(self.now()) and here.machine.well.was(
+                self.now() - self.world.ttl
+            )
+            told = self.world.living() if tells else [here]
             self.seen_to_end[fact.model.upstream, fact.instance_id] = {member.number for member in told}
 
     # The properties stand for plain attributes of a judge of one daemon.
@@ -851,7 +854,11 @@ class ClusterWorld(World):
         said, _, tail = why.rpartition("; ")
         names = tail.removesuffix(STRANGERS[0]).removesuffix(STRANGERS[1]).split(", ")
         told = self.judge.now() - self.ttl
-        still = {member.number for member in self.living() if member.machine.reaches_etcd.was(told)}
+        still = {
+            member.number
+            for member in self.living()
+            if member.machine.reaches_etcd.was(told) and member.machine.well.was(told)
+        }
         theirs = {
             i.model.key
             for i in site.studio.memory.instances.values()
