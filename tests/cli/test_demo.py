@@ -36,6 +36,7 @@ def states(text: str, key: str) -> list[str]:
     return [word for i, word in enumerate(words) if i == 0 or words[i - 1] != word]
 
 
+@pytest.mark.xdist_group("package")  # where the others begin that take the usual addresses
 def test_one_sees_cold_loading_warm_an_eviction_and_its_repair(tmp_path: Path) -> None:
     running = Running([sys.executable, "-c", QUICK], tmp_path, "demo")
     with ending(running):
@@ -59,6 +60,7 @@ def test_one_sees_cold_loading_warm_an_eviction_and_its_repair(tmp_path: Path) -
     assert "\x1b" not in text
 
 
+@pytest.mark.xdist_group("package")
 def test_it_leaves_nothing_on_disk(tmp_path: Path) -> None:
     running = Running([sys.executable, "-c", QUICK], tmp_path, "demo", HOME=str(tmp_path / "home"))
     with ending(running):

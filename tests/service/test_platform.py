@@ -196,6 +196,8 @@ def test_a_daemon_keeps_a_model_serves_it_and_ends_in_order(
         assert sim.happened("load.started", KEY) == 1
 
 
+# Two that begin at the same moment may both find the usual address free.
+@pytest.mark.xdist_group("package")
 @pytest.mark.parametrize("system", ["windows", "macos"])
 def test_the_demo_begins_and_ends(tmp_path: Path, system: str) -> None:
     with ending(demo := Running([*KEEPALIVE, "demo"], tmp_path, "demo", **where(system))):
