@@ -48,9 +48,7 @@ class Seeing:
         self._owner = owner
         self.pictured = asyncio.Event()  # another one each time
         self._known: frozenset[ModelId] = frozenset()  # what was kept here when the picture was seen
-        self._passed_over: frozenset[ModelId] = (
-            frozenset()
-        )  # what others load, passed over for a load of ours
+        self._passed_over: frozenset[ModelId] = frozenset()  # what others load, while a load of ours goes on
         self._own_word: set[str] = set()  # upstreams of which nobody has told us anything since we held them
         self._heard: set[str] = set()  # upstreams of which whoever acts has said what was seen last
         self._used_told: Mapping[ModelId, UsedElsewhere] = {}

@@ -166,9 +166,8 @@ def ended(model: Model, fact: PrimeEnded) -> Model:
         return model
     pending = model.pending
     if pending is not None and pending.why == REPLAYED and fact.outcome is not PrimeOutcome.TIMEOUT:
-        model = replace(
-            model, pending=replace(pending, until=fact.at)
-        )  # it was answered: the next look tells
+        # It was answered: the next look tells.
+        model = replace(model, pending=replace(pending, until=fact.at))
     match fact.outcome:
         case PrimeOutcome.OK:
             return _done(model, fact)
